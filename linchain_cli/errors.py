@@ -1,0 +1,44 @@
+"""The few exception types that end a command, and how a message names the nearest valid word.
+
+    LinchainError        exit code 1: the work failed, the message says why
+    ├── InputError       exit code 2: the input is wrong; the message names the place and the remedy
+    └── Stopped          exit code 130 or 143: a signal ended the run after its state was saved
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LinchainError(Exception):
+    """The work failed. The message is shown as it is, without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(LinchainError):
+    """The user's input is wrong: a recipe, a path, an option, a model or a data set that cannot be reached."""
+
+    exit_code = 2
+
+
+class Stopped(LinchainError):
+    """A signal ended the run after its state was saved; `signum` is 2 (SIGINT) or 15 (SIGTERM)."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """The name out of `names` that is most like `name`, or None when nothing is close."""
+    by_lower = {candidate.lower(): candidate for candidate in names}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A sentence to put behind a message: ` Did you mean 'rank'?`, or nothing."""
+    found = nearest(name, names)
+    return f" Did you mean '{found}'?" if found else ""

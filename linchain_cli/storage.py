@@ -1,0 +1,152 @@
+"""Every byte that must survive goes through here: atomic files, staged directories, hashes.
+
+A reader sees either what was there before or all of what replaces it. Files are written to a
+sibling name, fsynced, renamed over the target, and the parent directory is fsynced. The few
+functions that touch the disk (`_write`, `_fsync`, `_rename`) are module attributes, so that tests
+can make each of them fail in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+STAGING_PREFIX = ".staging-"
+
+
+def _write(handle, data: bytes) -> None:
+    handle.write(data)
+
+
+def _fsync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+
+
+def fsync_directory(path: Path) -> None:
+    """Makes the directory's entries durable (a rename is not, until its parent is synced)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        _fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Writes and fsyncs a file in place: for files of a directory that is itself staged."""
+    with open(path, "wb") as handle:
+        _write(handle, data)
+        handle.flush()
+        _fsync(handle.fileno())
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replaces `path` as one step; the old content stays readable until the new one is complete."""
+    path = Path(path)
+    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}")
+    try:
+        write_durable(temporary, data.encode() if isinstance(data, str) else data)
+        _rename(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_directory(path.parent)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON as the project writes it everywhere: UTF-8, a newline at the end, NaN refused."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` for a JSON value."""
+    write_atomic(path, json_bytes(value))
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file as bytes. They depend on names, values and metadata alone."""
+    from safetensors.torch import save
+
+    ordered = {name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)}
+    return save(ordered, metadata=dict(metadata) if metadata else None)
+
+
+@contextlib.contextmanager
+def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty sibling directory that becomes `target` when the block ends without an error.
+
+    The caller writes the files with `write_durable`, or leaves it to the sweep that fsyncs every
+    file before the rename. On any error the staging directory is removed and `target` is untouched.
+    With `overwrite`, an existing target is moved aside first, and put back if the rename fails.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f"{STAGING_PREFIX}{target.name}-{os.getpid()}")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        _sync_tree(staging)
+        _replace_directory(staging, target, overwrite)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _sync_tree(root: Path) -> None:
+    for folder, _, names in os.walk(root):
+        for name in names:
+            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
+            try:
+                _fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        fsync_directory(Path(folder))
+
+
+def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
+    if not (overwrite and target.exists()):
+        _rename(staging, target)
+        fsync_directory(target.parent)
+        return
+    aside = target.with_name(f"{STAGING_PREFIX}old-{target.name}-{os.getpid()}")
+    _rename(target, aside)
+    try:
+        _rename(staging, target)
+    except BaseException:
+        _rename(aside, target)
+        raise
+    fsync_directory(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_staging(directory: Path) -> None:
+    """Removes what a killed process left half-written in `directory`."""
+    for leftover in Path(directory).glob(f"{STAGING_PREFIX}*"):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hexadecimal SHA-256 of `data`."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content, read in blocks."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
