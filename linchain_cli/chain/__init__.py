@@ -1,0 +1,59 @@
+"""Chain adapters as a library: put them into a model, take them out, save, load, fold, merge.
+
+It knows nothing of recipes, data or training and works on any `torch.nn.Module` with linear layers.
+"""
+
+from linchain_cli.chain.files import (
+    Adapter,
+    ChainTensors,
+    adapter_files,
+    adapter_of,
+    attach,
+    load_adapter,
+    load_tensors,
+    named_tensors,
+    save_adapter,
+    with_depth,
+)
+from linchain_cli.chain.fold import fold_all, folded
+from linchain_cli.chain.inject import (
+    ChainConfig,
+    Matches,
+    chain_layers,
+    detach,
+    disabled,
+    inject,
+    match_modules,
+    merge,
+    set_enabled,
+)
+from linchain_cli.chain.layer import ChainLinear, collapse, delta_weight, fold_into_a, linear_shape
+
+__all__ = [
+    "Adapter",
+    "ChainConfig",
+    "ChainLinear",
+    "ChainTensors",
+    "Matches",
+    "adapter_files",
+    "adapter_of",
+    "attach",
+    "chain_layers",
+    "collapse",
+    "delta_weight",
+    "detach",
+    "disabled",
+    "fold_all",
+    "fold_into_a",
+    "folded",
+    "inject",
+    "linear_shape",
+    "load_adapter",
+    "load_tensors",
+    "match_modules",
+    "merge",
+    "named_tensors",
+    "save_adapter",
+    "set_enabled",
+    "with_depth",
+]

@@ -1,0 +1,221 @@
+"""The adapter's two files: chain.safetensors (values, float32) and chain.json (what they are).
+
+Tensors are named by module path: `<path>.A` (r, d_in), `<path>.links` (n, r, r), `<path>.B` (d_out, r). The bytes
+depend on values and configuration alone, so equal adapters are equal files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from linchain_cli import storage
+from linchain_cli.chain.inject import ChainConfig, _inject_at, chain_layers
+from linchain_cli.chain.layer import ChainLinear, linear_shape
+from linchain_cli.errors import InputError
+
+FORMAT_VERSION = 1
+TENSORS_FILE = "chain.safetensors"
+CONFIG_FILE = "chain.json"
+
+
+class ChainTensors(NamedTuple):
+    """The values of one adapted module: A (r, d_in), links (n, r, r), B (d_out, r), all float32."""
+
+    A: Tensor
+    links: Tensor
+    B: Tensor
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A chain adapter apart from any model: its configuration, its values by module path, and the base it is for.
+
+    `base` holds at least "path" and "hash" (of the base's weights) when it was written by a run.
+    """
+
+    config: ChainConfig
+    tensors: dict[str, ChainTensors]
+    base: dict[str, Any]
+
+
+def adapter_of(model: nn.Module, config: ChainConfig, base: Mapping[str, Any] | None = None) -> Adapter:
+    """The adapter that `model` carries, as copies of its values on the CPU."""
+    tensors = {
+        path: ChainTensors(*(tensor.detach().to("cpu", copy=True) for tensor in (layer.A, layer.links, layer.B)))
+        for path, layer in chain_layers(model).items()
+    }
+    return Adapter(config, tensors, dict(base or {}))
+
+
+def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors as the file names them."""
+    return {f"{path}.{name}": getattr(chain, name) for path, chain in adapter.tensors.items() for name in chain._fields}
+
+
+def adapter_files(adapter: Adapter) -> dict[str, bytes]:
+    """The adapter's files by name, as bytes that depend on the adapter alone."""
+    config = adapter.config
+    targets = config.target_modules
+    description = {
+        "format": "linchain",
+        "format_version": FORMAT_VERSION,
+        "rank": config.rank,
+        "depth": config.depth,
+        "alpha": config.alpha,
+        "init": config.init,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "base": adapter.base,
+    }
+    return {TENSORS_FILE: storage.tensor_bytes(named_tensors(adapter)), CONFIG_FILE: storage.json_bytes(description)}
+
+
+def save_adapter(adapter: Adapter, directory: Path) -> None:
+    """Writes the adapter's two files into `directory`, which is created; each replaces its older self as one step."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, data in adapter_files(adapter).items():
+        storage.write_atomic(directory / name, data)
+
+
+def load_adapter(directory: Path) -> Adapter:
+    """Reads what `save_adapter` wrote.
+
+    Raises:
+        InputError: a file is missing, damaged, of a later format, or its tensors contradict chain.json.
+    """
+    directory = Path(directory)
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        if not (directory / name).is_file():
+            raise InputError(f"{directory} holds no chain adapter: {name} is missing")
+    description = _read_description(directory / CONFIG_FILE)
+    config = ChainConfig(
+        rank=description["rank"],
+        depth=description["depth"],
+        alpha=description["alpha"],
+        init=description["init"],
+        target_modules=description["target_modules"],
+    )
+    return Adapter(config, _read_tensors(directory / TENSORS_FILE, config), description["base"])
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        description = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    if not isinstance(description, dict) or description.get("format") != "linchain":
+        raise InputError(f"{path} does not describe a chain adapter")
+    if description.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {description.get('format_version')}, this linchain reads version {FORMAT_VERSION}:"
+            " install the version that wrote it, or a later one"
+        )
+    wanted = {"rank": int, "depth": int, "alpha": (int, float), "init": str, "target_modules": (str, list), "base": dict}
+    for key, kind in wanted.items():
+        if not isinstance(description.get(key), kind):
+            raise InputError(f"{path}: '{key}' is missing or of the wrong type")
+    return description
+
+
+def _read_tensors(path: Path, config: ChainConfig) -> dict[str, ChainTensors]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    by_path: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in loaded.items():
+        module, _, name = key.rpartition(".")
+        by_path.setdefault(module, {})[name] = tensor
+    rank, depth = config.rank, config.depth
+    result = {}
+    for module, tensors in by_path.items():
+        if set(tensors) != set(ChainTensors._fields):
+            raise InputError(f"{path}: module '{module}' holds {sorted(tensors)}, expected A, B and links")
+        chain = ChainTensors(**tensors)
+        fits = (
+            chain.A.dim() == 2 and chain.A.shape[0] == rank
+            and chain.B.dim() == 2 and chain.B.shape[1] == rank
+            and chain.links.shape == (depth, rank, rank)
+        )
+        if not fits or any(tensor.dtype != torch.float32 for tensor in chain):
+            raise InputError(
+                f"{path}: module '{module}' does not fit rank {rank} and depth {depth} in float32: "
+                + ", ".join(f"{name} {tuple(t.shape)} {t.dtype}" for name, t in tensors.items())
+            )
+        result[module] = chain
+    if not result:
+        raise InputError(f"{path} holds no tensors")
+    return result
+
+
+@torch.no_grad()
+def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str, ChainLinear]:
+    """Puts an adapter's chains into a model, at exactly the modules it was trained on.
+
+    To change to another adapter on the same base, `detach(model)` and attach the other one.
+
+    Raises:
+        InputError: the model lacks one of the modules, or has it in another shape. Nothing is changed then.
+    """
+    modules = dict(model.named_modules())
+    for path, chain in adapter.tensors.items():
+        shape = linear_shape(modules[path]) if path in modules else None
+        wanted = (chain.A.shape[1], chain.B.shape[0])
+        if shape != wanted:
+            found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
+            raise InputError(f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the model {found}")
+    config = ChainConfig(
+        adapter.config.rank, adapter.config.depth, adapter.config.alpha, dropout,
+        adapter.config.init, adapter.config.target_modules,
+    )
+    order = [path for path in modules if path in adapter.tensors]
+    layers = _inject_at(model, order, config, seed=0)
+    for path, layer in layers.items():
+        load_tensors(layer, adapter.tensors[path])
+    return layers
+
+
+@torch.no_grad()
+def load_tensors(layer: ChainLinear, chain: ChainTensors) -> None:
+    """Copies A, links and B of equal shapes into a layer."""
+    for name, tensor in chain._asdict().items():
+        getattr(layer, name).copy_(tensor)
+
+
+def with_depth(adapter: Adapter, depth: int) -> Adapter:
+    """The same function as a chain of another depth: longer by identity links, shorter by collapsing.
+
+    Depth 0 folds the whole product into A; a depth of at least 1 multiplies the surplus first links into one. ΔW stays
+    the same up to float32 rounding (bit for bit when the chain only grows).
+    """
+    from dataclasses import replace
+
+    from linchain_cli.chain.layer import collapse
+
+    if depth < 0:
+        raise InputError(f"a chain's depth is at least 0, not {depth}")
+
+    def reshape(chain: ChainTensors) -> ChainTensors:
+        have, rank = chain.links.shape[0], chain.A.shape[0]
+        if depth >= have:
+            extra = torch.eye(rank).expand(depth - have, rank, rank)
+            return chain._replace(links=torch.cat([chain.links, extra]))
+        links = chain.links.double()
+        if depth == 0:
+            folded = (collapse(links) @ chain.A.double()).float()
+            return ChainTensors(folded, chain.links[:0], chain.B)
+        first = collapse(links[: have - depth + 1]).float()
+        return chain._replace(links=torch.cat([first[None], chain.links[have - depth + 1 :]]))
+
+    tensors = {path: reshape(chain) for path, chain in adapter.tensors.items()}
+    return Adapter(replace(adapter.config, depth=depth), tensors, adapter.base)

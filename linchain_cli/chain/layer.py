@@ -1,0 +1,161 @@
+"""The chain layer: a frozen linear map plus (α/r)·B·Wn…W1·A.
+
+Two ways lead to the same output. The plain one is the formula, written with torch's own operations;
+it serves dropout, quantised bases and anything unusual. The fused one (`_FusedChain`) computes base
+and adapter in one autograd node: it keeps the input once, adds in place, and is what training runs
+when nothing stands in its way.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+
+def collapse(links: Tensor) -> Tensor:
+    """The product Wn…W1 of chained links.
+
+    Args:
+        links: (..., n, r, r), where links[..., 0, :, :] is W1, the one applied first. n ≥ 1.
+
+    Returns:
+        (..., r, r): n − 1 batched products, whatever stands in the leading dimensions.
+    """
+    product = links[..., 0, :, :]
+    for i in range(1, links.shape[-3]):
+        product = links[..., i, :, :] @ product
+    return product
+
+
+def fold_into_a(A: Tensor, links: Tensor, scaling: float) -> Tensor:
+    """A' = (α/r)·Wn…W1·A of shape (r, d_in), so that the adapter is B·A'; A alone where n = 0."""
+    return scaling * A if links.shape[0] == 0 else (scaling * collapse(links)) @ A
+
+
+def delta_weight(
+    A: Tensor, links: Tensor, B: Tensor, scaling: float, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """ΔW = (α/r)·B·Wn…W1·A, the one place that writes it out.
+
+    Args:
+        A: (r, d_in). links: (n, r, r). B: (d_out, r).
+        scaling: α/r.
+        dtype: the precision of the arithmetic and of the result.
+
+    Returns:
+        (d_out, d_in), also for a Conv1D, whose stored weight is the transpose.
+    """
+    return B.to(dtype) @ fold_into_a(A.to(dtype), links.to(dtype), scaling)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a module that can carry a chain, None of any other."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+class ChainLinear(nn.Module):
+    """h = W0·x + (α/r)·B·Wn…W1·A·x with W0 frozen (LinChain, arXiv 2411.00039; n = 0 is LoRA, n = 1 MoSLoRA).
+
+    The trained tensors are float32 whatever the base's type: `A` (r, d_in), `links` (n, r, r) with links[0] = W1,
+    and `B` (d_out, r). The products run in the input's type.
+
+    Args:
+        base: an nn.Linear (also bitsandbytes' subclasses of it) or a transformers Conv1D.
+        rank: r. depth: n. alpha: α.
+        dropout: probability with which an entry of the adapter's input is zeroed while training.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, depth: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        shape = linear_shape(base)
+        if shape is None:
+            raise TypeError(f"a chain needs an nn.Linear or Conv1D, not {type(base).__name__}")
+        d_in, d_out = shape
+        device = base.weight.device
+        self.base = base
+        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=torch.float32, device=device))
+        self.links = nn.Parameter(torch.empty(depth, rank, rank, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(d_out, rank, dtype=torch.float32, device=device))
+        self.scaling = alpha / rank
+        self.dropout = dropout
+        self.enabled = True
+        # A' as `folded` installs it for one optimizer step; while it is None every forward folds by itself.
+        self.folded_a: Tensor | None = None
+
+    @property
+    def depth(self) -> int:
+        return self.links.shape[0]
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d_in) → (..., d_out)."""
+        if not self.enabled:
+            return self.base(x)
+        folded_a = fold_into_a(self.A, self.links, self.scaling) if self.folded_a is None else self.folded_a
+        drops = self.training and self.dropout > 0
+        if not drops and self._has_plain_base(x):
+            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+            return _FusedChain.apply(x, weight, self.base.bias, folded_a, self.B)
+        h = F.linear(F.dropout(x, self.dropout) if drops else x, folded_a.to(x.dtype))
+        return self.base(x) + F.linear(h, self.B.to(x.dtype))
+
+    def _has_plain_base(self, x: Tensor) -> bool:
+        """Whether W0 is an ordinary matrix of x's type that needs no gradient and nobody hooks into."""
+        base = self.base
+        return (
+            type(base) in (nn.Linear, Conv1D)
+            and base.weight.dtype == x.dtype
+            and not base.weight.requires_grad
+            and not base._forward_hooks
+            and not base._forward_pre_hooks
+        )
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW (d_out, d_in); see the function of the same name."""
+        return delta_weight(self.A.detach(), self.links.detach(), self.B.detach(), self.scaling, dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, depth={self.depth}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+class _FusedChain(torch.autograd.Function):
+    """y = x·W0ᵀ + b + (x·A'ᵀ)·Bᵀ as one node.
+
+    Shapes: x (..., d_in), weight (d_out, d_in), bias (d_out) or None, folded_a (r, d_in), B (d_out, r). W0 and b get
+    no gradient. folded_a and B are float32 and so are their gradients; each is a product in x's type.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, folded_a: Tensor, B: Tensor) -> Tensor:
+        a, b = folded_a.to(x.dtype), B.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ a.T
+        y = F.linear(rows, weight, bias).addmm_(h, b.T)
+        ctx.save_for_backward(rows, weight, h, a, b)
+        ctx.types = folded_a.dtype, B.dtype
+        ctx.input_shape = x.shape
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        rows, weight, h, a, b = ctx.saved_tensors
+        type_a, type_b = ctx.types
+        grad = grad.reshape(-1, grad.shape[-1])
+        grad_h = grad @ b
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_h, a).view(ctx.input_shape)
+        grad_a = (grad_h.T @ rows).to(type_a) if ctx.needs_input_grad[3] else None
+        grad_b = (grad.T @ h).to(type_b) if ctx.needs_input_grad[4] else None
+        return grad_x, None, None, grad_a, grad_b
