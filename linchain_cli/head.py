@@ -1,0 +1,68 @@
+"""The model in two halves: everything up to the last hidden states, and the head that turns those into logits.
+
+Only labelled positions need logits, and with a large vocabulary not all of them at once. transformers' models apply
+head, scaling and soft-capping in one `forward`; to run just that part, for any architecture, the real forward is called
+with its backbone replaced for the length of the call by one that returns given hidden states.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from linchain_cli.errors import InputError
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """The backbone's last hidden states (batch, length, d) for right-padded rows (batch, length).
+
+    No attention mask is needed: with causal attention a row's own tokens come before its padding and never see it.
+    """
+    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+@contextlib.contextmanager
+def _backbone_returns(model: nn.Module, hidden: Tensor) -> Iterator[None]:
+    backbone = model.base_model
+    own = backbone.__dict__.get("forward")
+    backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        if own is None:
+            del backbone.forward
+        else:
+            backbone.forward = own
+
+
+def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits (n, vocabulary) of hidden states (n, d), with whatever scaling and capping the model's forward applies."""
+    placeholder = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
+    with _backbone_returns(model, hidden[None]):
+        return model(input_ids=placeholder, use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def check_split(model: nn.Module) -> None:
+    """Verifies on eight tokens that the two halves give the whole model's logits.
+
+    Raises:
+        InputError: they do not, so that training on them would be training on something else.
+    """
+    device = model.get_input_embeddings().weight.device
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
+    whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    try:
+        split = head_logits(model, hidden_states(model, ids)[0]).float()
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{type(model).__name__} cannot be split into backbone and head ({error})") from error
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    if not torch.allclose(whole, split, rtol=tolerance, atol=tolerance * whole.abs().max().item()):
+        raise InputError(
+            f"{type(model).__name__} computes more between its hidden states and its logits than linchain can follow;"
+            " this architecture is not supported"
+        )
