@@ -1,0 +1,229 @@
+"""From a YAML file and `key=value` overrides to a `Recipe`, or to one message that names everything wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from linchain_cli.errors import InputError, did_you_mean, nearest
+from linchain_cli.recipe import strict_yaml
+from linchain_cli.recipe.schema import Recipe
+from linchain_cli.recipe.validation import Key, check, dotted_fields
+
+MAX_RECIPE_BYTES = 1 << 20
+
+# An override of one takes the other out of the file: `training.max_steps=50` is enough to shorten a recipe.
+ALTERNATIVES = {
+    ("training", "epochs"): ("training", "max_steps"),
+    ("training", "max_steps"): ("training", "epochs"),
+}
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads and checks a recipe.
+
+    Args:
+        path: a YAML file.
+        overrides: `dotted.key=value`, the value written as in YAML; later ones win.
+
+    Raises:
+        InputError: naming every problem with its place (`recipe.yaml:12` or the override), key and remedy.
+    """
+    path = Path(path)
+    draft = _read(path)
+    for override in overrides:
+        _apply(override, draft)
+    recipe, problems = check(Recipe, draft.value)
+    for problem in problems:
+        if not any(problem.key[: len(key)] == key for key in draft.broken):
+            draft.add(problem.key, problem.message)
+    if draft.complaints:
+        raise InputError(_summary(path, draft.complaints))
+    assert recipe is not None
+    return recipe
+
+
+@dataclass
+class _Place:
+    """Where a key was written: a line of the file, or an override (line 0)."""
+
+    text: str
+    line: int = 0
+
+
+@dataclass
+class _Draft:
+    """A recipe on its way in. `broken` are the keys whose value is known to be unusable already."""
+
+    value: dict[str, Any]
+    source: str
+    places: dict[Key, _Place] = field(default_factory=dict)
+    complaints: list[tuple[int, str]] = field(default_factory=list)
+    broken: list[Key] = field(default_factory=list)
+
+    def add(self, key: Key, message: str, place: _Place | None = None) -> None:
+        place = place or self.place_of(key)
+        name = f"{dotted(key)}: " if key else ""
+        self.complaints.append((place.line, f"{place.text}: {name}{message}"))
+
+    def place_of(self, key: Key) -> _Place:
+        """Where the key stands, or else the nearest section around it that was written."""
+        for length in range(len(key), 0, -1):
+            if key[:length] in self.places:
+                return self.places[key[:length]]
+        return _Place(self.source)
+
+
+def dotted(key: Key) -> str:
+    """`data.train[0].path` for ("data", "train", 0, "path")."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in key).removeprefix(".")
+    return text if text.isprintable() and len(text) <= 120 else repr(text)[:120]
+
+
+def _summary(path: Path, complaints: list[tuple[int, str]]) -> str:
+    lines = [message for _, message in sorted(complaints, key=lambda item: item[0])]
+    if len(lines) == 1:
+        return lines[0]
+    return f"{path} has {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _read(path: Path) -> _Draft:
+    text = _read_text(path)
+    try:
+        document = strict_yaml.parse(text)
+    except InputError as error:
+        where, colon, reason = str(error).partition(": ")
+        place = f"{path}:{where.removeprefix('line ')}" if colon and where.startswith("line ") else str(path)
+        raise InputError(f"{place}: not YAML: {reason if colon else error}") from None
+    if document.value is None:
+        raise InputError(f"{path}: the recipe is empty. {_START}")
+    if not isinstance(document.value, dict):
+        raise InputError(f"{path}: a recipe is a mapping that begins like `name: my-run`, this is not one. {_START}")
+    places = {key: _Place(f"{path}:{line}", line) for key, line in document.lines.items()}
+    draft = _Draft(document.value, str(path), places)
+    for problem in document.problems:
+        draft.add(problem.key, problem.message, _Place(f"{path}:{problem.line}", problem.line))
+        if problem.key:
+            draft.broken.append(problem.key)
+    return draft
+
+
+_START = "Start from a shipped one: `linchain recipes list`."
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise InputError(_directory_message(path))
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise InputError(f"{path}: {path.stat().st_size:,} bytes are no recipe; it is a short YAML file.")
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file.{_similar_file(path)}") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"{path}: cannot be read: {reason}.") from None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text; a recipe is a YAML file.") from None
+    if "\0" in text:
+        raise InputError(f"{path}: a binary file; a recipe is a YAML file.")
+    return text
+
+
+def _directory_message(path: Path) -> str:
+    if (path / "recipe.yaml").is_file():
+        return f"{path}: a directory. Its recipe is {path / 'recipe.yaml'}."
+    return f"{path}: a directory; a recipe is a YAML file."
+
+
+def _similar_file(path: Path) -> str:
+    """The nearest YAML file beside a missing one, else the nearest shipped recipe."""
+    beside = path.parent
+    try:
+        names = [found.name for found in beside.iterdir() if found.suffix in (".yaml", ".yml")]
+    except OSError:
+        names = []
+    if found := nearest(path.name, names):
+        return f" Did you mean '{beside / found}'?"
+    if shipped := nearest(path.name.removesuffix(".yaml").removesuffix(".yml"), shipped_recipes()):
+        return f" '{shipped}' is a shipped recipe: `linchain recipes copy {shipped}` puts it here."
+    return f" {_START}"
+
+
+def _apply(override: str, draft: _Draft) -> None:
+    """Puts one `dotted.key=value` into the draft, or adds what is wrong with it."""
+    place = _Place(f"override '{_short(override)}'")
+    name, equals, text = override.partition("=")
+    if not equals or not name:
+        hint = did_you_mean(name, dotted_fields(Recipe))
+        draft.add((), f"expected key=value, such as adapter.depth=1.{hint}", place)
+        return
+    key: Key = tuple(name.strip().split("."))
+    try:
+        document = strict_yaml.parse(text)
+    except InputError as error:
+        reason = str(error).removeprefix("line 1: ")
+        draft.add((), f"the value is not YAML: {reason}. Quote it if it is a text.", place)
+        return
+    for problem in document.problems:
+        draft.add((), problem.message, place)
+    if document.problems:
+        return
+    if not _put(draft.value, key, document.value):
+        draft.add((), f"{dotted(key)} cannot be set, because a part of it is no section.", place)
+        return
+    draft.places = {old: where for old, where in draft.places.items() if old[: len(key)] != key}
+    draft.places[key] = place
+    draft.broken = [broken for broken in draft.broken if broken[: len(key)] != key]
+    if key in ALTERNATIVES and document.value is not None:
+        _remove(draft.value, ALTERNATIVES[key])
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _put(value: dict[str, Any], key: Key, new: Any) -> bool:
+    """Sets a nested value, making the sections on the way; False where something else lies there."""
+    *sections, last = key
+    for section in sections:
+        if value.get(section) is None:
+            value[section] = {}
+        value = value[section]
+        if not isinstance(value, dict):
+            return False
+    value[last] = new
+    return True
+
+
+def _remove(value: Mapping[str, Any], key: Key) -> None:
+    *sections, last = key
+    for section in sections:
+        value = value.get(section)
+        if not isinstance(value, dict):
+            return
+    value.pop(last, None)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with linchain, by name.
+
+    A wheel carries configs/ inside the package; in a source tree it lies beside the package.
+    """
+    package = Path(__file__).resolve().parent.parent
+    for directory in (package / "configs", package.parent / "configs"):
+        if directory.is_dir():
+            return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+    return {}
+
+
+def recipe_purposes() -> Iterator[tuple[str, str]]:
+    """Name and purpose (its first comment line) of every shipped recipe."""
+    for name, path in shipped_recipes().items():
+        with open(path, encoding="utf-8") as lines:
+            yield name, lines.readline().lstrip("# ").strip()

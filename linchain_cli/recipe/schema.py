@@ -1,0 +1,362 @@
+"""What a recipe holds, as pydantic models.
+
+Every field is documented once, by the text beneath it: `linchain recipes schema`, docs/recipe.md and the
+error messages are made from these declarations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, model_validator
+
+from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, tagged
+
+Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$"), Expected("a text that is not empty")]
+Count = Annotated[int, Field(ge=1)]
+FileName = Annotated[
+    str,
+    StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"),
+    Expected("a directory name of letters, digits, '.', '_' and '-'"),
+]
+
+
+class ModelConfig(StrictModel):
+    """The base model, which stays frozen."""
+
+    path: Annotated[Text, Expected("a hub id, a local directory or a .gguf file")]
+    """Hub id, local checkpoint directory, or .gguf file (converted to a directory once)."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub; null takes the default branch."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the frozen base. auto: bfloat16 where the device computes in it, float32 elsewhere.
+    Adapters are float32 always."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Keep the frozen base in 8 or 4 bit (bitsandbytes). Merging goes into the original weights."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto takes the fastest that the device has."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.attention == "flash_attention_2" and self.dtype == "float32":
+            yield Conflict(("attention", "dtype"), "flash_attention_2 computes in bfloat16: set dtype to bfloat16 or auto.")
+
+
+def _kind_of_targets(value: Any) -> str:
+    return "<list>" if isinstance(value, (list, tuple)) else "<text>"
+
+
+def _regex(value: str) -> str:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return value
+
+
+Targets = Annotated[
+    tagged(Annotated[list[Text], Field(min_length=1)], "list")
+    | tagged(Annotated[Text, BeforeValidator(_regex)], "text"),
+    Discriminator(_kind_of_targets),
+    Expected("a list of module names, a regular expression, or all-linear"),
+]
+
+
+class AdapterConfig(StrictModel):
+    """The chain: h = W0 x + (alpha / rank) · B · Wn · … · W1 · A · x, with n = depth."""
+
+    rank: Count = 16
+    """Rows of A, columns of B, and both sides of every link."""
+    depth: Annotated[int, Field(ge=0)] = 3
+    """Number of rank x rank links between A and B: 0 is LoRA, 1 is MoSLoRA."""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """The chain's output is multiplied by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the chain's input while training. 0 allows the fast path."""
+    init: Literal["orthogonal", "identity", "kaiming"] = "orthogonal"
+    """How links start. orthogonal and identity keep LoRA's scale at any depth; kaiming is the paper's. B starts at zero."""
+    target_modules: Targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    """Linear modules of the text decoder that get a chain: a list of names, one regular expression over the full
+    module path, or all-linear. A name that matches nothing is an error."""
+    init_from: Text | None = None
+    """An adapter directory whose values training starts from."""
+
+
+Columns = dict[Text, Text]
+
+
+class SourceConfig(StrictModel):
+    """One data source; what is null here is taken from the data section."""
+
+    path: Annotated[Text, Expected("a registered name, a hub id, or a .json, .jsonl, .csv or .parquet file")]
+    """Registered name, hub id, or a .json, .jsonl, .csv or .parquet file."""
+    split: Text | None = None
+    """Split of a hub data set."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub data set."""
+    columns: Columns | None = None
+    """Column names, ours to theirs."""
+
+
+class TemplateConfig(StrictModel):
+    """A prompt of your own; {column} stands for the row's value."""
+
+    prompt: Text
+    """The text before the answer."""
+    prompt_no_input: Text | None = None
+    """The same for rows whose input is empty; null uses prompt."""
+    response: Text = "{output}"
+    """The answer, which follows the prompt directly and is what the model learns to give."""
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, list) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+def _rows_or_path(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value) else value
+
+
+def _kind_of_validation(value: Any) -> str:
+    return "<path>" if isinstance(value, str) else "<rows>"
+
+
+def _kind_of_template(value: Any) -> str:
+    return "<own>" if isinstance(value, (Mapping, TemplateConfig)) else "<name>"
+
+
+Sources = Annotated[
+    list[SourceConfig],
+    BeforeValidator(_as_sources, json_schema_input_type=str | SourceConfig | list[str | SourceConfig]),
+    Field(min_length=1),
+    Expected("a registered name, a hub id, a file, or a list of them"),
+]
+Validation = Annotated[
+    tagged(Annotated[int, Field(ge=0)], "rows") | tagged(Text, "path"),
+    Discriminator(_kind_of_validation),
+    BeforeValidator(_rows_or_path, json_schema_input_type=int | str),
+    Expected("a number of rows to hold out (0 for none), or a file"),
+]
+TemplateName = Literal["alpaca", "llm-adapters", "chat", "plain"]
+Template = Annotated[
+    tagged(TemplateName, "name") | tagged(TemplateConfig, "own"),
+    Discriminator(_kind_of_template),
+    Expected("alpaca, llm-adapters, chat, plain, or a mapping with prompt, prompt_no_input and response"),
+]
+
+
+class DataConfig(StrictModel):
+    """Rows, and how they become text."""
+
+    train: Sources
+    """Registered name (commonsense170k, everyday), hub id, or path of a .json, .jsonl, .csv or .parquet file; or a list
+    of these; or mappings with path, split, revision and columns. Paths are relative to the current directory."""
+    split: Text = "train"
+    """Split of a hub data set."""
+    revision: Text | None = None
+    """Branch, tag or commit of a hub data set."""
+    columns: Columns = {}
+    """Where columns have other names, ours to theirs: {instruction: question, output: solution}."""
+    validation: Validation = 120
+    """Rows held out of train by split_seed, or a file of its own; 0 holds out none."""
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
+    template: Template = "alpaca"
+    """alpaca, llm-adapters (that repository's training prompt, byte by byte), chat (the tokenizer's own), plain (input
+    and output as they are), or a mapping with prompt, prompt_no_input and response."""
+    train_on_inputs: bool = False
+    """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
+    max_length: Annotated[int, Field(ge=2)] = 256
+    """Longest row in tokens; what is beyond is cut off and counted."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used stops the run, or is skipped and counted."""
+    max_unsupervised_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of rows that may be without a supervised token (all of it cut off) before the run is refused."""
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """The sources of `train`, with this section's split, revision and columns filled in where theirs are null."""
+        return [
+            SourceConfig(
+                path=source.path,
+                split=source.split or self.split,
+                revision=source.revision or self.revision,
+                columns=self.columns if source.columns is None else source.columns,
+            )
+            for source in self.train
+        ]
+
+
+Factor = Annotated[float, Field(ge=0)]
+
+
+class LearningRateFactors(StrictModel):
+    """Factors on learning_rate for the parts of the chain; 0 keeps a part as it was initialised."""
+
+    A: Factor = 1.0
+    """Factor for A."""
+    links: Factor = 1.0
+    """Factor for the links."""
+    B: Factor = 1.0
+    """Factor for B."""
+
+
+def _kind_of_micro_batch(value: Any) -> str:
+    return "<auto>" if value == "auto" else "<number>"
+
+
+MicroBatch = Annotated[
+    tagged(Count, "number") | tagged(Literal["auto"], "auto"),
+    Discriminator(_kind_of_micro_batch),
+    Expected("a whole number of at least 1, or auto"),
+]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"]
+
+
+class TrainingConfig(StrictModel):
+    """Length, batches, optimizer, and what is logged and kept."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = 3.0
+    """Passes over the training rows. Give this or max_steps."""
+    max_steps: Count | None = None
+    """Optimizer steps; takes the place of epochs."""
+    global_batch_size: Count = 16
+    """Rows per optimizer step, over all processes and micro-batches."""
+    micro_batch_size: MicroBatch = 4
+    """Rows that are in memory at once on each process; auto finds the largest that fits. It does not change the result,
+    and need not divide global_batch_size: the last micro-batch of a step is smaller then."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-4
+    """Peak learning rate."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or constant."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps over which the learning rate rises from zero."""
+    lr_multiplier: LearningRateFactors = LearningRateFactors()
+    """Factors on the learning rate of A, links and B."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """The gradient's norm over all adapters is cut down to this; null leaves it alone."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW with its state in 32 bit, in 8 bit, or in 8 bit in memory that the GPU may page out (bitsandbytes)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: slower, with less memory."""
+    compile: bool = False
+    """torch.compile the model's blocks: some minutes before the first step, faster steps after it."""
+    deterministic: bool = False
+    """Ask torch for deterministic algorithms on CUDA, which exact resume needs there."""
+    parallel: Literal["auto", "replicate", "shard"] = "auto"
+    """Several processes: replicate holds the whole base on each, shard spreads it (FSDP2). auto shards what does not fit."""
+    log_every: Count = 10
+    """Steps between rows of metrics.jsonl."""
+    eval_every: Count = 200
+    """Steps between validation losses; there is one after the last step in any case."""
+    save_every: Count = 200
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept on disk."""
+    keep: Literal["best", "last"] = "best"
+    """What adapter/ holds at the end: the values with the lowest validation loss, or the last ones."""
+    early_stopping: Count | None = None
+    """Stop after this many validations in a row without a lower loss; null never stops early."""
+    trackers: list[Tracker] = []
+    """Experiment trackers that get the metrics too; each needs its own package."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_replace_default_epochs(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and value.get("max_steps") is not None and "epochs" not in value:
+            return {**value, "epochs": None}
+        return value
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.epochs is not None and self.max_steps is not None:
+            yield Conflict(("epochs", "max_steps"), "give epochs or max_steps, not both.")
+        if self.epochs is None and self.max_steps is None:
+            yield Conflict(("epochs", "max_steps"), "give epochs or max_steps: how long to train is left open.")
+
+
+Protocol = Literal["likelihood", "generate"]
+
+
+class EvaluationConfig(StrictModel):
+    """What `linchain train` evaluates when it is done."""
+
+    tasks: list[Text] = []
+    """Task names, as `linchain eval --tasks` takes them; none by default."""
+    protocol: Protocol = "likelihood"
+    """likelihood compares the options' probabilities; generate lets the model write and reads its answer."""
+    limit: Count | None = None
+    """Only the first rows of each task."""
+    data_dir: Text | None = None
+    """Directory of local test files, <task>/test.json in the LLM-Adapters format."""
+
+
+class Recipe(StrictModel):
+    """All that a run is made from."""
+
+    name: FileName
+    """The run is written to <output_dir>/<name>."""
+    output_dir: Text = "runs"
+    """Directory of the runs, relative to the current directory."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Adapter initialisation, row order and dropout."""
+    model: ModelConfig
+    """The base model."""
+    adapter: AdapterConfig = AdapterConfig()
+    """The chain."""
+    data: DataConfig
+    """Rows and their text."""
+    training: TrainingConfig = TrainingConfig()
+    """The optimisation."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What follows training."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _open_sections(cls, value: Any) -> Any:
+        """A section that is absent, or has all its keys commented out, is an empty one: its missing keys get named."""
+        if not isinstance(value, Mapping):
+            return value
+        empty = {name: {} for name in SECTIONS if value.get(name) is None}
+        return {**value, **empty}
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.data.validation != 0:
+            return
+        if self.training.keep == "best":
+            keys = ("training.keep", "data.validation")
+            yield Conflict(keys, "'best' is by validation loss, and data.validation is 0: set training.keep to last.")
+        if self.training.early_stopping is not None:
+            keys = ("training.early_stopping", "data.validation")
+            yield Conflict(keys, "early stopping is by validation loss, and data.validation is 0.")
+
+    @property
+    def run_path(self) -> Path:
+        """Where the run is written."""
+        return Path(self.output_dir).expanduser() / self.name
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out. Reading it again gives an equal recipe."""
+        return yaml.dump(
+            self.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=2**31
+        )
+
+
+SECTIONS = ("model", "adapter", "data", "training", "evaluation")
+
+
+class _PlainDumper(yaml.SafeDumper):
+    """Writes no anchors: the loader refuses them."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of a recipe file, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}
