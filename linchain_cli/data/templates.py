@@ -1,0 +1,215 @@
+"""Templates: how a row becomes text, and which characters of it the model has to learn.
+
+The same object builds what is trained on and what is asked at evaluation, so that the two cannot drift
+apart: `render(row).text` starts with `prompt(row)`. A template knows nothing of tokens, except that
+`chat` renders through the tokenizer's own chat template.
+
+    alpaca          the Stanford Alpaca prompt
+    llm-adapters    the training prompt of the LLM-Adapters repository, white space included, for its checkpoints
+    chat            the tokenizer's chat template; only assistant turns are supervised
+    plain           the instruction, the input and a line break
+    a mapping       {prompt: "...", prompt_no_input: "...", response: "..."} with {column} placeholders
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import string
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from linchain_cli.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = Mapping[str, Any]
+
+
+class RowError(ValueError):
+    """A row that cannot be used. The message names the cell; the reader adds file and row."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The text of one training row.
+
+    `spans` are (start, end) character positions that are supervised, in order. `ends` says that the text
+    ends the answer, so that the end-of-sequence token belongs behind it.
+    """
+
+    text: str
+    spans: list[tuple[int, int]]
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of one kind of row that a template accepts."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Template(Protocol):
+    """What training and evaluation ask of a template."""
+
+    name: str
+    layouts: tuple[Layout, ...]
+    adds_bos: bool  # whether the tokenizer's own leading tokens (BOS) belong in front of the text
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever any row could render differently."""
+
+    def prompt(self, row: Row) -> str:
+        """The text a model is given before its answer; needs no response column."""
+
+    def response(self, row: Row) -> str | None:
+        """The answer a row holds, or None when its columns are absent."""
+
+    def complete(self, row: Row, response: str) -> Rendered:
+        """The row's prompt followed by `response`, and nothing that closes it: what evaluation scores."""
+
+    def render(self, row: Row) -> Rendered:
+        """The full training text; raises RowError when the row's values do not fit."""
+
+
+def _fields(pattern: str, key: str) -> tuple[str, ...]:
+    """The column names of a pattern, in order; refuses what is not a plain {column}."""
+    names: list[str] = []
+    try:
+        parts = list(string.Formatter().parse(pattern))
+    except ValueError as error:
+        raise InputError(
+            f"data.template.{key}: {error}. Write {{{{ and }}}} for a brace that is not a placeholder."
+        ) from None
+    for _, name, spec, conversion in parts:
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise InputError(
+                f"data.template.{key}: '{{{name}}}' is not a column name. A placeholder is {{column}} alone; "
+                f"write {{{{ and }}}} for braces."
+            )
+        if name not in names:
+            names.append(name)
+    return tuple(names)
+
+
+class PromptTemplate:
+    """A template made of patterns with {column} placeholders.
+
+    `prompt_no_input` is taken for rows whose columns that only `prompt` mentions are empty or absent.
+    """
+
+    adds_bos = True
+
+    def __init__(self, name: str, prompt: str, response: str, prompt_no_input: str | None = None):
+        self.name = name
+        self._prompt, self._response, self._prompt_no_input = prompt, response, prompt_no_input
+        in_prompt, self._answer = _fields(prompt, "prompt"), _fields(response, "response")
+        if not self._answer:
+            raise InputError("data.template.response: it names no column, so every row would teach the same answer.")
+        always = in_prompt if prompt_no_input is None else _fields(prompt_no_input, "prompt_no_input")
+        self._optional = tuple(name for name in in_prompt if name not in always)
+        self.layouts = (Layout(tuple(dict.fromkeys(always + self._answer)), self._optional),)
+
+    @property
+    def fingerprint(self) -> str:
+        parts = ["prompt", self._prompt, self._prompt_no_input, self._response]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def prompt(self, row: Row) -> str:
+        with_input = self._prompt_no_input is None or any(row.get(name) for name in self._optional)
+        if not with_input:
+            return self._prompt_no_input.format_map(row)
+        absent = {name: "" for name in self._optional if name not in row}
+        return self._prompt.format_map({**row, **absent} if absent else row)
+
+    def response(self, row: Row) -> str | None:
+        if any(row.get(name) is None for name in self._answer):
+            return None
+        return self._response.format_map(row)
+
+    def complete(self, row: Row, response: str) -> Rendered:
+        prompt = self.prompt(row)
+        return Rendered(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
+    def render(self, row: Row) -> Rendered:
+        response = self.response(row)
+        if not response or not response.strip():
+            raise RowError(f"{_quoted(self._answer)} is empty: there is nothing to learn from this row")
+        return self.complete(row, response)
+
+
+def _quoted(names: tuple[str, ...]) -> str:
+    return " and ".join(f"'{name}'" for name in names)
+
+
+_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request."
+)
+_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+)
+
+
+def _alpaca() -> PromptTemplate:
+    return PromptTemplate(
+        "alpaca",
+        prompt=f"{_WITH_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:\n",
+        prompt_no_input=f"{_WITHOUT_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+        response="{output}",
+    )
+
+
+def _llm_adapters() -> PromptTemplate:
+    """LLM-Adapters' training prompt: its source indents the text and carries a linter's comment inside it."""
+    indent = "\n" + " " * 16
+    head, gap = "  # noqa: E501\n" + indent, indent + indent
+    return PromptTemplate(
+        "llm-adapters",
+        prompt=f"{_WITH_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}### Input:{indent}{{input}}"
+        f"{gap}### Response:{indent}",
+        prompt_no_input=f"{_WITHOUT_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}### Response:{indent}",
+        response="{output}",
+    )
+
+
+def _plain() -> PromptTemplate:
+    return PromptTemplate(
+        "plain",
+        prompt="{instruction}\n{input}\n",
+        prompt_no_input="{instruction}\n",
+        response="{output}",
+    )
+
+
+_NAMED = {"alpaca": _alpaca, "llm-adapters": _llm_adapters, "plain": _plain}
+TEMPLATE_NAMES = (*_NAMED, "chat")
+
+
+def get_template(template: str | Mapping[str, str | None] | Any, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of that name, or one made from a mapping with `prompt`, `response` and `prompt_no_input`.
+
+    `tokenizer` is only asked by `chat`. Raises InputError for an unknown name, a pattern with anything but
+    {column} placeholders, and a chat template that is missing or cannot be segmented.
+    """
+    if isinstance(template, str):
+        if template in _NAMED:
+            return _NAMED[template]()
+        if template == "chat":
+            from linchain_cli.data.chat import ChatTemplate
+
+            return ChatTemplate(tokenizer)
+        raise InputError(
+            f"data.template: there is no template '{template}'.{did_you_mean(template, TEMPLATE_NAMES)} "
+            f"Templates: {', '.join(TEMPLATE_NAMES)}, or a mapping with prompt and response."
+        )
+    values = template if isinstance(template, Mapping) else template.model_dump()
+    return PromptTemplate("custom", values["prompt"], values["response"], values.get("prompt_no_input"))
