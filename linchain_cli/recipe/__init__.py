@@ -1,6 +1,6 @@
 """The recipe: all that a run is made from. Nothing in here imports torch."""
 
-from linchain_cli.recipe.loading import load_recipe, shipped_recipes
+from linchain_cli.recipe.loading import load_recipe
 from linchain_cli.recipe.schema import (
     AdapterConfig,
     DataConfig,
@@ -13,6 +13,7 @@ from linchain_cli.recipe.schema import (
     TrainingConfig,
     json_schema,
 )
+from linchain_cli.recipe.shipped import shipped_recipes
 
 __all__ = [
     "AdapterConfig",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from linchain_cli.errors import InputError, did_you_mean, nearest
 from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.schema import Recipe
+from linchain_cli.recipe.shipped import shipped_recipes
 from linchain_cli.recipe.validation import Key, check, dotted_fields
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -208,22 +209,3 @@ def _remove(value: Mapping[str, Any], key: Key) -> None:
         if not isinstance(value, dict):
             return
     value.pop(last, None)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with linchain, by name.
-
-    A wheel carries configs/ inside the package; in a source tree it lies beside the package.
-    """
-    package = Path(__file__).resolve().parent.parent
-    for directory in (package / "configs", package.parent / "configs"):
-        if directory.is_dir():
-            return {path.stem: path for path in sorted(directory.glob("*.yaml"))}
-    return {}
-
-
-def recipe_purposes() -> Iterator[tuple[str, str]]:
-    """Name and purpose (its first comment line) of every shipped recipe."""
-    for name, path in shipped_recipes().items():
-        with open(path, encoding="utf-8") as lines:
-            yield name, lines.readline().lstrip("# ").strip()

@@ -1,0 +1,41 @@
+"""Arguments that several commands share, each with its one help text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from linchain_cli.errors import LinchainError
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file. `linchain recipes list` shows shipped ones.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value", help="Values in place of the recipe's, such as adapter.depth=1.", show_default=False
+    ),
+]
+RunPath = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="RUN", help="A run directory; left out, the newest finished run under ./runs.", show_default=False
+    ),
+]
+ModelName = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run directory, a checkpoint directory or a hub id; left out, the newest finished run under ./runs.",
+        show_default=False,
+    ),
+]
+Dtype = Literal["float32", "bfloat16"]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
+
+
+def not_available(command: str) -> LinchainError:
+    """For a command that has its place and its options, and no work behind it yet."""
+    return LinchainError(f"`linchain {command}` is not available in this version.")

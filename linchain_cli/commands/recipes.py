@@ -1,0 +1,54 @@
+"""linchain recipes: the recipes that come with the tool."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linchain_cli import storage
+from linchain_cli.errors import InputError, did_you_mean
+
+
+def list_recipes() -> None:
+    """List the shipped recipes."""
+    from linchain_cli.recipe.shipped import recipe_purposes
+
+    purposes = dict(recipe_purposes())
+    width = max(map(len, purposes), default=0)
+    for name, purpose in purposes.items():
+        print(f"{name:<{width}}  {purpose}")
+
+
+def copy(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name out of `linchain recipes list`.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Where it goes; left out, ./NAME.yaml.", show_default=False),
+    ] = None,
+) -> None:
+    """Copy a shipped recipe here, to be changed."""
+    from linchain_cli.recipe.shipped import shipped_recipes
+
+    shipped = shipped_recipes()
+    if name not in shipped:
+        known = f" There are: {', '.join(shipped)}."
+        raise InputError(f"no shipped recipe is named '{name}'.{did_you_mean(name, shipped) or known}")
+    target = out or Path(f"{name}.yaml")
+    if target.is_dir():
+        target /= f"{name}.yaml"
+    if target.exists():
+        raise InputError(f"{target} exists and is left as it is: name another place with --out, or move it away.")
+    if not target.parent.is_dir():
+        raise InputError(f"{target.parent} is not a directory.")
+    storage.write_atomic(target, shipped[name].read_bytes())
+    print(f"{target} written. Train with: linchain train {target}")
+
+
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from linchain_cli.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
