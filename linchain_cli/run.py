@@ -65,29 +65,35 @@ class RunDirectory:
         status = self.read_status() if self.exists() else {}
         storage.write_json(self.status_path, {**status, **fields})
 
-    def create(self, recipe_yaml: str, *, replace: bool = False) -> None:
-        """Makes the directory with recipe.yaml and run.json in it.
+    def check_free(self, *, replace: bool = False) -> None:
+        """Raises InputError when a run may not be written here: one exists (and is not to be replaced), or a directory
+        that is no run, which is never touched."""
+        if not self.path.exists():
+            return
+        if self.exists():
+            if not replace:
+                raise InputError(self._exists_message())
+        elif not self.path.is_dir() or any(self.path.iterdir()):
+            raise InputError(
+                f"{self.path} exists and is not a run directory; it is left alone."
+                " Choose another name or output_dir in the recipe."
+            )
 
-        With `replace`, an existing run is removed first. A directory that is no run is never removed.
+    def create(self, recipe_yaml: str, *, replace: bool = False) -> None:
+        """Makes the directory with recipe.yaml and run.json in it; with `replace`, an existing run is removed first.
 
         Raises:
-            InputError: the directory exists and may not be replaced.
+            InputError: as `check_free`.
         """
+        self.check_free(replace=replace)
         if self.path.exists():
-            if not self.path.is_dir() or (not self.exists() and any(self.path.iterdir())):
-                raise InputError(
-                    f"{self.path} exists and is not a run directory; it is left alone."
-                    " Choose another name or output_dir in the recipe."
-                )
-            if self.exists() and not replace:
-                raise InputError(self._exists_message())
             aside = self.path.with_name(f"{storage.STAGING_PREFIX}old-{self.path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             self.path.rename(aside)
             shutil.rmtree(aside)
         self.path.mkdir(parents=True)
         storage.write_atomic(self.recipe_path, recipe_yaml)
-        storage.write_json(self.status_path, {"name": self.path.name, "status": "running", "created": now()})
+        storage.write_json(self.status_path, {"name": self.path.name, "status": "running", "created_at": now()})
 
     def _exists_message(self) -> str:
         status = self.read_status()["status"]
@@ -131,7 +137,7 @@ def newest_finished_run(root: Path | str = "runs") -> RunDirectory:
         with contextlib.suppress(InputError):
             status = run.read_status()
             if status["status"] == "finished" and not status.get("comparison"):
-                candidates.append((status.get("finished", ""), path.name, run))
+                candidates.append((status.get("finished_at", ""), path.name, run))
     if not candidates:
         raise InputError(f"no finished run below {root}/: name a run directory, or train one with 'linchain train RECIPE'")
     return max(candidates)[2]

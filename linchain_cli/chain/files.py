@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli import storage
-from linchain_cli.chain.inject import ChainConfig, _inject_at, chain_layers
-from linchain_cli.chain.layer import ChainLinear, linear_shape
+from linchain_cli.chain.inject import ChainConfig, chain_layers, inject_at, refuse_second_adapter
+from linchain_cli.chain.layer import ChainLinear, collapse, linear_shape
 from linchain_cli.errors import InputError
 
 FORMAT_VERSION = 1
@@ -167,6 +167,7 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
     Raises:
         InputError: the model lacks one of the modules, or has it in another shape. Nothing is changed then.
     """
+    refuse_second_adapter(model)
     modules = dict(model.named_modules())
     for path, chain in adapter.tensors.items():
         shape = linear_shape(modules[path]) if path in modules else None
@@ -179,7 +180,7 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
         adapter.config.init, adapter.config.target_modules,
     )
     order = [path for path in modules if path in adapter.tensors]
-    layers = _inject_at(model, order, config, seed=0)
+    layers = inject_at(model, order, config, seed=0)
     for path, layer in layers.items():
         load_tensors(layer, adapter.tensors[path])
     return layers
@@ -198,10 +199,6 @@ def with_depth(adapter: Adapter, depth: int) -> Adapter:
     Depth 0 folds the whole product into A; a depth of at least 1 multiplies the surplus first links into one. ΔW stays
     the same up to float32 rounding (bit for bit when the chain only grows).
     """
-    from dataclasses import replace
-
-    from linchain_cli.chain.layer import collapse
-
     if depth < 0:
         raise InputError(f"a chain's depth is at least 0, not {depth}")
 

@@ -62,7 +62,7 @@ def match_modules(model: nn.Module, target_modules: str | Sequence[str], prefix:
     linear = {path: module for path, module in scope.items() if linear_shape(module) and ".base" not in path}
     if target_modules == ALL_LINEAR:
         head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        tests = {ALL_LINEAR: lambda path: scope[path] is not head}
+        tests = {ALL_LINEAR: lambda path: path in linear and linear[path] is not head}
     elif isinstance(target_modules, str):
         try:
             expression = re.compile(rf"(?:.*\.)?(?:{target_modules})")
@@ -122,12 +122,19 @@ def inject(model: nn.Module, config: ChainConfig, seed: int = 0, prefix: str = "
     Raises:
         InputError: a pattern matches nothing, or the model carries chains already (`detach` it first).
     """
-    return _inject_at(model, match_modules(model, config.target_modules, prefix).paths, config, seed)
+    refuse_second_adapter(model)
+    return inject_at(model, match_modules(model, config.target_modules, prefix).paths, config, seed)
 
 
-def _inject_at(model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int) -> dict[str, ChainLinear]:
+def refuse_second_adapter(model: nn.Module) -> None:
+    """Raises InputError when the model carries chains: they do not stack."""
     if chain_layers(model):
         raise InputError("this model carries a chain adapter already; take it out with detach(model) first")
+
+
+def inject_at(model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int) -> dict[str, ChainLinear]:
+    """`inject` at modules that are known; see there."""
+    refuse_second_adapter(model)
     model.requires_grad_(False)
     layers = {}
     for path in paths:

@@ -1,0 +1,73 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere. All of it goes to stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class Display:
+    """Shows steps, validation losses and notes of one run.
+
+    Args:
+        total_steps: where the bar ends. done: steps that a resumed run has behind it.
+        quiet: show nothing (every process but the first).
+    """
+
+    def __init__(self, total_steps: int, done: int = 0, quiet: bool = False):
+        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+        self.total_steps = total_steps
+        self.started, self.first_step = time.monotonic(), done
+        self.bar = None
+        if self.console.is_terminal and not quiet:
+            self.bar = Progress(
+                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(), console=self.console,
+            )
+            self.task = self.bar.add_task("", total=total_steps, completed=done, status="")
+
+    def __enter__(self) -> Display:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """After every optimizer step; moves the bar."""
+        if self.bar:
+            self.bar.update(self.task, completed=step, status=f"loss {loss:.4f} · {tokens_per_second:,.0f} tokens/s")
+
+    def row(self, row: dict[str, Any]) -> None:
+        """After a step whose metrics were logged; a line where there is no bar."""
+        if not self.bar:
+            left = (self.total_steps - row["step"]) * (time.monotonic() - self.started) / (row["step"] - self.first_step)
+            self.console.print(
+                f"step {row['step']}/{self.total_steps}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
+                f"  {_clock(left)} left"
+            )
+
+    def validation(self, step: int, loss: float, best: bool) -> None:
+        """After a validation."""
+        self.console.print(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}")
+
+    def note(self, message: str) -> None:
+        """Anything the user should know."""
+        self.console.print(message, markup=False)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def note(message: str) -> None:
+    """A line for the user outside the bar's time."""
+    print(message, file=sys.stderr, flush=True)
