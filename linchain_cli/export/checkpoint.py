@@ -1,0 +1,315 @@
+"""Checkpoints on disk, tensor by tensor: reading byte ranges of the weight files, and writing new ones of known sizes.
+
+A safetensors file is eight bytes (the header's length, little endian), the header (JSON: name -> type, shape and
+byte range), and the data. Reading and writing that by hand is what keeps memory at a few blocks: untouched tensors are
+copied file to file inside the kernel, and pages of a memory map never count against the process.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.model_files import weight_files
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+_PICKLED_TYPES = TYPE_NAMES | {
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}
+
+_LARGEST_HEADER = 100_000_000  # what the safetensors library itself accepts
+BLOCK_BYTES = 8 << 20
+
+# Answers of a kernel or file system that cannot copy between two files by itself; anything else is a real failure.
+_NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM}
+
+_WEIGHT_SUFFIXES = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
+    ".onnx", ".ckpt", ".ot",
+)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a checkpoint: its safetensors type name, and the bytes that hold it, row-major.
+
+    The bytes lie in `path` from `start` on; a pickled checkpoint's lie in `values` instead.
+    """
+
+    key: str
+    type: str
+    shape: torch.Size
+    nbytes: int
+    path: Path
+    start: int = 0
+    values: torch.Tensor | None = field(default=None, repr=False)
+
+    def read(self, first: int = 0, count: int | None = None) -> bytearray:
+        """`count` bytes from byte `first` of the tensor on; all of them by default."""
+        count = self.nbytes - first if count is None else count
+        if self.values is not None:
+            flat = self.values.contiguous().reshape(-1).view(torch.uint8)
+            return bytearray(flat[first : first + count].numpy().tobytes())
+        buffer = bytearray(count)
+        view, done = memoryview(buffer), 0
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.start + first)
+            while done < count:
+                got = file.readinto(view[done:])
+                if not got:
+                    raise LinchainError(f"{self.path} ends within tensor {self.key}")
+                done += got
+        return buffer
+
+    def rows(self, first: int, count: int) -> torch.Tensor:
+        """Rows `first` to `first + count` (along the first dimension) of a floating-point tensor, in its own type."""
+        width = self.nbytes // self.shape[0]
+        data = self.read(first * width, count * width)
+        return torch.frombuffer(data, dtype=FLOAT_TYPES[self.type]).reshape(count, *self.shape[1:])
+
+    def tensor(self) -> torch.Tensor:
+        """The whole of a floating-point tensor, in its own type."""
+        return torch.frombuffer(self.read(), dtype=FLOAT_TYPES[self.type]).reshape(self.shape)
+
+    def row_blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
+        """(first row, number of rows) of blocks of about `block_bytes`, in order."""
+        step = max(1, block_bytes * self.shape[0] // max(self.nbytes, 1))
+        for first in range(0, self.shape[0], step):
+            yield first, min(step, self.shape[0] - first)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The weights of a checkpoint directory: every tensor by its key, in the order of the files."""
+
+    directory: Path
+    tensors: dict[str, StoredTensor]
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Key -> shape."""
+        return {key: tensor.shape for key, tensor in self.tensors.items()}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The weight files, each once."""
+        return tuple(dict.fromkeys(tensor.path for tensor in self.tensors.values()))
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Reads the headers of a checkpoint's weight files (safetensors or pickled, single or sharded).
+
+    Raises:
+        InputError: there are none, a shard is missing, or a file is damaged.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(Path(directory)):
+        tensors.update(read_header(path) if path.suffix == ".safetensors" else _read_pickled(path))
+    return Checkpoint(Path(directory), tensors)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file by key, in the order of their data.
+
+    Raises:
+        InputError: the header is damaged, or the file is shorter than it says.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LARGEST_HEADER):
+                raise ValueError("its header's length is impossible")
+            header = json.loads(file.read(length))
+        tensors = []
+        for key, entry in header.items():
+            if key != "__metadata__":
+                begin, end = entry["data_offsets"]
+                shape = torch.Size(entry["shape"])
+                tensors.append(StoredTensor(key, entry["dtype"], shape, end - begin, path, 8 + length + begin))
+        tensors.sort(key=lambda tensor: tensor.start)
+        for tensor in tensors:
+            _check_range(tensor, 8 + length, size)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    return {tensor.key: tensor for tensor in tensors}
+
+
+def _check_range(tensor: StoredTensor, data_start: int, file_size: int) -> None:
+    if not data_start <= tensor.start <= tensor.start + tensor.nbytes <= file_size:
+        raise ValueError(f"tensor {tensor.key} reaches beyond the end of the file")
+    dtype = FLOAT_TYPES.get(tensor.type)
+    if dtype is not None and tensor.nbytes != tensor.shape.numel() * dtype.itemsize:
+        raise ValueError(f"tensor {tensor.key} has {tensor.nbytes} bytes, which is not {tuple(tensor.shape)} of {tensor.type}")
+
+
+def _read_pickled(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a pickled checkpoint, mapped rather than read where the file allows it; no pickled code is run."""
+    import pickle
+
+    try:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # written before PyTorch 1.6: cannot be mapped
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise InputError(
+            f"{path} cannot be read as plain weights, and code in it is never run ({str(error).splitlines()[0]})."
+            " Convert it to safetensors where it came from, or use a safetensors version of the model."
+        ) from error
+    tensors = {}
+    for key, value in loaded.items() if isinstance(loaded, dict) else ():
+        if isinstance(value, torch.Tensor):
+            if value.dtype not in _PICKLED_TYPES:
+                raise InputError(f"{path}: tensor {key} has type {value.dtype}, which is not supported")
+            kind, size = _PICKLED_TYPES[value.dtype], value.numel() * value.element_size()
+            tensors[key] = StoredTensor(key, kind, value.shape, size, path, values=value)
+    if not tensors:
+        raise InputError(f"{path} holds no tensors by name")
+    return tensors
+
+
+def companion_files(directory: Path) -> list[Path]:
+    """What lies beside the weights and belongs to the model: configurations, tokenizer, licence.
+
+    Left out are weights in any format, hidden files, code (it is never run), folders, and the README, which describes
+    the base and not what comes of it.
+    """
+    return [
+        path
+        for path in sorted(Path(directory).iterdir())
+        if path.is_file()
+        and not path.name.startswith(".")
+        and not path.name.endswith(_WEIGHT_SUFFIXES)
+        and path.suffix != ".py"
+        and path.stem.lower() != "readme"
+    ]
+
+
+@dataclass(frozen=True)
+class NewTensor:
+    """A tensor to be written: `data` yields its bytes in order, or is the stored tensor to copy as it is."""
+
+    key: str
+    type: str
+    shape: torch.Size
+    nbytes: int
+    data: StoredTensor | Callable[[], Iterator[torch.Tensor]]
+
+
+def plan_shards(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
+    """Cuts the tensors, in their order, into shards of at most `max_bytes` of data; a larger tensor gets its own."""
+    shards: list[list[NewTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.nbytes > max_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def write_checkpoint(
+    directory: Path, tensors: Sequence[NewTensor], max_bytes: int, progress: Callable[[int], None] = lambda count: None
+) -> list[Path]:
+    """Writes weight files (and the index, where there are several) into `directory`; returns the weight files.
+
+    `progress` is called with the number of data bytes written since its last call.
+    """
+    shards = plan_shards(tensors, max_bytes)
+    count = len(shards)
+    names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(directory / name, shard, progress)
+    if count > 1:
+        index = {
+            "metadata": {
+                "total_parameters": sum(tensor.shape.numel() for tensor in tensors),
+                "total_size": sum(tensor.nbytes for tensor in tensors),
+            },
+            "weight_map": {
+                key: name for key, name in sorted((t.key, n) for n, shard in zip(names, shards) for t in shard)
+            },
+        }
+        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    return [directory / name for name in names]
+
+
+def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None]) -> None:
+    # Wide types first, so that every tensor starts at a multiple of its element's size.
+    ordered = sorted(tensors, key=lambda tensor: -math.gcd(tensor.nbytes // max(tensor.shape.numel(), 1), 8))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in ordered:
+        header[tensor.key] = {
+            "dtype": tensor.type, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]
+        }
+        offset += tensor.nbytes
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in ordered:
+            if isinstance(tensor.data, StoredTensor):
+                _copy(tensor.data, file, progress)
+                continue
+            written = 0
+            for block in tensor.data():
+                data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
+                _write_all(file, data)
+                written += len(data)
+                progress(len(data))
+            if written != tensor.nbytes:
+                raise LinchainError(f"{tensor.key}: {written} bytes were made where {tensor.nbytes} were announced")
+
+
+def _write_all(file, data) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _copy(tensor: StoredTensor, file, progress: Callable[[int], None]) -> None:
+    """Copies a stored tensor's bytes to the end of `file`, inside the kernel where it can do that."""
+    if tensor.values is not None:
+        for first in range(0, tensor.nbytes, BLOCK_BYTES):
+            data = tensor.read(first, min(BLOCK_BYTES, tensor.nbytes - first))
+            _write_all(file, data)
+            progress(len(data))
+        return
+    with open(tensor.path, "rb", buffering=0) as source:
+        source.seek(tensor.start)
+        left = tensor.nbytes
+        while left:
+            sent = _send(source, file, min(left, 8 * BLOCK_BYTES))
+            if not sent:
+                raise LinchainError(f"{tensor.path} ends within tensor {tensor.key}")
+            left -= sent
+            progress(sent)
+
+
+def _send(source, target, count: int) -> int:
+    """Moves up to `count` bytes from one file's position to the other's; returns how many."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source.fileno(), target.fileno(), count)
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+    data = source.read(count)
+    _write_all(target, data)
+    return len(data)

@@ -1,0 +1,238 @@
+"""`linchain merge` from plan to receipt: write into a staging directory, prove it there, and only then give it its name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from linchain_cli import __version__, storage
+from linchain_cli.chain import Adapter, adapter_files, attach, disabled
+from linchain_cli.errors import InputError
+from linchain_cli.export.card import Origin, model_card
+from linchain_cli.export.checkpoint import Checkpoint, companion_files, open_checkpoint, write_checkpoint
+from linchain_cli.export.merge import MergePlan, new_tensors, plan_merge
+from linchain_cli.export.output import check_disk, check_output, copy_files, staged_output
+from linchain_cli.export.proof import LogitProof, TensorProof, compare_logits, prove_tensors, read_logits
+from linchain_cli.model import default_device, empty_model, load_model
+from linchain_cli.model_files import base_hash
+
+RECEIPT_FILE = "merge.json"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What of a merge can be chosen.
+
+    dtype: recast every floating-point tensor, None keeps each one's stored type
+    max_shard_bytes: largest weight file
+    overwrite: replace the output directory
+    prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
+    quantization: how the run had rounded its base; its logits are compared as well
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 5 * 10**9
+    overwrite: bool = False
+    prompts: Sequence[Sequence[int]] = ()
+    quantization: str = "none"
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the merged checkpoint is, and its receipt as merge.json holds it."""
+
+    directory: Path
+    receipt: dict[str, Any]
+
+
+def merge_checkpoint(
+    base_directory: Path,
+    adapter: Adapter,
+    out: Path,
+    options: MergeOptions,
+    origin: Origin,
+    *,
+    keep: Sequence[Path] = (),
+    progress: Progress = lambda phase, done, total: None,
+) -> MergeResult:
+    """Merges `adapter` into the checkpoint at `base_directory` and writes the result to `out`, proven.
+
+    `keep` are further paths that the output may not touch. `progress` is called with the phase's name, the bytes
+    done and the bytes there are.
+
+    Raises:
+        InputError: the output cannot be written, the base is not the one that was trained on, or a module cannot be merged.
+        LinchainError: the disk is too small, or the proof failed. Either way nothing is left of the output.
+    """
+    target = check_output(out, overwrite=options.overwrite, sources=[base_directory, *keep])
+    found_hash = check_base(base_directory, adapter)
+    base = open_checkpoint(base_directory)
+    plan = plan_merge(base, adapter, empty_model(base_directory))
+    check_factors(adapter)
+    tensors = new_tensors(plan, options.dtype)
+    companions = companion_files(base_directory)
+    total = sum(tensor.nbytes for tensor in tensors)
+    check_disk(target, total + sum(path.stat().st_size for path in companions))
+    with staged_output(target) as staging:
+        write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
+        copy_files(companions, staging)
+        if options.dtype is not None:
+            _set_config_dtype(staging / "config.json", options.dtype)
+        proof = prove_tensors(plan, staging, options.dtype, _counter("proving", total, progress))
+        logits = _prove_logits(base_directory, adapter, staging, base, options) if options.prompts else None
+        receipt = _receipt(plan, adapter, found_hash, proof, logits, options)
+        storage.write_durable(staging / RECEIPT_FILE, storage.json_bytes(receipt))
+        card = model_card("merged", adapter, origin, str(adapter.base.get("path") or base_directory), _facts(receipt))
+        storage.write_durable(staging / "README.md", card.encode())
+    return MergeResult(target, receipt)
+
+
+def _counter(phase: str, total: int, progress: Progress) -> Callable[[int], None]:
+    done = 0
+
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(phase, done, total)
+
+    return add
+
+
+def check_base(directory: Path, adapter: Adapter) -> str:
+    """The hash of the base's weights.
+
+    Raises:
+        InputError: the adapter was trained on other weights.
+    """
+    found, wanted = base_hash(directory), adapter.base.get("hash")
+    if wanted and found != wanted:
+        raise InputError(
+            f"{directory} does not hold the weights that the adapter was trained on ({adapter.base.get('path')}):"
+            f" SHA-256 {found[:12]}…, expected {wanted[:12]}…. Give the right ones with --base."
+        )
+    return found
+
+
+def check_factors(adapter: Adapter) -> None:
+    """Raises InputError for an adapter with a value that is no finite number; the message names the module."""
+    for path, chain in adapter.tensors.items():
+        if not all(torch.isfinite(tensor).all() for tensor in chain):
+            raise InputError(f"the adapter's values for '{path}' are not finite: its training diverged")
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Makes config.json name the type that the weights now have, wherever it names one."""
+    config = json.loads(path.read_bytes())
+    name = str(dtype).removeprefix("torch.")
+
+    def rename(part: dict[str, Any]) -> None:
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = name
+        for value in part.values():
+            if isinstance(value, dict):
+                rename(value)
+
+    rename(config)
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = name
+    path.write_bytes(storage.json_bytes(config))
+
+
+def _prove_logits(
+    base_directory: Path, adapter: Adapter, merged: Path, base: Checkpoint, options: MergeOptions
+) -> dict[str, Any] | None:
+    """Logits of adapted and merged model, one model in memory at a time; None where none fits."""
+    device = default_device()
+    dtype = _proof_dtype(base, device)
+    if dtype is None:
+        return None
+    adapted, bare = _adapted_logits(base_directory, adapter, options.prompts, dtype, "none", device)
+    model = load_model(merged, dtype=dtype, device=device, attention="eager")
+    ours = list(read_logits(model, options.prompts))
+    del model
+    result = _as_json(compare_logits(adapted, ours, bare, dtype))
+    if options.quantization != "none":
+        rounded, bare = _adapted_logits(base_directory, adapter, options.prompts, dtype, options.quantization, device)
+        result["quantized"] = {"quantization": options.quantization, **_as_json(compare_logits(rounded, ours, bare, dtype))}
+    return result
+
+
+def _as_json(proof: LogitProof) -> dict[str, Any]:
+    return {**asdict(proof), "adapter_lost": proof.adapter_lost}
+
+
+def _adapted_logits(directory: Path, adapter: Adapter, prompts, dtype: str, quantization: str, device):
+    """Logits of the base with the adapter, and of the bare base."""
+    model = load_model(directory, dtype=dtype, device=device, quantization=quantization, attention="eager")
+    attach(model, adapter)
+    adapted = list(read_logits(model, prompts))
+    with disabled(model):
+        bare = list(read_logits(model, prompts))
+    return adapted, bare
+
+
+def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
+    """float32 if a model of it fits into the memory that is free, else bfloat16 if that does, else None."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    parameters = sum(shape.numel() for shape in base.shapes.values())
+    for name, width in (("float32", 4), ("bfloat16", 2)):
+        if parameters * width <= 0.8 * free:
+            return name
+    return None
+
+
+def _receipt(
+    plan: MergePlan, adapter: Adapter, found_hash: str, proof: TensorProof, logits: dict[str, Any] | None, options: MergeOptions
+) -> dict[str, Any]:
+    """merge.json: what was made from what, and what was verified. It depends on the inputs alone: no time, no place."""
+    worst = max(proof.changed, key=proof.changed.__getitem__)
+    return {
+        "linchain": __version__,
+        "base": {"path": adapter.base.get("path"), "hash": found_hash, "hash_expected": adapter.base.get("hash")},
+        "adapter": {
+            "rank": adapter.config.rank,
+            "depth": adapter.config.depth,
+            "alpha": adapter.config.alpha,
+            "modules": len(adapter.tensors),
+            "hashes": {name: storage.sha256_bytes(data) for name, data in adapter_files(adapter).items()},
+        },
+        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+        "files": proof.hashes,
+        "tensors": {
+            "total": len(plan.base.tensors),
+            "changed": len(proof.changed),
+            "untouched": proof.untouched,
+            "renamed": sum(target.parameter != key for key, target in plan.plain.items()),
+            "converted": sum(len(group.conversion.keys) for group in plan.converted),
+        },
+        "largest_ulp": proof.largest_ulp,
+        "largest_ulp_tensor": worst,
+        "changed": proof.changed,
+        "logits": logits,
+    }
+
+
+def _facts(receipt: dict[str, Any]) -> dict[str, str]:
+    """The receipt in lines for the model card."""
+    tensors = receipt["tensors"]
+    facts = {
+        "tensors": f"{tensors['changed']} changed, at most {receipt['largest_ulp']:.3f} ulp from the float64 sum;"
+        f" {tensors['untouched']} as in the base",
+    }
+    if logits := receipt["logits"]:
+        facts["logits of merged against adapted model"] = (
+            f"largest difference {logits['largest_difference']:.3g}, top-1 agreement"
+            f" {100 * logits['top1_agreement']:.1f} % over {logits['positions']} positions ({logits['dtype']})"
+        )
+    return facts
