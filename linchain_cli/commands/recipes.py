@@ -10,12 +10,11 @@ import typer
 
 from linchain_cli import storage
 from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.shipped import recipe_purposes, shipped_recipes
 
 
 def list_recipes() -> None:
     """List the shipped recipes."""
-    from linchain_cli.recipe.shipped import recipe_purposes
-
     purposes = dict(recipe_purposes())
     width = max(map(len, purposes), default=0)
     for name, purpose in purposes.items():
@@ -30,8 +29,6 @@ def copy(
     ] = None,
 ) -> None:
     """Copy a shipped recipe here, to be changed."""
-    from linchain_cli.recipe.shipped import shipped_recipes
-
     shipped = shipped_recipes()
     if name not in shipped:
         known = f" There are: {', '.join(shipped)}."

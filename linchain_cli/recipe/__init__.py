@@ -13,7 +13,7 @@ from linchain_cli.recipe.schema import (
     TrainingConfig,
     json_schema,
 )
-from linchain_cli.recipe.shipped import shipped_recipes
+from linchain_cli.shipped import shipped_recipes
 
 __all__ = [
     "AdapterConfig",

@@ -10,7 +10,7 @@ from typing import Any
 from linchain_cli.errors import InputError, did_you_mean, nearest
 from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.schema import Recipe
-from linchain_cli.recipe.shipped import shipped_recipes
+from linchain_cli.shipped import shipped_recipes
 from linchain_cli.recipe.validation import Key, check, dotted_fields
 
 MAX_RECIPE_BYTES = 1 << 20

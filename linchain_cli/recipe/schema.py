@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, m
 
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, tagged
 
-Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$"), Expected("a text that is not empty")]
+Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$"), Expected("non-empty text")]
 Count = Annotated[int, Field(ge=1)]
 FileName = Annotated[
     str,
@@ -227,8 +227,8 @@ class TrainingConfig(StrictModel):
     global_batch_size: Count = 16
     """Rows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: MicroBatch = 4
-    """Rows that are in memory at once on each process; auto finds the largest that fits. It does not change the result,
-    and need not divide global_batch_size: the last micro-batch of a step is smaller then."""
+    """Rows that are in memory at once on each process; auto finds the largest that fits. The step's
+    gradient does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller then."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"

@@ -215,9 +215,9 @@ SIMPLE = {str: "text", bool: "true or false", int: "a whole number", float: "a n
 def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
     """What a field takes, in words: `a whole number of at least 1`, `one of none, int8, nf4`."""
     metadata = list(metadata)
-    for item in metadata:
-        if isinstance(item, Expected):
-            return item.text
+    wordings = [item.text for item in metadata if isinstance(item, Expected)]
+    if wordings:
+        return wordings[-1]
     return _describe_type(annotation) + _describe_bounds(metadata)
 
 
@@ -268,5 +268,5 @@ def tagged(annotation: Any, tag: str) -> Any:
 
 
 def _show(value: Any) -> str:
-    text = repr(value)
+    text = "nothing" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

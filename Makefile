@@ -1,0 +1,48 @@
+# make quickstart   fine-tune a small real model on this machine, see that it got better
+# make test         all tests
+# make bench        benchmarks
+# make docs         what is generated: docs/recipe.md
+# make clean        remove build output and caches; .venv, models and runs stay
+#
+# Each target sets .venv up first, with the exact versions of constraints.txt. VENV=... puts it elsewhere.
+
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$python; break; }; done)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: install quickstart test bench docs clean
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "linchain needs Python 3.11 or newer; none was found" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# setuptools comes first: with it the package is built in this environment, and nothing outside constraints.txt is fetched.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-bench: $(VENV)/.installed
+	$(PIP) --no-build-isolation -e '.[test,bench]'
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python scripts/quickstart.py
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+bench: $(VENV)/.installed-bench
+	@test -f scripts/bench_train.py || { echo "this version has no benchmarks" >&2; exit 1; }
+	$(BIN)/python scripts/bench_train.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python scripts/generate_reference.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
+	find linchain_cli tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
