@@ -18,6 +18,7 @@ for _variable in ("HF_TOKEN", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "LINCHAIN_DAT
     os.environ.pop(_variable, None)
 
 import random  # noqa: E402
+import shutil  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 
@@ -34,7 +35,7 @@ _VERBS = ["found", "carried", "painted", "washed", "moved", "sold", "borrowed", 
 
 
 def _commonsense_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
-    """`n` rows in the Commonsense170K format; the styles true/false, two solutions and three to five answers take turns."""
+    """`n` rows in the Commonsense170K format: true/false, two solutions, three to five answers, in turn."""
     rng = random.Random(seed)
     rows = []
     for index in range(n):
@@ -48,15 +49,19 @@ def _commonsense_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
             names = ["solution1", "solution2"]
             first, second = rng.sample(_PLACES, 2)
             text = (
-                f"Please choose the correct solution to the question: where was the {thing} {verb} by person {index}?"
+                f"Please choose the correct solution to the question: "
+                f"where was the {thing} {verb} by person {index}?"
                 f"\n\nSolution1: in the {first}\n\nSolution2: in the {second}"
             )
         else:
             names = [f"answer{number}" for number in range(1, rng.choice([3, 4, 5]) + 1)]
             options = rng.sample(_PLACES, len(names))
-            listed = " ".join(f"{name.capitalize()}: the {place}" for name, place in zip(names, options, strict=True))
+            listed = " ".join(
+                f"{name.capitalize()}: the {place}" for name, place in zip(names, options, strict=True)
+            )
             text = (
-                f"Please choose the correct answer to the question: Where was the {thing} {verb} by person {index}?"
+                f"Please choose the correct answer to the question: "
+                f"Where was the {thing} {verb} by person {index}?"
                 f"\n\n{listed}"
             )
         answer = rng.choice(names)
@@ -90,7 +95,9 @@ def _build_tokenizer():
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [f"{row['instruction']}\n\n### Response:\n{row['output']}" for row in _commonsense_rows(300, seed=1)]
+    texts = [
+        f"{row['instruction']}\n\n### Response:\n{row['output']}" for row in _commonsense_rows(300, seed=1)
+    ]
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -156,6 +163,12 @@ def tiny_llama_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir:
     return _save_model(config, tiny_tokenizer_dir, tmp_path_factory.mktemp("tiny-llama"))
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path, tiny_llama_dir: Path) -> Path:
+    """A copy of the tiny Llama that one test may change or damage."""
+    return Path(shutil.copytree(tiny_llama_dir, tmp_path / "tiny-llama"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tied_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
     """The same Llama with output embeddings tied to the input's: no `lm_head.weight` in the file."""
@@ -165,7 +178,7 @@ def tiny_tied_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Path:
-    """A GPT-2 checkpoint, whose projections are Conv1D with weights [in, out]: 2 layers, hidden 64, tied, no dropout."""
+    """A GPT-2 checkpoint, whose projections are Conv1D [in, out]: 2 layers, hidden 64, tied, no dropout."""
     from transformers import GPT2Config
 
     config = GPT2Config(
@@ -183,7 +196,7 @@ def tiny_gpt2_dir(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Sums over several threads may differ in their last bit; with one thread every test sees the same numbers."""
+    """Sums over several threads may differ in their last bit; one thread always gives the same numbers."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,0 +1,142 @@
+"""A .gguf file as a checkpoint directory in float32, converted once.
+
+transformers reads GGUF only into memory, in seconds to minutes, and refuses to save what it read;
+everything else in this project (hashing a base, merging into it, mapping its tensors) wants a
+directory. The weights are written in float32, because that holds every dequantised value exactly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.storage import sha256_file, staged_directory
+
+logger = logging.getLogger(__name__)
+
+MAGIC = b"GGUF"
+SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+
+
+def cache_root() -> Path:
+    """Where converted models are kept: $LINCHAIN_CACHE, $XDG_CACHE_HOME/linchain or ~/.cache/linchain."""
+    if root := os.environ.get("LINCHAIN_CACHE"):
+        return Path(root).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linchain"
+
+
+def converted_gguf(path: Path) -> Path:
+    """The cached checkpoint directory of a .gguf file, made on first use and found by name and content."""
+    _check_gguf(path)
+    target = cache_root() / "gguf" / f"{path.stem}-{sha256_file(path)[:16]}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(target):
+            if not target.is_dir():
+                convert_gguf(path, target)
+    return target
+
+
+def convert_gguf(path: Path, target: Path) -> None:
+    """Writes a .gguf file's model, tokenizer and generation settings as a checkpoint directory.
+
+    `target` appears only when it is complete. Raises InputError if the file is not a GGUF file, is
+    damaged, or holds an architecture that transformers cannot read.
+    """
+    _check_gguf(path)
+    logger.info("Converting %s to a float32 checkpoint, once: %s", path.name, target)
+    started = time.monotonic()
+    try:
+        with staged_directory(target) as staging, _quiet():
+            _write_checkpoint(path, staging)
+    except OSError as error:
+        raise LinchainError(
+            f"The converted model cannot be written to {target}: {error.strerror or error}."
+        ) from error
+    logger.info("Converted in %.0f s.", time.monotonic() - started)
+
+
+def _write_checkpoint(path: Path, staging: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32, trust_remote_code=False)
+    except MemoryError:
+        raise
+    except Exception as error:  # the reader walks foreign bytes and raises whatever they lead it to
+        raise InputError(f"{path} cannot be read as GGUF: {error or type(error).__name__}") from error
+    # What was read is plain float32; the mark of its former format makes save_pretrained refuse.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    _make_readable(staging)
+
+
+def _make_readable(directory: Path) -> None:
+    """Gives files the permissions a plain `open` would: safetensors writes its files for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in directory.iterdir():
+        if file.is_file():
+            file.chmod(
+                (stat.S_IRUSR | stat.S_IWUSR | stat.S_IRGRP | stat.S_IWGRP | stat.S_IROTH | stat.S_IWOTH)
+                & ~umask
+            )
+
+
+def _check_gguf(path: Path) -> None:
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(len(MAGIC))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    if magic != MAGIC:
+        raise InputError(
+            f"{path} is not a GGUF file: it does not begin with the letters GGUF. Download it again."
+        )
+    if SPLIT.search(path.name):
+        raise InputError(
+            f"{path} is one part of a split GGUF model. Join the parts first: "
+            f"llama-gguf-split --merge {path.name} {SPLIT.sub('.gguf', path.name)}"
+        )
+
+
+@contextlib.contextmanager
+def _one_at_a_time(target: Path) -> Iterator[None]:
+    """Holds a lock beside `target`, so that processes started together convert a file once."""
+    import fcntl
+
+    with open(target.with_name(f".{target.name}.lock"), "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Swallows the reader's progress bars and its remarks about dequantising, which say nothing to a user."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

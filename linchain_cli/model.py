@@ -1,0 +1,390 @@
+"""Base models and tokenizers: loaded frozen, in the asked dtype, quantised if asked, or refused.
+
+`locate` (model_files.py) turns a hub id, a directory or a .gguf file into a checkpoint directory; the
+functions here read such a directory with transformers. No code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from linchain_cli.errors import InputError, LinchainError, did_you_mean
+from linchain_cli.model_files import base_hash, locate, read_config, weight_files
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "base_hash",
+    "default_device",
+    "empty_model",
+    "load_model",
+    "load_tokenizer",
+    "locate",
+    "resolve_attention",
+    "resolve_dtype",
+    "text_decoder",
+    "text_decoder_prefix",
+    "weight_files",
+]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+QUANTIZATIONS = ("none", "int8", "nf4")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
+# What model classes raise if a configuration's values do not fit together, or a library they need is missing.
+UNUSABLE = (
+    ImportError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    OSError,
+    EOFError,
+)
+
+
+def default_device() -> torch.device:
+    """The first GPU if CUDA sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype a recipe's `dtype` means on `device`.
+
+    `auto` is bfloat16 where the hardware multiplies it, else float32. On a CPU that is AVX512-BF16 or AMX
+    (about twice as fast as float32, measured; without them bfloat16 is slower), or ARM's bf16 instructions.
+    """
+    if name == "auto":
+        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+    if name not in DTYPES:
+        names = ["auto", *DTYPES]
+        raise InputError(
+            f"dtype: '{name}' is unknown, expected one of {', '.join(names)}.{did_you_mean(name, names)}"
+        )
+    return DTYPES[name]
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def resolve_attention(name: str, device: torch.device) -> str | None:
+    """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
+
+    `auto` is eager on a CPU: there the backward of SDPA in bfloat16 took a quarter of a training step
+    (measured on SmolLM2-135M: 390 tokens per second with eager, 311 with SDPA).
+    """
+    if name not in ATTENTIONS:
+        raise InputError(
+            f"model.attention: '{name}' is unknown, expected one of {', '.join(ATTENTIONS)}."
+            + did_you_mean(name, ATTENTIONS)
+        )
+    if name == "auto":
+        return "eager" if device.type == "cpu" else None
+    return name
+
+
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. It must be a fast one, because supervision masks need character offsets.
+
+    It is left as stored: a tokenizer without a pad token stays without one.
+    """
+    from transformers import AutoTokenizer
+
+    directory = Path(directory)
+    if not any(
+        (directory / name).is_file()
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise InputError(
+            f"{directory} holds no tokenizer (tokenizer.json). Copy the model's tokenizer files into it."
+        )
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
+        raise InputError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{directory}: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
+            "Use a checkpoint that carries a tokenizer.json."
+        )
+    if len(tokenizer) == 0:
+        raise InputError(f"{directory}: the tokenizer is empty. Copy the model's tokenizer files again.")
+    return tokenizer
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises InputError unless it is a decoder-only language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    directory = Path(directory)
+    raw = read_config(directory)
+    kind = raw["model_type"]
+    if kind not in CONFIG_MAPPING_NAMES:
+        import transformers
+
+        if "auto_map" in raw:
+            raise InputError(
+                f"{directory}: '{kind}' comes with its own Python code, and linchain runs no code that comes "
+                "with a model. "
+                "Use a model that transformers implements itself."
+            )
+        raise InputError(
+            f"{directory}/config.json: transformers {transformers.__version__} has no model type '{kind}'. "
+            f"A newer transformers may have it.{did_you_mean(kind, CONFIG_MAPPING_NAMES)}"
+        )
+    if quantization := raw.get("quantization_config"):
+        method = (
+            quantization.get("quant_method", "unknown method")
+            if isinstance(quantization, dict)
+            else "unknown method"
+        )
+        raise InputError(
+            f"{directory}: the weights are already quantised ({method}). Give the original full-precision "
+            "checkpoint; 'model.quantization: nf4' quantises it while loading."
+        )
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a strict configuration class may reject a field with any exception type
+        raise InputError(
+            f"{directory}/config.json is not a valid configuration: {_first_line(error)}"
+        ) from error
+    _refuse_unless_decoder(config, directory)
+    return config
+
+
+def _refuse_unless_decoder(config: PretrainedConfig, directory: Path) -> None:
+    kind = config.model_type
+    wanted = "linchain trains decoder-only language models (Llama, Qwen, Gemma, GPT-2 and the like)."
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{directory}: '{kind}' is an encoder-decoder model; {wanted}")
+    causal, masked, multimodal = _mapping_names()
+    if kind in masked and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False):
+        raise InputError(
+            f"{directory}: '{kind}' is an encoder, which sees the tokens it should predict; {wanted}"
+        )
+    if kind not in causal and not (kind in multimodal and _has_text_part(config)):
+        raise InputError(f"{directory}: '{kind}' is not such a language model; {wanted}")
+
+
+def _mapping_names() -> tuple[dict, dict, dict]:
+    from transformers.models.auto import modeling_auto
+
+    return (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+
+def _has_text_part(config: PretrainedConfig) -> bool:
+    return config.get_text_config(decoder=True) is not config
+
+
+def _auto_class(config: PretrainedConfig):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal, _, multimodal = _mapping_names()
+    # A multimodal checkpoint keeps its other towers: its own class, where the causal one would drop them.
+    if config.model_type in multimodal and _has_text_part(config):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def empty_model(directory: Path) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device, weights tied; only the configuration is read."""
+    config = load_config(directory)
+    try:
+        with _quiet(), torch.device("meta"):
+            model = _auto_class(config).from_config(config, trust_remote_code=False)
+    except UNUSABLE as error:
+        raise InputError(
+            f"{directory}: no model can be built from config.json: {_first_line(error)}"
+        ) from error
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def load_model(
+    directory: Path,
+    *,
+    dtype: str = "auto",
+    device: torch.device | str | None = None,
+    quantization: str = "none",
+    attention: str = "auto",
+) -> PreTrainedModel:
+    """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
+
+    `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
+    (4-bit normal float, double quantisation, computing in `dtype`).
+
+    Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
+    quantised, wrong options) and LinchainError if it does not fit into memory.
+    """
+    directory = Path(directory)
+    device = torch.device(device) if device is not None else default_device()
+    resolved = resolve_dtype(dtype, device)
+    config = load_config(directory)
+    files = weight_files(directory)
+    options = {
+        "config": config,
+        "dtype": resolved,
+        "attn_implementation": resolve_attention(attention, device),
+        "quantization_config": _quantization_config(quantization, resolved),
+        "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
+    }
+    with _loading_problems(directory, files, attention), _quiet():
+        model, loading = _auto_class(config).from_pretrained(
+            directory, output_loading_info=True, trust_remote_code=False, **options
+        )
+    _refuse_incomplete(directory, loading)
+    _refuse_rounded_head(model, quantization)
+    return model.eval().requires_grad_(False)
+
+
+def _quantization_config(name: str, dtype: torch.dtype):
+    if name not in QUANTIZATIONS:
+        raise InputError(
+            f"model.quantization: '{name}' is unknown, expected one of {', '.join(QUANTIZATIONS)}."
+            + did_you_mean(name, QUANTIZATIONS)
+        )
+    if name == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    # bitsandbytes remarks on every product that it casts its input, and on kernels that it did not find.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _refuse_incomplete(directory: Path, loading: dict) -> None:
+    """transformers fills weights that a checkpoint lacks with random numbers and only warns."""
+    missing = sorted(loading.get("missing_keys", ()))
+    if missing:
+        raise InputError(
+            f"{directory}: the checkpoint lacks {len(missing)} of the model's weights, first '{missing[0]}'. "
+            "It is incomplete, or config.json belongs to another model."
+        )
+
+
+def _refuse_rounded_head(model: PreTrainedModel, quantization: str) -> None:
+    head = model.get_output_embeddings()
+    if quantization != "none" and head is not None and not head.weight.is_floating_point():
+        raise LinchainError("the output head was quantised; it must keep its precision")
+
+
+@contextlib.contextmanager
+def _loading_problems(directory: Path, files: list[Path], attention: str) -> Iterator[None]:
+    """Turns what from_pretrained raises into one message that names the file or the option."""
+    import pickle
+
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        damaged = _first_damaged(files) or directory
+        raise InputError(
+            f"{damaged} is damaged ({_first_line(error)}). Download or copy it again."
+        ) from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{directory}: the pickled weights (.bin) are damaged or hold more than tensors, which could run "
+            "code; refused. Use a checkpoint with safetensors files."
+        ) from error
+    except torch.OutOfMemoryError as error:
+        raise LinchainError(
+            f"{directory} does not fit into the GPU's memory. "
+            "Try model.dtype=bfloat16 or model.quantization=nf4."
+        ) from error
+    except UNUSABLE as error:
+        if (
+            attention != "auto"
+            and isinstance(error, (ImportError, ValueError))
+            and "attention" in str(error).lower()
+        ):
+            raise InputError(
+                f"model.attention: '{attention}' cannot be used here: {_first_line(error)}"
+            ) from error
+        raise InputError(f"{directory} cannot be loaded: {_first_line(error)}") from error
+
+
+def _first_damaged(files: list[Path]) -> Path | None:
+    from safetensors import SafetensorError, safe_open
+
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                handle.keys()
+        except SafetensorError:
+            return file
+    return None
+
+
+def text_decoder_prefix(model: nn.Module) -> str:
+    """The dotted path of the part whose modules may carry adapters; "" (all) unless multimodal.
+
+    It is `model.language_model` for Gemma 3 or Qwen2-VL: vision and audio towers and projectors stay outside.
+    """
+    if not _has_text_part(model.config):
+        return ""
+    decoder = model.get_decoder()
+    for path, module in model.named_modules():
+        if module is decoder:
+            return path
+    raise LinchainError(f"cannot tell which part of {type(model).__name__} is the text decoder")
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The module at `text_decoder_prefix(model)`."""
+    return model.get_submodule(text_decoder_prefix(model))
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an exception's message: beneath it libraries put advice for programmers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and remarks: what matters in them is checked here and raised."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

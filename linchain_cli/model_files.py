@@ -1,0 +1,307 @@
+"""Where a base model lies: hub ids, directories and .gguf files become one local checkpoint directory.
+
+Nothing here loads weights into a model; `model.py` does. Every problem is an `InputError` that names
+the path and says how to get the model.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import functools
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.gguf_files import converted_gguf
+from linchain_cli.storage import sha256_bytes, sha256_file
+
+logger = logging.getLogger(__name__)
+
+SAFETENSORS = "model.safetensors"
+PICKLED = "pytorch_model.bin"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+HUB_TIMEOUT = 10.0  # seconds until an unresponsive hub counts as unreachable
+
+
+def locate(path: str, revision: str | None = None, weights: bool = True) -> Path:
+    """The checkpoint directory of `path`: a hub id (downloaded once), directory or .gguf (converted once).
+
+    `weights=False` leaves a hub model's weights where they are, for commands that read only its
+    configuration and tokenizer. Raises InputError if there is no such model, it is not a checkpoint of
+    a transformers model, or the hub refuses it or cannot be reached.
+    """
+    if not path.strip():
+        raise InputError("model.path is empty: give a hub id, a checkpoint directory or a .gguf file.")
+    local = Path(path).expanduser()
+    if local.is_dir():
+        _check_directory(local)
+        if weights:
+            weight_files(local)
+        return local
+    if local.suffix.lower() == ".gguf" and local.is_file():
+        return converted_gguf(local)
+    if local.exists():
+        raise InputError(f"'{path}' is a file; a model is a hub id, a directory or a .gguf file.")
+    if not _could_be_hub_id(path):
+        raise InputError(_missing_message(path))
+    return _hub_directory(path, revision, weights)
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold a checkpoint's weights, in name order; safetensors go before pickled ones.
+
+    Raises InputError if there are none, a shard is missing, or an index names a file outside the directory.
+    """
+    directory = Path(directory)
+    for single in (SAFETENSORS, PICKLED):
+        if (directory / single).is_file():
+            return [directory / single]
+        index = directory / f"{single}.index.json"
+        if index.is_file():
+            files = [directory / name for name in shard_names(index)]
+            missing = [file.name for file in files if not file.is_file()]
+            if missing:
+                raise InputError(
+                    f"{directory}: {len(missing)} of the {len(files)} weight files that {index.name} lists "
+                    f"are missing, first {missing[0]}. Download or copy the checkpoint again."
+                )
+            return files
+    raise InputError(
+        f"{directory} holds no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json. "
+        + _found(directory)
+    )
+
+
+def shard_names(index: Path) -> list[str]:
+    """The file names an index (`*.index.json`) lists, sorted. One that leads outside is refused."""
+    content = _read_json(index)
+    weight_map = content.get("weight_map")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or not all(isinstance(v, str) for v in weight_map.values())
+    ):
+        raise InputError(f"{index}: expected a 'weight_map' from tensor names to file names.")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        parts = PurePosixPath(name.replace("\\", "/"))
+        if parts.is_absolute() or ".." in parts.parts or ":" in name:
+            raise InputError(
+                f"{index}: the weight file name '{name}' leads out of the model's directory; refused."
+            )
+    return names
+
+
+def base_hash(directory: Path) -> str:
+    """One SHA-256 for a checkpoint's weights: over its weight files' SHA-256 values, in name order.
+
+    Computed once per process for files whose path, size and modification time stay the same.
+    """
+    files = weight_files(directory)
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, len(files))) as pool:
+        hashes = list(pool.map(_file_hash, files))
+    return sha256_bytes("\n".join(hashes).encode())
+
+
+def _file_hash(path: Path) -> str:
+    status = path.stat()
+    return _cached_hash(path.resolve(), status.st_size, status.st_mtime_ns)
+
+
+@functools.cache
+def _cached_hash(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_file(path)
+
+
+def read_config(directory: Path) -> dict:
+    """A checkpoint's config.json as it stands. Raises InputError unless it is JSON with a `model_type`."""
+    path = Path(directory) / "config.json"
+    config = _read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise InputError(f"{path} names no 'model_type', so it is not a transformers model's configuration.")
+    return config
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object.")
+    return content
+
+
+def _check_directory(directory: Path) -> None:
+    if (directory / "adapter_config.json").is_file():
+        raise InputError(
+            f"{directory} holds a PEFT adapter (adapter_config.json), not a model. Give the base model's "
+            "directory or hub id; a chain adapter of the authors' format becomes a run by 'linchain import'."
+        )
+    if (directory / "config.json").is_file():
+        read_config(directory)
+        return
+    if (directory / "run.json").is_file() or (directory / "chain.json").is_file():
+        raise InputError(
+            f"{directory} is a run or an adapter, not a base model. Its base stands in recipe.yaml under "
+            "model.path; 'linchain merge' writes a checkpoint that can serve as one."
+        )
+    quantised = sorted(path.name for path in directory.glob("*.gguf"))
+    if quantised:
+        raise InputError(
+            f"{directory} holds no config.json but GGUF files; give one of them: {directory / quantised[0]}"
+        )
+    raise InputError(f"{directory} is not a checkpoint: it has no config.json. {_found(directory)}")
+
+
+def _found(directory: Path) -> str:
+    names = sorted(path.name + ("/" if path.is_dir() else "") for path in directory.iterdir())
+    if not names:
+        return "The directory is empty."
+    return f"Found: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
+
+
+def _could_be_hub_id(path: str) -> bool:
+    """Whether a name may be meant for the hub: `org/name` or `name`, and there is no folder `org` here."""
+    if not HUB_ID.fullmatch(path) or path.lower().endswith((".gguf", ".safetensors", ".bin")):
+        return False
+    return "/" not in path or not Path(path).parent.is_dir()
+
+
+def _missing_message(path: str) -> str:
+    """Names the first part of `path` that does not exist, and the entry beside it that is most like it."""
+    local = Path(path).expanduser()
+    missing = local
+    while not missing.parent.exists():
+        missing = missing.parent
+    siblings = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    part = "" if missing == local else f" ({missing} does not exist)"
+    return f"There is no model at '{path}'{part}.{did_you_mean(missing.name, siblings)}"
+
+
+# The hub
+
+
+def _hub_directory(repo: str, revision: str | None, weights: bool) -> Path:
+    """Downloads what a model needs, small files first: an unusable model is refused before its weights."""
+    from huggingface_hub import snapshot_download
+
+    with _hub_problems(repo, revision):
+        commit = _resolve_commit(repo, revision)
+
+        def fetch(patterns: list[str]) -> Path:
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=commit or revision,
+                    local_files_only=commit is None,
+                    etag_timeout=HUB_TIMEOUT,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*/*"],
+                )
+            )
+
+        directory = fetch(SMALL_FILES)
+        _check_directory(directory)
+        if weights:
+            _fetch_weights(directory, fetch)
+    return directory
+
+
+def _fetch_weights(directory: Path, fetch) -> None:
+    for single in (SAFETENSORS, PICKLED):
+        index = directory / f"{single}.index.json"
+        fetch(shard_names(index) if index.is_file() else [single])
+        if index.is_file() or (directory / single).is_file():
+            break
+    weight_files(directory)
+
+
+def _resolve_commit(repo: str, revision: str | None) -> str | None:
+    """The commit to use, or None when the hub cannot be reached and an earlier download must do."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().repo_info(repo, revision=revision, timeout=HUB_TIMEOUT).sha
+    except OfflineModeIsEnabled:
+        return None
+    except HfHubHTTPError as error:
+        if error.response is not None and error.response.status_code >= 500:
+            return None
+        raise
+    except (HTTPError, ConnectionError, TimeoutError):
+        if _cached_ids(repo):
+            logger.warning("The Hugging Face hub cannot be reached; using the earlier download of %s.", repo)
+        return None
+
+
+@contextlib.contextmanager
+def _hub_problems(repo: str, revision: str | None) -> Iterator[None]:
+    """Turns what huggingface_hub raises into an InputError with the way out."""
+    from huggingface_hub import constants, errors
+
+    local = f"or give the path of a checkpoint directory (no directory '{repo}' exists here)"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"'{repo}' is gated. Accept its licence at {constants.ENDPOINT}/{repo}, then log in with "
+            "'hf auth login' or set HF_TOKEN to a token of that account."
+        ) from error
+    except errors.DisabledRepoError as error:
+        raise InputError(
+            f"The hub has disabled access to '{repo}'. Choose another model, {local}."
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(
+            f"'{repo}' has no revision '{revision}' on the hub. Check model.revision."
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"The hub has no model '{repo}' that you may see. Check the spelling; if it is private, log in "
+            f"with 'hf auth login' or set HF_TOKEN; {local}.{did_you_mean(repo, _cached_ids())}"
+        ) from error
+    except errors.HFValidationError as error:
+        raise InputError(
+            f"'{repo}' is neither a directory here nor a valid hub id (organisation/name)."
+        ) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        login = (
+            " Log in with 'hf auth login' or set HF_TOKEN." if status in (401, 403) else " Try again later."
+        )
+        raise InputError(f"The hub refused '{repo}' (HTTP {status}).{login}") from error
+    except (
+        errors.LocalEntryNotFoundError,
+        errors.OfflineModeIsEnabled,
+        errors.HTTPError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
+        why = (
+            "HF_HUB_OFFLINE is set; unset it to download"
+            if constants.HF_HUB_OFFLINE
+            else f"{constants.ENDPOINT} cannot be reached; check the network or the proxy"
+        )
+        state = "only in part" if _cached_ids(repo) else "not"
+        raise InputError(
+            f"The model '{repo}' is {state} on this machine, and {why}, {local}."
+            + did_you_mean(repo, _cached_ids())
+        ) from error
+
+
+def _cached_ids(repo: str | None = None) -> list[str]:
+    """Hub ids with an earlier download in the hub cache; with `repo`, that one only."""
+    from huggingface_hub import constants
+
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")
+    ids = [folder.parent.name.removeprefix("models--").replace("--", "/") for folder in folders]
+    return [name for name in ids if repo is None or name == repo]
