@@ -1,0 +1,1 @@
+"""Evaluation: tasks, the two protocols, statistics and result files."""

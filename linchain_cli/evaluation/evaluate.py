@@ -1,0 +1,217 @@
+"""One evaluation from tasks to results: encode, batch, share among processes, continue, summarise."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from linchain_cli.chain import chain_layers, folded
+from linchain_cli.data.encoding import encode_prompt, encode_responses
+from linchain_cli.data.templates import RowError, Template, get_template
+from linchain_cli.errors import InputError
+from linchain_cli.evaluation.likelihood import OptionScorer
+from linchain_cli.evaluation.options import OptionTree, build_tree
+from linchain_cli.evaluation.progress import Progress
+from linchain_cli.evaluation.results import Prediction, Results, summarise
+from linchain_cli.evaluation.tasks import Task, TaskRow
+from linchain_cli.storage import sha256_bytes
+
+ProtocolName = Literal["likelihood", "generate"]
+BEAMS = 4
+# Larger batches gain nothing on a CPU, whose cores are busy long before.
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+class Job(Protocol):
+    """The rows of one task under one protocol: batches of row positions, and the predictions of one batch."""
+
+    batches: list[list[int]]
+
+    def run(self, batch: Sequence[int]) -> list[Prediction]: ...
+
+
+class LikelihoodJob:
+    """Scores the options behind the answer prefix; the best one is the prediction, of equals the first."""
+
+    def __init__(self, model, tokenizer, template: Template, task: Task, batch_tokens: int):
+        self.task = task
+        trees = [_option_tree(tokenizer, template, task, row) for row in task.rows]
+        self._scorer = OptionScorer(model, trees, batch_tokens)
+        self.batches = self._scorer.batches
+
+    def run(self, batch: Sequence[int]) -> list[Prediction]:
+        predictions = []
+        for position, scores in zip(batch, self._scorer.scores(batch), strict=True):
+            row = self.task.rows[position]
+            by_option = dict(zip(row.options, scores, strict=True))
+            prediction = max(by_option, key=by_option.__getitem__)
+            predictions.append(_prediction(self.task, row, prediction, {"scores": by_option}))
+        return predictions
+
+
+def _option_tree(tokenizer, template: Template, task: Task, row: TaskRow) -> OptionTree:
+    with _place(task, row):
+        responses = [task.prefix + option for option in row.options]
+        prompt, continuations = encode_responses(tokenizer, template, row.fields, responses)
+        return build_tree([prompt + tokens for tokens in continuations], tokenizer.eos_token_id)
+
+
+class GenerationJob:
+    """Lets the model write and reads the answer off its text."""
+
+    def __init__(self, model, tokenizer, template: Template, task: Task, batch_tokens: int, beams: int):
+        from linchain_cli.evaluation.generation import Generator
+
+        self.task, self._tokenizer = task, tokenizer
+        prompts = []
+        for row in task.rows:
+            with _place(task, row):
+                prompts.append(encode_prompt(tokenizer, template, row.fields))
+        self._generator = Generator(model, tokenizer, prompts, beams, task.max_new_tokens, batch_tokens)
+        self.batches = self._generator.batches
+
+    def run(self, batch: Sequence[int]) -> list[Prediction]:
+        predictions = []
+        for position, tokens in zip(batch, self._generator.generate(batch), strict=True):
+            row = self.task.rows[position]
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            prediction = self.task.rule.extract(text, row.options)
+            predictions.append(_prediction(self.task, row, prediction, {"text": text}))
+        return predictions
+
+
+@contextlib.contextmanager
+def _place(task: Task, row: TaskRow) -> Iterator[None]:
+    """Names the row in what its encoding complains about."""
+    try:
+        yield
+    except KeyError as error:
+        raise InputError(f"{task.source}, row {row.index + 1}: the template wants a column {error}") from None
+    except (RowError, ValueError) as error:
+        raise InputError(f"{task.source}, row {row.index + 1}: {error}") from None
+
+
+def _prediction(task: Task, row: TaskRow, prediction: str | None, found: Mapping[str, Any]) -> Prediction:
+    correct = task.rule.is_correct(prediction, row.answer)
+    return {
+        "index": row.index,
+        "task": task.name,
+        "prediction": prediction,
+        "answer": row.answer,
+        "correct": correct,
+        **found,
+    }
+
+
+def evaluate(
+    model,
+    tokenizer,
+    template: Template,
+    tasks: Sequence[Task],
+    *,
+    name: str,
+    protocol: ProtocolName = "likelihood",
+    beams: int = BEAMS,
+    batch_tokens: int | None = None,
+    identity: Mapping[str, Any] | None = None,
+    out: Path | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Results:
+    """Evaluates a loaded model (on whichever device it is, its chain layers folded) on tasks.
+
+    Args:
+        name: how the result names the model.
+        identity: what else tells this model from others (hashes, quantisation): it goes into the result and decides
+            whether an interrupted evaluation can be continued.
+        out: where the result goes. With it, finished rows are kept on disk from batch to batch, a stopped
+            evaluation of the same model, rows and settings continues, and the result is written at the end.
+        on_progress: called with the task's name, the rows done and all rows, after each batch.
+
+    Under torch.distributed the processes share the batches, and each returns all results; the first one writes.
+
+    Raises:
+        InputError: a task cannot be evaluated under this protocol, or a row cannot be encoded.
+    """
+    settings = _settings(model, template, tasks, name, protocol, beams, identity)
+    rank, world = _rank_and_world()
+    progress = Progress(out, _fingerprint(settings, template, tasks), rank) if out is not None else None
+    done = dict(progress.done) if progress else {}
+    total = sum(len(task.rows) for task in tasks)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), folded(model) if chain_layers(model) else contextlib.nullcontext():
+            for turn, job, batch in _batches(model, tokenizer, template, tasks, settings, batch_tokens):
+                keys = [(job.task.name, job.task.rows[position].index) for position in batch]
+                if turn % world != rank or all(key in done for key in keys):
+                    continue
+                predictions = job.run(batch)
+                done.update(zip(keys, predictions, strict=True))
+                if progress:
+                    progress.append(predictions)
+                if on_progress:
+                    on_progress(job.task.name, len(done), total)
+    finally:
+        model.train(was_training)
+        if progress:
+            progress.close()
+    results = summarise(tasks, _gather(list(done.values())), settings)
+    if out is not None and rank == 0:
+        results.write(out)
+        progress.remove()
+    return results
+
+
+def _batches(model, tokenizer, template, tasks, settings, batch_tokens) -> Iterator[tuple[int, Any, list[int]]]:
+    """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
+    if batch_tokens is None:
+        batch_tokens = BATCH_TOKENS.get(model.get_input_embeddings().weight.device.type, BATCH_TOKENS["cuda"])
+    number = 0
+    for task in tasks:
+        own = template if task.template is None else get_template(task.template, tokenizer)
+        if settings["protocol"] == "likelihood":
+            job: Any = LikelihoodJob(model, tokenizer, own, task, batch_tokens)
+        else:
+            job = GenerationJob(model, tokenizer, own, task, batch_tokens, settings["beams"])
+        for batch in job.batches:
+            yield number, job, batch
+            number += 1
+
+
+def _settings(model, template, tasks, name, protocol, beams, identity) -> dict[str, Any]:
+    for task in tasks:
+        if protocol == "likelihood" and task.rule.kind != "options":
+            raise InputError(f"{task.name} has no options whose likelihood could be compared: use --protocol generate")
+    settings = {"model": name, "protocol": protocol, "template": template.name, "dtype": str(model.dtype).split(".")[-1]}
+    if protocol == "generate":
+        settings["beams"] = beams
+    return {**settings, **(identity or {})}
+
+
+def _fingerprint(settings: Mapping[str, Any], template: Template, tasks: Sequence[Task]) -> str:
+    """Changes with anything that could change a prediction; the model's name does not."""
+    rows = {task.name: [task.fingerprint, task.template] for task in tasks}
+    parts = [{**settings, "model": None}, template.fingerprint, rows]
+    return sha256_bytes(json.dumps(parts, sort_keys=True, default=dict).encode())
+
+
+def _rank_and_world() -> tuple[int, int]:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def _gather(predictions: list[Prediction]) -> list[Prediction]:
+    """The rows of all processes, on each of them."""
+    _, world = _rank_and_world()
+    if world == 1:
+        return predictions
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, predictions)
+    return [prediction for part in parts for prediction in part]

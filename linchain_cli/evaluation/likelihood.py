@@ -1,0 +1,221 @@
+"""Scores of answer options: the log-probability of each option's tokens behind the prompt.
+
+A score is the sum over the option's tokens, without normalisation by length: the probability that the model
+would go on with exactly this option. Rows are sorted by length and batched by token count, padded on the right
+(behind everything a causal model reads, so padding cannot change a score), and begin with a cache of the keys and values
+that all rows of a task have in common.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from linchain_cli.evaluation.options import OptionTree, common_prefix
+from linchain_cli.logits import logits_at
+
+MIN_PREFIX = 4
+PAD = 0
+
+
+def plan_batches(lengths: Sequence[int], max_tokens: int, copies: Sequence[int] | None = None) -> list[list[int]]:
+    """Indices cut into batches of like length, longest first, of at most `max_tokens` tokens with padding.
+
+    `copies` says how many sequences of that length an index stands for (default 1). The plan depends on these
+    numbers alone, so every process, and an evaluation that is continued, makes the same batches.
+    """
+    batches: list[list[int]] = []
+    longest = sequences = 0
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        count = copies[index] if copies else 1
+        if not batches or (sequences + count) * longest > max_tokens:
+            batches.append([])
+            longest, sequences = max(lengths[index], 1), 0
+        batches[-1].append(index)
+        sequences += count
+    return batches
+
+
+class OptionScorer:
+    """Scores the rows of one task. What the model can do with masks and caches is tried out, not looked up."""
+
+    def __init__(self, model, trees: Sequence[OptionTree], max_tokens: int):
+        self.model = model
+        self.device = model.get_input_embeddings().weight.device
+        self.prefix = self._prefix_length(trees)
+        packed = any(not tree.is_path for tree in trees) and self._reads_tree_masks(trees)
+        whole = [packed or tree.is_path for tree in trees]
+        # One sequence per row, or one per path where the model cannot read a branching one.
+        self.sequences = [
+            [(tree, list(range(len(tree.options))))] if is_whole else tree.paths()
+            for tree, is_whole in zip(trees, whole, strict=True)
+        ]
+        lengths = [max(len(tree.tokens) for tree, _ in row) - self.prefix for row in self.sequences]
+        self.batches = plan_batches(lengths, max_tokens, [len(row) for row in self.sequences])
+        self._prefix_cache: Any = None
+        self._first = trees[0]
+
+    def _prefix_length(self, trees: Sequence[OptionTree]) -> int:
+        """How many tokens all rows share, leaving each the token behind which its options begin."""
+        if len(trees) < 2:
+            return 0
+        shared = common_prefix([tree.tokens for tree in trees])
+        shared = min(shared, *(tree.first_read for tree in trees))
+        return shared if shared >= MIN_PREFIX and continues_from_cache(self.model) else 0
+
+    def _reads_tree_masks(self, trees: Sequence[OptionTree]) -> bool:
+        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
+        longest = max(len(tree.tokens) for tree in trees)
+        return (not window or longest <= window) and reads_tree_masks(self.model)
+
+    @torch.inference_mode()
+    def scores(self, batch: Sequence[int]) -> list[list[float]]:
+        """For each row of one of `self.batches`, the log-probability of each option, in the row's order."""
+        trees = [tree for row in batch for tree, _ in self.sequences[row]]
+        inputs = self._inputs(trees)
+        positions = torch.zeros(inputs["input_ids"].shape, dtype=torch.bool)
+        place: dict[tuple[int, int], int] = {}
+        for number, tree in enumerate(trees):
+            for at in tree.reads:
+                positions[number, at - self.prefix] = True
+                place[number, at] = len(place)
+        with logits_at(self.model, positions.to(self.device)):
+            logits = self.model(**inputs).logits
+        log_probs = torch.log_softmax(logits[0].float(), dim=-1)
+        steps = [
+            (place[number, at], token)
+            for number, tree in enumerate(trees)
+            for option in tree.options
+            for at, token in option
+        ]
+        where, tokens = torch.tensor(steps, device=self.device).T
+        values = iter(log_probs[where, tokens].double().tolist())
+        result = []
+        for row in batch:
+            scores = {
+                number: sum(next(values) for _ in option)
+                for tree, numbers in self.sequences[row]
+                for number, option in zip(numbers, tree.options, strict=True)
+            }
+            result.append([scores[number] for number in sorted(scores)])
+        return result
+
+    def _inputs(self, trees: Sequence[OptionTree]) -> dict[str, Any]:
+        """Tokens behind the cached prefix, padded on the right; a mask and positions only where a tree branches."""
+        prefix, rows = self.prefix, len(trees)
+        longest = max(len(tree.tokens) for tree in trees) - prefix
+        input_ids = torch.full((rows, longest), PAD)
+        for row, tree in enumerate(trees):
+            input_ids[row, : len(tree.tokens) - prefix] = torch.tensor(tree.tokens[prefix:])
+        inputs: dict[str, Any] = {"input_ids": input_ids.to(self.device), "use_cache": prefix > 0}
+        if prefix:
+            cache = copy.deepcopy(self._cache())
+            cache.batch_repeat_interleave(rows)
+            inputs["past_key_values"] = cache
+        if any(not tree.is_path for tree in trees):
+            mask, positions = tree_mask(trees, prefix, prefix + longest)
+            inputs["attention_mask"] = additive(mask, self.model.dtype).to(self.device)
+            inputs["position_ids"] = positions.to(self.device)
+        return inputs
+
+    def _cache(self) -> Any:
+        """Keys and values of the tokens that all rows begin with, (1, heads, prefix, d) per layer."""
+        if self._prefix_cache is None:
+            tokens = torch.tensor([self._first.tokens[: self.prefix]], device=self.device)
+            self._prefix_cache = _read(self.model, tokens, use_cache=True).past_key_values
+        return self._prefix_cache
+
+
+def tree_mask(trees: Sequence[OptionTree], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Who sees whom: boolean (batch, 1, length - start, length), and positions (batch, length - start).
+
+    A token sees itself and what it follows, over any number of branches. Padding sees itself alone.
+    """
+    masks, positions = [], []
+    for tree in trees:
+        mask = torch.eye(length, dtype=torch.bool)
+        for index, parent in enumerate(tree.parents):
+            if parent >= 0:
+                mask[index] |= mask[parent]
+        masks.append(mask[start:])
+        depths = tree.depths
+        positions.append(torch.tensor(depths[start:] + [0] * (length - len(depths))))
+    return torch.stack(masks).unsqueeze(1), torch.stack(positions)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as the numbers that attention adds: every attention implementation that takes masks takes these."""
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def _read(model, tokens: torch.Tensor, **inputs: Any) -> Any:
+    """A forward whose logits are computed at the last token only."""
+    positions = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+    positions[:, -1] = True
+    with torch.inference_mode(), logits_at(model, positions):
+        return model(input_ids=tokens, **inputs)
+
+
+_TRUNK = (3, 5, 7, 11, 13, 17, 19, 23)
+
+
+def _try_out(model, attempt) -> bool:
+    """Models refuse what they cannot do in ways of their own: any failure means no."""
+    try:
+        with torch.inference_mode():
+            return bool(attempt(model, model.get_input_embeddings().weight.device))
+    except Exception:
+        return False
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to what other kernels and orders of summation change in this dtype."""
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
+    return bool((one - other).norm() <= tolerance * one.norm())
+
+
+def continues_from_cache(model) -> bool:
+    """Whether reading a text in two parts, with a cache spread over a batch, gives what reading it at once gives."""
+
+    def attempt(model, device):
+        text = torch.tensor([_TRUNK], device=device)
+        at_once = _read(model, text, use_cache=False).logits[0, 0].float()
+        cache = copy.deepcopy(_read(model, text[:, :4], use_cache=True).past_key_values)
+        cache.batch_repeat_interleave(2)
+        rest = text[:, 4:].repeat(2, 1)
+        in_parts = _read(model, rest, use_cache=True, past_key_values=cache).logits[0, 1].float()
+        return _alike(at_once, in_parts, model.dtype)
+
+    return _try_out(model, attempt)
+
+
+def reads_tree_masks(model) -> bool:
+    """Whether a branch is scored as if its siblings were not there.
+
+    Two things are tried: other tokens in the first branch leave the second one's logits untouched to the last
+    bit, and these are the logits of the second branch's plain text.
+    """
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+
+    def second_branch(model, device, first: Sequence[int]) -> torch.Tensor:
+        trunk, second = len(_TRUNK), (29, 31)
+        tokens = (*_TRUNK, *first, *second)
+        parents = (*range(-1, trunk - 1), trunk - 1, trunk, trunk - 1, trunk + 2)
+        tree = OptionTree(tokens, parents, ())
+        mask, positions = tree_mask([tree], 0, len(tokens))
+        inputs = {"attention_mask": additive(mask, model.dtype).to(device), "position_ids": positions.to(device)}
+        return _read(model, torch.tensor([tokens], device=device), use_cache=False, **inputs).logits[0, 0].float()
+
+    def attempt(model, device):
+        logits = second_branch(model, device, (37, 41))
+        plain = torch.tensor([(*_TRUNK, 29, 31)], device=device)
+        expected = _read(model, plain, use_cache=False).logits[0, 0].float()
+        unmoved = torch.equal(logits, second_branch(model, device, (43, 2)))
+        return unmoved and _alike(expected, logits, model.dtype)
+
+    return _try_out(model, attempt)

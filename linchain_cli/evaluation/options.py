@@ -1,0 +1,115 @@
+"""A row's options as one tree of tokens, so that one forward pass scores all of them.
+
+Every option is tokenised as a whole text (prompt, answer prefix, option), exactly as training would
+tokenise it: nothing is assumed about where a token ends. What the token sequences begin with in common
+is read once; behind it they branch. The last token of an option is only predicted, never read, so options that
+differ in their last token alone need no token beyond the common ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class OptionTree:
+    """Token `i` follows token `parents[i]` (-1: nothing). An option's score is the sum, over its steps
+    (position, token), of the log-probability of `token` behind the token at `position`."""
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    options: tuple[tuple[tuple[int, int], ...], ...]
+
+    @property
+    def is_path(self) -> bool:
+        """Whether the tokens are one plain sequence, which needs no mask but the causal one."""
+        return all(parent == index - 1 for index, parent in enumerate(self.parents))
+
+    @property
+    def reads(self) -> list[int]:
+        """The positions whose next token is predicted, ascending."""
+        return sorted({at for steps in self.options for at, _ in steps})
+
+    @property
+    def first_read(self) -> int:
+        """The position behind which the options begin to differ."""
+        return min(steps[0][0] for steps in self.options)
+
+    @property
+    def depths(self) -> list[int]:
+        """The position of each token in the texts it belongs to."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(depths[parent] + 1 if parent >= 0 else 0)
+        return depths
+
+    def paths(self) -> list[tuple[OptionTree, list[int]]]:
+        """The tree as plain sequences, each with the numbers of the options it scores: for models without tree masks."""
+        by_end: dict[int, list[int]] = {}
+        for number, steps in enumerate(self.options):
+            by_end.setdefault(steps[-1][0], []).append(number)
+        return [(self._path(end, numbers), numbers) for end, numbers in by_end.items()]
+
+    def _path(self, end: int, numbers: Sequence[int]) -> OptionTree:
+        indices = []
+        while end >= 0:
+            indices.append(end)
+            end = self.parents[end]
+        indices.reverse()
+        place = {index: position for position, index in enumerate(indices)}
+        options = tuple(tuple((place[at], token) for at, token in self.options[number]) for number in numbers)
+        return OptionTree(
+            tuple(self.tokens[index] for index in indices), tuple(range(-1, len(indices) - 1)), options
+        )
+
+
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with in common."""
+    first, last = min(sequences), max(sequences)
+    for index, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(last))
+
+
+def build_tree(sequences: Sequence[Sequence[int]], end_token: int | None = None) -> OptionTree:
+    """The tree of a row's options, given the tokens of each option's whole text.
+
+    Where one option's tokens are the beginning of another's, the shorter would win always; in such a row every
+    option is scored with `end_token` behind it.
+
+    Raises:
+        ValueError: two options have the same tokens, one begins another and there is no end token, or the texts
+            begin with no common token (nothing to condition on).
+    """
+    sequences = [tuple(sequence) for sequence in sequences]
+    if len(set(sequences)) < len(sequences):
+        raise ValueError("two of its options have the same tokens")
+    if any(_begins(one, other) for one in sequences for other in sequences if one is not other):
+        if end_token is None:
+            raise ValueError("one of its options begins another, and the tokenizer has no end-of-text token")
+        sequences = [(*sequence, end_token) for sequence in sequences]
+    shared = common_prefix(sequences)
+    if shared == 0:
+        raise ValueError("its prompt is empty: there is no token to condition on")
+    tokens = list(sequences[0][:shared])
+    parents = list(range(-1, shared - 1))
+    children: dict[tuple[int, int], int] = {}
+    options = []
+    for sequence in sequences:
+        at, steps = shared - 1, []
+        for token in sequence[shared:-1]:
+            steps.append((at, token))
+            if (at, token) not in children:
+                children[at, token] = len(tokens)
+                tokens.append(token)
+                parents.append(at)
+            at = children[at, token]
+        steps.append((at, sequence[-1]))
+        options.append(tuple(steps))
+    return OptionTree(tuple(tokens), tuple(parents), tuple(options))
+
+
+def _begins(one: Sequence[int], other: Sequence[int]) -> bool:
+    return len(one) < len(other) and other[: len(one)] == one

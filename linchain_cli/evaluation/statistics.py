@@ -1,0 +1,90 @@
+"""How far an accuracy, or the difference of two models on the same rows, can be trusted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Z = 1.959963984540054  # the standard normal's 97.5 % quantile: two-sided 95 % intervals
+
+
+def standard_error(correct: int, n: int) -> float | None:
+    """Standard error of the mean of n zeros and ones, from the sample variance; None below two rows."""
+    if n < 2:
+        return None
+    p = correct / n
+    return math.sqrt(p * (1 - p) / (n - 1))
+
+
+def wilson_interval(correct: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927): inside [0, 1], and not empty at 0 or 100 %."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = correct / n, Z * Z
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def macro_average(accuracies: Sequence[float], errors: Sequence[float | None]) -> tuple[float, float | None]:
+    """The unweighted mean over tasks and its standard error, tasks being independent."""
+    mean = sum(accuracies) / len(accuracies)
+    if any(error is None for error in errors):
+        return mean, None
+    return mean, math.sqrt(sum(error * error for error in errors)) / len(errors)
+
+
+def normal_interval(value: float, error: float | None) -> tuple[float, float] | None:
+    """`value` ± 1.96 standard errors."""
+    return None if error is None else (value - Z * error, value + Z * error)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Exact two-sided p-value: how likely a split at least this uneven is, were gains and losses equally likely."""
+    n, k = gained + lost, min(gained, lost)
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, i) for i in range(k + 1))
+    return min(1.0, 2 * tail / (1 << n))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same rows: `gained` rows only the first one has right, `lost` only the second one."""
+
+    n: int
+    gained: int
+    lost: int
+
+    @property
+    def difference(self) -> float:
+        """First accuracy minus second."""
+        return (self.gained - self.lost) / self.n
+
+    @property
+    def error(self) -> float:
+        """Standard error of the difference, with half a row added to each cell of the two-by-two table."""
+        n, gained, lost = self.n + 2, self.gained + 0.5, self.lost + 0.5
+        return math.sqrt((gained + lost - (gained - lost) ** 2 / n)) / n
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the difference (Agresti and Min 2005): Wald's, with half a row added to each cell.
+
+        Unlike Wald's it does not collapse when the two models disagree on no row or only one way.
+        """
+        centre = (self.gained - self.lost) / (self.n + 2)
+        return max(-1.0, centre - Z * self.error), min(1.0, centre + Z * self.error)
+
+    @property
+    def p_value(self) -> float:
+        """McNemar's exact p."""
+        return mcnemar(self.gained, self.lost)
+
+
+def pair(first: Sequence[bool], second: Sequence[bool]) -> Paired:
+    """Counts the rows on which two models differ."""
+    gained = sum(one and not other for one, other in zip(first, second, strict=True))
+    lost = sum(other and not one for one, other in zip(first, second, strict=True))
+    return Paired(len(first), gained, lost)

@@ -1,0 +1,48 @@
+"""Logits only where somebody reads them.
+
+Projecting to the vocabulary is a fifth of a small model's arithmetic and nearly all of its logits
+memory, while a row is read at a few positions: those that carry a label, or those after which an
+answer option begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from linchain_cli.errors import LinchainError
+
+
+@contextlib.contextmanager
+def logits_at(model, positions: torch.Tensor) -> Iterator[None]:
+    """Inside the block, the model's forward returns logits at the True entries of `positions` alone.
+
+    `positions` is boolean (batch, length), where length counts the tokens given to the forward (not
+    those in a cache). `output.logits` becomes (1, n, vocabulary), its n rows in the order of
+    `positions.nonzero()`. The hidden states are gathered in front of the output projection, so
+    everything a model does behind it (scaling, soft-capping) still happens, and gradients flow as usual.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        raise LinchainError(f"{type(model).__name__} has no output projection, so it cannot be read at single positions")
+    calls = 0
+
+    def gather(_module, inputs):
+        nonlocal calls
+        calls += 1
+        hidden = inputs[0]
+        if hidden.shape[:2] != positions.shape:
+            raise LinchainError(
+                f"positions to read are {tuple(positions.shape)}, the output projection got {tuple(hidden.shape)}"
+            )
+        return (hidden[positions.to(hidden.device)].unsqueeze(0), *inputs[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield
+    finally:
+        handle.remove()
+    if calls == 0:
+        raise LinchainError(f"{type(model).__name__} never called its output projection, so its logits were not gathered")
