@@ -55,7 +55,7 @@ def write_durable(path: Path, data: bytes) -> None:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replaces `path` as one step; the old content stays readable until the new one is complete."""
     path = Path(path)
-    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}")
+    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}-{os.getpid()}")
     try:
         write_durable(temporary, data.encode() if isinstance(data, str) else data)
         _rename(temporary, path)

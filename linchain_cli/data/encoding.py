@@ -33,7 +33,11 @@ class EncodedText:
     input_ids: np.ndarray
     supervised: np.ndarray
     straddling: int  # tokens that lie on both sides of a span's boundary
-    truncated: bool
+    full_length: int  # tokens before truncation
+
+    @property
+    def truncated(self) -> bool:
+        return self.full_length > len(self.input_ids)
 
 
 class TextEncoder:
@@ -84,10 +88,9 @@ class TextEncoder:
         if train_on_inputs:
             supervised[:] = True
             supervised[:1] = False  # nothing comes before the first token to predict it from
-        truncated = max_length is not None and len(input_ids) > max_length
-        if truncated:
-            input_ids, supervised = input_ids[:max_length], supervised[:max_length]
-        return EncodedText(input_ids, supervised, straddling, truncated)
+        kept = slice(max_length)
+        straddling = int(np.count_nonzero(straddling[: max(0, len(input_ids[kept]) - len(prefix))]))
+        return EncodedText(input_ids[kept], supervised[kept], straddling, len(input_ids))
 
     def _prefix(self, ids: list[int], adds_bos: bool) -> list[int]:
         """The tokenizer's leading tokens, unless the text was written with them."""
@@ -105,8 +108,8 @@ class TextEncoder:
 
 def supervised_tokens(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], length: int
-) -> tuple[np.ndarray, int]:
-    """Which tokens hold a character of a span: (tokens,) bool; and how many of them reach over its boundary.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens hold a character of a span, and which of them reach over its boundary: (tokens,) bool each.
 
     `offsets` are each token's (start, end) characters in a text of `length` characters.
     """
@@ -118,7 +121,7 @@ def supervised_tokens(
         inside = (ends > start) & (starts < end)
         supervised |= inside
         straddling |= inside & ((starts < start) | (ends > end) & (end < length))
-    return supervised, int(straddling.sum())
+    return supervised, straddling
 
 
 def serialized_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:

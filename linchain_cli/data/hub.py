@@ -1,0 +1,106 @@
+"""Data sets of the Hugging Face hub, through `datasets`, with its failures as one message each."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from linchain_cli.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import datasets
+
+_LOCAL_FILE = "or give the path of a .json, .jsonl, .csv or .parquet file"
+
+
+@functools.lru_cache(maxsize=4)
+def load_hub_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
+    """One split of a hub data set, downloaded once and memory-mapped.
+
+    `name` is owner/data-set, or owner/data-set/configuration. Raises InputError when there is no such data
+    set, split, revision or configuration, it is gated, or the hub cannot be reached.
+    """
+    import datasets
+
+    owner, _, rest = name.partition("/")
+    repository, _, configuration = rest.partition("/")
+    repository = f"{owner}/{repository}" if repository else owner
+    with _hub_problems(repository, split, revision):
+        return datasets.load_dataset(repository, configuration or None, split=split, revision=revision)
+
+
+def content_of(dataset: datasets.Dataset) -> list[str]:
+    """What identifies the data: the files it is memory-mapped from, or the library's fingerprint of data in memory."""
+    return [entry["filename"] for entry in dataset.cache_files] or [dataset._fingerprint]
+
+
+def hub_rows(dataset: datasets.Dataset, wanted: set[str]) -> Iterator[dict[str, Any]]:
+    """The rows, with the columns in `wanted` (all, if none of them is there)."""
+    columns = [name for name in dataset.column_names if name in wanted] or dataset.column_names
+    for batch in dataset.select_columns(columns).iter(1000):
+        for values in zip(*(batch[name] for name in columns)):
+            yield dict(zip(columns, values))
+
+
+@contextlib.contextmanager
+def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]:
+    """Turns what datasets and huggingface_hub raise into an InputError that says what to do."""
+    import datasets
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except Exception as error:
+        chain = list(_causes(error))
+        text = _first_line(error)
+        if any(isinstance(cause, errors.GatedRepoError) for cause in chain) or "gated" in text:
+            raise InputError(
+                f"The data set '{name}' is gated. Accept its terms at https://huggingface.co/datasets/{name}, then "
+                f"log in with 'hf auth login' or set HF_TOKEN to a token of that account, {_LOCAL_FILE}."
+            ) from error
+        if any(isinstance(cause, errors.RevisionNotFoundError) for cause in chain):
+            raise InputError(f"The data set '{name}' has no revision '{revision}'. Check data.revision.") from error
+        if any(isinstance(cause, _unreachable()) for cause in chain):
+            raise InputError(
+                f"The data set '{name}' is not on this machine, and the hub cannot be reached: check the network or the "
+                f"proxy, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE if they are set, {_LOCAL_FILE}."
+            ) from error
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError) or any(
+            isinstance(cause, (errors.RepositoryNotFoundError, errors.HFValidationError)) for cause in chain
+        ):
+            raise InputError(
+                f"The hub has no data set '{name}' that you may see. Check the spelling; if it is private, log in with "
+                f"'hf auth login' or set HF_TOKEN; {_LOCAL_FILE}."
+            ) from error
+        if isinstance(error, ValueError) and text.startswith("Unknown split"):
+            known = text.partition("Should be one of ")[2].strip(" .")
+            hint = did_you_mean(split, known.strip("[]").replace("'", "").split(", "))
+            raise InputError(f"The data set '{name}' has no split '{split}'. Splits: {known}.{hint}") from error
+        if isinstance(error, ValueError) and text.startswith(("Config name is missing", "BuilderConfig")):
+            raise InputError(f"The data set '{name}': {text} Give it as {name}/CONFIGURATION.") from error
+        if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
+            raise InputError(
+                f"The data set '{name}' is made by a script, which is not run. Try data.revision: refs/convert/parquet, "
+                f"{_LOCAL_FILE}."
+            ) from error
+        raise InputError(f"The data set '{name}' cannot be loaded: {type(error).__name__}: {text}") from error
+
+
+def _unreachable() -> tuple[type[BaseException], ...]:
+    import httpx
+    from huggingface_hub import errors
+
+    return (ConnectionError, TimeoutError, httpx.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and what it was raised from."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

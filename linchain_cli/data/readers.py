@@ -1,0 +1,358 @@
+"""File formats: .json (a list, or one object after another), .jsonl, .csv and .parquet, one row at a time.
+
+A reader yields a row (a dict), or a RowError for one that cannot be read but can be skipped. What breaks
+the file as a whole raises InputError. Both name the line. Memory does not grow with the file, and a row of
+absurd size is refused before it fills the memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from linchain_cli.data.templates import RowError
+from linchain_cli.errors import InputError
+
+MAX_CELL = 5_000_000  # characters; tokenising more takes minutes and gigabytes, for a few hundred tokens kept
+MAX_LINE = 64 << 20  # bytes of one row, whatever its columns
+_BLOCK = 1 << 20
+_BOM = codecs.BOM_UTF8
+_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+_OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+
+
+class Reader:
+    """Rows of one file, in one pass.
+
+    `row` is the number of the last one, from 1; `line` is where it begins, for formats that have lines;
+    `header` the columns, for formats that name them once.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.row = 0
+        self.line: int | None = None
+        self.header: list[str] | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
+        raise NotImplementedError
+
+    def problem(self, message: str, line: int | None = None) -> InputError:
+        place = f"{self.path}:{line}" if line else str(self.path)
+        return InputError(f"{place}: {message}")
+
+
+class _LineReader(Reader):
+    """Lines of UTF-8 text, each with its number and the offset of its first byte."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._line = 0
+
+    def _lines(self, handle: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
+        """(line, offset); None in place of a line of more than MAX_LINE bytes."""
+        offset = _check_encoding(handle, self)
+        while raw := handle.readline(MAX_LINE):
+            self._line += 1
+            start, offset = offset, offset + len(raw)
+            whole: bytes | None = raw
+            while not raw.endswith(b"\n") and (raw := handle.readline(MAX_LINE)):
+                whole, offset = None, offset + len(raw)
+            yield whole, start
+
+
+def _check_encoding(handle: BinaryIO, reader: Reader) -> int:
+    """Positions `handle` behind a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
+    start = handle.read(4)
+    if not start:
+        raise reader.problem("the file is empty.")
+    for mark, name in _OTHER_BOMS.items():
+        if start.startswith(mark):
+            raise reader.problem(f"the file is {name} text. Save it as UTF-8.")
+    offset = len(_BOM) if start.startswith(_BOM) else 0
+    handle.seek(offset)
+    return offset
+
+
+def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
+    return f"byte {offset + error.start:,} (0x{error.object[error.start]:02x}) is not UTF-8. Save the file as UTF-8."
+
+
+class JsonLinesReader(_LineReader):
+    """One JSON object per line; blank lines don't count."""
+
+    def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
+        with open(self.path, "rb") as handle:
+            for raw, offset in self._lines(handle):
+                if raw is not None and not raw.strip():
+                    continue
+                self.row += 1
+                self.line = self._line
+                yield self._parse(raw, offset)
+
+    def _parse(self, raw: bytes | None, offset: int) -> dict[str, Any] | RowError:
+        if raw is None:
+            return RowError(f"the line has more than {MAX_LINE:,} bytes")
+        try:
+            value = json.loads(raw.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            return RowError(_not_utf8(error, offset))
+        except json.JSONDecodeError as error:
+            cut = "" if raw.endswith(b"\n") else "; the file ends here without a line break, as if it had been cut off"
+            return RowError(f"not JSON: {error.msg} at column {error.colno}{cut}")
+        except (ValueError, RecursionError) as error:
+            return RowError(_unreadable_json(error))
+        return value if isinstance(value, dict) else RowError(_not_an_object(value))
+
+
+def _not_an_object(value: Any) -> str:
+    return f"the row is {_kind(value)}, not an object like {{\"instruction\": ..., \"output\": ...}}"
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)
+
+
+def _unreadable_json(error: Exception) -> str:
+    return "not JSON that can be read: " + ("nested too deeply" if isinstance(error, RecursionError) else str(error))
+
+
+class JsonReader(Reader):
+    """A list of objects, or objects one after another, parsed as the file is read."""
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._decoder = json.JSONDecoder()
+        self._text, self._at = "", 0  # a window of the file's text, and where in it we are
+        self._dropped = 0  # characters before the window
+        self._counted, self._line_breaks, self._line_start = 0, 0, 0  # line breaks up to a position of the window
+
+    def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
+        with open(self.path, "rb") as handle:
+            self._handle, self._offset = handle, _check_encoding(handle, self)
+            self._decode = codecs.getincrementaldecoder("utf-8")()
+            self._ended = False
+            first = self._next_character()
+            if first == "[":
+                yield from self._list()
+            elif first == "{":
+                yield from self._sequence()
+            elif not first:
+                raise self.problem("the file holds only white space.")
+            else:
+                raise self._problem_here("not JSON: a list of objects begins with '[', or an object with '{'")
+
+    def _list(self) -> Iterator[dict[str, Any] | RowError]:
+        self._at += 1
+        if self._next_character() == "]":
+            raise self.problem("the list is empty.")
+        while True:
+            yield self._row()
+            mark = self._next_character()
+            self._at += 1
+            if mark == "]":
+                break
+            if mark != ",":
+                self._at -= 1
+                raise self._unfinished() if not mark else self._problem_here("not JSON: ',' or ']' expected")
+            if self._next_character() == "]":
+                raise self._problem_here("not JSON: a comma before the end of the list")
+        if self._next_character():
+            raise self._problem_here("not JSON: more text after the end of the list")
+
+    def _sequence(self) -> Iterator[dict[str, Any] | RowError]:
+        while self._next_character():
+            yield self._row()
+
+    def _row(self) -> dict[str, Any] | RowError:
+        if not self._next_character():
+            raise self._unfinished()
+        value, end = self._value()
+        self.row += 1
+        self.line, _ = self._place(self._at)
+        self._at = end
+        return value if isinstance(value, dict) else RowError(_not_an_object(value))
+
+    def _value(self) -> tuple[Any, int]:
+        """The JSON value at the current position and where it ends; reads on while it may be incomplete."""
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                # An error at the end of what was read, or a string without end, may only lack the rest.
+                incomplete = error.pos + 16 > len(self._text) or error.msg.startswith("Unterminated string")
+                if incomplete and not self._ended:
+                    self._read_on()
+                    continue
+                if incomplete:
+                    raise self._unfinished() from None
+                raise self._problem_here(f"not JSON: {error.msg}", error.pos) from None
+            except (ValueError, RecursionError) as error:
+                raise self._problem_here(_unreadable_json(error)) from None
+            if end == len(self._text) and not self._ended:  # "12" may go on as "123"
+                self._read_on()
+                continue
+            return value, end
+
+    def _read_on(self) -> None:
+        """Drops the text before the current position and reads a block, at least as much as is already waiting."""
+        if len(self._text) - self._at > MAX_LINE:
+            raise self._problem_here(f"row {self.row + 1} has more than {MAX_LINE:,} characters")
+        block = self._handle.read(max(_BLOCK, len(self._text) - self._at))
+        pending = len(self._decode.getstate()[0])
+        try:
+            text = self._decode.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            raise self.problem(_not_utf8(error, self._offset - pending)) from None
+        self._offset += len(block)
+        self._ended = not block
+        self._place(self._at)
+        self._dropped += self._at
+        self._text, self._at, self._counted = self._text[self._at :] + text, 0, 0
+
+    def _next_character(self) -> str:
+        """Skips white space; the character behind it, or "" at the end of the file."""
+        while True:
+            self._at = _WHITE_SPACE.match(self._text, self._at).end()
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if self._ended:
+                return ""
+            self._read_on()
+
+    def _place(self, position: int) -> tuple[int, int]:
+        """(line, column) of a position of the window; positions are asked for in rising order."""
+        self._line_breaks += self._text.count("\n", self._counted, position)
+        last = self._text.rfind("\n", self._counted, position)
+        if last >= 0:
+            self._line_start = self._dropped + last + 1
+        self._counted = position
+        return self._line_breaks + 1, self._dropped + position - self._line_start + 1
+
+    def _problem_here(self, message: str, position: int | None = None) -> InputError:
+        line, column = self._place(self._at if position is None else position)
+        return self.problem(f"{message} (column {column}, behind row {self.row}).", line)
+
+    def _unfinished(self) -> InputError:
+        line, _ = self._place(len(self._text))
+        return self.problem(f"the file ends in the middle, behind row {self.row}: it was cut off. Get it again.", line)
+
+
+_CSV_REASONS = {
+    "unexpected end of data": "a quote that is opened here is never closed",
+    "field larger than field limit": f"a cell has more than {MAX_CELL:,} characters (is a quote left open?)",
+    "new-line character seen": "a carriage return outside quotes",
+}
+
+
+class CsvReader(_LineReader):
+    """Comma-separated values with a header line, quoted as RFC 4180 says."""
+
+    def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
+        before = csv.field_size_limit(MAX_CELL)  # a setting of the whole process
+        try:
+            with open(self.path, "rb") as handle:
+                yield from self._rows(csv.reader(self._decoded(handle), strict=True))
+        finally:
+            csv.field_size_limit(before)
+
+    def _rows(self, rows: Iterator[list[str]]) -> Iterator[dict[str, Any] | RowError]:
+        self.header = self._next(rows)
+        if not self.header:
+            raise self.problem("there is no header line that names the columns.")
+        twice = [name for name in self.header if self.header.count(name) > 1]
+        if twice:
+            raise self.problem(f"the header names the column '{twice[0]}' twice.", 1)
+        while (cells := self._next(rows)) is not None:
+            self.line = self._begin
+            if not cells:  # a blank line
+                continue
+            self.row += 1
+            if len(cells) == len(self.header):
+                yield dict(zip(self.header, cells))
+            else:
+                yield RowError(
+                    f"the row has {len(cells)} cells where the header names {len(self.header)} columns; "
+                    "a comma or line break inside a cell needs quotes around the cell"
+                )
+        if not self.row:
+            raise self.problem("there is a header line and no row.")
+
+    def _next(self, rows: Iterator[list[str]]) -> list[str] | None:
+        self._begin = self._line + 1
+        try:
+            return next(rows, None)
+        except csv.Error as error:
+            reason = next((ours for theirs, ours in _CSV_REASONS.items() if str(error).startswith(theirs)), str(error))
+            raise self.problem(f"not CSV: {reason}.", self._begin) from None
+
+    def _decoded(self, handle: BinaryIO) -> Iterator[str]:
+        for raw, offset in self._lines(handle):
+            if raw is None:
+                raise self.problem(f"the line has more than {MAX_LINE:,} bytes.", self._line)
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise self.problem(_not_utf8(error, offset), self._line) from None
+
+
+class ParquetReader(Reader):
+    """A parquet file, read by row groups; only the columns in `wanted` (all, if none of them is there)."""
+
+    def __init__(self, path: Path, wanted: set[str]):
+        super().__init__(path)
+        self._wanted = wanted
+
+    def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            with pyarrow.parquet.ParquetFile(self.path) as file:
+                self.header = file.schema_arrow.names
+                columns = [name for name in self.header if name in self._wanted]
+                for batch in file.iter_batches(batch_size=1024, columns=columns or None):
+                    for row in batch.to_pylist():
+                        self.row += 1
+                        yield row
+        except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise self.problem(f"not a parquet file that can be read: {reason}. Get or write it again.") from None
+        if not self.row:
+            raise self.problem("the file has no rows.")
+
+
+def _json_reader(path: Path, wanted: set[str]) -> Reader:
+    return JsonReader(path)
+
+
+def _json_lines_reader(path: Path, wanted: set[str]) -> Reader:
+    """A list in a file named .jsonl is read as what it is."""
+    with open(path, "rb") as handle:
+        start = handle.read(4096).removeprefix(_BOM).lstrip()
+    return JsonReader(path) if start.startswith(b"[") else JsonLinesReader(path)
+
+
+def _csv_reader(path: Path, wanted: set[str]) -> Reader:
+    return CsvReader(path)
+
+
+FORMATS: dict[str, Callable[[Path, set[str]], Reader]] = {
+    ".json": _json_reader,
+    ".jsonl": _json_lines_reader,
+    ".csv": _csv_reader,
+    ".parquet": ParquetReader,
+}
+
+
+def open_reader(path: Path, wanted: set[str]) -> Reader:
+    """The reader for a file by its name's ending; `wanted` are the columns that will be asked for."""
+    return FORMATS[path.suffix.lower()](path, wanted)

@@ -1,0 +1,133 @@
+"""What is told about the rows of a run before it starts: counts, lengths, padding, steps and tokens."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from linchain_cli.data.batches import steps_per_epoch, step_rows
+
+
+@dataclass
+class SourceReport:
+    """One source's rows: `kept + skipped == total`. Skipped ones were bad, or without a supervised token."""
+
+    name: str
+    total: int = 0
+    kept: int = 0
+    bad: int = 0
+    unsupervised: int = 0
+
+    @property
+    def skipped(self) -> int:
+        return self.bad + self.unsupervised
+
+
+@dataclass
+class DataReport:
+    """The rows of one encoding. Counts of truncated and straddling rows and tokens are over the kept rows."""
+
+    fingerprint: str = ""
+    cached: bool = False
+    sources: list[SourceReport] = field(default_factory=list)
+    tokens: int = 0
+    supervised_tokens: int = 0
+    longest: int = 0
+    truncated: int = 0  # rows
+    straddling_rows: int = 0
+    straddling_tokens: int = 0
+    bad_examples: list[str] = field(default_factory=list)
+    unsupervised_examples: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def total(self) -> int:
+        return sum(source.total for source in self.sources)
+
+    @property
+    def kept(self) -> int:
+        return sum(source.kept for source in self.sources)
+
+    @property
+    def skipped(self) -> int:
+        return sum(source.skipped for source in self.sources)
+
+    @property
+    def unsupervised(self) -> int:
+        return sum(source.unsupervised for source in self.sources)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for run.json."""
+        counts = {"total": self.total, "kept": self.kept, "skipped": self.skipped, "unsupervised": self.unsupervised}
+        return {**counts, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> DataReport:
+        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        fields["sources"] = [SourceReport(**source) for source in values["sources"]]
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class EpochPlan:
+    """One pass over the training rows. `padding` is the share of padded positions among all that are computed."""
+
+    rows: int
+    steps: int
+    tokens: int
+    supervised_tokens: int
+    padding: float
+    padding_unsorted: float  # the same micro-batches cut without sorting a step's rows
+    longest_micro_batch: int  # tokens of the largest micro-batch, padding included
+
+
+def epoch_plan(
+    lengths: np.ndarray, supervised: np.ndarray, *, seed: int, global_batch: int, micro_batch: int, world: int = 1
+) -> EpochPlan:
+    """What the first epoch's batches look like, by the same order of rows that training takes.
+
+    `lengths` and `supervised` are each row's tokens and supervised tokens: (rows,) int32.
+    """
+    order = step_rows(len(lengths), seed, len(lengths), 0)  # an epoch as one step: its whole order
+    steps = steps_per_epoch(len(lengths), global_batch)
+    tokens = int(lengths.sum(dtype=np.int64))
+    computed, largest = _computed(lengths[order], global_batch, micro_batch, world, by_length=True)
+    unsorted, _ = _computed(lengths[order], global_batch, micro_batch, world, by_length=False)
+    return EpochPlan(
+        rows=len(lengths),
+        steps=steps,
+        tokens=tokens,
+        supervised_tokens=int(supervised.sum(dtype=np.int64)),
+        padding=1 - tokens / computed,
+        padding_unsorted=1 - tokens / unsorted,
+        longest_micro_batch=largest,
+    )
+
+
+def _computed(lengths: np.ndarray, global_batch: int, micro_batch: int, world: int, by_length: bool) -> tuple[int, int]:
+    """(positions computed in an epoch, those of its largest micro-batch), padding included; `lengths` in epoch order."""
+    full = len(lengths) // global_batch * global_batch
+    total = largest = 0
+    for steps in (lengths[:full].reshape(-1, global_batch), lengths[full:].reshape(1, -1)):
+        if not steps.size:
+            continue
+        if by_length:
+            steps = -np.sort(-steps, axis=1)
+        count = math.ceil(math.ceil(steps.shape[1] / world) / micro_batch)
+        for rank in range(world):
+            for part in np.array_split(steps[:, rank::world], count, axis=1):
+                if part.size:
+                    sizes = part.max(axis=1).astype(np.int64) * part.shape[1]
+                    total += int(sizes.sum())
+                    largest = max(largest, int(sizes.max()))
+    return total, largest
+
+
+def length_histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> list[tuple[int, int, int]]:
+    """(from, to, rows) for ranges of like width that cover 1 to `max_length`, both ends included."""
+    edges = np.unique(np.linspace(0, max_length, bins + 1).round().astype(int))
+    counts, _ = np.histogram(lengths, bins=edges + 0.5)
+    return [(int(low) + 1, int(high), int(count)) for low, high, count in zip(edges, edges[1:], counts)]
