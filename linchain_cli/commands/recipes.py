@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def copy(
     target = out or Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
-    if target.exists():
+    if os.path.lexists(target):
         raise InputError(f"{target} exists and is left as it is: name another place with --out, or move it away.")
     if not target.parent.is_dir():
         raise InputError(f"{target.parent} is not a directory.")

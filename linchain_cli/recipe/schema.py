@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Discriminator, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
-from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, tagged
+from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
 
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$"), Expected("non-empty text")]
 Count = Annotated[int, Field(ge=1)]
@@ -46,21 +46,21 @@ class ModelConfig(StrictModel):
 
 
 def _kind_of_targets(value: Any) -> str:
-    return "<list>" if isinstance(value, (list, tuple)) else "<text>"
+    return "list" if isinstance(value, (list, tuple)) else "text"
 
 
 def _regex(value: str) -> str:
     try:
         re.compile(value)
     except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"not a regular expression: {error}") from None
+        raise ValueError(f"it is no regular expression: {error}") from None
     return value
 
 
 Targets = Annotated[
     tagged(Annotated[list[Text], Field(min_length=1)], "list")
-    | tagged(Annotated[Text, BeforeValidator(_regex)], "text"),
-    Discriminator(_kind_of_targets),
+    | tagged(Annotated[Text, AfterValidator(_regex)], "text"),
+    choose(_kind_of_targets),
     Expected("a list of module names, a regular expression, or all-linear"),
 ]
 
@@ -113,6 +113,8 @@ class TemplateConfig(StrictModel):
 
 
 def _as_sources(value: Any) -> Any:
+    if value is None:
+        return value
     items = value if isinstance(value, list) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 
@@ -122,11 +124,11 @@ def _rows_or_path(value: Any) -> Any:
 
 
 def _kind_of_validation(value: Any) -> str:
-    return "<path>" if isinstance(value, str) else "<rows>"
+    return "path" if isinstance(value, str) else "rows"
 
 
 def _kind_of_template(value: Any) -> str:
-    return "<own>" if isinstance(value, (Mapping, TemplateConfig)) else "<name>"
+    return "own" if isinstance(value, (Mapping, TemplateConfig)) else "name"
 
 
 Sources = Annotated[
@@ -137,14 +139,14 @@ Sources = Annotated[
 ]
 Validation = Annotated[
     tagged(Annotated[int, Field(ge=0)], "rows") | tagged(Text, "path"),
-    Discriminator(_kind_of_validation),
+    choose(_kind_of_validation),
     BeforeValidator(_rows_or_path, json_schema_input_type=int | str),
     Expected("a number of rows to hold out (0 for none), or a file"),
 ]
 TemplateName = Literal["alpaca", "llm-adapters", "chat", "plain"]
 Template = Annotated[
     tagged(TemplateName, "name") | tagged(TemplateConfig, "own"),
-    Discriminator(_kind_of_template),
+    choose(_kind_of_template),
     Expected("alpaca, llm-adapters, chat, plain, or a mapping with prompt, prompt_no_input and response"),
 ]
 
@@ -206,12 +208,12 @@ class LearningRateFactors(StrictModel):
 
 
 def _kind_of_micro_batch(value: Any) -> str:
-    return "<auto>" if value == "auto" else "<number>"
+    return "auto" if value == "auto" else "number"
 
 
 MicroBatch = Annotated[
     tagged(Count, "number") | tagged(Literal["auto"], "auto"),
-    Discriminator(_kind_of_micro_batch),
+    choose(_kind_of_micro_batch),
     Expected("a whole number of at least 1, or auto"),
 ]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"]

@@ -6,13 +6,14 @@ there (read off the declared type, so that it is written nowhere twice) and the 
 
 from __future__ import annotations
 
+import itertools
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import annotated_types
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -22,6 +23,7 @@ from linchain_cli.recipe.strict_yaml import Key
 Model = TypeVar("Model", bound=BaseModel)
 
 CONFLICT = "conflict"
+TAG_MARK = "\0"  # pydantic puts the tag of a union's branch among the keys of an error; nobody's key begins like this
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def check(model: type[Model], value: Mapping[str, Any]) -> tuple[Model | None, l
         try:
             valid = model.model_validate(rest)
         except ValidationError as error:
-            known = [key for problem in problems for key in problem.involved]
+            known = [_whole(key) for problem in problems for key in problem.involved]
             fresh = [p for p in _problems(error, model) if not any(_related(p.involved, key) for key in known)]
             if not fresh:
                 break
@@ -99,15 +101,14 @@ def _related(involved: Iterable[Key], key: Key) -> bool:
 
 
 def _without(value: Any, keys: Iterable[Key]) -> Any:
-    """`value` with those keys left out; a list with a wrong item is left out as a whole."""
     for key in keys:
-        names = key
-        for index, part in enumerate(key):
-            if isinstance(part, int):
-                names = key[:index]
-                break
-        value = _without_one(value, names)
+        value = _without_one(value, _whole(key))
     return value
+
+
+def _whole(key: Key) -> Key:
+    """The key of the list for the key of an item: a list with a wrong item is left out as a whole."""
+    return tuple(itertools.takewhile(lambda part: not isinstance(part, int), key))
 
 
 def _without_one(value: Any, names: Key) -> Any:
@@ -121,7 +122,7 @@ def _without_one(value: Any, names: Key) -> Any:
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> Iterator[Problem]:
     for detail in error.errors(include_url=False):
-        key = tuple(part for part in detail["loc"] if not str(part).startswith("<"))
+        key = tuple(part for part in detail["loc"] if not str(part).startswith(TAG_MARK))
         if detail["type"] == CONFLICT:
             for conflict in detail["ctx"]["conflicts"]:
                 involved = tuple((*key, *name.split(".")) for name in conflict.keys)
@@ -141,12 +142,13 @@ def _wrong_value(detail: Mapping[str, Any], key: Key, model: type[BaseModel]) ->
     if detail["type"] == "missing":
         return f"missing. Expected {expected}."
     suggestion = did_you_mean(value, choices(found.annotation)) if isinstance(value, str) else ""
-    return f"expected {expected}, got {_show(value)}.{suggestion}"
+    reason = f" ({detail['ctx']['error']})" if detail["type"] == "value_error" else ""
+    return f"expected {expected}, got {_show(value)}{reason}.{suggestion}"
 
 
 def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
     """Suggests the nearest field beside the wrong one, else the place where a field of such a name belongs."""
-    *parent, name = key
+    *parent, name = key or ("",)
     here = model_at(model, tuple(parent))
     siblings = list(here.model_fields) if here else []
     initials = {"".join(word[0] for word in field.split("_")): field for field in siblings}
@@ -263,8 +265,13 @@ def _flat(metadata: Iterable[Any]) -> Iterator[Any]:
 
 
 def tagged(annotation: Any, tag: str) -> Any:
-    """One branch of a union that a `Discriminator` picks; `tag` is hidden from the keys in messages."""
-    return Annotated[annotation, Tag(f"<{tag}>")]
+    """The branch of a union that `choose` picks by this tag."""
+    return Annotated[annotation, Tag(TAG_MARK + tag)]
+
+
+def choose(tag_of: Callable[[Any], str]) -> Discriminator:
+    """Picks the branch of a union of `tagged` types by the raw value, so that errors speak of that branch alone."""
+    return Discriminator(lambda value: TAG_MARK + tag_of(value))
 
 
 def _show(value: Any) -> str:

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from linchain_cli.cli import main
+from linchain_cli.recipe import load_recipe, shipped_recipes
+from linchain_cli.shipped import recipe_purposes
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def recipes(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["recipes", *arguments])
+    return end.value.code
+
+
+def test_list_shows_every_recipe_with_its_purpose(capsys):
+    assert recipes("list") == 0
+    lines = capsys.readouterr().out.splitlines()
+    purposes = dict(recipe_purposes())
+    assert [line.split(maxsplit=1) for line in lines] == [[name, purpose] for name, purpose in purposes.items()]
+    assert purposes.keys() == shipped_recipes().keys() and len(set(purposes.values())) == len(purposes)
+
+
+def test_purposes_are_first_lines_that_are_comments():
+    for path in shipped_recipes().values():
+        assert path.read_text(encoding="utf-8").startswith("# "), path
+
+
+def test_copy_writes_the_same_bytes_and_never_over_a_file(elsewhere, capsys):
+    assert recipes("copy", "figure2") == 0
+    copied = elsewhere / "figure2.yaml"
+    assert copied.read_bytes() == shipped_recipes()["figure2"].read_bytes()
+    assert load_recipe(copied).name == "figure2"
+    copied.write_text("mine")
+    capsys.readouterr()
+    assert recipes("copy", "figure2") == 2
+    assert "figure2.yaml exists and is left as it is" in capsys.readouterr().err
+    assert copied.read_text() == "mine"
+
+
+def test_copy_to_another_place(elsewhere, capsys):
+    (elsewhere / "folder").mkdir()
+    assert recipes("copy", "figure2", "--out", "folder") == 0
+    assert recipes("copy", "figure2", "--out", "mine.yaml") == 0
+    assert (elsewhere / "folder/figure2.yaml").is_file() and (elsewhere / "mine.yaml").is_file()
+    assert recipes("copy", "figure2", "--out", "no/such/place.yaml") == 2
+    assert "no/such is not a directory" in capsys.readouterr().err
+
+
+def test_copy_does_not_follow_a_dangling_link(elsewhere):
+    (elsewhere / "figure2.yaml").symlink_to("nowhere")
+    assert recipes("copy", "figure2") == 2
+
+
+def test_copy_of_an_unknown_name_lists_them(capsys):
+    assert recipes("copy", "zzz") == 2
+    assert "There are: " in capsys.readouterr().err
+    assert recipes("copy", "figure2.yaml") == 2
+    assert "Did you mean 'figure2'?" in capsys.readouterr().err
+
+
+def test_schema_is_json(capsys):
+    assert recipes("schema") == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "Recipe"

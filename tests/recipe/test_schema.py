@@ -1,0 +1,149 @@
+"""The recipe's models: defaults, the way out to YAML and back, and what is generated from the declarations."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
+
+from linchain_cli.errors import InputError
+from linchain_cli.recipe import Recipe, json_schema, load_recipe, shipped_recipes, strict_yaml
+from linchain_cli.recipe.validation import check
+
+ROOT = Path(__file__).resolve().parents[2]
+MINIMAL = {"name": "r", "model": {"path": "m"}, "data": {"train": "d.json"}}
+
+# The defaults are a promise to users: a changed one must be changed here too, and told in CHANGELOG.md.
+DEFAULTS = """\
+output_dir: runs
+seed: 42
+model: {revision: null, dtype: auto, quantization: none, attention: auto}
+adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
+          target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
+data: {split: train, revision: null, columns: {}, validation: 120, split_seed: 42, template: alpaca, train_on_inputs: false,
+       max_length: 256, on_bad_row: error, max_unsupervised_share: 0.0}
+training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4, lr_scheduler: linear,
+           warmup_steps: 100, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm: 1.0, optimizer: adamw,
+           gradient_checkpointing: false, compile: false, deterministic: false, parallel: auto, log_every: 10, eval_every: 200,
+           save_every: 200, keep_checkpoints: 2, keep: best, early_stopping: null, trackers: []}
+evaluation: {tasks: [], protocol: likelihood, limit: null, data_dir: null}
+"""
+
+
+def test_defaults():
+    import yaml
+
+    dumped = Recipe(**MINIMAL).model_dump(mode="json")
+    expected = yaml.safe_load(DEFAULTS)
+    expected["training"]["learning_rate"] = 3e-4
+    expected |= {"name": "r"}
+    expected["model"]["path"] = "m"
+    expected["data"]["train"] = [{"path": "d.json", "split": None, "revision": None, "columns": None}]
+    assert dumped == expected
+
+
+def test_models_built_in_python_are_checked_too():
+    with pytest.raises(ValidationError, match="not both"):
+        Recipe(**MINIMAL, training={"epochs": 1, "max_steps": 1})
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe(**MINIMAL).adapter.rank = 3
+
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
+RECIPES = st.fixed_dictionaries(
+    {
+        "name": st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),
+        "model": st.fixed_dictionaries({"path": TEXT, "revision": st.none() | TEXT}),
+        "data": st.fixed_dictionaries(
+            {
+                "train": st.lists(TEXT, min_size=1, max_size=3),
+                "columns": st.dictionaries(TEXT, TEXT, max_size=3),
+                "validation": st.integers(1, 10**6) | st.just("dev.json"),
+                "template": st.sampled_from(["plain", "chat"]) | st.fixed_dictionaries({"prompt": TEXT, "response": TEXT}),
+            }
+        ),
+        "training": st.fixed_dictionaries(
+            {
+                "learning_rate": st.floats(0, 1, exclude_min=True),
+                "epochs": st.floats(0, 1e6, exclude_min=True, allow_infinity=False),
+                "micro_batch_size": st.integers(1, 64) | st.just("auto"),
+            }
+        ),
+    }
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(values=RECIPES)
+def test_to_yaml_reads_back_equal(values):
+    recipe = Recipe(**values)
+    again, problems = check(Recipe, strict_yaml.parse(recipe.to_yaml()).value)
+    assert not problems and again == recipe
+
+
+def test_to_yaml_writes_every_field():
+    text = Recipe(**MINIMAL).to_yaml()
+    assert strict_yaml.parse(text).value.keys() == Recipe.model_fields.keys()
+    assert "early_stopping: null" in text and "&" not in text
+
+
+def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
+    from linchain_cli.recipe.validation import nested_model
+
+    inner = [found for declared in model.model_fields.values() if (found := nested_model(declared.annotation))]
+    return {model}.union(*map(_models, inner))
+
+
+@pytest.mark.parametrize("model", sorted(_models(Recipe), key=lambda model: model.__name__))
+def test_every_field_is_documented(model):
+    assert model.__doc__
+    for name, declared in model.model_fields.items():
+        assert declared.description and declared.description.rstrip().endswith("."), name
+
+
+def test_json_schema_describes_what_the_loader_takes():
+    schema = json_schema()
+    assert schema["additionalProperties"] is False and schema["required"] == ["name", "model", "data"]
+    data = schema["$defs"]["DataConfig"]["properties"]
+    assert {"type": "string"} in data["train"]["anyOf"] and {"type": "integer"} in data["validation"]["anyOf"]
+    assert schema["$defs"]["AdapterConfig"]["properties"]["depth"]["description"]
+
+
+def test_the_reference_is_up_to_date():
+    done = subprocess.run([sys.executable, ROOT / "scripts/generate_reference.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_are_valid_and_named_like_their_file(name):
+    recipe = load_recipe(shipped_recipes()[name])
+    assert recipe.name == name
+
+
+PAPER = [name for name in shipped_recipes() if name.endswith("b-commonsense") and not name.startswith("smollm2")]
+
+
+def test_there_are_recipes_with_the_papers_hyper_parameters():
+    assert {name.partition("-")[0] for name in PAPER} == {"llama2", "llama3", "qwen3", "gemma2"}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_hyper_parameters(name):
+    recipe = load_recipe(shipped_recipes()[name])
+    adapter, data, training = recipe.adapter, recipe.data, recipe.training
+    assert (adapter.rank, adapter.alpha, adapter.depth, adapter.dropout) == (16, 32, 3, 0.05)
+    assert adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+    assert (training.learning_rate, training.lr_scheduler, training.warmup_steps) == (3e-4, "linear", 100)
+    assert (training.global_batch_size, training.micro_batch_size, training.epochs) == (16, 4, 3)
+    assert (training.eval_every, training.save_every, training.keep) == (200, 200, "best")
+    assert (data.validation, data.max_length, data.train_on_inputs) == (120, 256, True)
+
+
+def test_a_shipped_recipe_takes_overrides():
+    with pytest.raises(InputError, match="adapter.depth"):
+        load_recipe(shipped_recipes()["figure2"], ["adapter.depth=three"])
