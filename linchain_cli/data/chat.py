@@ -145,4 +145,5 @@ def _before_answer(messages: Messages) -> Messages:
 def _difference(before: str, full: str) -> str:
     """Where the text with an answer leaves the text that asks for it, in a few words."""
     same = next((i for i, (a, b) in enumerate(zip(before, full)) if a != b), min(len(before), len(full)))
-    return f"it asks with {before[same : same + 30]!r} and writes {full[same : same + 30]!r}"
+    part = slice(max(0, same - 20), same + 20)
+    return f"it asks with {before[part]!r} and writes {full[part]!r}"

@@ -87,7 +87,7 @@ class TextEncoder:
         supervised = np.concatenate((np.zeros(len(prefix), bool), supervised, np.ones(len(suffix), bool)))
         if train_on_inputs:
             supervised[:] = True
-            supervised[:1] = False  # nothing comes before the first token to predict it from
+        supervised[:1] = False  # nothing comes before the first token to predict it from
         kept = slice(max_length)
         straddling = int(np.count_nonzero(straddling[: max(0, len(input_ids[kept]) - len(prefix))]))
         return EncodedText(input_ids[kept], supervised[kept], straddling, len(input_ids))

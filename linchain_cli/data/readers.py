@@ -23,6 +23,7 @@ MAX_LINE = 64 << 20  # bytes of one row, whatever its columns
 _BLOCK = 1 << 20
 _BOM = codecs.BOM_UTF8
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+_JSON_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
 _OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
 
 
@@ -187,20 +188,25 @@ class JsonReader(Reader):
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                # An error at the end of what was read, or a string without end, may only lack the rest.
-                incomplete = error.pos + 16 > len(self._text) or error.msg.startswith("Unterminated string")
+                incomplete = self._may_go_on(error)
                 if incomplete and not self._ended:
                     self._read_on()
-                    continue
-                if incomplete:
+                elif incomplete:
                     raise self._unfinished() from None
-                raise self._problem_here(f"not JSON: {error.msg}", error.pos) from None
+                else:
+                    raise self._problem_here(f"not JSON: {error.msg}", error.pos) from None
             except (ValueError, RecursionError) as error:
                 raise self._problem_here(_unreadable_json(error)) from None
-            if end == len(self._text) and not self._ended:  # "12" may go on as "123"
+            else:
+                if end < len(self._text) or self._ended:  # "12" at the end may go on as "123"
+                    return value, end
                 self._read_on()
-                continue
-            return value, end
+
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
+        """Whether the text is no more than the beginning of a value: it ends where the error is, or in a word or string."""
+        rest = self._text[error.pos : error.pos + 16].rstrip()
+        in_string = error.msg.startswith("Unterminated string") or "escape" in error.msg and len(rest) < 8
+        return in_string or any(word.startswith(rest) for word in _JSON_WORDS)
 
     def _read_on(self) -> None:
         """Drops the text before the current position and reads a block, at least as much as is already waiting."""

@@ -59,16 +59,21 @@ class DataReport:
     def unsupervised(self) -> int:
         return sum(source.unsupervised for source in self.sources)
 
+    def counts(self) -> dict[str, Any]:
+        """As JSON, for run.json: of all sources together, and of each."""
+        everything = asdict(self)
+        left_out = ("fingerprint", "cached", "sources")
+        together = {name: getattr(self, name) for name in ("total", "kept", "skipped", "unsupervised")}
+        each = [{**source, "skipped": source["bad"] + source["unsupervised"]} for source in everything["sources"]]
+        return {**together, **{k: v for k, v in everything.items() if k not in left_out}, "sources": each}
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, for run.json."""
-        counts = {"total": self.total, "kept": self.kept, "skipped": self.skipped, "unsupervised": self.unsupervised}
-        return {**counts, **asdict(self)}
+        """All of it as JSON, which `from_dict` reads back."""
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
-        fields = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        fields["sources"] = [SourceReport(**source) for source in values["sources"]]
-        return cls(**fields)
+        return cls(**{**values, "sources": [SourceReport(**source) for source in values["sources"]]})
 
 
 @dataclass(frozen=True)
