@@ -353,10 +353,17 @@ SECTIONS = ("model", "adapter", "data", "training", "evaluation")
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Writes no anchors: the loader refuses them."""
+    """Writes no anchors, which the loader refuses, and escapes line breaks: between single quotes U+0085 reads as a blank."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_PlainDumper.add_representer(str, _PlainDumper.represent_str)
 
 
 def json_schema() -> dict[str, Any]:

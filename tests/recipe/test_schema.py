@@ -86,6 +86,13 @@ def test_to_yaml_reads_back_equal(values):
     assert not problems and again == recipe
 
 
+@pytest.mark.parametrize("text", ["\x85", "a\x85b", "\u2028", "\ufeff", "\x7f", "\r\n", "a: b", "*a", "null", "", " ", "é", "#"])
+def test_to_yaml_keeps_text_that_yaml_would_bend(text):
+    recipe = Recipe(**MINIMAL | {"data": {"train": "d", "template": {"prompt": f"{text}{{input}}", "response": text or "x"}}})
+    again, _ = check(Recipe, strict_yaml.parse(recipe.to_yaml()).value)
+    assert again == recipe
+
+
 def test_to_yaml_writes_every_field():
     text = Recipe(**MINIMAL).to_yaml()
     assert strict_yaml.parse(text).value.keys() == Recipe.model_fields.keys()
