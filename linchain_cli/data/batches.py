@@ -67,8 +67,7 @@ def micro_batches(
     """One rank's share of a step's rows as micro-batches of like length, longest first.
 
     Rows are sorted by length and dealt out to the ranks in turn. Every rank gets the same number of
-    micro-batches, of sizes that differ by one at most; one of them can be empty only in a step that has
-    fewer rows than there are ranks.
+    micro-batches, because all take part in each; where rows do not go round, one can be empty.
     """
     order = np.argsort(-lengths[rows].astype(np.int64), kind="stable")
     count = math.ceil(math.ceil(len(rows) / world) / micro_batch_size)
@@ -76,13 +75,13 @@ def micro_batches(
 
 
 def collate(encoded: Rows, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> Batch:
-    """Pads the rows on the right to the longest of them."""
+    """Pads the rows on the right to the longest of them. No rows give one row of padding without labels."""
     import torch
 
     items = [encoded[int(row)] for row in rows]
-    shape = (len(items), max((len(ids) for ids, _ in items), default=0))
+    shape = (max(1, len(items)), max((len(ids) for ids, _ in items), default=1))
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64) if items else np.ones(shape, dtype=np.int64)
     labels = np.full(shape, IGNORED, dtype=np.int64)
     for i, (ids, supervised) in enumerate(items):
         input_ids[i, : len(ids)] = ids

@@ -55,25 +55,28 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
     except Exception as error:
         chain = list(_causes(error))
         text = _first_line(error)
-        if any(isinstance(cause, errors.GatedRepoError) for cause in chain) or "gated" in text:
+
+        def caused_by(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in chain)
+
+        if caused_by(errors.GatedRepoError) or "gated dataset" in text:
             raise InputError(
                 f"The data set '{name}' is gated. Accept its terms at https://huggingface.co/datasets/{name}, then "
                 f"log in with 'hf auth login' or set HF_TOKEN to a token of that account, {_LOCAL_FILE}."
             ) from error
-        if any(isinstance(cause, errors.RevisionNotFoundError) for cause in chain):
+        if caused_by(errors.RevisionNotFoundError):
             raise InputError(f"The data set '{name}' has no revision '{revision}'. Check data.revision.") from error
-        if any(isinstance(cause, _unreachable()) for cause in chain):
+        if caused_by(errors.RepositoryNotFoundError, errors.HFValidationError):
+            raise InputError(_unknown(name)) from error
+        if caused_by(errors.HfHubHTTPError):
+            raise InputError(f"The hub refused the data set '{name}' ({text}). Try again later, {_LOCAL_FILE}.") from error
+        if caused_by(ConnectionError, TimeoutError, errors.HTTPError, errors.LocalEntryNotFoundError):
             raise InputError(
                 f"The data set '{name}' is not on this machine, and the hub cannot be reached: check the network or the "
                 f"proxy, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE if they are set, {_LOCAL_FILE}."
             ) from error
-        if isinstance(error, datasets.exceptions.DatasetNotFoundError) or any(
-            isinstance(cause, (errors.RepositoryNotFoundError, errors.HFValidationError)) for cause in chain
-        ):
-            raise InputError(
-                f"The hub has no data set '{name}' that you may see. Check the spelling; if it is private, log in with "
-                f"'hf auth login' or set HF_TOKEN; {_LOCAL_FILE}."
-            ) from error
+        if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+            raise InputError(_unknown(name)) from error
         if isinstance(error, ValueError) and text.startswith("Unknown split"):
             known = text.partition("Should be one of ")[2].strip(" .")
             hint = did_you_mean(split, known.strip("[]").replace("'", "").split(", "))
@@ -88,11 +91,11 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
         raise InputError(f"The data set '{name}' cannot be loaded: {type(error).__name__}: {text}") from error
 
 
-def _unreachable() -> tuple[type[BaseException], ...]:
-    import httpx
-    from huggingface_hub import errors
-
-    return (ConnectionError, TimeoutError, httpx.TransportError, errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)
+def _unknown(name: str) -> str:
+    return (
+        f"The hub has no data set '{name}' that you may see. Check the spelling; if it is private, log in with "
+        f"'hf auth login' or set HF_TOKEN; {_LOCAL_FILE}."
+    )
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -7,6 +7,7 @@ template's, and stops at the first row that cannot be used, or skips and counts 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any, Literal, Protocol
 from linchain_cli.data import readers
 from linchain_cli.data.readers import MAX_CELL, open_reader
 from linchain_cli.data.templates import Layout, RowError, Template
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.errors import InputError, did_you_mean, nearest
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _EXAMPLES = 5  # problems of rows that are kept as text
 
 
@@ -219,12 +221,11 @@ class Rows:
         layout = min(self._layouts, key=lambda layout: len(layout.missing(found)))
         theirs = layout.missing(found)[0]
         names = [str(name) for name in found]
-        hint = did_you_mean(theirs, [name for name in names if name not in layout.theirs])
+        others = [name for name in names if name not in layout.theirs]
         shown = ", ".join(names[:20]) or "none"
-        ours = layout.ours_of(theirs)
         return (
-            f"there is no column '{theirs}' (columns: {shown}).{hint} If it has another name, map it with "
-            f"data.columns: {{{ours}: NAME}}"
+            f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has another name, map "
+            f"it with data.columns: {{{layout.ours_of(theirs)}: {nearest(theirs, others) or 'NAME'}}}"
         )
 
 
@@ -280,12 +281,9 @@ def check_text(text: str, row: Mapping[str, Any]) -> None:
     if len(text) > MAX_CELL:
         column = max(row, key=lambda name: len(str(row[name])))
         raise RowError(f"'{column}' makes a text of {len(text):,} characters; the limit is {MAX_CELL:,}")
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(f"a text holds half a character (\\u{ord(text[error.start]):04x}, a lone surrogate)") from None
+    if not text.isascii() and (broken := _SURROGATE.search(text)):
+        column = next((name for name, value in row.items() if broken.group() in str(value)), "the row")
+        raise RowError(f"'{column}' holds half a character (\\u{ord(broken.group()):04x}, a lone surrogate)")
 
 
 def generated_rows(source: Source) -> list[dict[str, Any]]:

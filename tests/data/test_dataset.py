@@ -1,0 +1,320 @@
+"""From a data section to encoded rows: the cache, held-out rows, and rows with nothing to learn."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from linchain_cli.data import dataset, fingerprint
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.encoding import text_encoder
+from linchain_cli.data.store import EncodedStore
+from linchain_cli.data.templates import get_template
+from linchain_cli.errors import InputError, LinchainError
+
+
+@pytest.fixture
+def rows(commonsense_rows):
+    return commonsense_rows(50)
+
+
+@pytest.fixture
+def train(write, rows) -> str:
+    return str(write("train.json", json.dumps(rows)))
+
+
+@pytest.fixture
+def prepare(tmp_path, byte_level, data_config):
+    """`prepare(train, **fields)`: prepares with the byte-level tokenizer and a cache of the test's own."""
+
+    def call(train, tokenizer=byte_level, **fields):
+        return prepare_data(data_config(train, **fields), tokenizer, cache_dir=tmp_path / "cache")
+
+    return call
+
+
+def all_rows(encoded) -> list[tuple[list[int], list[bool]]]:
+    return [(ids.tolist(), supervised.tolist()) for ids, supervised in (encoded[i] for i in range(len(encoded)))]
+
+
+def test_rows_are_those_of_the_encoder_in_file_order(prepare, train, rows, byte_level):
+    prepared = prepare(train)
+    template = get_template("alpaca", byte_level)
+    expected = text_encoder(byte_level).encode([template.render(row) for row in rows], adds_bos=True, max_length=256)
+    assert all_rows(prepared.train) == [(row.input_ids.tolist(), row.supervised.tolist()) for row in expected]
+    assert prepared.train.lengths.tolist() == [len(row.input_ids) for row in expected]
+    assert prepared.train.supervised_counts.tolist() == [int(row.supervised.sum()) for row in expected]
+    ids, supervised = prepared.train[0]
+    assert (ids.dtype, supervised.dtype) == (np.int32, np.bool_)
+    assert prepared.validation is None
+    with pytest.raises(IndexError):
+        prepared.train[50]
+
+
+def test_the_report_adds_up(prepare, write, rows, byte_level):
+    first = write("a.json", json.dumps(rows[:20]))
+    second = write("b.jsonl", "\n".join(json.dumps(row) for row in rows[20:]) + '\nnonsense\n{"instruction": "x"}\n')
+    straddle = {"prompt": "Q: {instruction}\nA: ", "response": "{output}"}
+    report = prepare([str(first), str(second)], on_bad_row="skip", template=straddle).report
+    assert [(source.total, source.kept, source.skipped) for source in report.sources] == [(20, 20, 0), (32, 30, 2)]
+    assert (report.total, report.kept, report.skipped) == (52, 50, 2)
+    assert len(report.bad_examples) == 2 and f"{second}:31 (row 31): not JSON" in report.bad_examples[0]
+    assert report.straddling_rows == report.straddling_tokens == 50
+    counts = json.loads(json.dumps(report.counts()))
+    assert (counts["total"], counts["kept"], counts["skipped"]) == (52, 50, 2)
+    assert counts["sources"][1]["skipped"] == 2
+
+
+def test_a_second_call_opens_what_the_first_wrote(prepare, train, monkeypatch):
+    first = prepare(train)
+    monkeypatch.setattr(dataset, "_encode_to", None)  # calling it would fail
+    again = prepare(train)
+    assert (first.report.cached, again.report.cached) == (False, True)
+    assert all_rows(again.train) == all_rows(first.train)
+    assert again.report.counts() == first.report.counts()
+    assert isinstance(again.train.store.tokens, np.memmap)
+
+
+def change_source(path: str) -> None:
+    """One letter, with size and modification time as before."""
+    status = os.stat(path)
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data.replace(b"person 7", b"person 8", 1))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_any_change_is_noticed(prepare, train, byte_level, write, rows):
+    known = {prepare(train).report.fingerprint}
+
+    def changed(**fields) -> None:
+        report = prepare(fields.pop("train", train), **fields).report
+        assert not report.cached and report.fingerprint not in known
+        known.add(report.fingerprint)
+
+    changed(max_length=255)
+    changed(template="plain")
+    changed(template={"prompt": "{instruction}\n", "response": "{output}"})
+    changed(template="chat")
+    changed(train_on_inputs=True)
+    changed(on_bad_row="skip")
+    changed(columns={"input": "answer"})
+    changed(train=[train, train])
+    changed(train=str(write("lines.jsonl", "".join(json.dumps(row) + "\n" for row in rows))))
+    other = copy.deepcopy(byte_level)
+    other.eos_token = "<s>"
+    changed(tokenizer=other)
+    added = copy.deepcopy(byte_level)
+    added.add_tokens(["person"])
+    changed(tokenizer=added)
+    chat = copy.deepcopy(byte_level)
+    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    changed(tokenizer=chat, template="chat")
+    change_source(train)
+    changed()
+
+
+def test_what_changes_no_row_needs_no_new_encoding(prepare, train, byte_level, tmp_path):
+    prepare(train)
+    byte_level(["a", "b c"], padding="max_length", max_length=4, truncation=True)  # leaves its settings in the tokenizer
+    moved = tmp_path / "moved.json"
+    os.rename(train, moved)
+    for fields in ({}, {"validation": 5}, {"split_seed": 7, "validation": 5}, {"max_unsupervised_share": 0.5}):
+        assert prepare(str(moved), **fields).report.cached
+
+
+def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch):
+    path, cache = tmp_path / "x.json", tmp_path / "cache"
+    path.write_text("abc")
+    known = fingerprint.file_hash(path, cache)
+    assert not (cache / "hashes").exists(), "it may change again within the clock's resolution"
+    monkeypatch.setattr(time, "time", lambda clock=time.time: clock() + 10)
+    assert fingerprint.file_hash(path, cache) == known
+    monkeypatch.setattr(fingerprint, "sha256_file", None)
+    assert fingerprint.file_hash(path, cache) == known
+    monkeypatch.undo()
+    change_source_status = os.stat(path)
+    path.write_text("abd")
+    os.utime(path, ns=(change_source_status.st_atime_ns, change_source_status.st_mtime_ns))
+    assert fingerprint.file_hash(path, cache) != known
+    note = next((cache / "hashes").iterdir())
+    note.write_text("{")
+    assert fingerprint.file_hash(path, cache) != known
+
+
+def test_held_out_rows_are_apart_and_always_the_same(prepare, train):
+    whole = all_rows(prepare(train).train)
+    first, again = (prepare(train, validation=7) for _ in range(2))
+    other = prepare(train, validation=7, split_seed=1)
+    assert (len(first.train), len(first.validation)) == (43, 7)
+    assert sorted(all_rows(first.train) + all_rows(first.validation)) == sorted(whole)
+    assert all_rows(first.validation) == all_rows(again.validation) != all_rows(other.validation)
+    assert first.train.lengths.tolist() == [len(ids) for ids, _ in all_rows(first.train)]
+    with pytest.raises(InputError, match="50 rows cannot be held out of 50"):
+        prepare(train, validation=50)
+
+
+def test_the_held_out_rows_never_change_between_versions(prepare, train):
+    validation = prepare(train, validation=5).validation
+    assert validation._rows.tolist() == [13, 17, 30, 39, 45]
+
+
+def test_validation_from_a_file(prepare, train, write, rows):
+    path = write("validation.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:3]) + json.dumps(
+        {"instruction": "new", "output": "true"}))  # fmt: skip
+    prepared = prepare(train, validation=str(path))
+    assert (len(prepared.train), len(prepared.validation)) == (50, 4)
+    assert prepared.validation_report.total == 4
+    assert prepared.report.warnings == ["3 of 4 validation rows also occur among the training rows"]
+
+
+def test_rows_without_a_supervised_token_stop_the_run(prepare, write, rows):
+    long = {"instruction": "so " * 300, "output": "true"}
+    path = str(write("x.json", json.dumps([rows[0], long, rows[1], long], indent=1)))
+    with pytest.raises(InputError) as caught:
+        prepare(path)
+    message = str(caught.value)
+    assert "2 of 4 rows (50.0%) have no supervised token" in message
+    assert f"{path}:8 (row 2): " in message and f"{path}:18 (row 4): " in message
+    with pytest.raises(InputError, match="50.0%.*now 0.4"):
+        prepare(path, max_unsupervised_share=0.4)
+    prepared = prepare(path, max_unsupervised_share=0.5)
+    assert len(prepared.train) == 2
+    counts = prepared.report.counts()
+    assert (counts["total"], counts["kept"], counts["skipped"], counts["unsupervised"]) == (4, 2, 2, 2)
+    with pytest.raises(InputError, match="4 of 4 rows"):
+        prepare(str(write("y.json", json.dumps([long] * 4))), max_unsupervised_share=1.0)
+
+
+def test_truncated_rows_are_counted(prepare, write):
+    rows = [{"instruction": "a", "output": "true " * length} for length in (1, 50, 100)]
+    report = prepare(str(write("x.json", json.dumps(rows))), template="plain", max_length=80).report
+    assert report.truncated == 1 and report.longest > 80
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"instruction": "x", "output": " "}, "'output' is empty"),
+        ({"instruction": "x", "output": "\ud800"}, r"'output' holds half a character \(.ud800"),
+        ({"instruction": "x" * 5_000_001, "output": "y"}, "'instruction' makes a text of 5,0.* the limit is 5,000,000"),
+    ],
+)
+def test_rows_that_cannot_be_encoded_are_bad_rows(prepare, write, row, said):
+    path = str(write("x.json", json.dumps([{"instruction": "a", "output": "b"}, row])))
+    with pytest.raises(InputError, match=rf"x.json:1 \(row 2\): {said}"):
+        prepare(path)
+    report = prepare(path, on_bad_row="skip").report
+    assert (report.total, report.kept, report.skipped) == (2, 1, 1)
+
+
+def test_a_cell_of_fifty_megabytes_is_refused_quickly(prepare, write):
+    path = str(write("x.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "' + "x " * 25_000_000 + '", "output": "b"}\n'))
+    started = time.monotonic()
+    with pytest.raises(InputError, match="x.jsonl:2 .*50,000,"):
+        prepare(path)
+    assert time.monotonic() - started < 10
+
+
+def test_conversations(prepare, write):
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "eins"}]
+    path = str(write("x.jsonl", "".join(json.dumps({"messages": turns * n}) + "\n" for n in (1, 2, 3))))
+    prepared = prepare(path, template="chat")
+    assert (np.diff(prepared.train.supervised_counts) > 0).all()
+    with pytest.raises(InputError, match=r"x.jsonl:1 \(row 1\): there is no column 'instruction' \(columns: messages\)"):
+        prepare(path)
+    bad = str(write("y.jsonl", json.dumps({"messages": [{"role": "user"}]})))
+    with pytest.raises(InputError, match=r"y.jsonl:1 \(row 1\): turn 1 of 'messages'"):
+        prepare(bad, template="chat")
+
+
+def test_no_end_of_sequence_token_is_a_warning(prepare, train, byte_level):
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.eos_token = None
+    assert "no end-of-sequence token" in prepare(train, tokenizer=tokenizer).report.warnings[0]
+
+
+def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
+    expected = all_rows(prepare(train).train)
+    (directory,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "hashes")
+    for damage in (
+        lambda: os.truncate(directory / "tokens.int32", 100),
+        lambda: (directory / "meta.json").write_text("{}"),
+        lambda: (directory / "labels.int32").unlink(),
+        lambda: (directory / "meta.json").unlink(),
+    ):
+        damage()
+        prepared = prepare(train)
+        assert not prepared.report.cached
+        assert all_rows(prepared.train) == expected
+
+
+def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
+    path = write("x.json", json.dumps(rows)[:-1])  # the end is missing
+    with pytest.raises(InputError, match="cut off"):
+        prepare(str(path))
+    assert [found for found in (tmp_path / "cache").iterdir() if found.is_dir()] == []
+
+
+def test_a_full_disk_is_said(prepare, train, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset.StoreWriter, "append", full)
+    with pytest.raises(LinchainError, match="No space is left .* LINCHAIN_CACHE"):
+        prepare(train)
+
+
+def test_a_cache_that_cannot_be_written_is_said(byte_level, train, data_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Set LINCHAIN_CACHE to a directory"):
+        prepare_data(data_config(train), byte_level, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_the_cache_is_where_the_environment_says(byte_level, train, data_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "elsewhere"))
+    report = prepare_data(data_config(train), byte_level).report
+    assert EncodedStore(tmp_path / "elsewhere" / "encoded" / report.fingerprint[:32]).num_rows == 50
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+from transformers import AutoTokenizer
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.recipe import DataConfig
+prepared = prepare_data(DataConfig(train=sys.argv[1], validation=0), AutoTokenizer.from_pretrained(sys.argv[2]),
+                        cache_dir=Path(sys.argv[3]))
+print(len(prepared.train), prepared.report.cached, prepared.report.tokens)
+"""
+
+
+def test_two_processes_at_once(write, commonsense_rows, tiny_tokenizer_dir, tmp_path):
+    path = write("x.json", json.dumps(commonsense_rows(3000)))
+    command = [sys.executable, "-c", PROCESS, str(path), str(tiny_tokenizer_dir), str(tmp_path / "cache")]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    answers = [process.communicate(timeout=120)[0].split() for process in processes]
+    assert all(process.returncode == 0 for process in processes)
+    assert {(rows, tokens) for rows, _, tokens in answers} == {("3000", answers[0][2])}
+    assert sorted(cached for _, cached, _ in answers) == ["False", "True"]
+
+
+def test_without_locks_the_slower_of_two_takes_the_other_s_rows(prepare, train, monkeypatch, tmp_path):
+    real, raced = dataset._encode_to, []
+
+    def race(target, *arguments):
+        if not raced:
+            raced.append(True)
+            real(target, *arguments)  # another process finishes first
+        real(target, *arguments)
+
+    monkeypatch.setattr(dataset, "_encode_to", race)
+    assert len(prepare(train).train) == 50
+    assert [path.name for path in (tmp_path / "cache").glob(".staging*")] == []

@@ -1,0 +1,246 @@
+"""Finding sources, mapping columns, bad rows, and what the hub may answer."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from linchain_cli.data import hub, sources
+from linchain_cli.data.sources import load_rows, resolve_source
+from linchain_cli.data.templates import get_template
+from linchain_cli.errors import InputError
+
+GOOD = {"instruction": "q", "input": "", "output": "a", "answer": 3}
+
+
+def rows_of(source, template="alpaca", **options):
+    return load_rows(source, get_template(template, None), **options)
+
+
+def test_only_the_template_s_columns_are_kept_in_order(write, source):
+    path = write("x.json", json.dumps([GOOD, {"output": "b", "instruction": "r"}]))
+    rows = rows_of(source(path))
+    assert list(rows) == [{"instruction": "q", "output": "a", "input": ""}, {"instruction": "r", "output": "b"}]
+    assert (rows.total, rows.kept, rows.skipped) == (2, 2, 0)
+
+
+def test_columns_are_mapped(write, source):
+    path = write("x.csv", "question,solution,output\nq,s,other\n")
+    columns = {"instruction": "question", "output": "solution"}
+    assert list(rows_of(source(path, columns=columns))) == [{"instruction": "q", "output": "s"}]
+
+
+def test_a_mapping_of_what_the_template_does_not_use_is_refused(write, source):
+    with pytest.raises(InputError, match="no column 'instrution'. Did you mean 'instruction'"):
+        rows_of(source(write("x.json", json.dumps([GOOD])), columns={"instrution": "question"}))
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ({"instruction": "q", "ouput": "a"}, r"there is no column 'output' \(columns: instruction, ouput\). Did you mean 'ouput'\?.*\{output: ouput\}"),
+        ({}, r"there is no column 'instruction' \(columns: none\)"),
+        ({**GOOD, "output": None}, "'output' is null"),
+        ({**GOOD, "input": None}, "'input' is null"),
+        ({**GOOD, "output": 3.5}, r"'output' is 3.5 \(float\)"),
+        ({**GOOD, "instruction": ["a"] * 50}, r"'instruction' is \['a', 'a'.*\.\.\. \(list\)"),
+    ],
+)
+def test_a_bad_row_is_named_or_skipped(write, source, bad, said):
+    path = write("x.json", json.dumps([GOOD, bad, GOOD], indent=0))
+    with pytest.raises(InputError, match=rf"x.json:\d+ \(row 2\): {said}.*on_bad_row: skip"):
+        list(rows_of(source(path)))
+    rows = rows_of(source(path), skip_bad=True)
+    assert len(list(rows)) == 2
+    assert (rows.total, rows.kept, rows.skipped) == (3, 2, 1)
+    assert len(rows.problems) == 1 and "row 2" in rows.problems[0]
+
+
+def test_a_row_can_be_rejected_later(write, source):
+    path = write("x.json", json.dumps([GOOD, GOOD]))
+    rows = rows_of(source(path), skip_bad=True)
+    for number, _ in enumerate(rows):
+        if number == 1:
+            rows.reject(sources.RowError("no good"))
+    assert (rows.total, rows.kept, rows.skipped) == (2, 1, 1)
+    assert rows.problems == [f"{path}:1 (row 2): no good"]
+
+
+def test_when_no_row_is_good_the_first_reason_is_given(write, source):
+    path = write("x.jsonl", '{"text": "a"}\n' * 20)
+    with pytest.raises(InputError, match="none of 20 rows can be used; first .*x.jsonl:1 .*columns: text"):
+        list(rows_of(source(path), skip_bad=True))
+
+
+def test_misspelt_headers_are_told_of_the_file(write, source, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pytest.raises(InputError, match=r"x.csv:1: there is no column 'output' .*Did you mean 'outputs'"):
+        list(rows_of(source(write("x.csv", "instruction,outputs\na,b\n")), skip_bad=True))
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"instruction": ["a"], "Output": ["b"]}), path)
+    with pytest.raises(InputError, match=r"x.parquet: there is no column 'output' .*Did you mean 'Output'"):
+        list(rows_of(source(path)))
+
+
+def test_parquet_cells_are_checked_too(tmp_path, source):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"instruction": ["a", None, "c"], "output": ["x", "y", "z"]}), path)
+    with pytest.raises(InputError, match=r"x.parquet \(row 2\): 'instruction' is null"):
+        list(rows_of(source(path)))
+    pq.write_table(pa.table({"instruction": ["a"], "output": [1]}), path)
+    with pytest.raises(InputError, match=r"'output' is 1 \(int\)"):
+        list(rows_of(source(path)))
+
+
+def test_registered_names_are_found_as_files_first(write, source, tmp_path, monkeypatch):
+    write("commonsense_170k.json", json.dumps([GOOD]))
+    found = resolve_source(source("commonsense170k"), tmp_path)
+    assert (found.kind, found.location) == ("file", str(tmp_path / "commonsense_170k.json"))
+    monkeypatch.setenv("LINCHAIN_DATA_DIR", str(tmp_path))
+    assert resolve_source(source("commonsense170k")).kind == "file"
+    monkeypatch.delenv("LINCHAIN_DATA_DIR")
+    assert resolve_source(source("commonsense170k")).location == "zwhe99/commonsense_170k"
+    monkeypatch.chdir(tmp_path)
+    assert resolve_source(source("commonsense170k")).kind == "file"
+
+
+def test_llm_adapters_keeps_training_files_beside_its_tests(tmp_path, source):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "ft-training_set").mkdir()
+    (tmp_path / "ft-training_set" / "math_10k.json").write_text("[]")
+    assert resolve_source(source("math10k"), tmp_path / "dataset").kind == "file"
+    with pytest.raises(InputError, match="needs the file math_10k.json"):
+        resolve_source(source("math10k"))
+
+
+def test_everyday_is_generated(source):
+    rows = list(rows_of(source("everyday", split="train")))
+    assert rows and set(rows[0]) == {"instruction", "input", "output"}
+    with pytest.raises(InputError, match="splits train and test, not 'validation'"):
+        list(rows_of(source("everyday", split="validation")))
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("commonsense170", "no file, hub id .* Did you mean 'commonsense170k'"),
+        ("everday", "Did you mean 'everyday'"),
+        ("trian.json", "there is no file .*trian.json. Did you mean 'train.json'"),
+        ("rows.txt", "rows.txt is a file; a data file ends in"),
+        (".", "is a directory; a data file ends in"),
+        ("a b/c", "no file, hub id"),
+    ],
+)
+def test_what_cannot_be_found_gets_a_suggestion(write, source, tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    write("train.json", "[]")
+    write("rows.txt", "")
+    with pytest.raises(InputError, match=said):
+        resolve_source(source(name))
+
+
+def hub_rows(monkeypatch, answer):
+    """Puts a stand-in in the place of `datasets.load_dataset`: a data set to return, or an error to raise."""
+    import datasets
+
+    asked = []
+
+    def load_dataset(path, name=None, *, split, revision):
+        asked.append((path, name, split, revision))
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub.load_hub_dataset.cache_clear()
+    return asked
+
+
+def test_hub_data_sets_with_split_revision_and_configuration(monkeypatch, source):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"instruction": ["a", "b"], "output": ["x", "y"], "other": [1, 2]})
+    asked = hub_rows(monkeypatch, data)
+    rows = rows_of(source("owner/set/part", split="test[:2]", revision="abc"))
+    assert list(rows) == [{"instruction": "a", "output": "x"}, {"instruction": "b", "output": "y"}]
+    assert asked == [("owner/set", "part", "test[:2]", "abc")]
+    list(rows_of(source("commonsense170k")))
+    assert asked[-1] == ("zwhe99/commonsense_170k", None, "train", None)
+    renamed = data.rename_column("output", "outputs")
+    hub_rows(monkeypatch, renamed)
+    with pytest.raises(InputError, match="owner/other: there is no column 'output' .*Did you mean 'outputs'"):
+        list(rows_of(source("owner/other")))
+
+
+def test_bad_rows_of_hub_data_sets_are_named(monkeypatch, source):
+    import datasets
+
+    hub_rows(monkeypatch, datasets.Dataset.from_dict({"instruction": ["a", None], "output": ["x", "y"]}))
+    with pytest.raises(InputError, match=r"owner/nulls \(row 2, split train\): 'instruction' is null"):
+        list(rows_of(source("owner/nulls")))
+
+
+def _refused(kind, status: int):
+    """An error of huggingface_hub, which is made from a response."""
+    return kind(str(status), response=SimpleNamespace(status_code=status, headers={}, request=None))
+
+
+def _from(cause: BaseException, error: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+def _hub_answers():
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub import errors
+
+    gated = _refused(errors.GatedRepoError, 401)
+    return {
+        "gated": (_from(gated, DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub.")), "is gated.*hf auth login"),
+        "unknown": (
+            _from(
+                _refused(errors.RepositoryNotFoundError, 404),
+                DatasetNotFoundError("Dataset 'o/n' doesn't exist on the Hub or cannot be accessed."),
+            ),
+            "no data set 'o/n' that you may see",
+        ),
+        "revision": (
+            _from(
+                _refused(errors.RevisionNotFoundError, 404),
+                DatasetNotFoundError("Revision 'x' doesn't exist for dataset 'o/n' on the Hub."),
+            ),
+            "has no revision",
+        ),
+        "no network": (_from(errors.HTTPError("refused"), ConnectionError("Couldn't reach 'o/n' on the Hub")), "cannot be reached"),
+        "busy": (_refused(errors.HfHubHTTPError, 503), "refused the data set 'o/n'.*later"),
+        "offline": (errors.OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
+        "split": (ValueError("Unknown split \"train\". Should be one of ['training', 'test']."), "Did you mean 'training'"),
+        "configuration": (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"),
+            "o/n/CONFIGURATION",
+        ),
+        "script": (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "refs/convert/parquet"),
+        "other": (KeyError("what?"), "cannot be loaded: KeyError"),
+    }
+
+
+@pytest.mark.parametrize("case", list(_hub_answers()))
+def test_the_hub_s_refusals_say_what_to_do(monkeypatch, source, case):
+    error, said = _hub_answers()[case]
+    hub_rows(monkeypatch, error)
+    with pytest.raises(InputError, match=said) as caught:
+        list(rows_of(source("o/n")))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_hub_the_real_library_s_failure_is_understood(source):
+    hub.load_hub_dataset.cache_clear()
+    with pytest.raises(InputError, match="'nobody/nothing' is not on this machine, and the hub cannot be reached"):
+        list(rows_of(source("nobody/nothing")))
