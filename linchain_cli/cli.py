@@ -48,7 +48,9 @@ app.command("check", no_args_is_help=True)(check.run)
 app.command("inspect")(inspect.run)
 app.command("report")(report.run)
 
-recipes_app = typer.Typer(help="List, copy and describe recipes.", no_args_is_help=True, rich_markup_mode=None)
+recipes_app = typer.Typer(
+    help="List, copy and describe recipes.", no_args_is_help=True, rich_markup_mode=None
+)
 recipes_app.command("list")(recipes.list_recipes)
 recipes_app.command("copy", no_args_is_help=True)(recipes.copy)
 recipes_app.command("schema")(recipes.schema)
@@ -90,7 +92,8 @@ def _run(arguments: list[str], debug: bool) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be said there, not even when Python flushes at its end.
+        # Whoever read our output has gone; nothing more can be said there, not even when Python flushes at
+        # its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -110,7 +113,8 @@ def _run(arguments: list[str], debug: bool) -> int:
 
 
 def _call(arguments: list[str]) -> int:
-    """The exit code that Typer ends with: 2 for wrong options, with its own message, and 0 when the command is done."""
+    """The exit code that Typer ends with: 2 for wrong options, with its own message, and 0 when the command
+    is done."""
     try:
         app(args=arguments, prog_name="linchain")
     except SystemExit as end:

@@ -1,4 +1,5 @@
-"""The recipes that come with linchain: their names, purposes and places. Needs no YAML, so that listing them is quick."""
+"""The recipes that come with linchain: their names, purposes and places. Needs no YAML, so that listing them
+is quick."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Writes docs/recipe.md from the recipe's models. With --check it writes nothing and fails if the file is out of date."""
+"""Writes docs/recipe.md from the recipe's models. With --check it writes nothing and fails if the file is
+out of date."""
 
 from __future__ import annotations
 
@@ -19,10 +20,13 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 INTRODUCTION = """\
 # The recipe, key by key
 
-Generated from `linchain_cli/recipe/schema.py` by `make docs`; `linchain recipes schema` prints the same as JSON schema.
+Generated from `linchain_cli/recipe/schema.py` by `make docs`; `linchain recipes schema` prints the same as
+JSON schema.
 
-A recipe is a YAML file. Keys given twice, unknown keys, anchors, aliases and tags are errors. A value is read by the
-type its key has, so `1e-5` is a number where a number is expected. On the command line `key=value` replaces a value of the file:
+A recipe is a YAML file. Keys given twice, unknown keys, anchors, aliases and tags are errors. A value is
+read by the
+type its key has, so `1e-5` is a number where a number is expected. On the command line `key=value` replaces
+a value of the file:
 `linchain train recipe.yaml adapter.depth=1 training.max_steps=50`. A key without a default must be given.
 """
 
@@ -73,7 +77,9 @@ def _default(declared: FieldInfo) -> str:
 def _yaml(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    return yaml.safe_dump(value, default_flow_style=True, width=2**31).removesuffix("\n").removesuffix("\n...")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=2**31).removesuffix("\n").removesuffix("\n...")
+    )
 
 
 def main() -> int:

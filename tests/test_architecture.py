@@ -26,13 +26,26 @@ LEVELS = [
 ROOM_OF = {module: room for level in LEVELS for room, modules in level.items() for module in modules}
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
 
-# What `linchain --help` and recipe validation go through: no torch, and nothing else that takes its time to import.
+# What `linchain --help` and recipe validation go through: no torch, and nothing else that takes its time to
+# import.
 LIGHT = ["cli", "__main__", "commands", "recipe", "run", "errors", "storage", "shipped", "__init__"]
-HEAVY = {"torch", "transformers", "datasets", "accelerate", "bitsandbytes", "matplotlib", "numpy", "pandas", "gguf", "huggingface_hub"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "datasets",
+    "accelerate",
+    "bitsandbytes",
+    "matplotlib",
+    "numpy",
+    "pandas",
+    "gguf",
+    "huggingface_hub",
+}
 
 
 def modules() -> dict[str, Path]:
-    """Every module's dotted name below the package: `chain.layer`, `errors`, `chain` for chain/__init__.py."""
+    """Every module's dotted name below the package: `chain.layer`, `errors`, `chain` for
+    chain/__init__.py."""
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE).with_suffix("").parts
@@ -120,7 +133,8 @@ def test_the_levels_can_be_violated(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch\n"
-        "class A:\n    import numpy\ndef f():\n    from linchain_cli.chain import layer\n    import linchain_cli.storage\n"
+        "class A:\n    import numpy\ndef f():\n"
+        "    from linchain_cli.chain import layer\n    import linchain_cli.storage\n"
     )
     assert own_imports(path) == {"chain.layer", "storage"}
     assert {name.partition(".")[0] for name in imports(path, top_level_only=True)} == {"typing", "numpy"}

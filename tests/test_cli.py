@@ -16,12 +16,25 @@ from linchain_cli import __version__, cli
 from linchain_cli.commands import recipes
 from linchain_cli.errors import InputError, LinchainError, Stopped
 
-COMMANDS = ["train", "eval", "merge", "export", "import", "generate", "compare", "check", "inspect", "report", "recipes"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+COMMANDS = [
+    "train",
+    "eval",
+    "merge",
+    "export",
+    "import",
+    "generate",
+    "compare",
+    "check",
+    "inspect",
+    "report",
+    "recipes",
+]
 
 
 def linchain(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "linchain_cli", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=60)
 
 
 def run(*arguments: str) -> int:
@@ -41,7 +54,17 @@ def test_help_lists_every_command_with_its_whole_sentence(capsys):
 
 OPTIONS = {
     "train": ["--resume", "--fresh", "--nproc"],
-    "eval": ["--tasks", "--protocol", "--beams", "--template", "--dtype", "--limit", "--data-dir", "--against", "--out"],
+    "eval": [
+        "--tasks",
+        "--protocol",
+        "--beams",
+        "--template",
+        "--dtype",
+        "--limit",
+        "--data-dir",
+        "--against",
+        "--out",
+    ],
     "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite"],
     "export": ["--format", "--out", "--overwrite"],
     "import": ["--out"],
@@ -174,9 +197,16 @@ def test_torch_is_not_imported_for(arguments, tmp_path):
         "import sys, json\n"
         "from linchain_cli import cli\n"
         "try:\n    cli.main(sys.argv[1:])\n"
-        f"finally:\n    print(json.dumps([m for m in {FORBIDDEN} if m in sys.modules]), file=open('found.json', 'w'))"
+        f"finally:\n    found = [name for name in {FORBIDDEN} if name in sys.modules]\n"
+        "    json.dump(found, open('found.json', 'w'))"
     )
-    subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        timeout=60,
+    )
     assert json.loads((tmp_path / "found.json").read_text()) == []
 
 
@@ -188,7 +218,9 @@ def cpu_seconds(*arguments: str) -> float:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize(("arguments", "limit"), [(["--help"], 0.3), (["recipes", "list"], 0.5)], ids=["help", "list"])
+@pytest.mark.parametrize(
+    ("arguments", "limit"), [(["--help"], 0.3), (["recipes", "list"], 0.5)], ids=["help", "list"]
+)
 def test_start_up_is_quick(arguments, limit):
     assert min(cpu_seconds(*arguments) for _ in range(5)) < limit
 
@@ -197,5 +229,5 @@ def test_the_console_script_and_the_module_are_the_same():
     script = Path(sys.executable).with_name("linchain")
     if not script.exists():
         pytest.skip("linchain is not installed in this environment")
-    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60, env={**os.environ})
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout == linchain("--version").stdout

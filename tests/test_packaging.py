@@ -60,17 +60,25 @@ def test_an_installed_wheel_lists_and_copies_the_recipes(installed, tmp_path):
         script = installed / "bin" / "linchain"
         environment = {**os.environ, "PYTHONPATH": str(installed)}
         return subprocess.run(
-            [sys.executable, script, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+            [sys.executable, script, *arguments],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
 
     listed = linchain("recipes", "list")
     assert listed.returncode == 0, listed.stderr
     assert [line.split()[0] for line in listed.stdout.splitlines()] == list(shipped_recipes())
     assert linchain("recipes", "copy", "llama3-8b-commonsense").returncode == 0
-    assert (tmp_path / "llama3-8b-commonsense.yaml").read_bytes() == (ROOT / "configs/llama3-8b-commonsense.yaml").read_bytes()
+    assert (tmp_path / "llama3-8b-commonsense.yaml").read_bytes() == (
+        ROOT / "configs/llama3-8b-commonsense.yaml"
+    ).read_bytes()
     code = "import linchain_cli; print(linchain_cli.__file__)"
     environment = {**os.environ, "PYTHONPATH": str(installed)}
-    where = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    where = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert where.stdout.startswith(str(installed)), "the source tree was tested, not the wheel"
 
 
@@ -108,7 +116,9 @@ def test_constraints_pin_every_dependency_and_their_dependencies():
             inner = [Requirement(text) for text in requires(name) or ()]
         except PackageNotFoundError:  # the benchmarks' packages need not be installed
             continue
-        wanted = {normal(one.name) for one in inner if one.marker is None or one.marker.evaluate({"extra": ""})}
+        wanted = {
+            normal(one.name) for one in inner if one.marker is None or one.marker.evaluate({"extra": ""})
+        }
         todo |= {other for other in wanted if not other.startswith(("nvidia-", "cuda-", "triton"))} - seen
     assert seen <= pins.keys(), f"not pinned: {sorted(seen - pins.keys())}"
 

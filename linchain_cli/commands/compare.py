@@ -13,7 +13,9 @@ def run(
     recipe: RecipePath,
     variations: Annotated[
         list[str],
-        typer.Argument(metavar="key=value,value", help="What to vary, such as adapter.depth=0,1,3.", show_default=False),
+        typer.Argument(
+            metavar="key=value,value", help="What to vary, such as adapter.depth=0,1,3.", show_default=False
+        ),
     ],
     seeds: Annotated[
         str | None, typer.Option(help="Seeds, such as 1,2,3; left out, the recipe's.", show_default=False)

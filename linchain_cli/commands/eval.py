@@ -14,7 +14,9 @@ def run(
     model: ModelName = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="Task names, such as boolq,piqa; left out, those of the run's recipe.", show_default=False),
+        typer.Option(
+            help="Task names, such as boolq,piqa; left out, those of the run's recipe.", show_default=False
+        ),
     ] = None,
     protocol: Annotated[
         Literal["likelihood", "generate"],
@@ -43,7 +45,9 @@ def run(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None,

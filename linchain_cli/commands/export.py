@@ -17,7 +17,9 @@ def run(
     ] = "peft",
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the adapter goes; left out, the run's <format>/.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Where the adapter goes; left out, the run's <format>/.", show_default=False
+        ),
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -23,7 +23,9 @@ def run(
 ) -> None:
     """Answer one prompt, through the run's template."""
     if len(model_and_prompt) > 2:
-        raise InputError(f"expected [MODEL] PROMPT, got {len(model_and_prompt)} words: put the prompt in quotes.")
+        raise InputError(
+            f"expected [MODEL] PROMPT, got {len(model_and_prompt)} words: put the prompt in quotes."
+        )
     model = model_and_prompt[0] if len(model_and_prompt) == 2 else None
     generate(model, prompt=model_and_prompt[-1])
 

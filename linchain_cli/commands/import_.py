@@ -12,7 +12,10 @@ from linchain_cli.commands.options import not_available
 
 def run(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="An adapter of PEFT LoRA, MoSLoRA or the LinChain authors' code.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="An adapter of PEFT LoRA, MoSLoRA or the LinChain authors' code."
+        ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")],
 ) -> None:

@@ -14,11 +14,17 @@ def run(
     run_path: RunPath = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The base model, where it is not where the run found it.", show_default=False),
+        typer.Option(
+            metavar="MODEL",
+            help="The base model, where it is not where the run found it.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where the checkpoint goes; left out, the run's merged/.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Where the checkpoint goes; left out, the run's merged/.", show_default=False
+        ),
     ] = None,
     dtype: Annotated[
         Dtype | None, typer.Option(help="Left out, each tensor keeps its stored type.", show_default=False)

@@ -15,13 +15,17 @@ RecipePath = Annotated[
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="key=value", help="Values in place of the recipe's, such as adapter.depth=1.", show_default=False
+        metavar="key=value",
+        help="Values in place of the recipe's, such as adapter.depth=1.",
+        show_default=False,
     ),
 ]
 RunPath = Annotated[
     Path | None,
     typer.Argument(
-        metavar="RUN", help="A run directory; left out, the newest finished run under ./runs.", show_default=False
+        metavar="RUN",
+        help="A run directory; left out, the newest finished run under ./runs.",
+        show_default=False,
     ),
 ]
 ModelName = Annotated[

@@ -38,7 +38,9 @@ def copy(
     if target.is_dir():
         target /= f"{name}.yaml"
     if os.path.lexists(target):
-        raise InputError(f"{target} exists and is left as it is: name another place with --out, or move it away.")
+        raise InputError(
+            f"{target} exists and is left as it is: name another place with --out, or move it away."
+        )
     if not target.parent.is_dir():
         raise InputError(f"{target.parent} is not a directory.")
     storage.write_atomic(target, shipped[name].read_bytes())

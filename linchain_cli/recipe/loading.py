@@ -10,8 +10,8 @@ from typing import Any
 from linchain_cli.errors import InputError, did_you_mean, nearest
 from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.schema import Recipe
-from linchain_cli.shipped import shipped_recipes
 from linchain_cli.recipe.validation import Key, check, dotted_fields
+from linchain_cli.shipped import shipped_recipes
 
 MAX_RECIPE_BYTES = 1 << 20
 
@@ -101,7 +101,9 @@ def _read(path: Path) -> _Draft:
     if document.value is None:
         raise InputError(f"{path}: the recipe is empty. {_START}")
     if not isinstance(document.value, dict):
-        raise InputError(f"{path}: a recipe is a mapping that begins like `name: my-run`, this is not one. {_START}")
+        raise InputError(
+            f"{path}: a recipe is a mapping that begins like `name: my-run`, this is not one. {_START}"
+        )
     places = {key: _Place(f"{path}:{line}", line) for key, line in document.lines.items()}
     draft = _Draft(document.value, str(path), places)
     for problem in document.problems:

@@ -42,7 +42,10 @@ class ModelConfig(StrictModel):
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.attention == "flash_attention_2" and self.dtype == "float32":
-            yield Conflict(("attention", "dtype"), "flash_attention_2 computes in bfloat16: set dtype to bfloat16 or auto.")
+            yield Conflict(
+                ("attention", "dtype"),
+                "flash_attention_2 computes in bfloat16: set dtype to bfloat16 or auto.",
+            )
 
 
 def _kind_of_targets(value: Any) -> str:
@@ -77,9 +80,11 @@ class AdapterConfig(StrictModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the chain's input while training. 0 allows the fast path."""
     init: Literal["orthogonal", "identity", "kaiming"] = "orthogonal"
-    """How links start. orthogonal and identity keep LoRA's scale at any depth; kaiming is the paper's. B starts at zero."""
+    """How links start. orthogonal and identity keep LoRA's scale at any depth; kaiming is the paper's. B
+    starts at zero."""
     target_modules: Targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    """Linear modules of the text decoder that get a chain: a list of names, one regular expression over the full
+    """Linear modules of the text decoder that get a chain: a list of names, one regular expression over the
+    full
     module path, or all-linear. A name that matches nothing is an error."""
     init_from: Text | None = None
     """An adapter directory whose values training starts from."""
@@ -155,8 +160,10 @@ class DataConfig(StrictModel):
     """Rows, and how they become text."""
 
     train: Sources
-    """Registered name (commonsense170k, everyday), hub id, or path of a .json, .jsonl, .csv or .parquet file; or a list
-    of these; or mappings with path, split, revision and columns. Paths are relative to the current directory."""
+    """Registered name (commonsense170k, everyday), hub id, or path of a .json, .jsonl, .csv or .parquet
+    file; or a list
+    of these; or mappings with path, split, revision and columns. Paths are relative to the current
+    directory."""
     split: Text = "train"
     """Split of a hub data set."""
     revision: Text | None = None
@@ -168,7 +175,8 @@ class DataConfig(StrictModel):
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
     template: Template = "alpaca"
-    """alpaca, llm-adapters (that repository's training prompt, byte by byte), chat (the tokenizer's own), plain (input
+    """alpaca, llm-adapters (that repository's training prompt, byte by byte), chat (the tokenizer's own),
+    plain (input
     and output as they are), or a mapping with prompt, prompt_no_input and response."""
     train_on_inputs: bool = False
     """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
@@ -181,7 +189,8 @@ class DataConfig(StrictModel):
 
     @property
     def sources(self) -> list[SourceConfig]:
-        """The sources of `train`, with this section's split, revision and columns filled in where theirs are null."""
+        """The sources of `train`, with this section's split, revision and columns filled in where theirs are
+        null."""
         return [
             SourceConfig(
                 path=source.path,
@@ -216,7 +225,9 @@ MicroBatch = Annotated[
     choose(_kind_of_micro_batch),
     Expected("a whole number of at least 1, or auto"),
 ]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"]
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"
+]
 
 
 class TrainingConfig(StrictModel):
@@ -230,11 +241,13 @@ class TrainingConfig(StrictModel):
     """Rows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: MicroBatch = 4
     """Rows that are in memory at once on each process; auto finds the largest that fits. The step's
-    gradient does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller then."""
+    gradient does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller
+    then."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or constant."""
+    """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or
+    constant."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps over which the learning rate rises from zero."""
     lr_multiplier: LearningRateFactors = LearningRateFactors()
@@ -244,7 +257,8 @@ class TrainingConfig(StrictModel):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """The gradient's norm over all adapters is cut down to this; null leaves it alone."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
-    """AdamW with its state in 32 bit, in 8 bit, or in 8 bit in memory that the GPU may page out (bitsandbytes)."""
+    """AdamW with its state in 32 bit, in 8 bit, or in 8 bit in memory that the GPU may page out
+    (bitsandbytes)."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, with less memory."""
     compile: bool = False
@@ -252,7 +266,8 @@ class TrainingConfig(StrictModel):
     deterministic: bool = False
     """Ask torch for deterministic algorithms on CUDA, which exact resume needs there."""
     parallel: Literal["auto", "replicate", "shard"] = "auto"
-    """Several processes: replicate holds the whole base on each, shard spreads it (FSDP2). auto shards what does not fit."""
+    """Several processes: replicate holds the whole base on each, shard spreads it (FSDP2). auto shards what
+    does not fit."""
     log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
     eval_every: Count = 200
@@ -279,7 +294,9 @@ class TrainingConfig(StrictModel):
         if self.epochs is not None and self.max_steps is not None:
             yield Conflict(("epochs", "max_steps"), "give epochs or max_steps, not both.")
         if self.epochs is None and self.max_steps is None:
-            yield Conflict(("epochs", "max_steps"), "give epochs or max_steps: how long to train is left open.")
+            yield Conflict(
+                ("epochs", "max_steps"), "give epochs or max_steps: how long to train is left open."
+            )
 
 
 Protocol = Literal["likelihood", "generate"]
@@ -321,7 +338,8 @@ class Recipe(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _open_sections(cls, value: Any) -> Any:
-        """A section that is absent, or has all its keys commented out, is an empty one: its missing keys get named."""
+        """A section that is absent, or has all its keys commented out, is an empty one: its missing keys get
+        named."""
         if not isinstance(value, Mapping):
             return value
         empty = {name: {} for name in SECTIONS if value.get(name) is None}
@@ -332,7 +350,9 @@ class Recipe(StrictModel):
             return
         if self.training.keep == "best":
             keys = ("training.keep", "data.validation")
-            yield Conflict(keys, "'best' is by validation loss, and data.validation is 0: set training.keep to last.")
+            yield Conflict(
+                keys, "'best' is by validation loss, and data.validation is 0: set training.keep to last."
+            )
         if self.training.early_stopping is not None:
             keys = ("training.early_stopping", "data.validation")
             yield Conflict(keys, "early stopping is by validation loss, and data.validation is 0.")
@@ -345,7 +365,11 @@ class Recipe(StrictModel):
     def to_yaml(self) -> str:
         """The recipe with every default written out. Reading it again gives an equal recipe."""
         return yaml.dump(
-            self.model_dump(mode="json"), Dumper=_PlainDumper, sort_keys=False, allow_unicode=True, width=2**31
+            self.model_dump(mode="json"),
+            Dumper=_PlainDumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=2**31,
         )
 
 
@@ -353,7 +377,8 @@ SECTIONS = ("model", "adapter", "data", "training", "evaluation")
 
 
 class _PlainDumper(yaml.SafeDumper):
-    """Writes no anchors, which the loader refuses, and escapes line breaks: between single quotes U+0085 reads as a blank."""
+    """Writes no anchors, which the loader refuses, and escapes line breaks: between single quotes U+0085
+    reads as a blank."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

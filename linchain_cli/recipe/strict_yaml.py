@@ -37,7 +37,8 @@ class YamlProblem:
 
 @dataclass
 class Document:
-    """The value (mappings, lists, text and None), the line of every key and item, and what is wrong with them."""
+    """The value (mappings, lists, text and None), the line of every key and item, and what is wrong with
+    them."""
 
     value: Any
     lines: dict[Key, int] = field(default_factory=dict)
@@ -78,7 +79,9 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, AliasEvent):
             self.get_event()
-            self._refuse(event, f"aliases such as *{event.anchor} are not allowed: write the value out, or quote it")
+            self._refuse(
+                event, f"aliases such as *{event.anchor} are not allowed: write the value out, or quote it"
+            )
             return ScalarNode("alias", f"*{event.anchor}", event.start_mark, event.end_mark, style="'")
         if isinstance(event, (ScalarEvent, CollectionStartEvent)):
             self._drop_properties(event)
@@ -92,7 +95,9 @@ class _Loader(yaml.SafeLoader):
 
     def _drop_properties(self, event: ScalarEvent | CollectionStartEvent) -> None:
         if event.anchor is not None:
-            self._refuse(event, f"anchors such as &{event.anchor} are not allowed: leave it out, or quote the value")
+            self._refuse(
+                event, f"anchors such as &{event.anchor} are not allowed: leave it out, or quote the value"
+            )
             event.anchor = None
         if event.tag is not None:
             tag = event.tag.replace("tag:yaml.org,2002:", "!!")

@@ -23,7 +23,8 @@ from linchain_cli.recipe.strict_yaml import Key
 Model = TypeVar("Model", bound=BaseModel)
 
 CONFLICT = "conflict"
-TAG_MARK = "\0"  # pydantic puts the tag of a union's branch among the keys of an error; nobody's key begins like this
+# pydantic puts the tag of a union's branch among the keys of an error; nobody's key begins like this.
+TAG_MARK = "\0"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Expected:
 
 @dataclass(frozen=True)
 class Conflict:
-    """Two or more fields of a model that do not go together: dotted keys within it, and the sentence to show."""
+    """Two or more fields of a model that do not go together: dotted keys within it, and the sentence to
+    show."""
 
     keys: tuple[str, ...]
     message: str
@@ -43,7 +45,8 @@ class Conflict:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong at `key`. `involved` are all keys it depends on; `guess` is the key an unknown one seems to mean."""
+    """What is wrong at `key`. `involved` are all keys it depends on; `guess` is the key an unknown one seems
+    to mean."""
 
     key: Key
     message: str
@@ -84,7 +87,9 @@ def check(model: type[Model], value: Mapping[str, Any]) -> tuple[Model | None, l
             valid = model.model_validate(rest)
         except ValidationError as error:
             known = [_whole(key) for problem in problems for key in problem.involved]
-            fresh = [p for p in _problems(error, model) if not any(_related(p.involved, key) for key in known)]
+            fresh = [
+                p for p in _problems(error, model) if not any(_related(p.involved, key) for key in known)
+            ]
             if not fresh:
                 break
             problems += fresh
@@ -147,7 +152,8 @@ def _wrong_value(detail: Mapping[str, Any], key: Key, model: type[BaseModel]) ->
 
 
 def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
-    """Suggests the nearest field beside the wrong one, else the place where a field of such a name belongs."""
+    """Suggests the nearest field beside the wrong one, else the place where a field of such a name
+    belongs."""
     *parent, name = key or ("",)
     here = model_at(model, tuple(parent))
     siblings = list(here.model_fields) if here else []
@@ -168,7 +174,8 @@ def _without_consequences(problems: list[Problem]) -> list[Problem]:
 
 
 def field_at(model: type[BaseModel], key: Key) -> FieldInfo | None:
-    """The declaration of the deepest named field on the way to `key`; list indices and mapping keys are passed over."""
+    """The declaration of the deepest named field on the way to `key`; list indices and mapping keys are
+    passed over."""
     found = None
     here: type[BaseModel] | None = model
     for part in key:
@@ -188,7 +195,8 @@ def model_at(model: type[BaseModel], key: Key) -> type[BaseModel] | None:
 
 
 def nested_model(annotation: Any) -> type[BaseModel] | None:
-    """The model within an annotation such as `Model`, `Model | None` or `list[Model]`; None if there is none."""
+    """The model within an annotation such as `Model`, `Model | None` or `list[Model]`; None if there is
+    none."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     return next((found for part in get_args(annotation) if (found := nested_model(part))), None)
@@ -211,7 +219,13 @@ def choices(annotation: Any) -> list[str]:
     return [word for part in get_args(annotation) for word in choices(part)]
 
 
-SIMPLE = {str: "text", bool: "true or false", int: "a whole number", float: "a number", types.NoneType: "null"}
+SIMPLE = {
+    str: "text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    types.NoneType: "null",
+}
 
 
 def describe(annotation: Any, metadata: Iterable[Any] = ()) -> str:
@@ -270,7 +284,8 @@ def tagged(annotation: Any, tag: str) -> Any:
 
 
 def choose(tag_of: Callable[[Any], str]) -> Discriminator:
-    """Picks the branch of a union of `tagged` types by the raw value, so that errors speak of that branch alone."""
+    """Picks the branch of a union of `tagged` types by the raw value, so that errors speak of that branch
+    alone."""
     return Discriminator(lambda value: TAG_MARK + tag_of(value))
 
 

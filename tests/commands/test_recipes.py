@@ -26,7 +26,9 @@ def test_list_shows_every_recipe_with_its_purpose(capsys):
     assert recipes("list") == 0
     lines = capsys.readouterr().out.splitlines()
     purposes = dict(recipe_purposes())
-    assert [line.split(maxsplit=1) for line in lines] == [[name, purpose] for name, purpose in purposes.items()]
+    assert [line.split(maxsplit=1) for line in lines] == [
+        [name, purpose] for name, purpose in purposes.items()
+    ]
     assert purposes.keys() == shipped_recipes().keys() and len(set(purposes.values())) == len(purposes)
 
 

@@ -1,4 +1,5 @@
-"""The recipe's models: defaults, the way out to YAML and back, and what is generated from the declarations."""
+"""The recipe's models: defaults, the way out to YAML and back, and what is generated from the
+declarations."""
 
 from __future__ import annotations
 
@@ -25,11 +26,15 @@ seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
 adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
           target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
-data: {split: train, revision: null, columns: {}, validation: 120, split_seed: 42, template: alpaca, train_on_inputs: false,
+data: {split: train, revision: null, columns: {}, validation: 120, split_seed: 42, template: alpaca,
+train_on_inputs: false,
        max_length: 256, on_bad_row: error, max_unsupervised_share: 0.0}
-training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4, lr_scheduler: linear,
-           warmup_steps: 100, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm: 1.0, optimizer: adamw,
-           gradient_checkpointing: false, compile: false, deterministic: false, parallel: auto, log_every: 10, eval_every: 200,
+training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4,
+lr_scheduler: linear,
+           warmup_steps: 100, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
+           1.0, optimizer: adamw,
+           gradient_checkpointing: false, compile: false, deterministic: false, parallel: auto, log_every:
+           10, eval_every: 200,
            save_every: 200, keep_checkpoints: 2, keep: best, early_stopping: null, trackers: []}
 evaluation: {tasks: [], protocol: likelihood, limit: null, data_dir: null}
 """
@@ -64,7 +69,8 @@ RECIPES = st.fixed_dictionaries(
                 "train": st.lists(TEXT, min_size=1, max_size=3),
                 "columns": st.dictionaries(TEXT, TEXT, max_size=3),
                 "validation": st.integers(1, 10**6) | st.just("dev.json"),
-                "template": st.sampled_from(["plain", "chat"]) | st.fixed_dictionaries({"prompt": TEXT, "response": TEXT}),
+                "template": st.sampled_from(["plain", "chat"])
+                | st.fixed_dictionaries({"prompt": TEXT, "response": TEXT}),
             }
         ),
         "training": st.fixed_dictionaries(
@@ -86,9 +92,14 @@ def test_to_yaml_reads_back_equal(values):
     assert not problems and again == recipe
 
 
-@pytest.mark.parametrize("text", ["\x85", "a\x85b", "\u2028", "\ufeff", "\x7f", "\r\n", "a: b", "*a", "null", "", " ", "é", "#"])
+@pytest.mark.parametrize(
+    "text", ["\x85", "a\x85b", "\u2028", "\ufeff", "\x7f", "\r\n", "a: b", "*a", "null", "", " ", "é", "#"]
+)
 def test_to_yaml_keeps_text_that_yaml_would_bend(text):
-    recipe = Recipe(**MINIMAL | {"data": {"train": "d", "template": {"prompt": f"{text}{{input}}", "response": text or "x"}}})
+    recipe = Recipe(
+        **MINIMAL
+        | {"data": {"train": "d", "template": {"prompt": f"{text}{{input}}", "response": text or "x"}}}
+    )
     again, _ = check(Recipe, strict_yaml.parse(recipe.to_yaml()).value)
     assert again == recipe
 
@@ -102,7 +113,9 @@ def test_to_yaml_writes_every_field():
 def _models(model: type[BaseModel]) -> set[type[BaseModel]]:
     from linchain_cli.recipe.validation import nested_model
 
-    inner = [found for declared in model.model_fields.values() if (found := nested_model(declared.annotation))]
+    inner = [
+        found for declared in model.model_fields.values() if (found := nested_model(declared.annotation))
+    ]
     return {model}.union(*map(_models, inner))
 
 
@@ -122,7 +135,9 @@ def test_json_schema_describes_what_the_loader_takes():
 
 
 def test_the_reference_is_up_to_date():
-    done = subprocess.run([sys.executable, ROOT / "scripts/generate_reference.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/generate_reference.py", "--check"], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -132,7 +147,9 @@ def test_shipped_recipes_are_valid_and_named_like_their_file(name):
     assert recipe.name == name
 
 
-PAPER = [name for name in shipped_recipes() if name.endswith("b-commonsense") and not name.startswith("smollm2")]
+PAPER = [
+    name for name in shipped_recipes() if name.endswith("b-commonsense") and not name.startswith("smollm2")
+]
 
 
 def test_there_are_recipes_with_the_papers_hyper_parameters():

@@ -32,7 +32,9 @@ def test_an_alias_is_not_followed():
     assert [problem.line for problem in document.problems] == [1, 2, 2]
 
 
-@pytest.mark.parametrize(("text", "line"), [("a: [1\nb: 2", 2), ("a: 'x", 1), ("a: 1\n b: 2", 2), ("a: \x01", 1), ("%X\n%", 2)])
+@pytest.mark.parametrize(
+    ("text", "line"), [("a: [1\nb: 2", 2), ("a: 'x", 1), ("a: 1\n b: 2", 2), ("a: \x01", 1), ("%X\n%", 2)]
+)
 def test_syntax_errors_name_their_line(text, line):
     with pytest.raises(InputError, match=rf"^line {line}: "):
         parse(text)
