@@ -32,7 +32,8 @@ ModelName = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A run directory, a checkpoint directory or a hub id; left out, the newest finished run under ./runs.",
+        help="A run directory, a checkpoint directory or a hub id; left out, the newest finished run under "
+        "./runs.",
         show_default=False,
     ),
 ]

@@ -84,8 +84,7 @@ class AdapterConfig(StrictModel):
     starts at zero."""
     target_modules: Targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     """Linear modules of the text decoder that get a chain: a list of names, one regular expression over the
-    full
-    module path, or all-linear. A name that matches nothing is an error."""
+    full module path, or all-linear. A name that matches nothing is an error."""
     init_from: Text | None = None
     """An adapter directory whose values training starts from."""
 
@@ -161,9 +160,8 @@ class DataConfig(StrictModel):
 
     train: Sources
     """Registered name (commonsense170k, everyday), hub id, or path of a .json, .jsonl, .csv or .parquet
-    file; or a list
-    of these; or mappings with path, split, revision and columns. Paths are relative to the current
-    directory."""
+    file; or a list of these; or mappings with path, split, revision and columns. Paths are relative to the
+    current directory."""
     split: Text = "train"
     """Split of a hub data set."""
     revision: Text | None = None
@@ -176,8 +174,7 @@ class DataConfig(StrictModel):
     """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
     template: Template = "alpaca"
     """alpaca, llm-adapters (that repository's training prompt, byte by byte), chat (the tokenizer's own),
-    plain (input
-    and output as they are), or a mapping with prompt, prompt_no_input and response."""
+    plain (input and output as they are), or a mapping with prompt, prompt_no_input and response."""
     train_on_inputs: bool = False
     """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
     max_length: Annotated[int, Field(ge=2)] = 256
@@ -240,9 +237,8 @@ class TrainingConfig(StrictModel):
     global_batch_size: Count = 16
     """Rows per optimizer step, over all processes and micro-batches."""
     micro_batch_size: MicroBatch = 4
-    """Rows that are in memory at once on each process; auto finds the largest that fits. The step's
-    gradient does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller
-    then."""
+    """Rows that are in memory at once on each process; auto finds the largest that fits. The step's gradient
+    does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller then."""
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-4
     """Peak learning rate."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
