@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -46,3 +47,12 @@ def logits_at(model, positions: torch.Tensor) -> Iterator[None]:
         handle.remove()
     if calls == 0:
         raise LinchainError(f"{type(model).__name__} never called its output projection, so its logits were not gathered")
+
+
+def last_logits(model, input_ids: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """Logits (batch, vocabulary) behind the last of `input_ids` (batch, length), and the cache that goes on from there."""
+    positions = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
+    positions[:, -1] = True
+    with logits_at(model, positions):
+        output = model(input_ids=input_ids, use_cache=True, **inputs)
+    return output.logits[0], output.get("past_key_values")

@@ -9,14 +9,14 @@ that all rows of a task have in common.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from linchain_cli.evaluation.options import OptionTree, common_prefix
-from linchain_cli.logits import logits_at
+from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
+from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
+from linchain_cli.logits import last_logits, logits_at
 
 MIN_PREFIX = 4
 PAD = 0
@@ -126,96 +126,5 @@ class OptionScorer:
         """Keys and values of the tokens that all rows begin with, (1, heads, prefix, d) per layer."""
         if self._prefix_cache is None:
             tokens = torch.tensor([self._first.tokens[: self.prefix]], device=self.device)
-            self._prefix_cache = _read(self.model, tokens, use_cache=True).past_key_values
+            _, self._prefix_cache = last_logits(self.model, tokens)
         return self._prefix_cache
-
-
-def tree_mask(trees: Sequence[OptionTree], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Who sees whom: boolean (batch, 1, length - start, length), and positions (batch, length - start).
-
-    A token sees itself and what it follows, over any number of branches. Padding sees itself alone.
-    """
-    masks, positions = [], []
-    for tree in trees:
-        mask = torch.eye(length, dtype=torch.bool)
-        for index, parent in enumerate(tree.parents):
-            if parent >= 0:
-                mask[index] |= mask[parent]
-        masks.append(mask[start:])
-        depths = tree.depths
-        positions.append(torch.tensor(depths[start:] + [0] * (length - len(depths))))
-    return torch.stack(masks).unsqueeze(1), torch.stack(positions)
-
-
-def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as the numbers that attention adds: every attention implementation that takes masks takes these."""
-    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
-
-
-def _read(model, tokens: torch.Tensor, **inputs: Any) -> Any:
-    """A forward whose logits are computed at the last token only."""
-    positions = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
-    positions[:, -1] = True
-    with torch.inference_mode(), logits_at(model, positions):
-        return model(input_ids=tokens, **inputs)
-
-
-_TRUNK = (3, 5, 7, 11, 13, 17, 19, 23)
-
-
-def _try_out(model, attempt) -> bool:
-    """Models refuse what they cannot do in ways of their own: any failure means no."""
-    try:
-        with torch.inference_mode():
-            return bool(attempt(model, model.get_input_embeddings().weight.device))
-    except Exception:
-        return False
-
-
-def _alike(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Equal up to what other kernels and orders of summation change in this dtype."""
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    return bool((one - other).norm() <= tolerance * one.norm())
-
-
-def continues_from_cache(model) -> bool:
-    """Whether reading a text in two parts, with a cache spread over a batch, gives what reading it at once gives."""
-
-    def attempt(model, device):
-        text = torch.tensor([_TRUNK], device=device)
-        at_once = _read(model, text, use_cache=False).logits[0, 0].float()
-        cache = copy.deepcopy(_read(model, text[:, :4], use_cache=True).past_key_values)
-        cache.batch_repeat_interleave(2)
-        rest = text[:, 4:].repeat(2, 1)
-        in_parts = _read(model, rest, use_cache=True, past_key_values=cache).logits[0, 1].float()
-        return _alike(at_once, in_parts, model.dtype)
-
-    return _try_out(model, attempt)
-
-
-def reads_tree_masks(model) -> bool:
-    """Whether a branch is scored as if its siblings were not there.
-
-    Two things are tried: other tokens in the first branch leave the second one's logits untouched to the last
-    bit, and these are the logits of the second branch's plain text.
-    """
-    if "position_ids" not in inspect.signature(model.forward).parameters:
-        return False
-
-    def second_branch(model, device, first: Sequence[int]) -> torch.Tensor:
-        trunk, second = len(_TRUNK), (29, 31)
-        tokens = (*_TRUNK, *first, *second)
-        parents = (*range(-1, trunk - 1), trunk - 1, trunk, trunk - 1, trunk + 2)
-        tree = OptionTree(tokens, parents, ())
-        mask, positions = tree_mask([tree], 0, len(tokens))
-        inputs = {"attention_mask": additive(mask, model.dtype).to(device), "position_ids": positions.to(device)}
-        return _read(model, torch.tensor([tokens], device=device), use_cache=False, **inputs).logits[0, 0].float()
-
-    def attempt(model, device):
-        logits = second_branch(model, device, (37, 41))
-        plain = torch.tensor([(*_TRUNK, 29, 31)], device=device)
-        expected = _read(model, plain, use_cache=False).logits[0, 0].float()
-        unmoved = torch.equal(logits, second_branch(model, device, (43, 2)))
-        return unmoved and _alike(expected, logits, model.dtype)
-
-    return _try_out(model, attempt)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class OptionTree:
@@ -113,3 +115,25 @@ def build_tree(sequences: Sequence[Sequence[int]], end_token: int | None = None)
 
 def _begins(one: Sequence[int], other: Sequence[int]) -> bool:
     return len(one) < len(other) and other[: len(one)] == one
+
+
+def tree_mask(trees: Sequence[OptionTree], start: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Who sees whom: boolean (batch, 1, length - start, length), and positions (batch, length - start).
+
+    A token sees itself and what it follows, over any number of branches. Padding sees itself alone.
+    """
+    masks, positions = [], []
+    for tree in trees:
+        mask = torch.eye(length, dtype=torch.bool)
+        for index, parent in enumerate(tree.parents):
+            if parent >= 0:
+                mask[index] |= mask[parent]
+        masks.append(mask[start:])
+        depths = tree.depths
+        positions.append(torch.tensor(depths[start:] + [0] * (length - len(depths))))
+    return torch.stack(masks).unsqueeze(1), torch.stack(positions)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as the numbers that attention adds: every attention implementation that takes masks takes these."""
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)

@@ -1,0 +1,218 @@
+"""Beam search for many prompts: finished rows leave the batch, prompts are read once and not once per beam.
+
+The search is that of transformers' `generate` (length penalty 1, `early_stopping=False`, no sampling, no
+processors), which the tests hold it to. There every beam reads the whole prompt, and a batch runs until its last
+row is done; here the prompt's keys and values are computed once and spread over the beams, and a row is dropped as soon
+as none of its beams can improve on what it has finished. One beam is greedy search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from linchain_cli.evaluation.likelihood import MIN_PREFIX, plan_batches
+from linchain_cli.evaluation.options import common_prefix
+from linchain_cli.evaluation.tryout import continues_from_cache, ignores_padding, takes_positions
+from linchain_cli.logits import last_logits
+
+PAD = 0
+
+
+def end_tokens(model, tokenizer) -> list[int]:
+    """The tokens that end an answer: the tokenizer's and those of the model's generation config."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = own if isinstance(own, list) else [own]
+    return sorted({token for token in [tokenizer.eos_token_id, *own] if token is not None})
+
+
+class Generator:
+    """Continues prompts (lists of tokens) by at most `max_new_tokens` tokens with `beams` beams."""
+
+    def __init__(
+        self, model, tokenizer, prompts: Sequence[Sequence[int]], beams: int, max_new_tokens: int, batch_tokens: int
+    ):
+        self.model, self.prompts, self.beams, self.max_new_tokens = model, prompts, beams, max_new_tokens
+        self.device = model.get_input_embeddings().weight.device
+        self.ends = end_tokens(model, tokenizer)
+        self._own_search = continues_from_cache(model)
+        self.prefix = self._prefix_length() if self._own_search else 0
+        # What a batch holds in its caches is the prompt and the answer once per beam.
+        lengths = [len(prompt) + beams * max_new_tokens for prompt in prompts]
+        self.batches = plan_batches(lengths, max(batch_tokens, max(lengths)))
+        if not (self._own_search and ignores_padding(model)):
+            self.batches = [same for batch in self.batches for same in self._of_one_length(batch)]
+
+    def _prefix_length(self) -> int:
+        if len(self.prompts) < 2:
+            return 0
+        shared = min(common_prefix(self.prompts), min(map(len, self.prompts)) - 1)
+        return shared if shared >= MIN_PREFIX and ignores_padding(self.model) else 0
+
+    def _of_one_length(self, batch: Sequence[int]) -> list[list[int]]:
+        groups: dict[int, list[int]] = {}
+        for index in batch:
+            groups.setdefault(len(self.prompts[index]), []).append(index)
+        return list(groups.values())
+
+    @torch.inference_mode()
+    def generate(self, batch: Sequence[int]) -> list[list[int]]:
+        """The answers of one of `self.batches`, each without the token that ends it."""
+        prompts = [self.prompts[index] for index in batch]
+        answers = self._search(prompts) if self._own_search else self._transformers(prompts)
+        return [self._without_end(answer) for answer in answers]
+
+    def _without_end(self, answer: Sequence[int]) -> list[int]:
+        end = next((position for position, token in enumerate(answer) if token in self.ends), len(answer))
+        return list(answer[:end])
+
+    def _transformers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """transformers' own search, for models whose caches cannot be spread over beams. Prompts are of one length."""
+        from transformers import GenerationConfig
+
+        ids = torch.tensor(prompts, device=self.device)
+        config = GenerationConfig(
+            num_beams=self.beams,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.ends or None,
+            pad_token_id=self.ends[0] if self.ends else PAD,
+        )
+        found = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return found[:, ids.shape[1] :].tolist()
+
+    def _search(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        reader = _Reader(self, prompts)
+        search = BeamSearch(len(prompts), self.beams, self.max_new_tokens, self.ends, self.device)
+        logits = reader.read_prompts(prompts)
+        while True:
+            parents, tokens = search.advance(logits)
+            if parents is None:
+                return search.answers()
+            logits = reader.read_tokens(parents, tokens)
+
+
+class _Reader:
+    """Feeds tokens to the model and keeps its cache, mask and positions in step with the search.
+
+    Prompts are padded on the left, between the cached prefix and the rest of the prompt; the mask hides the padding and
+    positions do not count it.
+    """
+
+    def __init__(self, generator: Generator, prompts: Sequence[Sequence[int]]):
+        self.model, self.device = generator.model, generator.device
+        self._prefix, self._takes_positions = generator.prefix, takes_positions(self.model)
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        self._mask = torch.zeros(0)
+        self._cache: Any = None
+
+    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Logits (rows, vocabulary) behind each prompt."""
+        start, rows = self._prefix, len(prompts)
+        longest = max(map(len, prompts)) - start
+        ids = torch.full((rows, longest), PAD)
+        self._mask = torch.zeros(rows, start + longest, dtype=torch.long)
+        self._mask[:, :start] = 1
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) + start :] = torch.tensor(prompt[start:])
+            self._mask[row, start + longest - len(prompt) + start :] = 1
+        self._mask = self._mask.to(self.device)
+        if start:
+            shared = torch.tensor([prompts[0][:start]], device=self.device)
+            _, self._cache = last_logits(self.model, shared)
+            self._cache.batch_repeat_interleave(rows)
+        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
+        return self._read(ids.to(self.device), positions)
+
+    def read_tokens(self, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits behind `tokens` (n,), each continuing the sequence `parents[i]` of the last read."""
+        self._cache.batch_select_indices(parents)
+        self._lengths = self._lengths[parents]
+        seen = torch.ones(len(tokens), 1, dtype=torch.long, device=self.device)
+        self._mask = torch.cat([self._mask[parents], seen], dim=1)
+        positions = self._lengths.unsqueeze(1)
+        self._lengths = self._lengths + 1
+        return self._read(tokens.unsqueeze(1), positions)
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        inputs = {"position_ids": positions} if self._takes_positions else {}
+        # Without padding no mask is needed, and without one attention takes its faster path.
+        mask = None if bool(self._mask.all()) else self._mask
+        logits, self._cache = last_logits(self.model, ids, attention_mask=mask, past_key_values=self._cache, **inputs)
+        return logits
+
+
+class BeamSearch:
+    """The bookkeeping of beam search over rows that leave when they are done. It never sees the model.
+
+    A finished answer's score is its log-probability over its length, its end token counted. A row is done when it has
+    `beams` finished answers and its best running beam, at its present length, scores no better than the worst of
+    them; with one beam, when that is finished.
+    """
+
+    def __init__(self, rows: int, beams: int, max_new_tokens: int, ends: Sequence[int], device: torch.device):
+        self._beams, self._max_new_tokens = beams, max_new_tokens
+        self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
+        self._width = max(2, 1 + len(ends)) * beams
+        self._rows = torch.arange(rows)
+        self._scores = torch.zeros(rows, 1, device=device)
+        self._tokens = torch.zeros(rows, 1, 0, dtype=torch.long, device=device)
+        self._finished = torch.full((rows, beams), -torch.inf, device=device)
+        self._answers: list[list[int]] = [[] for _ in range(rows)]
+
+    def answers(self) -> list[list[int]]:
+        """Each row's best answer, its end token included."""
+        return self._answers
+
+    def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Takes one step, given logits (running rows x beams, vocabulary) behind every running beam.
+
+        Returns which of these sequences go on and with which token, both (n,), or (None, None) at the end.
+        """
+        rows, beams, step = self._tokens.shape
+        totals = torch.log_softmax(logits.float(), dim=-1).view(rows, beams, -1) + self._scores.unsqueeze(-1)
+        vocabulary = totals.shape[-1]
+        totals, picked = totals.view(rows, -1).topk(min(self._width, beams * vocabulary), dim=-1)
+        parents, tokens = picked // vocabulary, picked % vocabulary
+        sequences = torch.cat([_pick(self._tokens, parents), tokens.unsqueeze(-1)], dim=-1)
+        ended = torch.isin(tokens, self._ends)
+        if step + 1 == self._max_new_tokens:
+            ended = torch.ones_like(ended)
+        self._finish(totals, sequences, ended)
+
+        running, order = totals.masked_fill(ended, -torch.inf).topk(self._beams, dim=-1)
+        done = self._done(running[:, 0], step + 1)
+        keep = (~done).nonzero().squeeze(-1)
+        if len(keep) == 0:
+            return None, None
+        order = order[keep]
+        self._scores, self._finished = running[keep], self._finished[keep]
+        self._tokens = _pick(sequences[keep], order)
+        self._rows = self._rows[keep.cpu()]
+        flat = keep.unsqueeze(-1) * beams + parents[keep].gather(1, order)
+        return flat.flatten(), tokens[keep].gather(1, order).flatten()
+
+    def _finish(self, totals: torch.Tensor, sequences: torch.Tensor, ended: torch.Tensor) -> None:
+        """Enters the candidates that ended; only the best `beams` of all candidates count."""
+        totals, ended = totals[:, : self._beams], ended[:, : self._beams]
+        scores = (totals / sequences.shape[-1]).masked_fill(~ended, -torch.inf)
+        best, which = scores.max(dim=-1)
+        better = (best > self._finished[:, 0]).nonzero().squeeze(-1).tolist()
+        for row in better:
+            self._answers[self._rows[row]] = sequences[row, which[row]].tolist()
+        self._finished = torch.cat([self._finished, scores], dim=-1).topk(self._beams, dim=-1).values
+
+    def _done(self, best_running: torch.Tensor, length: int) -> torch.Tensor:
+        worst = self._finished[:, -1]
+        if length == self._max_new_tokens:
+            return torch.ones_like(worst, dtype=torch.bool)
+        if self._beams == 1:
+            return worst > -torch.inf
+        return (worst > -torch.inf) & (best_running / length <= worst)
+
+
+def _pick(sequences: torch.Tensor, which: torch.Tensor) -> torch.Tensor:
+    """Of sequences (rows, beams, length) those that `which` (rows, n) names: (rows, n, length)."""
+    return sequences.gather(1, which.unsqueeze(-1).expand(-1, -1, sequences.shape[-1]))
