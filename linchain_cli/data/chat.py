@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from linchain_cli.data.templates import Layout, Rendered, Row, RowError
+from linchain_cli.data.rendering import Layout, Rendered, Row, RowError
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
