@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linchain_cli.commands.options import Overrides, RecipePath, not_available
+from linchain_cli.commands.options import Overrides, RecipePath
 from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from linchain_cli.evaluation.tasks import Task
+    from linchain_cli.recipe import Recipe
+    from linchain_cli.training.job import Job
 
 
 def run(
@@ -22,4 +29,67 @@ def run(
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
         raise InputError("--resume continues the run and --fresh replaces it: give one of them.")
-    raise not_available("train")
+    from linchain_cli.recipe import load_recipe
+    from linchain_cli.run import RunDirectory
+
+    loaded = load_recipe(recipe, overrides or ())
+    directory = RunDirectory(loaded.run_path)
+    if not (resume and directory.exists()):
+        directory.check_free(replace=fresh)
+    from linchain_cli.training.launch import launched, run_processes, wanted_processes
+
+    if not launched() and (processes := wanted_processes(nproc)) > 1:
+        raise typer.Exit(run_processes(sys.argv[1:], processes))
+    _train(loaded, directory, resume, fresh)
+
+
+def _train(recipe: Recipe, directory, resume: bool, fresh: bool) -> None:
+    from linchain_cli.report.plots import loss_plot
+    from linchain_cli.training.runner import run_training
+
+    # A misspelt task should be told before hours of training, not after.
+    tasks = _tasks(recipe)
+    try:
+        job = run_training(recipe, resume=resume, fresh=fresh)
+    finally:
+        if directory.exists() and _is_first_process():
+            loss_plot(directory)
+    if job is None:
+        return
+    if tasks:
+        _evaluate(job, tasks)
+    if job.accelerator.is_main_process:
+        print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
+
+
+def _is_first_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _tasks(recipe: Recipe) -> list[Task]:
+    if not recipe.evaluation.tasks:
+        return []
+    from linchain_cli.evaluation.tasks import load_tasks
+
+    section = recipe.evaluation
+    return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
+
+
+def _evaluate(job: Job, tasks: list[Task]) -> None:
+    from linchain_cli.evaluation.evaluate import evaluate
+    from linchain_cli.evaluation.results import print_results
+
+    protocol = job.recipe.evaluation.protocol
+    results = evaluate(
+        job.model,
+        job.base.tokenizer,
+        job.data.template,
+        tasks,
+        name=str(job.run.path),
+        protocol=protocol,
+        out=job.run.eval_dir / f"{protocol}.json",
+    )
+    if job.accelerator.is_main_process:
+        print_results(results)

@@ -159,8 +159,8 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
     """
     base = base or load_base(recipe, accelerator.device)
     # The first process encodes; the others find its cache.
-    on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer))
-    data = prepare_data(recipe.data, base.tokenizer)
+    data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer))
+    data = data or prepare_data(recipe.data, base.tokenizer)
     layers = put_in_chains(base.model, recipe)
     parameters = optimizers.trained_parameters(layers)
     training = recipe.training

@@ -1,0 +1,88 @@
+"""Several processes on this machine, started by `linchain train` itself.
+
+Each child is the same command with the environment variables that torch.distributed reads. The parent passes signals
+on and waits: children finish their optimizer step and save, and the parent exits as they did. Under torchrun or
+`accelerate launch` those variables are there already and nothing is started here.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+POLL_SECONDS = 0.1
+# After one process has failed, the others may still be waiting for it in a collective: they get this long to end.
+GRACE_SECONDS = 15.0
+
+
+def launched() -> bool:
+    """Whether a launcher (torchrun, accelerate launch, or this module) started this process as one of several."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def wanted_processes(nproc: int | None) -> int:
+    """How many processes `linchain train` runs on: `--nproc`, else one per visible GPU, else one."""
+    if nproc is not None:
+        return nproc
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def run_processes(arguments: Sequence[str], nproc: int) -> int:
+    """Runs `linchain ARGUMENTS` as `nproc` processes and returns the exit code they agree on.
+
+    The first process that fails decides the code; 130 or 143 when a signal stopped them.
+    """
+    environment = os.environ | {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+    command = [sys.executable, "-m", "linchain_cli", *arguments]
+    children = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc)},
+            # A terminal's Ctrl-C would reach every child by itself and once more through the parent.
+            start_new_session=True,
+        )
+        for rank in range(nproc)
+    ]
+
+    def pass_on(signum, _frame):
+        for child in children:
+            if child.poll() is None:
+                child.send_signal(signum)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(children)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for child in children:
+            if child.poll() is None:
+                child.kill()
+
+
+def _wait(children: list[subprocess.Popen]) -> int:
+    failed, deadline = 0, None
+    while any(child.poll() is None for child in children):
+        codes = [child.returncode for child in children if child.returncode]
+        if codes and deadline is None:
+            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    code = failed or next((child.returncode for child in children if child.returncode), 0)
+    return 128 - code if code < 0 else code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
