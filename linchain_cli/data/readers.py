@@ -276,7 +276,7 @@ class CsvReader(_LineReader):
             raise self.problem("there is no header line that names the columns.")
         twice = [name for name in self.header if self.header.count(name) > 1]
         if twice:
-            raise self.problem(f"the header names the column '{twice[0]}' twice.", 1)
+            raise self.problem(f"the header names the column '{shown(twice[0])}' twice.", 1)
         while (cells := self._next(rows)) is not None:
             self.line = self._begin
             if not cells:  # a blank line
@@ -334,6 +334,12 @@ class ParquetReader(Reader):
             raise self.problem(f"not a parquet file that can be read: {reason}. Get or write it again.") from None
         if not self.row:
             raise self.problem("the file has no rows.")
+
+
+def shown(value: Any) -> str:
+    """A name or value out of a file, short and on one line, as it may stand in a message."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _json_reader(path: Path, wanted: set[str]) -> Reader:

@@ -220,7 +220,7 @@ class Rows:
         """What is missing for the layout that comes closest, and which column may be meant."""
         layout = min(self._layouts, key=lambda layout: len(layout.missing(found)))
         theirs = layout.missing(found)[0]
-        names = [str(name) for name in found]
+        names = [readers.shown(name) for name in found]
         others = [name for name in names if name not in layout.theirs]
         shown = ", ".join(names[:20]) or "none"
         return (
@@ -262,9 +262,7 @@ class _MappedLayout:
 def _not_text(column: str, value: Any) -> str:
     if value is None:
         return f"'{column}' is null, where a text is expected (\"\" if there is none)"
-    shown = repr(value)
-    shown = shown if len(shown) <= 40 else f"{shown[:37]}..."
-    return f"'{column}' is {shown} ({type(value).__name__}), where a text is expected"
+    return f"'{column}' is {readers.shown(value)} ({type(value).__name__}), where a text is expected"
 
 
 def _check_columns(source: Source, layouts: Sequence[Layout]) -> None:

@@ -75,11 +75,18 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
+class Files(dict):
+    """Contents by name; shown by name alone when a test fails."""
+
+    def __repr__(self) -> str:
+        return ", ".join(self)
+
+
 @pytest.fixture(scope="module")
-def originals(commonsense_rows):
+def originals(commonsense_rows) -> Files:
     rows = commonsense_rows(12)
     rows[3]["instruction"] += ' "quoted", é 東京\nnew line'
-    return _files(rows)
+    return Files(_files(rows))
 
 
 @settings(
