@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import Dtype, ModelName, not_available
+from linchain_cli.commands.options import Dtype, ModelName
+from linchain_cli.commands.subject import Subject, find_subject, load_subject
+from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from linchain_cli.evaluation.results import Results
+    from linchain_cli.evaluation.tasks import Task
 
 
 def run(
@@ -15,7 +23,9 @@ def run(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Task names, such as boolq,piqa; left out, those of the run's recipe.", show_default=False
+            help="Task names, such as boolq,piqa, the groups commonsense and arithmetic, or a task's .yaml file; "
+            "left out, those of the run's recipe.",
+            show_default=False,
         ),
     ] = None,
     protocol: Annotated[
@@ -45,9 +55,7 @@ def run(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False
-        ),
+        typer.Option(metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -57,6 +65,104 @@ def run(
             show_default=False,
         ),
     ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Tokens of a batch; left out, what suits the device.", show_default=False),
+    ] = None,
+    references: Annotated[
+        bool, typer.Option("--references", help="Also show published accuracies of the same tasks, with their source.")
+    ] = False,
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
-    raise not_available("eval")
+    subject = find_subject(model)
+    other = find_subject(against) if against is not None else None
+    if model is None:
+        print(f"evaluating {subject.name}")
+    from linchain_cli.evaluation.tasks import load_tasks
+
+    loaded_tasks = load_tasks(_task_names(tasks, subject), data_dir, limit)
+    path = out if out is not None else subject.result_path(protocol)
+    settings = _Settings(protocol, beams, dtype, batch_tokens)
+    first = settings.evaluate(subject, template or subject.template, loaded_tasks, path)
+    if other is None:
+        _show(first, path, references)
+        return
+    # A second model that is no run has no template of its own: it gets the same prompts as the first.
+    other_template = template or (other if other.recipe else subject).template
+    other_path = other.result_path(protocol)
+    if other_path == path:
+        other_path = path.with_name(f"{path.stem}-against.json")
+    second = settings.evaluate(other, other_template, loaded_tasks, other_path)
+    _show(first, path, references, (second, other_path))
+
+
+def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:
+    if tasks is not None:
+        return [tasks]
+    if subject.recipe is None or not subject.recipe.evaluation.tasks:
+        raise InputError("--tasks is missing: name tasks, such as --tasks boolq,piqa or --tasks commonsense")
+    return subject.recipe.evaluation.tasks
+
+
+@dataclass(frozen=True)
+class _Settings:
+    protocol: Literal["likelihood", "generate"]
+    beams: int
+    dtype: str | None
+    batch_tokens: int | None
+
+    def evaluate(
+        self, subject: Subject, template: str | Mapping[str, Any], tasks: Sequence[Task], path: Path
+    ) -> Results:
+        """Loads the subject, evaluates it, and lets go of it again."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        from linchain_cli.data.templates import get_template
+        from linchain_cli.evaluation.evaluate import evaluate
+
+        loaded = load_subject(subject, self.dtype)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=_stderr(), transient=True) as bar:
+            handle = bar.add_task(subject.name, total=sum(len(task.rows) for task in tasks))
+            return evaluate(
+                loaded.model,
+                loaded.tokenizer,
+                get_template(template, loaded.tokenizer),
+                tasks,
+                name=subject.name,
+                protocol=self.protocol,
+                beams=self.beams,
+                batch_tokens=self.batch_tokens,
+                identity=loaded.identity,
+                out=path,
+                on_progress=lambda task, done, _: bar.update(handle, description=task, completed=done),
+            )
+
+
+def _stderr():
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _show(first: Results, path: Path, references: bool, second: tuple[Results, Path] | None = None) -> None:
+    """Tables, the chart and where everything lies; of several processes the first one does it."""
+    import os
+
+    if os.environ.get("RANK", "0") != "0":
+        return
+    from linchain_cli import storage
+    from linchain_cli.evaluation.results import compare
+    from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
+
+    print_results(first)
+    if second is not None:
+        print_results(second[0])
+        comparison = compare(first, second[0])
+        print_comparison(first, comparison)
+        storage.write_json(path, {**first.summary, "against": comparison})
+    if references:
+        print_published(first)
+    chart = path.with_suffix(".png")
+    write_chart([first] if second is None else [first, second[0]], chart)
+    print(f"results: {path}, chart: {chart}" + (f", second model: {second[1]}" if second else ""))

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli.commands.options import not_available
+from linchain_cli.commands.options import Dtype
+from linchain_cli.commands.subject import find_subject, load_subject
 from linchain_cli.errors import InputError
 
 
@@ -14,22 +15,33 @@ def run(
     model_and_prompt: Annotated[
         list[str],
         typer.Argument(
-            metavar="[MODEL] PROMPT",
+            metavar='[MODEL] "PROMPT"',
             help="The prompt; before it a run directory, a checkpoint directory or a hub id, "
             "left out the newest finished run under ./runs.",
             show_default=False,
         ),
     ],
+    template: Annotated[
+        str | None,
+        typer.Option(help="Prompt template; left out, the run's own, or alpaca.", show_default=False),
+    ] = None,
+    beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
+    ] = None,
 ) -> None:
     """Answer one prompt, through the run's template."""
     if len(model_and_prompt) > 2:
-        raise InputError(
-            f"expected [MODEL] PROMPT, got {len(model_and_prompt)} words: put the prompt in quotes."
-        )
-    model = model_and_prompt[0] if len(model_and_prompt) == 2 else None
-    generate(model, prompt=model_and_prompt[-1])
+        raise InputError(f"expected [MODEL] PROMPT, got {len(model_and_prompt)} words: put the prompt in quotes.")
+    prompt = model_and_prompt[-1]
+    if not prompt.strip():
+        raise InputError("the prompt is empty.")
+    subject = find_subject(model_and_prompt[0] if len(model_and_prompt) == 2 else None)
+    from linchain_cli.data.templates import get_template
+    from linchain_cli.evaluation.evaluate import answer
 
-
-def generate(model: str | None, prompt: str) -> None:
-    """Prints the answer to `prompt`; `model` None is the newest finished run."""
-    raise not_available("generate")
+    loaded = load_subject(subject, dtype)
+    chosen = get_template(template or subject.template, loaded.tokenizer)
+    print(answer(loaded.model, loaded.tokenizer, chosen, prompt, beams=beams, max_new_tokens=max_new_tokens))

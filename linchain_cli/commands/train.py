@@ -79,7 +79,7 @@ def _tasks(recipe: Recipe) -> list[Task]:
 
 def _evaluate(job: Job, tasks: list[Task]) -> None:
     from linchain_cli.evaluation.evaluate import evaluate
-    from linchain_cli.evaluation.results import print_results
+    from linchain_cli.evaluation.show import print_results
 
     protocol = job.recipe.evaluation.protocol
     results = evaluate(

@@ -19,7 +19,7 @@ from linchain_cli.evaluation.options import OptionTree, build_tree
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.results import Prediction, Results, summarise
 from linchain_cli.evaluation.tasks import Task, TaskRow
-from linchain_cli.storage import sha256_bytes
+from linchain_cli.storage import sha256_bytes, tensor_bytes
 
 ProtocolName = Literal["likelihood", "generate"]
 BEAMS = 4
@@ -142,10 +142,8 @@ def evaluate(
     progress = Progress(out, _fingerprint(settings, template, tasks), rank) if out is not None else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
-    was_training = model.training
-    model.eval()
     try:
-        with torch.inference_mode(), folded(model) if chain_layers(model) else contextlib.nullcontext():
+        with _evaluating(model):
             for turn, job, batch in _batches(model, tokenizer, template, tasks, settings, batch_tokens):
                 keys = [(job.task.name, job.task.rows[position].index) for position in batch]
                 if turn % world != rank or all(key in done for key in keys):
@@ -157,7 +155,6 @@ def evaluate(
                 if on_progress:
                     on_progress(job.task.name, len(done), total)
     finally:
-        model.train(was_training)
         if progress:
             progress.close()
     results = summarise(tasks, _gather(list(done.values())), settings)
@@ -165,6 +162,28 @@ def evaluate(
         results.write(out)
         progress.remove()
     return results
+
+
+def answer(model, tokenizer, template: Template, prompt: str, *, beams: int = 1, max_new_tokens: int = 256) -> str:
+    """What the model writes when `prompt` goes through the template as an instruction."""
+    from linchain_cli.evaluation.generation import Generator
+
+    tokens = encode_prompt(tokenizer, template, {"instruction": prompt, "input": ""})
+    with _evaluating(model):
+        generator = Generator(model, tokenizer, [tokens], beams, max_new_tokens, len(tokens))
+        return tokenizer.decode(generator.generate([0])[0], skip_special_tokens=True).strip()
+
+
+@contextlib.contextmanager
+def _evaluating(model) -> Iterator[None]:
+    """Eval mode (dropout off), no gradients, chains folded; afterwards the model is in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), folded(model) if chain_layers(model) else contextlib.nullcontext():
+            yield
+    finally:
+        model.train(was_training)
 
 
 def _batches(model, tokenizer, template, tasks, settings, batch_tokens) -> Iterator[tuple[int, Any, list[int]]]:
@@ -190,7 +209,13 @@ def _settings(model, template, tasks, name, protocol, beams, identity) -> dict[s
     settings = {"model": name, "protocol": protocol, "template": template.name, "dtype": str(model.dtype).split(".")[-1]}
     if protocol == "generate":
         settings["beams"] = beams
-    return {**settings, **(identity or {})}
+    return {**settings, **(identity or {}), "adapter_sha256": _adapter_hash(model)}
+
+
+def _adapter_hash(model) -> str | None:
+    """SHA-256 over the values of the model's chains; None without chains."""
+    chains = {f"{path}.{name}": value for path, chain in chain_layers(model).items() for name, value in chain.named_parameters(recurse=False)}
+    return sha256_bytes(tensor_bytes(chains)) if chains else None
 
 
 def _fingerprint(settings: Mapping[str, Any], template: Template, tasks: Sequence[Task]) -> str:

@@ -162,33 +162,52 @@ def load_task(name: str, data_dir: Path | str | None = None, limit: int | None =
     return Task(name, rows, source, spec.rule, spec.max_new_tokens)
 
 
-def read_row(row: Any, index: int, rule: AnswerRule, source: str, options: Sequence[str] | None = None) -> TaskRow:
-    """Checks one row in the LLM-Adapters format. `options` are the task's, else the row's own are read off.
+def read_row(
+    row: Any,
+    index: int,
+    rule: AnswerRule,
+    source: str,
+    options: Sequence[str] = (),
+    required: Sequence[str] = ("instruction",),
+    optional: Sequence[str] = ("input",),
+) -> TaskRow:
+    """Checks one row. Its options are those given, else its column `options`, else those its own last line names.
+
+    `required` and `optional` are the columns that the template asks for.
 
     Raises:
         InputError: naming the source, the row (from 1) and what is wrong with it.
     """
     place = f"{source}, row {index + 1}"
     if not isinstance(row, Mapping):
-        raise InputError(f"{place}: expected a mapping with instruction, input and answer, got {row!r:.60}")
-    instruction, context, answer = row.get("instruction"), row.get("input") or "", _plain_answer(row.get("answer"))
-    if not isinstance(instruction, str) or not instruction.strip():
-        raise InputError(f"{place}: 'instruction' is missing or is not text")
-    if not isinstance(context, str):
-        raise InputError(f"{place}: 'input' is not text")
+        raise InputError(f"{place}: expected a mapping with {', '.join(required)} and answer, got {row!r:.60}")
+    fields = {name: row.get(name) for name in required}
+    fields |= {name: row[name] if row.get(name) is not None else "" for name in optional}
+    for name, value in fields.items():
+        if not isinstance(value, str) or (name in required and not value.strip()):
+            raise InputError(f"{place}: '{name}' is missing or is not text")
+    answer = _plain_answer(row.get("answer"))
     if answer is None:
-        raise InputError(f"{place}: 'answer' is missing")
+        raise InputError(f"{place}: 'answer' is missing or is not text or a number")
     if rule.kind == "number":
         _check_number(answer, place)
-    if rule.kind == "options":
-        options = tuple(options or row_options(instruction))
-        if len(set(options)) < 2:
-            raise InputError(f"{place}: its options are not known; it has no line 'Answer format: one/two'")
-        if answer not in options:
-            raise InputError(f"{place}: its answer '{answer}' is none of its options {'/'.join(options)}")
-    else:
-        options = ()
-    return TaskRow(index, {"instruction": instruction, "input": context}, answer, tuple(options))
+    if rule.kind != "options":
+        return TaskRow(index, fields, answer)
+    options = tuple(options or _own_options(row, place))
+    if len(set(options)) < 2 or len(set(options)) < len(options):
+        raise InputError(f"{place}: it needs two or more different options, found {list(options)}")
+    if answer not in options:
+        raise InputError(f"{place}: its answer '{answer}' is none of its options {'/'.join(options)}")
+    return TaskRow(index, fields, answer, options)
+
+
+def _own_options(row: Mapping[str, Any], place: str) -> Sequence[str]:
+    listed = row.get("options")
+    if listed is None:
+        return row_options(str(row.get("instruction") or ""))
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(option, str) and option for option in listed):
+        raise InputError(f"{place}: 'options' is not a list of texts")
+    return listed
 
 
 def row_options(instruction: str) -> tuple[str, ...]:
@@ -219,6 +238,8 @@ def _find_rows(name: str, data_dir: Path | str | None) -> tuple[list[Any], str]:
         from linchain_cli.data.everyday import everyday_rows
 
         return everyday_rows("test"), "everyday (test)"
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise InputError(f"--data-dir {data_dir}: there is no such directory")
     tried = []
     for folder in dict.fromkeys(filter(None, [data_dir, os.environ.get(DATA_DIR_VARIABLE)])):
         path = Path(folder) / name / "test.json"
@@ -247,13 +268,13 @@ def _hub_rows(name: str, tried: Sequence[str]) -> tuple[list[Any], str]:
     source = RAW_SOURCES.get(name)
     if source is None:
         raise InputError(_not_found(name, tried))
-    import datasets
+    from linchain_cli.data.hub import load_hub_dataset
 
     try:
-        loaded = datasets.load_dataset(source.path, source.name, split=source.split, revision=source.revision)
-    except Exception as error:  # datasets raises types of requests, huggingface_hub, fsspec and its own
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(_not_found(name, tried, f"the hub's {source} could not be read ({reason[0]:.160})")) from None
+        path = f"{source.path}/{source.name}" if source.name else source.path
+        loaded = load_hub_dataset(path, source.split, source.revision)
+    except InputError as error:
+        raise InputError(_not_found(name, tried, f"the hub's {source}: {error}")) from error
     rows = []
     for index, raw in enumerate(loaded):
         try:
@@ -264,12 +285,9 @@ def _hub_rows(name: str, tried: Sequence[str]) -> tuple[list[Any], str]:
     return rows, str(source)
 
 
-def _not_found(name: str, tried: Sequence[str], hub: str | None = None) -> str:
-    attempts = [*tried] or [f"no --data-dir and no {DATA_DIR_VARIABLE} is given"]
-    attempts.append(hub or "no hub data set with its rows is known")
+def _not_found(name: str, tried: Sequence[str], hub: str = "no hub data set with these rows is known") -> str:
+    local = [f"no file {path}" for path in tried] or [f"neither --data-dir nor {DATA_DIR_VARIABLE} is given"]
     return (
-        f"the rows of {name} cannot be found. Tried: {'; '.join(attempts)}."
-        f" To get them, put dataset/{name}/test.json of github.com/AGI-Edgerunners/LLM-Adapters at DIR/{name}/test.json"
-        " and give --data-dir DIR"
-        + (", or go online once so that the hub's copy is cached." if hub else ".")
+        f"the rows of {name} cannot be found: {'; '.join([*local, hub.rstrip('.')])}. To have them, put"
+        f" dataset/{name}/test.json of github.com/AGI-Edgerunners/LLM-Adapters at DIR/{name}/test.json and give --data-dir DIR."
     )

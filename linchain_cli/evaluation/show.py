@@ -1,0 +1,132 @@
+"""Results for people: tables in the terminal and a bar chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from linchain_cli import storage
+from linchain_cli.evaluation.published import PUBLISHED, published_beside
+from linchain_cli.evaluation.results import Results
+
+
+def print_results(results: Results, console: Console | None = None) -> None:
+    """One row per task: accuracy, 95 % interval, what always giving the most frequent answer would get."""
+    console = console or Console()
+    summary = results.summary
+    table = Table(title=title(summary), title_justify="left")
+    for heading in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
+        table.add_column(heading, justify="left" if heading == "task" else "right")
+    counted = {"unparsable": "no answer", "near_ties": "near ties"}
+    counted = {key: heading for key, heading in counted.items() if any(e.get(key) for e in summary["tasks"].values())}
+    for heading in counted.values():
+        table.add_column(heading, justify="right")
+    for name, entry in summary["tasks"].items():
+        numbers = [str(entry["n"]), percent(entry["accuracy"]), percent(entry["stderr"]), span(entry["interval"])]
+        table.add_row(name, *numbers, percent(entry["majority"]), *(str(entry.get(key, 0)) for key in counted))
+    if len(summary["tasks"]) > 1:
+        table.add_section()
+        average = [percent(summary["average"]), percent(summary["average_stderr"]), span(summary["average_interval"])]
+        table.add_row("average", "", *average)
+    console.print(table)
+
+
+def print_comparison(first: Results, comparison: dict[str, Any], console: Console | None = None) -> None:
+    """Paired differences on the same rows, after a warning if the two were not evaluated in the same way."""
+    console = console or Console()
+    for difference in comparison["differences_in_settings"]:
+        console.print(f"[bold yellow]not evaluated alike[/] — {difference}", highlight=False)
+    table = Table(title=f"{first.summary['model']} minus {comparison['model']}, same rows", title_justify="left")
+    table.add_column("task")
+    for heading in ("rows", "difference", "95 % interval", "only first right", "only second right", "McNemar p"):
+        table.add_column(heading, justify="right")
+    for name, entry in comparison["tasks"].items():
+        table.add_row(name, *_paired_cells(entry))
+    if len(comparison["tasks"]) > 1:
+        table.add_section()
+        table.add_row("all rows", *_paired_cells(comparison["all_rows"]))
+        difference, interval = comparison["average_difference"], comparison["average_interval"]
+        table.add_row("average", "", points(difference), span(interval, points))
+    console.print(table)
+
+
+def _paired_cells(entry: dict[str, Any]) -> list[str]:
+    counts = [str(entry["gained"]), str(entry["lost"])]
+    return [str(entry["n"]), points(entry["difference"]), span(entry["interval"], points), *counts, f"{entry['p']:.2g}"]
+
+
+def print_published(results: Results, console: Console | None = None) -> None:
+    """Published rows over the same tasks, in a table of their own."""
+    console = console or Console()
+    rows = published_beside(list(results.summary["tasks"]))
+    if not rows:
+        groups = {len(row.tasks): ", ".join(row.tasks) for row in PUBLISHED}
+        console.print(f"No published rows for these tasks; there are some for {'; '.join(groups.values())}.")
+        return
+    table = Table(title="Published by others: other runs, prompts and decoding; no comparison", title_justify="left")
+    for heading in ("model", "method", "average", "protocol", "source"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row.model, row.method, percent(row.average), row.protocol, row.source)
+    console.print(table)
+
+
+def title(summary: dict[str, Any]) -> str:
+    """What was evaluated and how, in one line."""
+    protocol = summary["protocol"]
+    if "beams" in summary:
+        protocol += f" ({summary['beams']} beam{'s' if summary['beams'] > 1 else ''})"
+    return f"{summary['model']} · {protocol} · template {summary['template']} · {summary['dtype']}"
+
+
+def percent(value: float | None) -> str:
+    """`61.3 %`, or a dash for nothing."""
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def points(value: float) -> str:
+    """A difference in percentage points, with its sign."""
+    return f"{100 * value:+.1f}"
+
+
+def span(interval: Sequence[float] | None, number=None) -> str:
+    """`58.1 – 64.4`."""
+    if interval is None:
+        return "–"
+    number = number or (lambda value: f"{100 * value:.1f}")
+    return f"{number(interval[0])} … {number(interval[1])}"
+
+
+def write_chart(results: Sequence[Results], path: Path) -> None:
+    """A PNG with one group of bars per task and one bar per result, 95 % intervals, and the majority class as a line."""
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tasks = list(results[0].summary["tasks"])
+    figure = Figure(figsize=(max(5.0, 1.1 * len(tasks) * len(results) ** 0.5 + 2), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(results)
+    for number, result in enumerate(results):
+        entries = [result.summary["tasks"][task] for task in tasks]
+        heights = [100 * entry["accuracy"] for entry in entries]
+        below = [100 * (entry["accuracy"] - entry["interval"][0]) for entry in entries]
+        above = [100 * (entry["interval"][1] - entry["accuracy"]) for entry in entries]
+        places = [task - 0.4 + (number + 0.5) * width for task in range(len(tasks))]
+        axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=title(result.summary))
+    known = [(place, results[0].summary["tasks"][task]["majority"]) for place, task in enumerate(tasks)]
+    for label, (place, majority) in zip(["majority class"] + [None] * len(tasks), [k for k in known if k[1] is not None], strict=False):
+        axes.hlines(100 * majority, place - 0.45, place + 0.45, colors="black", linestyles="dashed", label=label)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 3 else 0, ha="right" if len(tasks) > 3 else "center")
+    axes.set_ylabel("accuracy, % (95 % interval)")
+    axes.set_ylim(0, 100)
+    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(tasks) > 3 else -0.12))
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    storage.write_atomic(path, buffer.getvalue())
