@@ -15,7 +15,7 @@ from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.evaluation.results import Results
-    from linchain_cli.evaluation.tasks import Task
+    from linchain_cli.evaluation.task import Task
 
 
 def run(

@@ -12,7 +12,7 @@ from linchain_cli.commands.options import Overrides, RecipePath
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from linchain_cli.evaluation.tasks import Task
+    from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import Recipe
     from linchain_cli.training.job import Job
 

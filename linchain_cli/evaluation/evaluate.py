@@ -18,7 +18,7 @@ from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import OptionTree, build_tree
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.results import Prediction, Results, summarise
-from linchain_cli.evaluation.tasks import Task, TaskRow
+from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.storage import sha256_bytes, tensor_bytes
 
 ProtocolName = Literal["likelihood", "generate"]

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from linchain_cli.evaluation.likelihood import MIN_PREFIX, plan_batches
-from linchain_cli.evaluation.options import common_prefix
-from linchain_cli.evaluation.tryout import continues_from_cache, ignores_padding, takes_positions
+from linchain_cli.errors import InputError
+from linchain_cli.evaluation.likelihood import plan_batches
+from linchain_cli.evaluation.tryout import attention_window, continues_from_cache, ignores_padding, takes_positions
 from linchain_cli.logits import last_logits
 
 PAD = 0
+# Cached tokens (prompt and answer of every beam) for each token that a batch may read at once.
+CACHED_PER_TOKEN = 8
 
 
 def end_tokens(model, tokenizer) -> list[int]:
@@ -38,18 +40,12 @@ class Generator:
         self.device = model.get_input_embeddings().weight.device
         self.ends = end_tokens(model, tokenizer)
         self._own_search = continues_from_cache(model)
-        self.prefix = self._prefix_length() if self._own_search else 0
-        # What a batch holds in its caches is the prompt and the answer once per beam.
-        lengths = [len(prompt) + beams * max_new_tokens for prompt in prompts]
-        self.batches = plan_batches(lengths, max(batch_tokens, max(lengths)))
-        if not (self._own_search and ignores_padding(model)):
+        # What a batch holds in its caches is the prompt and the answer, once per beam.
+        lengths = [beams * (len(prompt) + max_new_tokens) for prompt in prompts]
+        self.batches = plan_batches(lengths, CACHED_PER_TOKEN * batch_tokens)
+        longest = max(map(len, prompts)) + max_new_tokens
+        if not (self._own_search and longest <= attention_window(model) and ignores_padding(model)):
             self.batches = [same for batch in self.batches for same in self._of_one_length(batch)]
-
-    def _prefix_length(self) -> int:
-        if len(self.prompts) < 2:
-            return 0
-        shared = min(common_prefix(self.prompts), min(map(len, self.prompts)) - 1)
-        return shared if shared >= MIN_PREFIX and ignores_padding(self.model) else 0
 
     def _of_one_length(self, batch: Sequence[int]) -> list[list[int]]:
         groups: dict[int, list[int]] = {}
@@ -80,13 +76,16 @@ class Generator:
             eos_token_id=self.ends or None,
             pad_token_id=self.ends[0] if self.ends else PAD,
         )
-        found = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        try:
+            found = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        except ValueError as error:
+            raise InputError(f"{type(self.model).__name__} cannot generate with {self.beams} beams: {error}") from error
         return found[:, ids.shape[1] :].tolist()
 
     def _search(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        reader = _Reader(self, prompts)
+        reader = _Reader(self.model, prompts)
         search = BeamSearch(len(prompts), self.beams, self.max_new_tokens, self.ends, self.device)
-        logits = reader.read_prompts(prompts)
+        logits = reader.read_prompts()
         while True:
             parents, tokens = search.advance(logits)
             if parents is None:
@@ -97,34 +96,24 @@ class Generator:
 class _Reader:
     """Feeds tokens to the model and keeps its cache, mask and positions in step with the search.
 
-    Prompts are padded on the left, between the cached prefix and the rest of the prompt; the mask hides the padding and
-    positions do not count it.
+    Prompts are padded on the left; the mask hides the padding, and positions do not count it.
     """
 
-    def __init__(self, generator: Generator, prompts: Sequence[Sequence[int]]):
-        self.model, self.device = generator.model, generator.device
-        self._prefix, self._takes_positions = generator.prefix, takes_positions(self.model)
+    def __init__(self, model, prompts: Sequence[Sequence[int]]):
+        self.model, self.device = model, model.get_input_embeddings().weight.device
+        self._takes_positions = takes_positions(model)
         self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        self._mask = torch.zeros(0)
+        longest = int(self._lengths.max())
+        ids = torch.full((len(prompts), longest), PAD)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        self._prompts = ids.to(self.device)
+        self._mask = (torch.arange(longest, device=self.device) >= longest - self._lengths.unsqueeze(1)).long()
         self._cache: Any = None
 
-    def read_prompts(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def read_prompts(self) -> torch.Tensor:
         """Logits (rows, vocabulary) behind each prompt."""
-        start, rows = self._prefix, len(prompts)
-        longest = max(map(len, prompts)) - start
-        ids = torch.full((rows, longest), PAD)
-        self._mask = torch.zeros(rows, start + longest, dtype=torch.long)
-        self._mask[:, :start] = 1
-        for row, prompt in enumerate(prompts):
-            ids[row, longest - len(prompt) + start :] = torch.tensor(prompt[start:])
-            self._mask[row, start + longest - len(prompt) + start :] = 1
-        self._mask = self._mask.to(self.device)
-        if start:
-            shared = torch.tensor([prompts[0][:start]], device=self.device)
-            _, self._cache = last_logits(self.model, shared)
-            self._cache.batch_repeat_interleave(rows)
-        positions = (self._mask.cumsum(-1) - 1).clamp(min=0)[:, start:]
-        return self._read(ids.to(self.device), positions)
+        return self._read(self._prompts, (self._mask.cumsum(-1) - 1).clamp(min=0))
 
     def read_tokens(self, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """Logits behind `tokens` (n,), each continuing the sequence `parents[i]` of the last read."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
-from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
+from linchain_cli.evaluation.tryout import attention_window, continues_from_cache, reads_tree_masks
 from linchain_cli.logits import last_logits, logits_at
 
 MIN_PREFIX = 4
@@ -68,9 +68,8 @@ class OptionScorer:
         return shared if shared >= MIN_PREFIX and continues_from_cache(self.model) else 0
 
     def _reads_tree_masks(self, trees: Sequence[OptionTree]) -> bool:
-        window = getattr(self.model.config.get_text_config(), "sliding_window", None)
         longest = max(len(tree.tokens) for tree in trees)
-        return (not window or longest <= window) and reads_tree_masks(self.model)
+        return longest <= attention_window(self.model) and reads_tree_masks(self.model)
 
     @torch.inference_mode()
     def scores(self, batch: Sequence[int]) -> list[list[float]]:

@@ -18,7 +18,7 @@ from linchain_cli.evaluation.statistics import (
     standard_error,
     wilson_interval,
 )
-from linchain_cli.evaluation.tasks import Task
+from linchain_cli.evaluation.task import Task
 
 NEAR_TIE = 1e-4
 SETTINGS = ("protocol", "beams", "template", "dtype", "quantization")

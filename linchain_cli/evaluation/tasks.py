@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.evaluation.answers import AnswerRule
-from linchain_cli.evaluation.raw import ANSWER_PREFIX, RAW_SOURCES
-from linchain_cli.storage import sha256_bytes
+from linchain_cli.evaluation.raw import RAW_SOURCES
+from linchain_cli.evaluation.task import Task, read_row
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
-OPTIONS_LINE = re.compile(r"Answer format:\s*(\S[^\n]*?)\s*$")
 
 COMMONSENSE_TOKENS = 32
 ARITHMETIC_TOKENS = 256
@@ -64,46 +62,6 @@ SPECS: dict[str, Spec] = {
 GROUPS = ("commonsense", "arithmetic")
 
 
-@dataclass(frozen=True)
-class TaskRow:
-    """One question. `fields` go through the template; `options` is empty where the answer is free."""
-
-    index: int
-    fields: Mapping[str, str]
-    answer: str
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Task:
-    """A named list of questions, where they come from, and how answers are read.
-
-    `prefix` is what an answer begins with before the option; `template` replaces the model's when it is set.
-    """
-
-    name: str
-    rows: tuple[TaskRow, ...]
-    source: str
-    rule: AnswerRule
-    max_new_tokens: int
-    prefix: str = ANSWER_PREFIX
-    template: str | Mapping[str, Any] | None = None
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the rows and the reading rule: two results can be compared only where it is equal."""
-        rows = [[row.index, dict(row.fields), row.answer, row.options] for row in self.rows]
-        rule = [self.rule.kind, self.rule.pattern, self.max_new_tokens, self.prefix]
-        return sha256_bytes(json.dumps([rule, rows], sort_keys=True, ensure_ascii=False).encode())
-
-    @property
-    def majority(self) -> float | None:
-        """Accuracy of always giving the most frequent answer; None where answers are free."""
-        if self.rule.kind == "number" or not self.rows:
-            return None
-        return max(Counter(row.answer for row in self.rows).values()) / len(self.rows)
-
-
 def task_names() -> list[str]:
     """The built-in tasks and the groups."""
     return [*SPECS, *GROUPS]
@@ -140,7 +98,7 @@ def load_tasks(names: Iterable[str], data_dir: Path | str | None = None, limit: 
     tasks = [load_task(name, data_dir, limit) for name in expand_tasks(names)]
     for name, count in Counter(task.name for task in tasks).items():
         if count > 1:
-            raise InputError(f"two tasks are named '{name}': give one of them another `name` in its file")
+            raise InputError(f"two tasks are named '{name}': give yours another `name` in its file")
     return tasks
 
 
@@ -160,76 +118,6 @@ def load_task(name: str, data_dir: Path | str | None = None, limit: int | None =
     if not rows:
         raise InputError(f"{source} has no rows")
     return Task(name, rows, source, spec.rule, spec.max_new_tokens)
-
-
-def read_row(
-    row: Any,
-    index: int,
-    rule: AnswerRule,
-    source: str,
-    options: Sequence[str] = (),
-    required: Sequence[str] = ("instruction",),
-    optional: Sequence[str] = ("input",),
-) -> TaskRow:
-    """Checks one row. Its options are those given, else its column `options`, else those its own last line names.
-
-    `required` and `optional` are the columns that the template asks for.
-
-    Raises:
-        InputError: naming the source, the row (from 1) and what is wrong with it.
-    """
-    place = f"{source}, row {index + 1}"
-    if not isinstance(row, Mapping):
-        raise InputError(f"{place}: expected a mapping with {', '.join(required)} and answer, got {row!r:.60}")
-    fields = {name: row.get(name) for name in required}
-    fields |= {name: row[name] if row.get(name) is not None else "" for name in optional}
-    for name, value in fields.items():
-        if not isinstance(value, str) or (name in required and not value.strip()):
-            raise InputError(f"{place}: '{name}' is missing or is not text")
-    answer = _plain_answer(row.get("answer"))
-    if answer is None:
-        raise InputError(f"{place}: 'answer' is missing or is not text or a number")
-    if rule.kind == "number":
-        _check_number(answer, place)
-    if rule.kind != "options":
-        return TaskRow(index, fields, answer)
-    options = tuple(options or _own_options(row, place))
-    if len(set(options)) < 2 or len(set(options)) < len(options):
-        raise InputError(f"{place}: it needs two or more different options, found {list(options)}")
-    if answer not in options:
-        raise InputError(f"{place}: its answer '{answer}' is none of its options {'/'.join(options)}")
-    return TaskRow(index, fields, answer, options)
-
-
-def _own_options(row: Mapping[str, Any], place: str) -> Sequence[str]:
-    listed = row.get("options")
-    if listed is None:
-        return row_options(str(row.get("instruction") or ""))
-    if not isinstance(listed, (list, tuple)) or not all(isinstance(option, str) and option for option in listed):
-        raise InputError(f"{place}: 'options' is not a list of texts")
-    return listed
-
-
-def row_options(instruction: str) -> tuple[str, ...]:
-    """The options that a row's own last line names: `Answer format: answer1/answer2/answer3`."""
-    found = OPTIONS_LINE.search(instruction)
-    return tuple(option.strip() for option in found.group(1).split("/")) if found else ()
-
-
-def _plain_answer(answer: Any) -> str | None:
-    """Some LLM-Adapters files hold `[14.0]` or `["C"]`, of which the last counts, some a number, most text."""
-    if isinstance(answer, list) and answer:
-        answer = answer[-1]
-    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-        return None
-    return str(answer).strip() or None
-
-
-def _check_number(answer: str, place: str) -> None:
-    try:
-        float(answer)
-    except ValueError:
-        raise InputError(f"{place}: its answer '{answer}' is not a number") from None
 
 
 def _find_rows(name: str, data_dir: Path | str | None) -> tuple[list[Any], str]:

@@ -20,10 +20,10 @@ from pydantic import Field
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import ANSWER_PREFIX
-from linchain_cli.evaluation.tasks import COMMONSENSE_TOKENS, SPECS, Task, read_row
+from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.recipe.schema import Columns, Count, FileName, TemplateConfig, Text
 from linchain_cli.recipe.strict_yaml import parse
-from linchain_cli.recipe.validation import Conflict, StrictModel, check
+from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, check
 
 
 class TaskFile(StrictModel):
@@ -41,22 +41,25 @@ class TaskFile(StrictModel):
     """Column names, ours to theirs: instruction, input, answer, options, or what the template asks for."""
     template: Text | TemplateConfig | None = None
     """A template's name or a prompt of your own; null takes the model's."""
-    options: Annotated[list[Text], Field(min_length=2)] | None = None
+    options: Annotated[list[Text] | None, Field(min_length=2), Expected("a list of two or more texts")] = None
     """The options of every row; null takes each row's own."""
-    answer: Literal["options", "number", "letter"] = "options"
-    """How an answer is read: one of the options, the last number, or the last letter from A to E."""
+    answer: Literal["options", "pattern", "number", "letter"] = "options"
+    """How an answer is read: the first of the options, the first match of answer_pattern, the last number, or the
+    last letter from A to E. Only options can be scored by likelihood."""
     answer_pattern: Text | None = None
-    """A regular expression whose first match (or first group) is the answer, for the generate protocol."""
+    """A regular expression whose first match (or its first group) is the answer a model wrote."""
     prefix: Annotated[str, Field(max_length=1000)] = ANSWER_PREFIX
     """What an answer begins with, before the option."""
-    max_new_tokens: Count = COMMONSENSE_TOKENS
+    max_new_tokens: Count = 32
     """Length of a generated answer at most."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.answer != "options" and self.options:
-            yield Conflict(("options", "answer"), f"options are given, but the answer is a {self.answer}.")
-        if self.answer != "options" and self.answer_pattern:
-            yield Conflict(("answer_pattern", "answer"), f"a pattern is given, but the answer is a {self.answer}.")
+            yield Conflict(("options", "answer"), f"options are given, but the answer is read as a {self.answer}.")
+        if self.answer in ("number", "letter") and self.answer_pattern:
+            yield Conflict(("answer_pattern", "answer"), f"a pattern is given, but the answer is read as a {self.answer}.")
+        if self.answer == "pattern" and not self.answer_pattern:
+            yield Conflict(("answer", "answer_pattern"), "an answer_pattern is missing.")
         if self.answer_pattern is not None:
             try:
                 re.compile(self.answer_pattern)
@@ -72,10 +75,7 @@ def load_user_task(path: Path, limit: int | None = None) -> Task:
     """
     file = _read(path)
     name = file.name or path.stem
-    if name in SPECS:
-        raise InputError(f"{path}: '{name}' is a built-in task; give this one another `name`")
-    rule = AnswerRule("pattern", file.answer_pattern) if file.answer_pattern and not file.options else None
-    rule = rule or AnswerRule(file.answer, file.answer_pattern)
+    rule = AnswerRule(file.answer, file.answer_pattern)
     required, optional = _columns(file.template)
     rows = []
     for index, raw in enumerate(_raw_rows(file, path)):
