@@ -47,10 +47,11 @@ def steps_per_epoch(num_rows: int, global_batch: int) -> int:
     return math.ceil(num_rows / global_batch)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     # RandomState's streams are frozen: the same order in every NumPy version.
-    order = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch]).permutation(num_rows).astype(np.int32)
+    stream = np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32, epoch])
+    order = stream.permutation(np.arange(num_rows, dtype=np.int32))
     order.flags.writeable = False
     return order
 

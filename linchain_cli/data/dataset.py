@@ -110,10 +110,9 @@ def hold_out(store: EncodedStore, rows: int, seed: int) -> tuple[EncodedRows, En
             f"data.validation: {rows} rows cannot be held out of {store.num_rows}. Choose fewer, or 0 for no validation."
         )
     # RandomState's streams are frozen: the same rows in every NumPy version.
-    held_out = np.zeros(store.num_rows, dtype=bool)
-    held_out[np.random.RandomState(seed).permutation(store.num_rows)[:rows]] = True
-    chosen = [np.flatnonzero(mask).astype(np.int32) for mask in (~held_out, held_out)]
-    return EncodedRows(store, chosen[0]), EncodedRows(store, chosen[1])
+    order = np.random.RandomState(seed).permutation(np.arange(store.num_rows, dtype=np.int32))
+    held_out = np.sort(order[:rows])
+    return EncodedRows(store, without=held_out), EncodedRows(store, only=held_out)
 
 
 def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> None:
@@ -134,19 +133,10 @@ def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> lis
     if tokenizer.eos_token_id is None:
         found.append("the tokenizer has no end-of-sequence token: the model does not learn where an answer ends")
     if prepared.validation is not None:
-        twice = _rows_in_both(prepared.validation, prepared.train)
+        twice = prepared.validation.repeated_in(prepared.train)
         if twice:
             found.append(f"{twice:,} of {len(prepared.validation):,} validation rows also occur among the training rows")
     return found
-
-
-def _rows_in_both(few: EncodedRows, many: EncodedRows, block: int = 1 << 16) -> int:
-    """How many of `few` rows have the same tokens as one of `many`; these are looked at in blocks."""
-    hashes = few.hashes
-    found = np.zeros(len(hashes), dtype=bool)
-    for start in range(0, len(many), block):
-        found |= np.isin(hashes, many.hashes_of(slice(start, start + block)))
-    return int(found.sum())
 
 
 def _open_or_encode(
@@ -161,21 +151,21 @@ def _open_or_encode(
         sources, tokenizer, template, {"format": FORMAT_VERSION, **asdict(settings)}, cache_dir
     )
     target = cache_dir / fingerprint[:32]
-    if found := _open(target):
+    if found := _open(target, sources):
         return found
     with _cache_problems(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(cache_dir / f".{target.name}.lock"):
-            found = _open(target)  # unless another process was first
+            found = _open(target, sources)  # unless another process was first
             if not found:
                 shutil.rmtree(target, ignore_errors=True)  # what does not open is damaged
                 _encode_to(target, fingerprint, sources, TextEncoder(tokenizer), template, settings, progress)
-    store, report = found or _open(target)
+    store, report = found or _open(target, sources)
     report.cached = bool(found)
     return store, report
 
 
-def _open(directory: Path) -> tuple[EncodedStore, DataReport] | None:
+def _open(directory: Path, sources: Sequence[Source]) -> tuple[EncodedStore, DataReport] | None:
     """What an earlier call encoded; None if there is nothing, or not the whole of it."""
     try:
         store = EncodedStore(directory)
@@ -183,6 +173,7 @@ def _open(directory: Path) -> tuple[EncodedStore, DataReport] | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     report.cached = True
+    report.move([(source.name, source.location) for source in sources])
     return store, report
 
 
@@ -238,7 +229,7 @@ def _encode_to(
             writer.finish(report.to_dict())
     except OSError as error:
         # Without locks another process can have been first; its rows are the same.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _open(target):
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _open(target, sources):
             raise
 
 
@@ -255,7 +246,7 @@ def _rendered(
 ) -> Iterator[_Row]:
     """The usable rows of all sources as text; bad ones are counted in `report`, or end it with InputError."""
     for source in sources:
-        counts = SourceReport(source.name)
+        counts = SourceReport(source.name, source.location)
         report.sources.append(counts)
         rows = Rows(source, template.layouts, settings.skip_bad)
         for row in rows:

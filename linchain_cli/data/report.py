@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ class SourceReport:
     """One source's rows: `kept + skipped == total`. Skipped ones were bad, or without a supervised token."""
 
     name: str
+    location: str = ""
     total: int = 0
     kept: int = 0
     bad: int = 0
@@ -71,6 +73,16 @@ class DataReport:
         """All of it as JSON, which `from_dict` reads back."""
         return asdict(self)
 
+    def move(self, names: Sequence[tuple[str, str]]) -> None:
+        """Gives the sources other (name, location): the same content may lie elsewhere than when it was encoded."""
+        for source, (name, location) in zip(self.sources, names):
+            for examples in (self.bad_examples, self.unsupervised_examples):
+                examples[:] = [
+                    location + example.removeprefix(source.location) if example.startswith(source.location) else example
+                    for example in examples
+                ]
+            source.name, source.location = name, location
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
         return cls(**{**values, "sources": [SourceReport(**source) for source in values["sources"]]})
@@ -84,6 +96,7 @@ class EpochPlan:
     steps: int
     tokens: int
     supervised_tokens: int
+    computed: int  # positions, padding included
     padding: float
     padding_unsorted: float  # the same micro-batches cut without sorting a step's rows
     longest_micro_batch: int  # tokens of the largest micro-batch, padding included
@@ -106,6 +119,7 @@ def epoch_plan(
         steps=steps,
         tokens=tokens,
         supervised_tokens=int(supervised.sum(dtype=np.int64)),
+        computed=computed,
         padding=1 - tokens / computed,
         padding_unsorted=1 - tokens / unsorted,
         longest_micro_batch=largest,

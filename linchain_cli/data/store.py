@@ -1,8 +1,9 @@
-"""Encoded rows on disk: flat arrays that are memory-mapped, so that opening them costs nothing per row.
+"""Encoded rows on disk: flat arrays, of which a row is read when it is needed. Memory holds a few bytes per row.
 
     tokens.int32       all rows' tokens, one behind the other
     supervised.bool    the same length
     offsets.int64      (rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
+    lengths.int32      (rows,): how many tokens a row has
     labels.int32       (rows,): how many of a row's tokens are supervised
     hashes.uint64      (rows,): a hash of a row's tokens, to find rows that occur twice
     meta.json          sizes, and what the encoding reported
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +29,7 @@ _FILES = {
     "tokens": np.dtype(np.int32),
     "supervised": np.dtype(np.bool_),
     "offsets": np.dtype(np.int64),
+    "lengths": np.dtype(np.int32),
     "labels": np.dtype(np.int32),
     "hashes": np.dtype(np.uint64),
 }
@@ -64,6 +67,7 @@ class StoreWriter:
         self._write("tokens", np.concatenate([row.input_ids for row in rows]))
         self._write("supervised", np.concatenate([row.supervised for row in rows]))
         self._write("offsets", ends)
+        self._write("lengths", [len(row.input_ids) for row in rows])
         self._write("labels", [np.count_nonzero(row.supervised) for row in rows])
         self._write("hashes", [_hash(row.input_ids) for row in rows])
         self._rows += len(rows)
@@ -79,7 +83,11 @@ def _hash(input_ids: np.ndarray) -> int:
 
 
 class EncodedStore:
-    """A directory that StoreWriter wrote, memory-mapped. Raises ValueError or OSError if it is not whole."""
+    """A directory that StoreWriter wrote. Raises ValueError or OSError if it is not whole.
+
+    Rows are read from their files one by one rather than through a memory map, whose pages would count as the
+    process's memory until they are all of it.
+    """
 
     def __init__(self, directory: Path):
         meta = json.loads((directory / "meta.json").read_bytes())
@@ -87,59 +95,80 @@ class EncodedStore:
             raise ValueError(f"format {meta['format']}, not {FORMAT_VERSION}")
         self.report: dict[str, Any] = meta["report"]
         self.num_rows: int = meta["rows"]
+        self._directory = directory
         sizes = {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": self.num_rows + 1}
         for name, dtype in _FILES.items():
-            size, path = sizes.get(name, self.num_rows), _file(directory, name)
-            if path.stat().st_size != size * dtype.itemsize:
-                raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size * dtype.itemsize}")
-            array = np.memmap(path, dtype=dtype, mode="r", shape=(size,)) if size else np.empty(0, dtype)
-            setattr(self, name, array)
+            size, path = sizes.get(name, self.num_rows) * dtype.itemsize, _file(directory, name)
+            if path.stat().st_size != size:
+                raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
+        self._handles = {name: open(_file(directory, name), "rb") for name in ("tokens", "supervised", "offsets")}
 
-    tokens: np.ndarray
-    supervised: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-    hashes: np.ndarray
+    def _read(self, name: str, start: int, end: int) -> np.ndarray:
+        """Elements start to end of a file: read at a position, so that threads and forks do not get in each other's way."""
+        size = _FILES[name].itemsize
+        data = os.pread(self._handles[name].fileno(), int(end - start) * size, int(start) * size)
+        return np.frombuffer(data, dtype=_FILES[name])
+
+    def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(input_ids int32, supervised bool), both (length,)."""
+        start, end = self._read("offsets", row, row + 2)
+        return self._read("tokens", start, end), self._read("supervised", start, end)
+
+    def column(self, name: str, start: int = 0, rows: int = -1) -> np.ndarray:
+        """One number of each row, as a new array: `lengths`, `labels` or `hashes`."""
+        dtype = _FILES[name]
+        return np.fromfile(_file(self._directory, name), dtype=dtype, count=rows, offset=start * dtype.itemsize)
 
 
 class EncodedRows:
-    """Rows of a store, all of them or those that `rows` (int32, ascending) lists.
+    """Rows of a store: all of them, `only` some, or all `without` some (both ascending).
 
-    `encoded[i]` is (input_ids int32, supervised bool), both (length,) and read from disk as they are needed.
+    `encoded[i]` is (input_ids int32, supervised bool), both (length,), read from disk as it is asked for.
     """
 
-    def __init__(self, store: EncodedStore, rows: np.ndarray | None = None):
+    def __init__(self, store: EncodedStore, *, only: np.ndarray | None = None, without: np.ndarray | None = None):
         self.store = store
-        self._rows = rows
+        self._only = only
+        self._without = np.empty(0, np.int64) if without is None else without
+        # Row i of what is left lies behind as many missing rows as have at most i rows left before them.
+        self._left_before = self._without - np.arange(len(self._without))
 
     def __len__(self) -> int:
-        return self.store.num_rows if self._rows is None else len(self._rows)
+        return self.store.num_rows - len(self._without) if self._only is None else len(self._only)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
-        row = index if self._rows is None else self._rows[index]
-        part = slice(self.store.offsets[row], self.store.offsets[row + 1])
-        return self.store.tokens[part], self.store.supervised[part]
+        return self.store.row(self.store_row(index))
 
-    def _chosen(self, values: np.ndarray) -> np.ndarray:
-        return values if self._rows is None else values[self._rows]
+    def store_row(self, index: int) -> int:
+        """Which row of the store this is."""
+        if self._only is not None:
+            return int(self._only[index])
+        return index + int(np.searchsorted(self._left_before, index, side="right"))
+
+    def _column(self, name: str) -> np.ndarray:
+        values = self.store.column(name)
+        if self._only is not None:
+            return values[self._only]
+        return np.delete(values, self._without) if len(self._without) else values
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each row: (rows,) int32."""
-        return self._chosen(np.diff(self.store.offsets).astype(np.int32))
+        return self._column("lengths")
 
     @cached_property
     def supervised_counts(self) -> np.ndarray:
         """Supervised tokens of each row: (rows,) int32."""
-        return self._chosen(self.store.labels)
+        return self._column("labels")
 
-    @property
-    def hashes(self) -> np.ndarray:
-        """A hash of each row's tokens: (rows,) uint64."""
-        return self.hashes_of(slice(None))
-
-    def hashes_of(self, part: slice) -> np.ndarray:
-        """The hashes of some of the rows."""
-        return self.store.hashes[part] if self._rows is None else self.store.hashes[self._rows[part]]
+    def repeated_in(self, others: EncodedRows, block: int = 1 << 16) -> int:
+        """How many of these rows have the same tokens as one of `others`, of which a block at a time is in memory."""
+        wanted = self._column("hashes")
+        found = np.zeros(len(wanted), dtype=bool)
+        for start in range(0, others.store.num_rows, block):
+            hashes = others.store.column("hashes", start, block)
+            left_out = others._without[(others._without >= start) & (others._without < start + block)] - start
+            found |= np.isin(wanted, np.delete(hashes, left_out))
+        return int(found.sum())

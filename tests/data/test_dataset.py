@@ -80,7 +80,6 @@ def test_a_second_call_opens_what_the_first_wrote(prepare, train, monkeypatch):
     assert (first.report.cached, again.report.cached) == (False, True)
     assert all_rows(again.train) == all_rows(first.train)
     assert again.report.counts() == first.report.counts()
-    assert isinstance(again.train.store.tokens, np.memmap)
 
 
 def change_source(path: str) -> None:
@@ -130,6 +129,16 @@ def test_what_changes_no_row_needs_no_new_encoding(prepare, train, byte_level, t
         assert prepare(str(moved), **fields).report.cached
 
 
+def test_a_report_speaks_of_where_the_files_lie_now(prepare, write, rows, tmp_path):
+    path = write("x.jsonl", json.dumps(rows[0]) + "\nnonsense\n")
+    prepare(str(path), on_bad_row="skip")
+    path.rename(tmp_path / "moved.jsonl")
+    report = prepare(str(tmp_path / "moved.jsonl"), on_bad_row="skip").report
+    assert report.cached
+    assert report.sources[0].name == str(tmp_path / "moved.jsonl")
+    assert report.bad_examples[0].startswith(f"{tmp_path}/moved.jsonl:2 (row 2): ")
+
+
 def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch):
     path, cache = tmp_path / "x.json", tmp_path / "cache"
     path.write_text("abc")
@@ -156,14 +165,16 @@ def test_held_out_rows_are_apart_and_always_the_same(prepare, train):
     assert (len(first.train), len(first.validation)) == (43, 7)
     assert sorted(all_rows(first.train) + all_rows(first.validation)) == sorted(whole)
     assert all_rows(first.validation) == all_rows(again.validation) != all_rows(other.validation)
-    assert first.train.lengths.tolist() == [len(ids) for ids, _ in all_rows(first.train)]
+    for encoded in (first.train, first.validation):
+        assert encoded.lengths.tolist() == [len(ids) for ids, _ in all_rows(encoded)]
+        assert encoded.supervised_counts.tolist() == [sum(supervised) for _, supervised in all_rows(encoded)]
     with pytest.raises(InputError, match="50 rows cannot be held out of 50"):
         prepare(train, validation=50)
 
 
 def test_the_held_out_rows_never_change_between_versions(prepare, train):
     validation = prepare(train, validation=5).validation
-    assert validation._rows.tolist() == [13, 17, 30, 39, 45]
+    assert [validation.store_row(i) for i in range(5)] == [13, 17, 30, 39, 45]
 
 
 def test_validation_from_a_file(prepare, train, write, rows):
@@ -318,3 +329,14 @@ def test_without_locks_the_slower_of_two_takes_the_other_s_rows(prepare, train, 
     monkeypatch.setattr(dataset, "_encode_to", race)
     assert len(prepare(train).train) == 50
     assert [path.name for path in (tmp_path / "cache").glob(".staging*")] == []
+
+
+@pytest.mark.parametrize("block", [1, 3, 1000])
+def test_rows_that_occur_on_both_sides_are_counted(prepare, write, rows, block):
+    path = str(write("x.json", json.dumps(rows[:10] * 2 + rows[10:20])))
+    prepared = prepare(path, validation=8)
+    train, validation = all_rows(prepared.train), all_rows(prepared.validation)
+    expected = sum(row in train for row in validation)
+    assert 0 < expected < 8
+    assert prepared.validation.repeated_in(prepared.train, block) == expected
+    assert prepared.report.warnings == [f"{expected} of 8 validation rows also occur among the training rows"]

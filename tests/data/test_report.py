@@ -46,6 +46,6 @@ def test_the_histogram_covers_every_row_once():
 
 
 def test_a_report_survives_json():
-    report = DataReport("f" * 64, sources=[SourceReport("a", 10, 7, 2, 1)], tokens=5, bad_examples=["x"])
+    report = DataReport("f" * 64, sources=[SourceReport("a", "a.json", 10, 7, 2, 1)], tokens=5, bad_examples=["x"])
     assert DataReport.from_dict(report.to_dict()) == report
     assert report.skipped == report.counts()["sources"][0]["skipped"] == 3

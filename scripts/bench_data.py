@@ -1,0 +1,92 @@
+"""How long rows take to encode and to open again, how much memory that needs, and how much padding sorting saves.
+
+    python scripts/bench_data.py MODEL FILE [FILE ...] [--rows 170420 1704200] [--template alpaca]
+
+MODEL is a checkpoint directory (its tokenizer is used); the rows of the JSON FILEs are repeated to each of the
+row counts. Every figure comes from a process of its own: "encode" with an empty cache, "cached" with what that
+one left, each followed by the batches of 200 steps. Memory is the process's resident set at its most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from itertools import cycle, islice
+from pathlib import Path
+
+CHILD = """
+import json, resource, sys, time
+started = time.perf_counter()
+from pathlib import Path
+from linchain_cli.data import collate, epoch_plan, micro_batches, prepare_data, step_rows
+from linchain_cli.model import load_tokenizer
+from linchain_cli.recipe import DataConfig
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+tokenizer = load_tokenizer(Path(sys.argv[1]))
+imported, libraries = time.perf_counter(), peak()
+config = DataConfig(train=sys.argv[2], template=sys.argv[3])
+data = prepare_data(config, tokenizer, cache_dir=Path(sys.argv[4]))
+prepared, opened = time.perf_counter(), peak()
+for step in range(200):
+    rows = step_rows(len(data.train), 42, 16, step)
+    for part in micro_batches(rows, data.train.lengths, 4):
+        collate(data.train, part, 0)
+batched, after = time.perf_counter(), peak()
+plan = epoch_plan(data.train.lengths, data.train.supervised_counts, seed=42, global_batch=16, micro_batch=4)
+print(json.dumps({
+    "rows": data.report.kept, "tokens": data.report.tokens, "cached": data.report.cached,
+    "import_seconds": imported - started, "prepare_seconds": prepared - imported,
+    "ms_per_step": (batched - prepared) / 200 * 1e3,
+    "libraries_mib": libraries, "prepare_mib": opened, "batches_mib": after,
+    "padding": plan.padding, "padding_unsorted": plan.padding_unsorted,
+}))
+"""
+
+
+def repeated(files: list[Path], rows: int, target: Path) -> Path:
+    """A JSON list of `rows` rows, those of the files again and again."""
+    originals = [json.dumps(row, ensure_ascii=False) for file in files for row in json.loads(file.read_text())]
+    with open(target, "w", encoding="utf-8") as handle:
+        handle.write("[\n")
+        for number, row in enumerate(islice(cycle(originals), rows)):
+            handle.write((",\n" if number else "") + row)
+        handle.write("\n]\n")
+    return target
+
+
+def measure(model: str, path: Path, template: str, cache: Path) -> dict:
+    command = [sys.executable, "-c", CHILD, model, str(path), template, str(cache)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--rows", nargs="+", type=int, default=[170_420, 1_704_200])
+    parser.add_argument("--template", default="alpaca")
+    options = parser.parse_args()
+    columns = ("rows", "start", "file MB", "prepare s", "MiB before", "MiB prepared", "MiB 200 steps", "ms/step", "padding", "unsorted")
+    print(("{:>12}" * len(columns)).format(*columns))
+    for rows in options.rows:
+        with tempfile.TemporaryDirectory(prefix="linchain-bench-") as folder:
+            path = repeated(options.files, rows, Path(folder) / "rows.json")
+            for _ in range(2):
+                found = measure(options.model, path, options.template, Path(folder) / "cache")
+                print(
+                    f"{found['rows']:>12,}{'cached' if found['cached'] else 'encode':>12}{path.stat().st_size / 1e6:>12.0f}"
+                    f"{found['prepare_seconds']:>12.2f}{found['libraries_mib']:>12.0f}{found['prepare_mib']:>12.0f}"
+                    f"{found['batches_mib']:>12.0f}{found['ms_per_step']:>12.2f}"
+                    f"{found['padding']:>12.1%}{found['padding_unsorted']:>12.1%}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
