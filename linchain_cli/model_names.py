@@ -1,10 +1,11 @@
 """Module names against checkpoint names: where each parameter of a model lies in its checkpoint's files.
 
-For about a third of the architectures the two differ. Most differences are renames (a base checkpoint without the
-`transformer.` prefix, Gemma 3's `language_model.`); some are conversions, in which one converter of transformers
-turns a group of file tensors into a group of parameters (per-expert matrices into one 3-D parameter, a fused
-qkv matrix into three). `map_names` replays the renaming of `transformers.core_model_loading` key by key, in the order
-in which `from_pretrained` does it, so that a file can be patched without loading the model.
+For about a third of the architectures the two differ. Most differences are renames (a base checkpoint without
+the `transformer.` prefix, Gemma 3's `language_model.`); some are conversions, in which one converter of
+transformers turns a group of file tensors into a group of parameters (per-expert matrices into one 3-D
+parameter, a fused qkv matrix into three). `map_names` replays the renaming of
+`transformers.core_model_loading` key by key, in the order in which `from_pretrained` does it, so that a file
+can be patched without loading the model.
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ if TYPE_CHECKING:
 
 
 class ConversionError(LinchainError):
-    """A converter does more than move elements, so a sum in the model has no exact counterpart in the file."""
+    """A converter does more than move elements, so a sum in the model has no exact counterpart in the
+    file."""
 
 
 @dataclass(frozen=True)
 class Conversion:
     """Checkpoint tensors that one of transformers' weight converters turns into parameters of the model.
 
-    `sources` are the checkpoint keys with the converter's pattern that each matched, in the order the converter
-    collects them; `parameters` are the names it produces.
+    `sources` are the checkpoint keys with the converter's pattern that each matched, in the order the
+    converter collects them; `parameters` are the names it produces.
     """
 
     sources: tuple[tuple[str, str], ...]
@@ -56,8 +58,8 @@ class Conversion:
     def element_sources(self, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
         """For each parameter, the place of each of its elements in the group's file tensors laid end to end.
 
-        The converter is run on tensors that hold their own element numbers; int64, each in the parameter's shape. A
-        converter that does anything but move elements is a ConversionError.
+        The converter is run on tensors that hold their own element numbers; int64, each in the parameter's
+        shape. A converter that does anything but move elements is a ConversionError.
         """
         numbered, total = {}, 0
         for key in self.keys:
@@ -72,7 +74,9 @@ class Conversion:
         seen = torch.zeros(total, dtype=torch.bool)
         for name, place in places.items():
             flat = place.reshape(-1)
-            if flat.dtype != torch.int64 or (flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < total):
+            if flat.dtype != torch.int64 or (
+                flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < total
+            ):
                 raise ConversionError(f"{what} computes the values of {name} instead of moving them")
             if bool(seen[flat].any()) or torch.unique(flat).numel() != flat.numel():
                 raise ConversionError(f"{what} uses an element of the file twice in {name}")
@@ -99,7 +103,8 @@ class NameMap:
 
 
 def map_names(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> NameMap:
-    """Maps the parameters of `model` (one on the meta device will do) to a checkpoint, given as key -> shape."""
+    """Maps the parameters of `model` (one on the meta device will do) to a checkpoint, given as key ->
+    shape."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
@@ -114,7 +119,7 @@ def map_names(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> NameM
     unused = []
     for key in sorted(shapes, key=dot_natural_key):
         name, pattern = _parameter_name(key, renamings, converters, model.base_model_prefix, state)
-        if name not in state:
+        if name not in state or name in renamed:  # of two keys for one parameter, the first is loaded
             unused.append(key)
         elif pattern is None:
             renamed[name] = key
@@ -129,13 +134,16 @@ def map_names(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> NameM
     tied = tied_names(model)
     present = renamed.keys() | converted.keys()
     missing = [
-        name for name in state if name not in present and not any(other in present for other in tied.get(name, ()))
+        name
+        for name in state
+        if name not in present and not any(other in present for other in tied.get(name, ()))
     ]
     return NameMap(renamed, converted, tuple(unused), tuple(missing), tied)
 
 
 def _parameter_name(key: str, renamings, converters, prefix: str, state: Mapping) -> tuple[str, str | None]:
-    """The name `key` is loaded under, and the converter pattern it matched, as `from_pretrained` decides it."""
+    """The name `key` is loaded under, and the converter pattern it matched, as `from_pretrained` decides
+    it."""
     from transformers.core_model_loading import rename_source_key
 
     name, pattern = rename_source_key(key, renamings, converters, prefix, state)

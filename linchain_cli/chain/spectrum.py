@@ -1,8 +1,8 @@
 """What a chain learned, in numbers: the singular values of ΔW and what follows from them.
 
 ΔW = (α/r)·B·M·A has rank r at most and is never formed. With B = Q_B·R_B and Aᵀ = Q_A·R_A, the r × r core
-(α/r)·R_B·M·R_Aᵀ has the same singular values, because Q_B and Q_A have orthonormal columns: O((d_in + d_out)·r²)
-instead of O(d_in·d_out·min(d_in, d_out)). Everything is computed in float64.
+(α/r)·R_B·M·R_Aᵀ has the same singular values, because Q_B and Q_A have orthonormal columns: O((d_in +
+d_out)·r²) instead of O(d_in·d_out·min(d_in, d_out)). Everything is computed in float64.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def spectrum(A: Tensor, links: Tensor, B: Tensor, scaling: float) -> Tensor:
 
 
 def entropy_rank(singular_values: Tensor) -> float:
-    """exp(−Σ p ln p) with p = σ/Σσ: how many directions share the spectrum, between 1 and r; 0 where all σ are 0."""
+    """exp(−Σ p ln p) with p = σ/Σσ: how many directions share the spectrum, between 1 and r; 0 where all σ
+    are 0."""
     total = singular_values.sum()
     if total == 0:
         return 0.0
@@ -43,7 +44,8 @@ def stable_rank(singular_values: Tensor) -> float:
 
 
 def top_energy(singular_values: Tensor) -> float:
-    """σ₁² / Σσ²: the share of the squared Frobenius norm that the first direction holds; 0 where all σ are 0."""
+    """σ₁² / Σσ²: the share of the squared Frobenius norm that the first direction holds; 0 where all σ are
+    0."""
     rank = stable_rank(singular_values)
     return 0.0 if rank == 0 else 1.0 / rank
 

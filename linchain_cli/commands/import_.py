@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linchain_cli.commands.options import not_available
+from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from linchain_cli.export.foreign import ForeignAdapter
+    from linchain_cli.export.importing import Imported
+    from linchain_cli.recipe import Recipe
 
 
 def run(
@@ -17,7 +24,150 @@ def run(
             metavar="CHECKPOINT", help="An adapter of PEFT LoRA, MoSLoRA or the LinChain authors' code."
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes, as a run.")],
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The base model; left out, the one the checkpoint names.",
+            show_default=False,
+        ),
+    ] = None,
+    drop_bias: Annotated[
+        bool, typer.Option("--drop-bias", help="Leave out trained biases, which no weight can hold.")
+    ] = False,
 ) -> None:
     """Read an adapter that another tool wrote."""
-    raise not_available("import")
+    from linchain_cli.export.foreign import read_foreign
+    from linchain_cli.export.importing import import_adapter
+    from linchain_cli.export.output import check_output
+
+    foreign = read_foreign(checkpoint)
+    target = check_output(out, overwrite=False, sources=[foreign.directory])
+    path = base or foreign.config.get("base_model_name_or_path")
+    if not path:
+        raise InputError(f"{checkpoint} names no base model: say which it is with --base MODEL")
+    found = _find_base(foreign, path, given=base is not None)
+    origin = {"path": path, "revision": foreign.config.get("revision"), "hash": found.hash}
+    imported = import_adapter(foreign, drop_bias=drop_bias, base=origin, names=found.names)
+    adapter = found.shorten(imported.adapter)
+    _write(target, imported, adapter, foreign)
+    _show(out, imported, adapter, found.note)
+
+
+class _Base:
+    """What is known of the base: its hash, the checkpoint's module names in it, and what could not be
+    checked."""
+
+    def __init__(
+        self, model: Any = None, names: dict[str, str] | None = None, hash: str | None = None, note: str = ""
+    ):
+        self.model, self.names, self.hash, self.note = model, names or {}, hash, note
+
+    def shorten(self, adapter):
+        if self.model is None:
+            return adapter
+        from linchain_cli.export.importing import short_targets
+        from linchain_cli.model import text_decoder_prefix
+
+        return short_targets(adapter, self.model, text_decoder_prefix(self.model))
+
+
+def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
+    """Looks the checkpoint's modules up in the base, where it is at hand; its weights are not fetched for it.
+
+    Raises:
+        InputError: the modules are not in the base, or a base that was named on the command line cannot be
+        had.
+    """
+    from linchain_cli.export.importing import fit_to_model
+    from linchain_cli.model import base_hash, empty_model, locate
+
+    try:
+        directory = locate(path, foreign.config.get("revision"), weights=False)
+        model = empty_model(directory)
+    except InputError as error:
+        if given:
+            raise
+        return _Base(note=f"The base is not at hand, so its modules were not checked: {error}")
+    names = fit_to_model(foreign, model)
+    return _Base(model, names, base_hash(directory) if Path(path).exists() else None)
+
+
+def _write(target: Path, imported: Imported, adapter, foreign: ForeignAdapter) -> None:
+    """A run directory that `eval`, `generate`, `merge`, `export` and `inspect` take like a trained one."""
+    from linchain_cli import storage
+    from linchain_cli.chain import save_adapter
+    from linchain_cli.export.output import staged_output
+    from linchain_cli.run import RunDirectory, now
+
+    recipe = _recipe(target, adapter, foreign)
+    status = {
+        "name": recipe.name,
+        "status": "finished",
+        "created": now(),
+        "finished": now(),
+        "imported": {
+            "from": str(foreign.directory),
+            "padded": list(imported.padded),
+            "rescaled": list(imported.rescaled),
+            "biases_dropped": [asdict(loss) for loss in imported.losses],
+        },
+    }
+    with staged_output(target) as staging:
+        run = RunDirectory(staging)
+        save_adapter(adapter, run.adapter_dir)
+        storage.write_atomic(run.recipe_path, recipe.to_yaml())
+        storage.write_json(run.status_path, status)
+
+
+def _recipe(target: Path, adapter, foreign: ForeignAdapter) -> Recipe:
+    """What of a recipe a checkpoint knows: base and adapter. Its data are unknown, and so is its prompt
+    template: the LinChain authors' code shares that of LLM-Adapters."""
+    from linchain_cli.recipe import Recipe
+
+    config = adapter.config
+    authors = any(module.mixer_biases for module in foreign.modules.values()) or "mixer_num" in foreign.config
+    return Recipe.model_validate(
+        {
+            "name": re.sub(r"[^A-Za-z0-9._-]", "-", target.name).lstrip("._-")[:200] or "imported",
+            "output_dir": str(target.parent),
+            "model": {"path": adapter.base["path"], "revision": adapter.base["revision"]},
+            "adapter": {
+                "rank": config.rank,
+                "depth": config.depth,
+                "alpha": config.alpha,
+                "init": config.init,
+                "target_modules": list(config.target_modules),
+            },
+            "data": {
+                "train": "unknown",
+                "validation": 0,
+                "template": "llm-adapters" if authors else "alpaca",
+            },
+            "training": {"keep": "last"},
+        }
+    )
+
+
+def _show(out: Path, imported: Imported, adapter, note: str) -> None:
+    from linchain_cli.export.importing import describe_losses
+
+    config = adapter.config
+    kind = {0: "a LoRA", 1: "a MoSLoRA"}.get(config.depth, f"a chain of {config.depth} links")
+    print(f"{out}: {kind} of rank {config.rank}, alpha {config.alpha:g}, on {len(adapter.tensors)} modules")
+    if imported.padded:
+        print(
+            f"  {len(imported.padded)} modules of smaller rank were filled with zeros up to {config.rank}:"
+            " the same ΔW"
+        )
+    if imported.rescaled:
+        print(
+            f"  {len(imported.rescaled)} modules had another scaling, which went into their B: the same ΔW"
+            " to rounding"
+        )
+    if imported.losses:
+        print(f"  biases dropped: {describe_losses(imported.losses)}")
+    if note:
+        print(f"  {note}")
+    print(f"  prompt template: set data.template in {out / 'recipe.yaml'} to the one it was trained with")

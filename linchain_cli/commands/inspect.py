@@ -2,9 +2,129 @@
 
 from __future__ import annotations
 
-from linchain_cli.commands.options import RunPath, not_available
+import os
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linchain_cli.commands.options import RunPath
+from linchain_cli.commands.origin import AdaptedRun, open_run
+from linchain_cli.errors import LinchainError
+
+if TYPE_CHECKING:
+    from linchain_cli.report.layers import LayerNumbers
 
 
-def run(run_path: RunPath = None) -> None:
+def run(
+    run_path: RunPath = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The base model, where it is not where the run found it.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Show spectra and sizes of what was learned."""
-    raise not_available("inspect")
+    from linchain_cli import storage
+    from linchain_cli.export.write import check_factors
+    from linchain_cli.report.figures import layer_map_plot, png
+    from linchain_cli.report.layers import layer_numbers
+
+    subject = open_run(run_path)
+    check_factors(subject.adapter)
+    directory = _base(subject, base)
+    layers = layer_numbers(subject.adapter, directory)
+    config = subject.adapter.config
+    _show(layers, config.rank, config.depth)
+    target = subject.run.path / "inspect.json"
+    storage.write_json(target, _as_json(subject, layers))
+    print(f"written: {target}")
+    heat_map = layer_map_plot(layers, lambda layer: layer.entropy_rank, "entropy rank of ΔW")
+    if heat_map is not None:
+        heat_map[0].suptitle(f"entropy rank of ΔW (at most {config.rank})")
+        storage.write_atomic(target.with_suffix(".png"), png(heat_map[0]))
+        print(f"written: {target.with_suffix('.png')}")
+
+
+def _base(subject: AdaptedRun, base: str | None) -> Path | None:
+    """The base's directory for ‖W0‖; None where it is not at hand, since all else can be told without it.
+
+    Raises:
+        LinchainError: a base that was named on the command line cannot be had.
+    """
+    try:
+        return subject.base_directory(base)
+    except LinchainError as error:
+        if base is not None:
+            raise
+        print(f"‖W0‖ is left out: {error}")
+        return None
+
+
+def _show(layers: list[LayerNumbers], rank: int, depth: int) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    prefix = _common_prefix([layer.path for layer in layers])
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(f"{prefix}…" if prefix else "module", overflow="fold")
+    titles = ["σ1", "entropy\nrank", "stable\nrank", "top-1\nenergy", "‖ΔW‖", "‖ΔW‖\n/‖W0‖"]
+    for title in titles + (["worst\ncond(W)"] if depth else []):
+        table.add_column(title, justify="right", no_wrap=True)
+    for layer in layers:
+        relative = layer.relative_norm
+        cells = [
+            f"{layer.singular_values[0]:.3g}",
+            f"{layer.entropy_rank:.2f}",
+            f"{layer.stable_rank:.2f}",
+            f"{layer.top_energy:.3f}",
+            f"{layer.norm:.3g}",
+            "" if relative is None else f"{relative:.2e}",
+        ]
+        if depth:
+            cells.append(f"{max(layer.link_conditions):.3g}")
+        table.add_row(layer.path.removeprefix(prefix), *cells)
+    Console().print(table)
+    middle = statistics.median(layer.entropy_rank for layer in layers)
+    print(
+        f"{len(layers)} modules. Every ΔW has rank {rank} at most, whatever the depth; the median entropy"
+        " rank is"
+        f" {middle:.2f}. Compare adapters at equal loss only."
+    )
+
+
+def _common_prefix(paths: list[str]) -> str:
+    """What all dotted paths begin with, up to a dot."""
+    prefix = os.path.commonprefix(paths)
+    return prefix[: prefix.rfind(".") + 1]
+
+
+def _as_json(subject: AdaptedRun, layers: list[LayerNumbers]) -> dict[str, Any]:
+    config = subject.adapter.config
+    return {
+        "run": subject.recipe.name,
+        "rank": config.rank,
+        "depth": config.depth,
+        "alpha": config.alpha,
+        "largest_possible_rank": config.rank,
+        "modules": {
+            layer.path: {
+                "singular_values": list(layer.singular_values),
+                "entropy_rank": layer.entropy_rank,
+                "stable_rank": layer.stable_rank,
+                "top_energy": layer.top_energy,
+                "norm": layer.norm,
+                "base_norm": layer.base_norm,
+                "relative_norm": layer.relative_norm,
+                "link_condition_numbers": [
+                    number if number < float("inf") else None for number in layer.link_conditions
+                ],
+            }
+            for layer in layers
+        },
+    }

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import Dtype, Overwrite, RunPath, not_available
+from linchain_cli.commands.options import Overwrite, RunPath
+from linchain_cli.commands.origin import AdaptedRun, open_run
+from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from linchain_cli.export.write import MergeOptions, MergeResult
 
 
 def run(
@@ -27,10 +32,103 @@ def run(
         ),
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Left out, each tensor keeps its stored type.", show_default=False)
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Left out, each tensor keeps its stored type.", show_default=False),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
     overwrite: Overwrite = False,
+    proof: Annotated[
+        bool, typer.Option("--proof/--no-proof", help="Also compare the logits of merged and adapted model.")
+    ] = True,
 ) -> None:
     """Fold a run's adapter into its base checkpoint."""
-    raise not_available("merge")
+    import torch
+
+    from linchain_cli.export.output import parse_size
+    from linchain_cli.export.write import MergeOptions
+
+    shard_bytes = parse_size(max_shard_size, "--max-shard-size")
+    subject = open_run(run_path)
+    directory = subject.base_directory(base)
+    options = MergeOptions(
+        dtype=getattr(torch, dtype) if dtype else None,
+        max_shard_bytes=shard_bytes,
+        overwrite=overwrite,
+        prompts=_prompts(subject, directory) if proof else (),
+        quantization=subject.recipe.model.quantization,
+    )
+    _show(_merge(subject, directory, out or subject.run.merged_dir, options), proof)
+
+
+def _merge(subject: AdaptedRun, directory: Path, out: Path, options: MergeOptions) -> MergeResult:
+    """Merges under a progress bar."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from linchain_cli.export.write import merge_checkpoint
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        bars: dict[str, Any] = {}
+
+        def progress(phase: str, done: int, total: int) -> None:
+            if phase not in bars:
+                bars[phase] = bar.add_task(phase, total=total)
+            bar.update(bars[phase], completed=done)
+
+        return merge_checkpoint(
+            directory, subject.adapter, out, options, subject.origin, keep=subject.inputs, progress=progress
+        )
+
+
+def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
+    """Prompts of the run's own rows; of plain sentences for an imported adapter, or where the rows are
+    gone."""
+    from linchain_cli.export.prompts import plain_prompts, run_prompts
+    from linchain_cli.model import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    if subject.imported:
+        return plain_prompts(tokenizer)
+    try:
+        return run_prompts(subject.recipe.data, tokenizer)
+    except InputError as error:
+        print(f"The run's rows cannot be read ({error}); comparing logits on plain sentences instead.")
+        return plain_prompts(tokenizer)
+
+
+def _show(result: MergeResult, proof: bool) -> None:
+    receipt = result.receipt
+    tensors, logits = receipt["tensors"], receipt["logits"]
+    print(
+        f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are the"
+        " base's"
+    )
+    print(
+        f"  read back: at most {receipt['largest_ulp']:.3f} ulp from W0 + ΔW"
+        f" ({receipt['largest_ulp_tensor']})"
+    )
+    if logits:
+        print(f"  logits, merged against adapted: {_logits(logits)}")
+        print(f"  (switching the adapter off changes them by up to {logits['adapter_effect']:.3g})")
+        if logits["adapter_lost"]:
+            print(
+                "  WARNING: rounding to the stored type costs more than the adapter does. Merge with --dtype"
+                " float32."
+            )
+        if rounded := logits.get("quantized"):
+            print(
+                f"  logits, merged against the adapter on the {rounded['quantization']} base:"
+                f" {_logits(rounded)}"
+            )
+    elif proof:
+        print("  logits were not compared: no model of this size fits into the memory that is free")
+    print(f"  receipt: {result.directory / 'merge.json'}")
+
+
+def _logits(logits: dict[str, Any]) -> str:
+    return (
+        f"largest difference {logits['largest_difference']:.3g}, top-1 agreement"
+        f" {100 * logits['top1_agreement']:.1f} %"
+        f" over {logits['positions']} positions of {logits['prompts']} prompts ({logits['dtype']})"
+    )

@@ -1,4 +1,5 @@
-"""The model card: a README.md beside every export that says what it is, where it comes from and how to load it."""
+"""The model card: a README.md beside every export that says what it is, where it comes from and how to load
+it."""
 
 from __future__ import annotations
 
@@ -44,21 +45,28 @@ class Origin:
     results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
-def model_card(kind: Literal["merged", "peft"], adapter: Adapter, origin: Origin, base: str, facts: Mapping[str, str]) -> str:
-    """The card's Markdown. `base` is the base model as the run names it; `facts` are lines of the proof, by caption."""
+def model_card(
+    kind: Literal["merged", "peft"], adapter: Adapter, origin: Origin, base: str, facts: Mapping[str, str]
+) -> str:
+    """The card's Markdown. `base` is the base model as the run names it; `facts` are lines of the proof, by
+    caption."""
     config = adapter.config
-    chain = {0: "LoRA", 1: "MoSLoRA (a chain of one link)"}.get(config.depth, f"a linear chain of {config.depth} links")
+    chain = {0: "LoRA", 1: "MoSLoRA (a chain of one link)"}.get(
+        config.depth, f"a linear chain of {config.depth} links"
+    )
     what = {
-        "merged": f"`{base}` with a trained adapter folded into its weights. It loads and runs like the base.",
+        "merged": f"`{base}` with a trained adapter folded in. It loads and runs like the base.",
         "peft": f"An adapter for `{base}` as a plain LoRA of rank {config.rank} in PEFT's file format.",
     }[kind]
     parts = [
         _front_matter(kind, base),
         f"# {origin.name}",
-        f"{what} The adapter was trained as {chain}, rank {config.rank}, alpha {config.alpha:g}, on {len(adapter.tensors)}"
+        f"{what} The adapter was trained as {chain}, rank {config.rank}, alpha {config.alpha:g}, on"
+        f" {len(adapter.tensors)}"
         f" linear modules. Every ΔW has rank {config.rank} at most.",
         "## Base",
-        f"`{base}`" + (f", weights SHA-256 `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
+        f"`{base}`"
+        + (f", weights SHA-256 `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
         + ". Its licence and its limits hold for this derivative too.",
         "## Data",
         "\n".join(f"- `{source}`" for source in origin.data) or "Not known: the adapter was imported.",
@@ -94,7 +102,9 @@ def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
             f"| {task} | {100 * score['accuracy']:.2f} | {100 * score['stderr']:.2f} | {score['n']} |"
             for task, score in result.get("tasks", {}).items()
         ]
-        settings = ", ".join(f"{key} {result[key]}" for key in ("template", "dtype") if isinstance(result.get(key), str))
+        settings = ", ".join(
+            f"{key} {result[key]}" for key in ("template", "dtype") if isinstance(result.get(key), str)
+        )
         blocks.append(
             f"Protocol {protocol}" + (f" ({settings})" if settings else "") + ", accuracy in per cent:\n\n"
             "| task | accuracy | standard error | rows |\n|---|---|---|---|\n" + "\n".join(rows)

@@ -1,17 +1,22 @@
-"""Checkpoints on disk, tensor by tensor: reading byte ranges of the weight files, and writing new ones of known sizes.
+"""Checkpoints on disk, tensor by tensor: reading byte ranges of the weight files, and writing new ones of
+known sizes.
 
-A safetensors file is eight bytes (the header's length, little endian), the header (JSON: name -> type, shape and
-byte range), and the data. Reading and writing that by hand is what keeps memory at a few blocks: untouched tensors are
-copied file to file inside the kernel, and pages of a memory map never count against the process.
+A safetensors file is eight bytes (the header's length, little endian), the header (JSON: name -> type, shape
+and byte range), and the data. Reading and writing that by hand is what keeps memory at a few blocks:
+untouched tensors are copied file to file inside the kernel, and pages of a memory map never count against the
+process.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,18 +31,34 @@ INDEX_FILE = "model.safetensors.index.json"
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 _PICKLED_TYPES = TYPE_NAMES | {
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 _LARGEST_HEADER = 100_000_000  # what the safetensors library itself accepts
 BLOCK_BYTES = 8 << 20
 
-# Answers of a kernel or file system that cannot copy between two files by itself; anything else is a real failure.
+# Answers of a kernel or file system that cannot copy between two files by itself; anything else is a real
+# failure.
 _NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM}
 
 _WEIGHT_SUFFIXES = (
-    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack",
-    ".onnx", ".ckpt", ".ot",
+    ".safetensors",
+    ".safetensors.index.json",
+    ".bin",
+    ".bin.index.json",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+    ".ot",
 )
 
 
@@ -74,7 +95,8 @@ class StoredTensor:
         return buffer
 
     def rows(self, first: int, count: int) -> torch.Tensor:
-        """Rows `first` to `first + count` (along the first dimension) of a floating-point tensor, in its own type."""
+        """Rows `first` to `first + count` (along the first dimension) of a floating-point tensor, in its own
+        type."""
         width = self.nbytes // self.shape[0]
         data = self.read(first * width, count * width)
         return torch.frombuffer(data, dtype=FLOAT_TYPES[self.type]).reshape(count, *self.shape[1:])
@@ -83,9 +105,9 @@ class StoredTensor:
         """The whole of a floating-point tensor, in its own type."""
         return torch.frombuffer(self.read(), dtype=FLOAT_TYPES[self.type]).reshape(self.shape)
 
-    def row_blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int]]:
-        """(first row, number of rows) of blocks of about `block_bytes`, in order."""
-        step = max(1, block_bytes * self.shape[0] // max(self.nbytes, 1))
+    def row_blocks(self, elements: int) -> Iterator[tuple[int, int]]:
+        """(first row, number of rows) of blocks of about so many `elements`, in order."""
+        step = max(1, elements * self.shape[0] // max(self.shape.numel(), 1))
         for first in range(0, self.shape[0], step):
             yield first, min(step, self.shape[0] - first)
 
@@ -139,7 +161,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if key != "__metadata__":
                 begin, end = entry["data_offsets"]
                 shape = torch.Size(entry["shape"])
-                tensors.append(StoredTensor(key, entry["dtype"], shape, end - begin, path, 8 + length + begin))
+                tensors.append(
+                    StoredTensor(key, entry["dtype"], shape, end - begin, path, 8 + length + begin)
+                )
         tensors.sort(key=lambda tensor: tensor.start)
         for tensor in tensors:
             _check_range(tensor, 8 + length, size)
@@ -153,11 +177,15 @@ def _check_range(tensor: StoredTensor, data_start: int, file_size: int) -> None:
         raise ValueError(f"tensor {tensor.key} reaches beyond the end of the file")
     dtype = FLOAT_TYPES.get(tensor.type)
     if dtype is not None and tensor.nbytes != tensor.shape.numel() * dtype.itemsize:
-        raise ValueError(f"tensor {tensor.key} has {tensor.nbytes} bytes, which is not {tuple(tensor.shape)} of {tensor.type}")
+        raise ValueError(
+            f"tensor {tensor.key} has {tensor.nbytes} bytes, which is not {tuple(tensor.shape)} of"
+            f" {tensor.type}"
+        )
 
 
 def _read_pickled(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of a pickled checkpoint, mapped rather than read where the file allows it; no pickled code is run."""
+    """The tensors of a pickled checkpoint, mapped rather than read where the file allows it; no pickled code
+    is run."""
     import pickle
 
     try:
@@ -167,7 +195,8 @@ def _read_pickled(path: Path) -> dict[str, StoredTensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
-            f"{path} cannot be read as plain weights, and code in it is never run ({str(error).splitlines()[0]})."
+            f"{path} cannot be read as plain weights, and code in it is never run"
+            f" ({str(error).splitlines()[0]})."
             " Convert it to safetensors where it came from, or use a safetensors version of the model."
         ) from error
     tensors = {}
@@ -185,8 +214,8 @@ def _read_pickled(path: Path) -> dict[str, StoredTensor]:
 def companion_files(directory: Path) -> list[Path]:
     """What lies beside the weights and belongs to the model: configurations, tokenizer, licence.
 
-    Left out are weights in any format, hidden files, code (it is never run), folders, and the README, which describes
-    the base and not what comes of it.
+    Left out are weights in any format, hidden files, code (it is never run), folders, and the README, which
+    describes the base and not what comes of it.
     """
     return [
         path
@@ -201,17 +230,19 @@ def companion_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: `data` yields its bytes in order, or is the stored tensor to copy as it is."""
+    """A tensor to be written. `data` is the stored tensor to copy as it is, or yields functions that make one
+    block of the new one each, in order; they are called in several threads."""
 
     key: str
     type: str
     shape: torch.Size
     nbytes: int
-    data: StoredTensor | Callable[[], Iterator[torch.Tensor]]
+    data: StoredTensor | Callable[[], Iterable[Callable[[], torch.Tensor]]]
 
 
 def plan_shards(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
-    """Cuts the tensors, in their order, into shards of at most `max_bytes` of data; a larger tensor gets its own."""
+    """Cuts the tensors, in their order, into shards of at most `max_bytes` of data; a larger tensor gets its
+    own."""
     shards: list[list[NewTensor]] = []
     size = 0
     for tensor in tensors:
@@ -224,39 +255,80 @@ def plan_shards(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTe
 
 
 def write_checkpoint(
-    directory: Path, tensors: Sequence[NewTensor], max_bytes: int, progress: Callable[[int], None] = lambda count: None
+    directory: Path,
+    tensors: Sequence[NewTensor],
+    max_bytes: int,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> list[Path]:
-    """Writes weight files (and the index, where there are several) into `directory`; returns the weight files.
+    """Writes weight files (and the index, where there are several) into `directory`; returns the weight
+    files.
 
     `progress` is called with the number of data bytes written since its last call.
     """
     shards = plan_shards(tensors, max_bytes)
     count = len(shards)
-    names = [SINGLE_FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard, progress)
+    names = (
+        [SINGLE_FILE]
+        if count == 1
+        else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    with _workers() as pool:
+        for name, shard in zip(names, shards, strict=True):
+            _write_file(directory / name, shard, pool, progress)
     if count > 1:
+        places = ((tensor.key, name) for name, shard in zip(names, shards, strict=True) for tensor in shard)
         index = {
             "metadata": {
                 "total_parameters": sum(tensor.shape.numel() for tensor in tensors),
                 "total_size": sum(tensor.nbytes for tensor in tensors),
             },
-            "weight_map": {
-                key: name for key, name in sorted((t.key, n) for n, shard in zip(names, shards) for t in shard)
-            },
+            "weight_map": dict(sorted(places)),
         }
         (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
     return [directory / name for name in names]
 
 
-def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[int], None]) -> None:
+@contextlib.contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads that make blocks while earlier ones are written. Each computes alone: blocks are small enough
+    for a core's cache, and threads that wait for each other within one cost more than they bring."""
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield pool
+        finally:
+            torch.set_num_threads(threads)
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], torch.Tensor]], ahead: int
+) -> Iterator[torch.Tensor]:
+    """The jobs' results in order, with at most `ahead` of them under way."""
+    under_way: deque[Future[torch.Tensor]] = deque()
+    try:
+        for job in jobs:
+            under_way.append(pool.submit(job))
+            if len(under_way) >= ahead:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+    finally:
+        for future in under_way:
+            future.cancel()
+
+
+def _write_file(
+    path: Path, tensors: Sequence[NewTensor], pool: ThreadPoolExecutor, progress: Callable[[int], None]
+) -> None:
     # Wide types first, so that every tensor starts at a multiple of its element's size.
     ordered = sorted(tensors, key=lambda tensor: -math.gcd(tensor.nbytes // max(tensor.shape.numel(), 1), 8))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
         header[tensor.key] = {
-            "dtype": tensor.type, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]
+            "dtype": tensor.type,
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
         }
         offset += tensor.nbytes
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
@@ -268,13 +340,15 @@ def _write_file(path: Path, tensors: Sequence[NewTensor], progress: Callable[[in
                 _copy(tensor.data, file, progress)
                 continue
             written = 0
-            for block in tensor.data():
+            for block in _in_order(pool, tensor.data(), 2 * torch.get_num_threads()):
                 data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
                 _write_all(file, data)
                 written += len(data)
                 progress(len(data))
             if written != tensor.nbytes:
-                raise LinchainError(f"{tensor.key}: {written} bytes were made where {tensor.nbytes} were announced")
+                raise LinchainError(
+                    f"{tensor.key}: {written} bytes were made where {tensor.nbytes} were announced"
+                )
 
 
 def _write_all(file, data) -> None:

@@ -1,14 +1,15 @@
 """Writing W0 + ΔW as a checkpoint, tensor by tensor, with memory for a few blocks.
 
-`plan_merge` decides, before anything is written, which file tensor every adapted module's weight is; `new_tensors`
-describes the merged checkpoint; `checkpoint.write_checkpoint` writes it. Sums are made in float64, block by block of
-rows, and rounded once.
+`plan_merge` decides, before anything is written, which file tensor every adapted module's weight is;
+`new_tensors` describes the merged checkpoint; `checkpoint.write_checkpoint` writes it. Sums are made in
+float64, block by block of rows, and rounded once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,9 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+BLOCK_ELEMENTS = 1 << 18  # 2 MB as float64: a core's cache holds a block through all steps of its sum
+
+
 @dataclass(frozen=True)
 class Target:
-    """One adapted module: its path, its chain, and whether its weight is stored as (d_in, d_out), as Conv1D does."""
+    """One adapted module: its path, its chain, and whether its weight is stored as (d_in, d_out), as Conv1D
+    does."""
 
     path: str
     chain: ChainTensors
@@ -47,7 +52,8 @@ class ConvertedTargets:
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge will do to each tensor of the base: `plain` by checkpoint key, `converted` by group; the rest is copied."""
+    """What a merge will do to each tensor of the base: `plain` by checkpoint key, `converted` by group; the
+    rest is copied."""
 
     base: Checkpoint
     names: NameMap
@@ -65,8 +71,10 @@ def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> Me
     """Finds each adapted module's weight in the base's files. `model` is the base's, on the meta device.
 
     Raises:
-        InputError: a module or its weight is not there, has another shape, is shared with another module, is stored
-            quantised, or comes out of a conversion that a sum cannot be carried through. The message names it.
+        InputError: a module or its weight is not there, has another shape, is shared with another module, is
+        stored
+            quantised, or comes out of a conversion that a sum cannot be carried through. The message names
+            it.
     """
     names = map_names(model, base.shapes)
     modules = dict(model.named_modules())
@@ -82,7 +90,9 @@ def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> Me
         elif target.parameter in names.converted:
             conversion = names.converted[target.parameter]
             before = groups.get(conversion.keys)
-            groups[conversion.keys] = ConvertedTargets(conversion, (*(before.targets if before else ()), target))
+            groups[conversion.keys] = ConvertedTargets(
+                conversion, (*(before.targets if before else ()), target)
+            )
         else:
             raise InputError(
                 f"{base.directory}: no tensor of the checkpoint is the weight of '{path}'."
@@ -99,20 +109,25 @@ def _target(modules: Mapping[str, nn.Module], path: str, chain: ChainTensors) ->
 
     if path not in modules:
         raise InputError(
-            f"the adapter's module '{path}' does not exist in {type(modules['']).__name__}: it was trained on another model."
-            + did_you_mean(path, modules)
+            f"the adapter's module '{path}' does not exist in {type(modules['']).__name__}: it was trained"
+            " on another model." + did_you_mean(path, modules)
         )
     shape, wanted = linear_shape(modules[path]), (chain.A.shape[1], chain.B.shape[0])
     if shape != wanted:
-        found = f"{shape[0]} → {shape[1]}" if shape else f"a {type(modules[path]).__name__}, which is not linear"
-        raise InputError(f"the adapter was trained on '{path}' of {wanted[0]} → {wanted[1]}; this base has {found}")
+        found = (
+            f"{shape[0]} → {shape[1]}" if shape else f"a {type(modules[path]).__name__}, which is not linear"
+        )
+        raise InputError(
+            f"the adapter was trained on '{path}' of {wanted[0]} → {wanted[1]}; this base has {found}"
+        )
     return Target(path, chain, isinstance(modules[path], Conv1D))
 
 
 def _refuse_tied(names: NameMap, target: Target) -> None:
     if others := names.tied.get(target.parameter):
         raise InputError(
-            f"'{target.path}' shares its weight with {', '.join(others)}: merging into one would change the other."
+            f"'{target.path}' shares its weight with {', '.join(others)}: merging into one would change the"
+            " other."
             " Train without this target, or use a base whose embeddings are not tied."
         )
 
@@ -140,13 +155,15 @@ def _check_conversion(base: Checkpoint, group: ConvertedTargets) -> None:
         group.conversion.element_sources(base.shapes)
     except LinchainError as error:
         raise InputError(
-            f"'{group.targets[0].path}' cannot be merged: {error}. Train without this target, or serve the adapter"
+            f"'{group.targets[0].path}' cannot be merged: {error}. Train without this target, or serve the"
+            " adapter"
             " unmerged ('linchain export --format peft')."
         ) from error
 
 
 def new_tensors(plan: MergePlan, dtype: torch.dtype | None = None) -> list[NewTensor]:
-    """The merged checkpoint, in the base's order. `dtype` recasts every floating-point tensor; None keeps each one's type."""
+    """The merged checkpoint, in the base's order. `dtype` recasts every floating-point tensor; None keeps
+    each one's type."""
     sums = _ConvertedSums(plan)
     result = []
     for key, stored in plan.base.tensors.items():
@@ -166,19 +183,23 @@ def new_tensors(plan: MergePlan, dtype: torch.dtype | None = None) -> list[NewTe
 
 @dataclass(frozen=True)
 class _Sum:
-    """Yields the rows of W0 + ΔW in blocks: float64 sums, rounded once to `dtype`."""
+    """W0 + ΔW in blocks of rows: float64 sums, rounded once to `dtype`."""
 
     stored: StoredTensor
     target: Target
     scaling: float
     dtype: torch.dtype
 
-    def __call__(self) -> Iterator[Tensor]:
+    def __call__(self) -> Iterator[Callable[[], Tensor]]:
         left, right = factors(self.target, self.scaling)
-        for first, count in self.stored.row_blocks():
-            block = self.stored.rows(first, count).double()
-            block.addmm_(left[first : first + count], right)
-            yield _rounded(block, self.dtype, self.stored.key)
+
+        def block(first: int, count: int) -> Tensor:
+            rows = self.stored.rows(first, count).double()
+            rows.addmm_(left[first : first + count], right)
+            return _rounded(rows, self.dtype, self.stored.key)
+
+        for place in self.stored.row_blocks(BLOCK_ELEMENTS):
+            yield partial(block, *place)
 
 
 def factors(target: Target, scaling: float) -> tuple[Tensor, Tensor]:
@@ -190,24 +211,28 @@ def factors(target: Target, scaling: float) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Recast:
-    """Yields an untouched tensor in another floating-point type."""
+    """An untouched tensor in another floating-point type, in blocks of rows."""
 
     stored: StoredTensor
     dtype: torch.dtype
 
-    def __call__(self) -> Iterator[Tensor]:
-        if self.stored.nbytes == 0 or not self.stored.shape:
-            yield _rounded(self.stored.tensor().double(), self.dtype, self.stored.key)
+    def __call__(self) -> Iterator[Callable[[], Tensor]]:
+        if not self.stored.shape:
+            yield lambda: _rounded(self.stored.tensor().double(), self.dtype, self.stored.key)
             return
-        for first, count in self.stored.row_blocks():
-            yield _rounded(self.stored.rows(first, count).double(), self.dtype, self.stored.key)
+        for place in self.stored.row_blocks(BLOCK_ELEMENTS):
+            yield partial(self._block, *place)
+
+    def _block(self, first: int, count: int) -> Tensor:
+        return _rounded(self.stored.rows(first, count).double(), self.dtype, self.stored.key)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     result = round_once(values, dtype)
     if dtype == torch.float16 and not torch.isfinite(result).all():
         raise LinchainError(
-            f"{key}: a value is beyond float16's range (65504 at most). Merge with --dtype bfloat16 or float32."
+            f"{key}: a value is beyond float16's range (65504 at most). Merge with --dtype bfloat16 or"
+            " float32."
         )
     return result
 
@@ -224,20 +249,21 @@ class _ConvertedSums:
     def __contains__(self, key: str) -> bool:
         return key in self._groups
 
-    def for_key(self, key: str, dtype: torch.dtype):
-        """What yields the new values of one file tensor."""
+    def for_key(self, key: str, dtype: torch.dtype) -> Callable[[], list[Callable[[], Tensor]]]:
+        """The new values of one file tensor, as one block."""
 
-        def data() -> Iterator[Tensor]:
+        def block() -> Tensor:
             group = self._groups[key]
             if self._held is not group:
                 self._held, self._sums = group, _converted_sums(self._plan, group)
-            yield _rounded(self._sums[key], dtype, key)
+            return _rounded(self._sums[key], dtype, key)
 
-        return data
+        return lambda: [block]
 
 
 def _converted_sums(plan: MergePlan, group: ConvertedTargets) -> dict[str, Tensor]:
-    """W0 + ΔW in float64 for every file tensor of a group: each element of ΔW goes to where its parameter's came from."""
+    """W0 + ΔW in float64 for every file tensor of a group: each element of ΔW goes to where its parameter's
+    came from."""
     conversion = group.conversion
     stored = [plan.base.tensors[key] for key in conversion.keys]
     flat = torch.cat([tensor.tensor().double().reshape(-1) for tensor in stored])

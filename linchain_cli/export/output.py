@@ -12,7 +12,17 @@ from pathlib import Path
 from linchain_cli import storage
 from linchain_cli.errors import InputError, LinchainError
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
 _DISK_MARGIN = 64 << 20  # for the small files, and file-system blocks
 
 
@@ -25,7 +35,9 @@ def parse_size(text: str, option: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", text.upper())
     size = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size < 1:
-        raise InputError(f"{option}: '{text}' is not a size; expected a number with a unit, such as 5GB, 500MB or 2GiB")
+        raise InputError(
+            f"{option}: '{text}' is not a size; expected a number with a unit, such as 5GB, 500MB or 2GiB"
+        )
     return size
 
 
@@ -35,12 +47,16 @@ def check_output(out: Path, *, overwrite: bool, sources: Iterable[Path]) -> Path
     `sources` are what the export reads: none may lie in it, and it may lie in none that is a directory.
 
     Raises:
-        InputError: it exists and `overwrite` is not given, is no directory, or meets a source, the current directory or home.
+        InputError: it exists and `overwrite` is not given, is no directory, or meets a source, the current
+        directory or home.
     """
     target = Path(out).expanduser().resolve()
     for source in (Path(source).resolve() for source in sources):
         if target == source or target in source.parents or source in target.parents:
-            raise InputError(f"{out} cannot be the output: it would write into or over {source}, which is read. Choose another --out.")
+            raise InputError(
+                f"{out} cannot be the output: it would write into or over {source}, which is read. Choose"
+                " another --out."
+            )
     for name, keep in (("the current directory", Path.cwd()), ("the home directory", Path.home())):
         if target == keep or target in keep.parents:
             raise InputError(f"{out} cannot be the output: it holds {name}. Choose another --out.")
@@ -48,12 +64,15 @@ def check_output(out: Path, *, overwrite: bool, sources: Iterable[Path]) -> Path
         if not target.is_dir():
             raise InputError(f"{out} exists and is a file. Choose another --out.")
         if any(target.iterdir()) and not overwrite:
-            raise InputError(f"{out} exists and is left as it is. Use --overwrite to replace it, or choose another --out.")
+            raise InputError(
+                f"{out} exists and is left as it is. Use --overwrite to replace it, or choose another --out."
+            )
     return target
 
 
 def check_disk(target: Path, needed: int) -> None:
-    """Raises LinchainError where the file system of `target` has less than `needed` bytes (and a margin) free."""
+    """Raises LinchainError where the file system of `target` has less than `needed` bytes (and a margin)
+    free."""
     place = next(folder for folder in (target, *target.parents) if folder.is_dir())
     free = shutil.disk_usage(place).free
     if free < needed + _DISK_MARGIN:
@@ -69,7 +88,8 @@ def _gigabytes(count: int) -> str:
 
 @contextlib.contextmanager
 def staged_output(target: Path) -> Iterator[Path]:
-    """`storage.staged_directory` over an output that `check_output` has passed, its failures told in a sentence.
+    """`storage.staged_directory` over an output that `check_output` has passed, its failures told in a
+    sentence.
 
     The directory appears under its name when the block has ended without an error, as a whole or not at all.
     """
@@ -79,9 +99,12 @@ def staged_output(target: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LinchainError(
-                f"the disk of {target} is full. What had been written was removed again; free some space or choose another --out."
+                f"the disk of {target} is full. What had been written was removed again; free some space or"
+                " choose another --out."
             ) from error
-        raise LinchainError(f"{target} could not be written: {error}. What had been written was removed again.") from error
+        raise LinchainError(
+            f"{target} could not be written: {error}. What had been written was removed again."
+        ) from error
 
 
 def copy_files(paths: Iterable[Path], directory: Path) -> None:

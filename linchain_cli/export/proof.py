@@ -1,8 +1,9 @@
 """The proof: what was written, read back from the disk and compared with what was trained.
 
-Tensors: every untouched one must be the base's bit for bit (or its recast), every touched one at most one unit in the last
-place from W0 + ΔW in float64. The sum is computed anew, by `chain.delta_weight`, not by the code that wrote it. Logits:
-the adapted model and the written checkpoint, as transformers loads it, read the same prompts.
+Tensors: every untouched one must be the base's bit for bit (or its recast), every touched one at most one
+unit in the last place from W0 + ΔW in float64. The sum is computed anew, by `chain.delta_weight`, not by the
+code that wrote it. Logits: the adapted model and the written checkpoint, as transformers loads it, read the
+same prompts.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from linchain_cli.export.checkpoint import BLOCK_BYTES, FLOAT_TYPES, Checkpoint,
 from linchain_cli.export.merge import ConvertedTargets, MergePlan, Target
 from linchain_cli.export.rounding import ulps
 
+BLOCK_ELEMENTS = 1 << 20
 LARGEST_ULP = 1.0
 READ_POSITIONS = 16  # the last ones of each prompt, so that logits of a large vocabulary stay small
 
@@ -45,7 +47,10 @@ class TensorProof:
 
 
 def prove_tensors(
-    plan: MergePlan, directory: Path, dtype: torch.dtype | None, progress: Callable[[int], None] = lambda count: None
+    plan: MergePlan,
+    directory: Path,
+    dtype: torch.dtype | None,
+    progress: Callable[[int], None] = lambda count: None,
 ) -> TensorProof:
     """Compares the checkpoint in `directory` with the plan it was written from.
 
@@ -70,7 +75,8 @@ def prove_tensors(
 
 
 def _hash_from_disk(path: Path) -> str:
-    """SHA-256 of a file's content as the disk has it: its pages in memory are dropped first, where the system lets us."""
+    """SHA-256 of a file's content as the disk has it: its pages in memory are dropped first, where the system
+    lets us."""
     with open(path, "rb", buffering=0) as file:
         if hasattr(os, "posix_fadvise"):
             os.fsync(file.fileno())
@@ -84,12 +90,21 @@ def _hash_from_disk(path: Path) -> str:
 def _check_listing(base: Checkpoint, written: Checkpoint, dtype: torch.dtype | None) -> None:
     if base.tensors.keys() != written.tensors.keys():
         odd = sorted(base.tensors.keys() ^ written.tensors.keys())
-        raise LinchainError(f"the merged checkpoint does not hold the base's tensors: {len(odd)} differ (e.g. {odd[0]})")
+        raise LinchainError(
+            f"the merged checkpoint does not hold the base's tensors: {len(odd)} differ (e.g. {odd[0]})"
+        )
     for key, stored in base.tensors.items():
         new = written.tensors[key]
         wanted = dtype if dtype is not None and stored.type in FLOAT_TYPES else FLOAT_TYPES.get(stored.type)
-        if new.shape != stored.shape or FLOAT_TYPES.get(new.type) != wanted or (wanted is None and new.type != stored.type):
-            raise LinchainError(f"merged tensor {key} is {new.type} {tuple(new.shape)}, the base's {stored.type} {tuple(stored.shape)}")
+        if (
+            new.shape != stored.shape
+            or FLOAT_TYPES.get(new.type) != wanted
+            or (wanted is None and new.type != stored.type)
+        ):
+            raise LinchainError(
+                f"merged tensor {key} is {new.type} {tuple(new.shape)}, the base's {stored.type}"
+                f" {tuple(stored.shape)}"
+            )
 
 
 def _compare_untouched(stored: StoredTensor, written: StoredTensor) -> None:
@@ -102,7 +117,7 @@ def _compare_untouched(stored: StoredTensor, written: StoredTensor) -> None:
             for first in blocks
         )
     else:
-        blocks = stored.row_blocks() if stored.shape and stored.nbytes else ()
+        blocks = stored.row_blocks(BLOCK_ELEMENTS) if stored.shape and stored.nbytes else ()
         pairs = ((stored.rows(*block), written.rows(*block)) for block in blocks)
         equal = all(torch.equal(old.to(new.dtype), new) for old, new in pairs)
     if not equal:
@@ -112,7 +127,7 @@ def _compare_untouched(stored: StoredTensor, written: StoredTensor) -> None:
 def _distance(stored: StoredTensor, written: StoredTensor, target: Target, scaling: float) -> float:
     """The largest distance in ulp of a touched tensor from its float64 sum."""
     largest = 0.0
-    for first, count in stored.row_blocks():
+    for first, count in stored.row_blocks(BLOCK_ELEMENTS):
         exact = stored.rows(first, count).double() + _delta_rows(target, scaling, first, count)
         largest = max(largest, _checked(ulps(written.rows(first, count), exact), written.key))
     return largest
@@ -131,12 +146,16 @@ def _checked(distances: Tensor, key: str) -> float:
     """The largest of `distances`; LinchainError where one is beyond the bound or no number at all."""
     largest = float(distances.max()) if distances.numel() else 0.0
     if not largest <= LARGEST_ULP:
-        raise LinchainError(f"merged tensor {key} is off: {largest:.3g} ulp from W0 + ΔW where at most {LARGEST_ULP:g} is allowed")
+        raise LinchainError(
+            f"merged tensor {key} is off: {largest:.3g} ulp from W0 + ΔW where at most {LARGEST_ULP:g} is"
+            " allowed"
+        )
     return largest
 
 
 def _converted_distances(plan: MergePlan, group: ConvertedTargets, written: Checkpoint) -> dict[str, float]:
-    """The same for converted tensors, compared as the model will see them: both files go through transformers' converter."""
+    """The same for converted tensors, compared as the model will see them: both files go through
+    transformers' converter."""
     conversion = group.conversion
     old = conversion.to_model({key: plan.base.tensors[key].tensor() for key in conversion.keys})
     new = conversion.to_model({key: written.tensors[key].tensor() for key in conversion.keys})
@@ -154,7 +173,8 @@ def _converted_distances(plan: MergePlan, group: ConvertedTargets, written: Chec
 
 @dataclass(frozen=True)
 class LogitProof:
-    """How far the logits of two models lie apart, over `positions` rows of logits read from `prompts` prompts.
+    """How far the logits of two models lie apart, over `positions` rows of logits read from `prompts`
+    prompts.
 
     adapter_effect is the largest difference that switching the adapter off makes: what there was to lose.
     """
@@ -175,7 +195,8 @@ class LogitProof:
 
 @torch.inference_mode()
 def read_logits(model, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """Logits (n, vocabulary) in float32 on the CPU at the last `READ_POSITIONS` positions of each prompt, one by one."""
+    """Logits (n, vocabulary) in float32 on the CPU at the last `READ_POSITIONS` positions of each prompt, one
+    by one."""
     from linchain_cli.logits import logits_at
 
     device = model.get_input_embeddings().weight.device
@@ -187,7 +208,9 @@ def read_logits(model, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         yield output.logits[0].float().cpu()
 
 
-def compare_logits(adapted: Sequence[Tensor], merged: Sequence[Tensor], base: Sequence[Tensor], dtype: str) -> LogitProof:
+def compare_logits(
+    adapted: Sequence[Tensor], merged: Sequence[Tensor], base: Sequence[Tensor], dtype: str
+) -> LogitProof:
     """Compares logits prompt by prompt.
 
     Raises:

