@@ -1,0 +1,52 @@
+"""The prompts whose logits are compared: the first rows that a run trained on, or a few sentences where there
+are none."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from linchain_cli.data.encoding import encode_prompt
+from linchain_cli.data.sources import load_rows
+from linchain_cli.data.templates import get_template
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from linchain_cli.recipe.schema import DataConfig
+
+NUMBER = 8
+
+SENTENCES = (
+    "The kettle began to whistle, so she",
+    "Two plus two equals",
+    "Question: Is the sea salty? Answer:",
+    "def mean(values):\n    return",
+    "In the north the winters are long, and",
+    "Please list three colours:",
+    "A ladder is used to",
+    "Yesterday it rained; today",
+)
+
+
+def run_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, number: int = NUMBER
+) -> list[list[int]]:
+    """Token ids of the first rows' prompts, at most `data.max_length` of them each.
+
+    Raises:
+        InputError: the data of the recipe is no longer where it was, or cannot be read.
+    """
+    template = get_template(data.template, tokenizer)
+    prompts: list[list[int]] = []
+    for source in data.sources:
+        rows = load_rows(source, template, skip_bad=True)
+        prompts += [encode_prompt(tokenizer, template, row) for row in islice(rows, number - len(prompts))]
+        if len(prompts) == number:
+            break
+    return [prompt[-data.max_length :] for prompt in prompts if prompt]
+
+
+def plain_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of a few English sentences, where no rows of a run are at hand."""
+    return [tokenizer(sentence)["input_ids"] for sentence in SENTENCES]
