@@ -2,9 +2,61 @@
 
 from __future__ import annotations
 
-from linchain_cli.commands.options import Overrides, RecipePath, not_available
+from typing import TYPE_CHECKING
+
+from linchain_cli.commands.options import Overrides, RecipePath
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from linchain_cli.chain import Matches
+    from linchain_cli.recipe import Recipe
 
 
 def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show what a recipe would train, on what, at what cost."""
-    raise not_available("check")
+    from rich.console import Console
+
+    from linchain_cli.commands import check_view
+    from linchain_cli.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    check_view.recipe(console, loaded.to_yaml())
+    _check(loaded, console)
+
+
+def _check(recipe: Recipe, console: Console) -> None:
+    """Model, then data, then cost: what is cheap to find wrong comes first."""
+    from linchain_cli.commands import check_view
+    from linchain_cli.data import prepare_data
+    from linchain_cli.model import default_device, load_tokenizer, locate
+    from linchain_cli.training.job import chain_config
+    from linchain_cli.training.plan import predict, recipe_epoch, total_steps
+
+    directory = locate(recipe.model.path, recipe.model.revision, weights=False)
+    tokenizer = load_tokenizer(directory)
+    matches, shapes, parameters = _matches(recipe, directory)
+    check_view.modules(console, matches, shapes, parameters, recipe)
+
+    with check_view.reading(console) as progress:
+        data = prepare_data(recipe.data, tokenizer, progress=progress)
+    epoch = recipe_epoch(recipe, data.train)
+    check_view.sources(console, data)
+    check_view.lengths(console, data, recipe.data.max_length)
+    check_view.epoch(console, epoch, total_steps(recipe, epoch.steps), recipe)
+    check_view.rows(console, data.train, tokenizer)
+
+    plan = predict(recipe, chain_config(recipe), directory, data.train, data.validation, default_device())
+    check_view.plan(console, plan)
+
+
+def _matches(recipe: Recipe, directory) -> tuple[Matches, list[tuple[int, int]], int]:
+    """The modules that get a chain, their (d_in, d_out), and the parameters of the base model."""
+    from linchain_cli.chain import linear_shape, match_modules
+    from linchain_cli.model import empty_model, text_decoder_prefix
+
+    model = empty_model(directory)
+    matches = match_modules(model, recipe.adapter.target_modules, text_decoder_prefix(model))
+    shapes = [linear_shape(model.get_submodule(path)) for path in matches.paths]
+    return matches, shapes, sum(parameter.numel() for parameter in model.parameters())

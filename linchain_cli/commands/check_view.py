@@ -1,0 +1,205 @@
+"""What `linchain check` prints, section by section; in colour on a terminal, readable without."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from linchain_cli.chain import Matches
+    from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
+    from linchain_cli.recipe import Recipe
+    from linchain_cli.training.plan import Plan
+
+BAR = 40  # characters of the histogram's longest bar
+
+
+def _section(console: Console, title: str) -> None:
+    from rich.text import Text
+
+    console.print()
+    console.print(Text(title, style="bold"))
+
+
+def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], bars: bool = False) -> None:
+    """A plain table: the first column to the left, the others, which are numbers, to the right (but for `bars`, the last)."""
+    from rich.text import Text
+
+    widths = [max(map(len, column)) for column in zip(*([header, *rows]))]
+    for number, row in enumerate([header, *rows]):
+        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        if bars:
+            cells[-1] = row[-1]
+        line = "  ".join(cells).rstrip()
+        if line:
+            console.print(Text(line, style="" if number else "dim"))
+
+
+def _count(number: int) -> str:
+    return f"{number:,}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.1%}" if whole else "-"
+
+
+def recipe(console: Console, text: str) -> None:
+    """The recipe as resolved, every default written out."""
+    _section(console, "Recipe")
+    console.print(text.rstrip())
+
+
+def modules(
+    console: Console, matches: Matches, shapes: Sequence[tuple[int, int]], base: int, recipe: Recipe
+) -> None:
+    """What gets a chain, and how many parameters that trains."""
+    rank, depth = recipe.adapter.rank, recipe.adapter.depth
+    trained = sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
+    _section(console, "Model")
+    counts = [(pattern, _count(count)) for pattern, count in matches.per_pattern.items()]
+    _print_table(console, ("pattern", "modules"), counts)
+    console.print(
+        f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules, "
+        f"beside {_count(base)} frozen ones ({_share(trained, base)})"
+    )
+
+
+@contextlib.contextmanager
+def reading(console: Console) -> Iterator[Callable[[int], None] | None]:
+    """Counts the rows that are being read, on a terminal."""
+    if not console.is_terminal:
+        yield None
+        return
+    with console.status("reading rows") as status:
+        yield lambda rows: status.update(f"{rows:,} rows encoded")
+
+
+def sources(console: Console, data: PreparedData) -> None:
+    """Rows of each source: used, bad, and with nothing to learn."""
+    _section(console, "Rows")
+    reports = [data.report] + ([data.validation_report] if data.validation_report else [])
+    table = [
+        (source.name, *map(_count, (source.total, source.kept, source.bad, source.unsupervised)))
+        for report in reports
+        for source in report.sources
+    ]
+    _print_table(console, ("source", "rows", "used", "bad", "nothing supervised"), table)
+    console.print(f"{_count(len(data.train))} rows to train on, {_count(len(data.validation or ()))} to validate on")
+    for report in reports:
+        for example in report.bad_examples:
+            console.print(f"  skipped {example}")
+        for example in report.unsupervised_examples:
+            console.print(f"  nothing supervised: {example}")
+        for warning in report.warnings:
+            console.print(f"note: {warning}", style="yellow")
+
+
+def lengths(console: Console, data: PreparedData, max_length: int) -> None:
+    """How long rows are, what was cut off, and what is supervised."""
+    from linchain_cli.data import length_histogram
+
+    report = data.report
+    _section(console, "Lengths")
+    bins = length_histogram(data.train.lengths, max_length)
+    most = max(count for *_, count in bins)
+    table = [
+        (f"{low:>5,} to {high:>5,}", _count(count), "█" * round(BAR * count / most) or ("▏" if count else ""))
+        for low, high, count in bins
+    ]
+    _print_table(console, ("tokens", "rows", ""), table, bars=True)
+    console.print(
+        f"longest {_count(report.longest)}; cut off at {_count(max_length)}: {_count(report.truncated)} rows "
+        f"({_share(report.truncated, report.kept)})"
+    )
+    console.print(
+        f"supervised: {_count(report.supervised_tokens)} of {_count(report.tokens)} tokens "
+        f"({_share(report.supervised_tokens, report.tokens)}); tokens that straddle prompt and answer: "
+        f"{_count(report.straddling_tokens)} in {_count(report.straddling_rows)} rows"
+    )
+
+
+def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe) -> None:
+    """Steps, tokens, and the padding that the recipe's batches leave."""
+    training = recipe.training
+    _section(console, f"One epoch in steps of {training.global_batch_size} rows, {training.micro_batch_size} at once")
+    table = [
+        ("steps", _count(plan.steps)),
+        ("tokens", _count(plan.tokens)),
+        ("supervised tokens", _count(plan.supervised_tokens)),
+        ("padding", f"{plan.padding:.1%}"),
+        ("padding without sorting by length", f"{plan.padding_unsorted:.1%}"),
+    ]
+    _print_table(console, ("", ""), table)
+    console.print(f"the run takes {_count(total_steps)} steps ({total_steps / plan.steps:.2f} epochs)")
+
+
+def rows(console: Console, encoded: EncodedRows, tokenizer: Any) -> None:
+    """The first row, one of median length and the longest, as the model sees them, what is supervised marked."""
+    import numpy as np
+    from rich.text import Text
+
+    colour = console.is_terminal and not console.no_color
+    key = "in green" if colour else "between ⟦ and ⟧"
+    _section(console, f"Three rows as the model sees them; what it learns to write {key}")
+    by_length = np.argsort(encoded.lengths, kind="stable")
+    for row in dict.fromkeys([0, int(by_length[len(by_length) // 2]), int(by_length[-1])]):
+        ids, supervised = encoded[row]
+        console.print()
+        console.print(Text(f"row {row}: {len(ids)} tokens, {int(supervised.sum())} supervised", style="dim"))
+        text = Text()
+        for part, learned in _runs(ids.tolist(), supervised.tolist(), tokenizer):
+            if learned and not colour:
+                part = f"⟦{part}⟧"
+            text.append(part, style="bold green" if learned else "")
+        console.print(text)
+
+
+def _runs(ids: list[int], supervised: list[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """The row's text in pieces that are supervised or not, each decoded as what the tokens before it leave."""
+    starts = [i for i in range(len(ids)) if i == 0 or supervised[i] != supervised[i - 1]]
+    before = ""
+    for start, end in zip(starts, [*starts[1:], len(ids)]):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        yield _printable(text[len(before) :]), supervised[start]
+        before = text
+
+
+def _printable(text: str) -> str:
+    """Without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def plan(console: Console, plan: Plan) -> None:
+    """Predicted memory by part, and time."""
+    from dataclasses import asdict
+
+    _section(console, f"Predicted cost on {plan.device}, of one process")
+    names = {
+        "process": "Python and libraries",
+        "base": "base weights",
+        "adapters": "chains and their gradients",
+        "optimizer": "optimizer state",
+        "activations": "activations of the largest micro-batch",
+        "logits": "logits",
+    }
+    table = [(names[part], _count(round(size / 1e6))) for part, size in asdict(plan.memory).items() if size]
+    table.append(("at most, together", _count(round(plan.memory.total / 1e6))))
+    _print_table(console, ("memory", "MB"), table)
+    if plan.time is None:
+        console.print(f"time: not predicted, {plan.note}")
+        return
+    seconds = plan.time.train_seconds
+    console.print(
+        f"time: {_duration(seconds)} for {_count(plan.total_steps)} steps at {plan.time.tokens_per_second:,.0f} tokens per "
+        f"second without padding, and {_duration(plan.time.validation_seconds)} for validation"
+        + (f" ({plan.note})" if plan.note else "")
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes, hours = seconds / 60, seconds / 3600
+    return f"{minutes:.0f} min" if minutes < 120 else f"{hours:.1f} h"

@@ -1,0 +1,364 @@
+"""What a run will cost, before anything is spent: memory by part, and time.
+
+Memory is counted, not guessed: the recipe's model, chains and largest micro-batch run on the meta device,
+which computes shapes only, and what autograd would keep for the backward pass is added up. Time is measured
+on a few of the model's blocks with random weights on the device that will train, and scaled to all blocks
+and to every padded position of the run.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linchain_cli.chain import ChainConfig, ChainLinear, chain_layers, folded, inject
+from linchain_cli.data.report import EpochPlan, epoch_plan
+from linchain_cli.data.store import EncodedRows
+from linchain_cli.head import hidden_states
+from linchain_cli.model import empty_model, resolve_attention, resolve_dtype, text_decoder, text_decoder_prefix
+from linchain_cli.recipe import Recipe
+from linchain_cli.training.loss import LOGITS_BUDGET
+
+# Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
+_QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
+_SMALL = 4096  # elements; smaller tensors keep their 8-bit optimizer's state in 32 bit
+_TIMED_BLOCKS = 4
+_TIMED_BLOCK_WEIGHTS = 50_000_000  # larger blocks are timed alone
+_TIMING_SECONDS = 0.6  # for each of three measurements
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes at the moment of most memory in training, on each process."""
+
+    process: int  # Python and its libraries; 0 where a device's own memory is counted
+    base: int
+    adapters: int  # with their gradients
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class TimePlan:
+    """Seconds, and tokens per second without padding."""
+
+    train_seconds: float
+    validation_seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The prediction for one process. `time` is None where the model's blocks could not be timed; `note` says why."""
+
+    device: str
+    total_steps: int
+    trainable_parameters: int
+    base_parameters: int
+    memory: MemoryPlan
+    time: TimePlan | None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON, for run.json."""
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**asdict(self), "memory": memory}
+
+
+def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    training = recipe.training
+    return training.max_steps or math.ceil(training.epochs * steps_per_epoch)
+
+
+def recipe_epoch(recipe: Recipe, rows: EncodedRows, world: int = 1) -> EpochPlan:
+    """The batches of one epoch. `micro_batch_size: auto` is taken as the whole batch, the most that it can be."""
+    training = recipe.training
+    return epoch_plan(
+        rows.lengths,
+        rows.supervised_counts,
+        seed=recipe.seed,
+        global_batch=training.global_batch_size,
+        micro_batch=_micro_batch(recipe),
+        world=world,
+    )
+
+
+def _micro_batch(recipe: Recipe) -> int:
+    size = recipe.training.micro_batch_size
+    return size if isinstance(size, int) else recipe.training.global_batch_size
+
+
+def predict(
+    recipe: Recipe,
+    config: ChainConfig,
+    directory: Path,
+    train: EncodedRows,
+    validation: EncodedRows | None,
+    device: torch.device,
+) -> Plan:
+    """Predicts memory and time of a recipe on `device`.
+
+    Args:
+        config: the recipe's chains.
+        directory: the base model's checkpoint directory, of which only the configuration is read.
+        train, validation: the encoded rows.
+    """
+    model = planned_model(recipe, config, directory, device)
+    epoch = recipe_epoch(recipe, train)
+    memory = _memory(recipe, model, epoch, train, device)
+    steps = total_steps(recipe, epoch.steps)
+    base, trained = _parameters(model)
+    timed, note = _time(recipe, model, epoch, steps, validation, device)
+    return Plan(
+        device=str(device),
+        total_steps=steps,
+        trainable_parameters=sum(p.numel() for p in trained),
+        base_parameters=sum(p.numel() for p in base),
+        memory=memory,
+        time=timed,
+        note=note,
+    )
+
+
+def planned_model(recipe: Recipe, config: ChainConfig, directory: Path, device: torch.device) -> nn.Module:
+    """The recipe's model with its chains on the meta device, in the types that `device` will hold."""
+    model = empty_model(directory)
+    dtype = resolve_dtype(recipe.model.dtype, device)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    # Eager keeps attention's weights as tensors of their own, which the count needs; `_activations` takes them out again.
+    model.set_attn_implementation("eager")
+    inject(model, config, recipe.seed, text_decoder_prefix(model))
+    return model
+
+
+def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(the base's, the chains'), shared ones once."""
+    trained = [p for layer in chain_layers(model).values() for p in (layer.A, layer.links, layer.B)]
+    ours = {id(p) for p in trained}
+    return [p for p in model.parameters() if id(p) not in ours], trained
+
+
+def _memory(
+    recipe: Recipe, model: nn.Module, epoch: EpochPlan, rows: EncodedRows, device: torch.device
+) -> MemoryPlan:
+    _, trained = _parameters(model)
+    folded_factors = sum(layer.A.numel() for layer in chain_layers(model).values())  # A' of each layer
+    adapters = 2 * 4 * (sum(p.numel() for p in trained) + folded_factors)
+    longest = int(rows.lengths.max())
+    batch = max(1, min(_micro_batch(recipe), epoch.longest_micro_batch // longest))
+    return MemoryPlan(
+        process=_resident_bytes() if device.type == "cpu" else 0,
+        base=_base_bytes(recipe, model),
+        adapters=adapters,
+        optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
+        activations=_activations(recipe, model, batch, epoch.longest_micro_batch // batch, device),
+        logits=_logits(model, batch * int(rows.supervised_counts.max())),
+    )
+
+
+def _base_bytes(recipe: Recipe, model: nn.Module) -> int:
+    base, _ = _parameters(model)
+    rounded = _rounded_weights(model) if recipe.model.quantization != "none" else set()
+    small = _QUANTISED.get(recipe.model.quantization)
+    return round(sum(p.numel() * (small if id(p) in rounded else p.element_size()) for p in base))
+
+
+def _rounded_weights(model: nn.Module) -> set[int]:
+    """The weights that bitsandbytes rounds: those of linear modules, but the head's."""
+    head = model.get_output_embeddings()
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def _optimizer_bytes(parameter: Tensor, name: str) -> int:
+    """AdamW's two moments."""
+    each = 1 if "8bit" in name and parameter.numel() >= _SMALL else 4
+    return 2 * each * parameter.numel()
+
+
+def _resident_bytes() -> int:
+    """What this process holds now, without a model."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _logits(model: nn.Module, labelled: int) -> int:
+    """The logits of the largest piece, in the model's type and in float32, and their gradients."""
+    weight = model.get_output_embeddings().weight
+    rows = min(labelled, max(1, LOGITS_BUDGET // weight.shape[0]))
+    return 2 * (4 + weight.element_size()) * rows * weight.shape[0]
+
+
+def _activations(recipe: Recipe, model: nn.Module, batch: int, length: int, device: torch.device) -> int:
+    """What autograd keeps between the forward and the backward pass, and one block's gradients."""
+    kept = saved_bytes(model, batch, length)
+    if resolve_attention(recipe.model.attention, device) != "eager":
+        # Fused attention keeps no (length x length) weights: the part that grows with the length's square.
+        square = max(0.0, (saved_bytes(model, batch, 2 * length) - 2 * kept) / 2)
+        kept = int(kept - square)
+    blocks = len(_blocks(text_decoder(model))[1])
+    if recipe.training.gradient_checkpointing:
+        hidden = batch * length * model.get_input_embeddings().weight.shape[1] * _element_size(model)
+        return blocks * hidden + 2 * kept // blocks
+    return kept + kept // blocks
+
+
+def _element_size(model: nn.Module) -> int:
+    return model.get_input_embeddings().weight.element_size()
+
+
+def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
+    """Bytes of the tensors that autograd saves in a forward pass over (batch, length) tokens, parameters apart.
+
+    `model` is on the meta device, so nothing is computed or allocated.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no other takes its address
+        return tensor
+
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
+        # With a mask transformers does not look into the (absent) values for packed sequences.
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+
+
+def _blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The path and the list of a decoder's blocks: its longest list of modules."""
+    lists = [(path, module) for path, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    return max(lists, key=lambda found: len(found[1]))
+
+
+# --- time -----------------------------------------------------------------------------------------
+
+
+def _time(
+    recipe: Recipe,
+    model: nn.Module,
+    epoch: EpochPlan,
+    steps: int,
+    validation: EncodedRows | None,
+    device: torch.device,
+) -> tuple[TimePlan | None, str]:
+    batch = min(_micro_batch(recipe), epoch.rows)
+    length = max(1, round(epoch.computed / epoch.rows))
+    try:
+        both, forward = position_seconds(recipe, model, batch, length, device)
+        each_label = label_seconds(model, max(1, round(batch * epoch.supervised_tokens / epoch.rows)), device)
+    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        return None, f"its blocks cannot be timed apart ({type(error).__name__})"
+    if recipe.training.gradient_checkpointing:
+        both += forward
+    epoch_seconds = both * epoch.computed + 2 * each_label * epoch.supervised_tokens
+    train = epoch_seconds * steps / epoch.steps
+    validate = 0.0
+    if validation is not None:
+        rows = recipe_epoch(recipe, validation)
+        times = math.ceil(steps / recipe.training.eval_every)
+        validate = times * (forward * rows.computed + each_label * rows.supervised_tokens)
+    note = "without the cost of restoring quantised weights" if recipe.model.quantization != "none" else ""
+    return TimePlan(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2)), note
+
+
+def position_seconds(
+    recipe: Recipe, model: nn.Module, batch: int, length: int, device: torch.device
+) -> tuple[float, float]:
+    """Seconds per position of all blocks: (forward and backward, forward alone), on (batch, length) positions.
+
+    Takes `model` apart: its first blocks are put on `device` with random weights, and run there.
+    """
+    decoder = text_decoder(model)
+    decoder = getattr(decoder, decoder.base_model_prefix, decoder)  # without the head
+    path, blocks = _blocks(decoder)
+    count = len(blocks)
+    weights = sum(p.numel() for p in blocks[0].parameters())
+    taken = blocks[: _TIMED_BLOCKS if weights <= _TIMED_BLOCK_WEIGHTS else 1]
+    decoder.set_submodule(path, taken)
+    decoder.config.num_hidden_layers = len(taken)
+    width = decoder.get_input_embeddings().weight.shape[1]
+    dtype = decoder.get_input_embeddings().weight.dtype
+    decoder.set_input_embeddings(nn.Embedding(1, width))
+    if attention := resolve_attention(recipe.model.attention, device):
+        decoder.set_attn_implementation(attention)
+    else:
+        decoder.set_attn_implementation("sdpa")
+    _fill(decoder, device)
+    inputs = torch.randn(batch, length, width, device=device, dtype=dtype)
+
+    def forward() -> Tensor:
+        return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+    def without_gradient() -> None:
+        with torch.no_grad():
+            forward()
+
+    def with_backward() -> None:
+        output = forward()
+        output.backward(torch.ones_like(output))
+
+    decoder.train()
+    with folded(decoder):
+        scale = count / len(taken) / (batch * length)
+        return scale * _seconds(with_backward, device), scale * _seconds(without_gradient, device)
+
+
+def _fill(module: nn.Module, device: torch.device) -> None:
+    """Puts a module from the meta device on `device`, with small random weights."""
+    module.to_empty(device=device)
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0.0, 0.02)
+            else:
+                tensor.zero_()
+
+
+def label_seconds(model: nn.Module, labelled: int, device: torch.device) -> float:
+    """Seconds per labelled position of the head's forward pass, measured on `labelled` positions at once."""
+    weight = model.get_output_embeddings().weight
+    rows = min(weight.shape[0], 16384)
+    head = torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype)
+    hidden = torch.randn(labelled, weight.shape[1], device=device, dtype=weight.dtype)
+    return _seconds(lambda: torch.log_softmax((hidden @ head.T).float(), -1), device) * weight.shape[0] / rows / labelled
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """The median time of a call, over as many as fit into a moment, the first apart."""
+
+    def once() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    first = once()
+    times = [once()]
+    while first + sum(times) < _TIMING_SECONDS and len(times) < 20:
+        times.append(once())
+    return statistics.median(times)

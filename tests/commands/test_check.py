@@ -1,0 +1,131 @@
+"""`linchain check` on a real recipe and a tiny model: everything is shown before any weight is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from linchain_cli.cli import main
+from linchain_cli.commands import check_view
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama_dir, commonsense_rows, monkeypatch):
+    """A recipe whose model directory holds no weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(tiny_llama_dir, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    rows = commonsense_rows(40)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "nonsense\n")
+    content = {
+        "name": "try",
+        "model": {"path": "model", "dtype": "float32"},
+        "adapter": {"rank": 4, "depth": 2, "target_modules": ["q_proj", "down_proj"]},
+        "data": {"train": "train.jsonl", "validation": 4, "on_bad_row": "skip"},
+        "training": {"epochs": 2, "global_batch_size": 8, "micro_batch_size": 2},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "recipe.yaml"
+
+
+def check(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["check", *map(str, arguments)])
+    return end.value.code
+
+
+def lines_of(text: str, start: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if line.startswith(start)]
+
+
+def test_everything_is_shown(recipe, capsys):
+    assert check(recipe) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out, "no colours where no terminal is"
+    assert "warmup_steps: 100" in out, "defaults are written out"
+    assert lines_of(out, "q_proj") == [["q_proj", "2"]] and lines_of(out, "down_proj") == [["down_proj", "2"]]
+    trained = 2 * (4 * (64 + 64) + 2 * 16) + 2 * (4 * (128 + 64) + 2 * 16)
+    assert f"{trained:,} trainable parameters in 4 modules" in out
+    assert lines_of(out, "train.jsonl") == [["train.jsonl", "41", "40", "1", "0"]]
+    assert "36 rows to train on, 4 to validate on" in out
+    assert "skipped train.jsonl:41 (row 41): not JSON" in out
+    assert lines_of(out, "steps") == [["steps", "5"]] and "the run takes 10 steps (2.00 epochs)" in out
+    assert len(lines_of(out, "padding")) == 2 and "straddle" in out
+    assert out.count("⟦the correct answer is ") == 3 and out.count("<|im_end|>⟧") == 3
+    for part in ("base weights", "chains and their gradients", "optimizer state", "activations", "logits", "at most"):
+        assert lines_of(out, part)
+    assert "tokens per second without padding" in out
+    assert sum(int(row[3].replace(",", "")) for row in lines_of(out, " ") if row[1:2] == ["to"]) == 36
+
+
+def test_overrides_count(recipe, capsys):
+    assert check(recipe, "adapter.depth=0", "training.epochs=1", "data.template=plain") == 0
+    out = capsys.readouterr().out
+    assert "the run takes 5 steps (1.00 epochs)" in out
+    assert "Below is an instruction" not in out
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("adapter.target_modules=[q_prj]", "Did you mean 'q_proj'"),
+        ("data.train=trian.jsonl", "Did you mean 'train.jsonl'"),
+        ("data.on_bad_row=error", "train.jsonl:41 (row 41): not JSON"),
+        ("model.path=modl", "modl"),
+        ("data.max_length=8", "have no supervised token"),
+        ("data.validation=40", "cannot be held out"),
+    ],
+)
+def test_what_is_wrong_is_one_message(recipe, capsys, override, said):
+    assert check(recipe, override) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err
+
+
+class Rows:
+    lengths = np.array([3])
+
+    def __init__(self, ids, supervised):
+        self.row = np.array(ids, np.int32), np.array(supervised, bool)
+
+    def __getitem__(self, index):
+        return self.row
+
+
+def printed(tokenizer, ids, supervised, **console) -> str:
+    from rich.console import Console
+
+    out = io.StringIO()
+    check_view.rows(Console(file=out, soft_wrap=True, highlight=False, **console), Rows(ids, supervised), tokenizer)
+    return out.getvalue()
+
+
+def test_supervised_tokens_are_green_on_a_terminal(tiny_tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    ids = tokenizer("Answer: true", add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+    learned = [False] * (len(ids) - 2) + [True, True]
+    last = tokenizer.decode(ids[-2:])
+    coloured = printed(tokenizer, ids, learned, force_terminal=True, color_system="standard")
+    assert f"\x1b[1;32m{last}\x1b[0m" in coloured and "⟦" not in coloured
+    plain = printed(tokenizer, ids, learned)
+    assert f"⟦{last}⟧" in plain and "\x1b" not in plain
+
+
+def test_data_cannot_speak_to_the_terminal(tiny_tokenizer_dir):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer_dir)
+    ids = tokenizer("a\x1b[31mb\tc\nd [bold]e", add_special_tokens=False).input_ids
+    text = printed(tokenizer, ids, [False] * len(ids))
+    assert "\x1b" not in text and "a�[31mb" in text and "[bold]e" in text
+
+
+def test_durations():
+    assert [check_view._duration(s) for s in (3, 119, 600, 7199, 36000)] == ["3 s", "119 s", "10 min", "120 min", "10.0 h"]

@@ -1,0 +1,167 @@
+"""Predicted memory against what a real model keeps, and predicted time where there is something to time."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.model import load_model, load_tokenizer
+from linchain_cli.recipe import Recipe
+from linchain_cli.training import plan as plans
+from linchain_cli.training.plan import predict, planned_model, saved_bytes
+
+CPU = torch.device("cpu")
+CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(plans, "_TIMING_SECONDS", 0.01)
+
+
+@pytest.fixture
+def make_recipe(tmp_path, commonsense_rows):
+    path = tmp_path / "train.json"
+    path.write_text(json.dumps(commonsense_rows(60)))
+
+    def make(directory: Path, model: dict | None = None, **training) -> Recipe:
+        return Recipe(
+            name="x",
+            model={"path": str(directory), "dtype": "float32", **(model or {})},
+            adapter={"rank": 4, "depth": 2, "target_modules": ["q_proj", "down_proj"]},
+            data={"train": str(path), "validation": 10},
+            training={"epochs": 2, "global_batch_size": 8, "micro_batch_size": 2, **training},
+        )
+
+    return make
+
+
+@pytest.fixture
+def plan_of(make_recipe, tmp_path):
+    def make(directory: Path, config: ChainConfig = CHAINS, **training) -> plans.Plan:
+        recipe = make_recipe(directory, **training)
+        data = prepare_data(recipe.data, load_tokenizer(directory), cache_dir=tmp_path / "cache")
+        return predict(recipe, config, directory, data.train, data.validation, CPU)
+
+    return make
+
+
+@pytest.mark.parametrize("kind, targets", [("tiny_llama_dir", ["q_proj", "down_proj"]), ("tiny_gpt2_dir", ["c_attn", "c_proj"])])
+@pytest.mark.parametrize("depth", [0, 2])
+def test_the_count_is_what_a_real_forward_keeps(request, make_recipe, kind, targets, depth):
+    directory = request.getfixturevalue(kind)
+    config = ChainConfig(rank=4, depth=depth, target_modules=targets)
+    counted = saved_bytes(planned_model(make_recipe(directory), config, directory, CPU), 3, 17)
+
+    model = load_model(directory, dtype="float32", device=CPU, attention="eager")
+    inject(model, config)
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(3, 17, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
+        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        assert output.last_hidden_state.requires_grad
+    assert counted == sum(kept.values()) > 0
+
+
+def test_parts_of_the_memory(plan_of, tiny_llama_dir):
+    plan = plan_of(tiny_llama_dir)
+    model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
+    assert plan.base_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.memory.base == 4 * plan.base_parameters
+    layers = inject(model, CHAINS)
+    trained = sum(p.numel() for layer in layers.values() for p in (layer.A, layer.links, layer.B))
+    assert plan.trainable_parameters == trained
+    assert plan.memory.optimizer == 8 * trained
+    assert plan.memory.adapters == 8 * (trained + sum(layer.A.numel() for layer in layers.values()))
+    assert plan.memory.process > 50e6  # Python, numpy and torch are here
+    parts = json.loads(json.dumps(plan.to_dict()))["memory"]
+    assert parts.pop("total") == sum(parts.values()) == plan.memory.total
+
+
+def test_tied_embeddings_count_once(plan_of, tiny_tied_dir, tiny_llama_dir):
+    tied, untied = plan_of(tiny_tied_dir), plan_of(tiny_llama_dir)
+    head = load_model(tiny_llama_dir, dtype="float32", device=CPU).lm_head.weight
+    assert untied.memory.base - tied.memory.base == 4 * head.numel()
+
+
+def test_8_bit_state_is_for_large_tensors():
+    assert plans._optimizer_bytes(torch.empty(64, 64, device="meta"), "paged_adamw_8bit") == 2 * 4096
+    assert plans._optimizer_bytes(torch.empty(63, 64, device="meta"), "adamw_8bit") == 8 * 63 * 64
+    assert plans._optimizer_bytes(torch.empty(64, 64, device="meta"), "adamw") == 8 * 4096
+
+
+def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
+    sizes = {}
+    for quantization in ("none", "int8", "nf4"):
+        recipe = make_recipe(tiny_llama_dir, {"quantization": quantization})
+        sizes[quantization] = plans._base_bytes(recipe, planned_model(recipe, CHAINS, tiny_llama_dir, CPU))
+    model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - model.lm_head.weight.numel()
+    assert sizes["none"] - sizes["int8"] == 3 * linear
+    assert sizes["none"] - sizes["nf4"] == pytest.approx(3.484 * linear, rel=1e-3)
+
+
+def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
+    def activations(attention: str, **training) -> int:
+        recipe = make_recipe(tiny_llama_dir, {"attention": attention}, **training)
+        return plans._activations(recipe, planned_model(recipe, CHAINS, tiny_llama_dir, CPU), 2, 100, CPU)
+
+    eager, fused = activations("eager"), activations("sdpa")
+    weights = 2 * 2 * 4 * 100 * 100 * 4  # layers, batch, heads, length², bytes: one copy of the attention weights
+    assert eager - fused >= weights
+    assert activations("sdpa", gradient_checkpointing=True) < fused
+
+
+def test_time_is_of_the_whole_run(plan_of, tiny_llama_dir):
+    plan = plan_of(tiny_llama_dir)
+    assert plan.total_steps == 2 * math.ceil(50 / 8)
+    assert plan.time.train_seconds > 0 and plan.time.validation_seconds > 0
+    assert plan.note == ""
+
+
+def test_time_grows_with_steps(plan_of, tiny_llama_dir, monkeypatch):
+    monkeypatch.setattr(plans, "_seconds", lambda run, device: (run(), 1.0)[1])
+    few, many = plan_of(tiny_llama_dir, epochs=None, max_steps=5), plan_of(tiny_llama_dir, epochs=None, max_steps=50)
+    assert many.time.train_seconds == pytest.approx(10 * few.time.train_seconds, rel=1e-3)
+    again = plan_of(tiny_llama_dir, epochs=None, max_steps=5, gradient_checkpointing=True)
+    assert again.time.train_seconds > few.time.train_seconds
+
+
+def test_what_cannot_be_timed_is_said(plan_of, tiny_llama_dir, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(plans, "position_seconds", fails)
+    plan = plan_of(tiny_llama_dir)
+    assert plan.time is None and "RuntimeError" in plan.note
+    assert plan.to_dict()["time"] is None
+
+
+def test_auto_takes_the_whole_batch_at_most(make_recipe, tiny_llama_dir):
+    class Rows:
+        lengths = np.full(40, 10, np.int32)
+        supervised_counts = np.full(40, 3, np.int32)
+
+    recipe = make_recipe(tiny_llama_dir, micro_batch_size="auto")
+    assert plans.recipe_epoch(recipe, Rows()).longest_micro_batch == 80
+
+
+def test_the_planned_model_has_the_recipe_s_chains(make_recipe, tiny_llama_dir):
+    model = planned_model(make_recipe(tiny_llama_dir), CHAINS, tiny_llama_dir, CPU)
+    assert len(chain_layers(model)) == 4
+    assert {p.device.type for p in model.parameters()} == {"meta"}
