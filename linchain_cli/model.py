@@ -231,24 +231,27 @@ def load_model(
     device: torch.device | str | None = None,
     quantization: str = "none",
     attention: str = "auto",
+    runs_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
 
     `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
-    (4-bit normal float, double quantisation, computing in `dtype`).
+    (4-bit normal float, double quantisation, computing in `dtype`). `runs_on` is where the model will be moved to,
+    if it is not `device`; it decides what `auto` means.
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
     quantised, wrong options) and LinchainError if it does not fit into memory.
     """
     directory = Path(directory)
     device = torch.device(device) if device is not None else default_device()
-    resolved = resolve_dtype(dtype, device)
+    runs_on = runs_on or device
+    resolved = resolve_dtype(dtype, runs_on)
     config = load_config(directory)
     files = weight_files(directory)
     options = {
         "config": config,
         "dtype": resolved,
-        "attn_implementation": resolve_attention(attention, device),
+        "attn_implementation": resolve_attention(attention, runs_on),
         "quantization_config": _quantization_config(quantization, resolved),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
     }

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -80,26 +79,28 @@ class RunDirectory:
             )
 
     def create(self, recipe_yaml: str, *, replace: bool = False) -> None:
-        """Makes the directory with recipe.yaml and run.json in it; with `replace`, an existing run is removed first.
+        """Makes the directory with recipe.yaml and run.json in it, as one step; with `replace`, in an existing run's place.
+
+        Call it with the lock held: what a killed process left beside the directory is removed.
 
         Raises:
             InputError: as `check_free`.
         """
         self.check_free(replace=replace)
-        if self.path.exists():
-            aside = self.path.with_name(f"{storage.STAGING_PREFIX}old-{self.path.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            self.path.rename(aside)
-            shutil.rmtree(aside)
-        self.path.mkdir(parents=True)
-        storage.write_atomic(self.recipe_path, recipe_yaml)
-        storage.write_json(self.status_path, {"name": self.path.name, "status": "running", "created_at": now()})
+        storage.remove_staging(self.path.parent, self.path.name)
+        status = {"name": self.path.name, "status": "running", "created_at": now()}
+        with storage.staged_directory(self.path, overwrite=True) as staging:
+            storage.write_durable(staging / self.recipe_path.name, recipe_yaml.encode())
+            storage.write_durable(staging / self.status_path.name, storage.json_bytes(status))
 
     def _exists_message(self) -> str:
         status = self.read_status()["status"]
         if status == "finished":
             return f"{self.path} holds a finished run. Use --fresh to replace it, or another name (name=NEW)."
-        return f"{self.path} holds a run that is {status}. Use --resume to continue it or --fresh to start over."
+        if status == "running" and in_use(self.path):
+            return _in_use_message(self.path)
+        ended = {"running": "was killed", "stopped": "was stopped"}.get(status, status)
+        return f"{self.path} holds a run that {ended}. Use --resume to continue it or --fresh to start over."
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -110,13 +111,65 @@ class RunDirectory:
         Raises:
             InputError: another process holds it.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path.parent / f".{self.path.name}.lock", "a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(f"{self.path} is in use by another linchain process; wait for it or stop it") from None
+        with locked(self.path):
             yield
+
+
+class ComparisonDirectory:
+    """Paths of one comparison; its arms are run directories below arms/. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.definition_path = self.path / "comparison.json"
+        self.results_path = self.path / "results.json"
+        self.table_path = self.path / "results.csv"
+        self.runs_table_path = self.path / "runs.csv"
+        self.plot_path = self.path / "loss.png"
+        self.arms_dir = self.path / "arms"
+
+    def exists(self) -> bool:
+        """Whether this is a comparison's directory."""
+        return self.definition_path.is_file()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps every other linchain process out of the directory `path`, by a lock file beside it.
+
+    Raises:
+        InputError: another process holds it, or nothing can be written there.
+    """
+    try:
+        storage.make_directory(path.parent)
+        lock = open(_lock_path(path), "a")
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); choose another output_dir") from error
+    with lock as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(_in_use_message(path)) from None
+        yield
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds the lock of `path` now."""
+    try:
+        with open(_lock_path(path)) as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _lock_path(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
+def _in_use_message(path: Path) -> str:
+    return f"{path} is in use by another linchain process; wait for it or stop it"
 
 
 def is_run(path: Path | str) -> bool:
@@ -163,13 +216,18 @@ def find_run(path: Path | str | None, *, finished: bool = True) -> RunDirectory:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a JSON-lines file; a last line that a killed process left torn is dropped."""
+    """The rows of a JSON-lines file, up to the first line that a killed process or a lost disk block left damaged."""
     if not path.is_file():
         return []
     rows = []
     for line in path.read_bytes().splitlines(keepends=True):
-        if line.endswith(b"\n"):
-            rows.append(json.loads(line))
+        try:
+            row = json.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
 
 
@@ -179,12 +237,11 @@ def jsonl_bytes(rows: list[dict[str, Any]]) -> bytes:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Adds one row at the end of a JSON-lines file, in a single write."""
-    with open(path, "ab") as handle:
-        handle.write(jsonl_bytes([row]))
+    """Adds one row at the end of a JSON-lines file."""
+    storage.append(path, jsonl_bytes([row]))
 
 
 def cut_jsonl(path: Path, last_step: int) -> None:
-    """Drops the rows of steps after `last_step`, and a torn last line."""
+    """Drops the rows of steps after `last_step`, and what is damaged."""
     if path.is_file():
-        storage.write_atomic(path, jsonl_bytes([row for row in read_jsonl(path) if row["step"] <= last_step]))
+        storage.write_atomic(path, jsonl_bytes([row for row in read_jsonl(path) if row.get("step", 0) <= last_step]))

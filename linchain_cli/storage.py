@@ -2,16 +2,18 @@
 
 A reader sees either what was there before or all of what replaces it. Files are written to a
 sibling name, fsynced, renamed over the target, and the parent directory is fsynced. The few
-functions that touch the disk (`_write`, `_fsync`, `_rename`) are module attributes, so that tests
-can make each of them fail in turn.
+functions that change the disk (`_write`, `_fsync`, `_rename`, `_mkdir`) are module attributes, so
+that tests can make each of them fail in turn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -35,18 +37,60 @@ def _rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def fsync_directory(path: Path) -> None:
-    """Makes the directory's entries durable (a rename is not, until its parent is synced)."""
+def _mkdir(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Puts the file's name into an error of a write or a sync, which the system does not do."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def fsync_file(path: Path) -> None:
+    """Makes what was written to a file durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        _fsync(descriptor)
+        with _naming(path):
+            _fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def fsync_directory(path: Path) -> None:
+    """Makes the directory's entries durable (a rename is not, until its parent is synced)."""
+    try:
+        fsync_file(path)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a directory; there is nothing better to do on them.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory and its missing parents, each made durable in the one above it."""
+    path = Path(path)
+    if path.is_dir():
+        return
+    make_directory(path.parent)
+    _mkdir(path)
+    fsync_directory(path.parent)
+
+
+def append(path: Path, data: bytes) -> None:
+    """Adds to the end of a file. What is added is durable only after `fsync_file`."""
+    with _naming(path), open(path, "ab") as handle:
+        _write(handle, data)
+
+
 def write_durable(path: Path, data: bytes) -> None:
     """Writes and fsyncs a file in place: for files of a directory that is itself staged."""
-    with open(path, "wb") as handle:
+    with _naming(path), open(path, "wb") as handle:
         _write(handle, data)
         handle.flush()
         _fsync(handle.fileno())
@@ -92,10 +136,10 @@ def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     With `overwrite`, an existing target is moved aside first, and put back if the rename fails.
     """
     target = Path(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(target.parent)
     staging = target.with_name(f"{STAGING_PREFIX}{target.name}-{os.getpid()}")
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    _mkdir(staging)
     try:
         yield staging
         _sync_tree(staging)
@@ -108,11 +152,7 @@ def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
 def _sync_tree(root: Path) -> None:
     for folder, _, names in os.walk(root):
         for name in names:
-            descriptor = os.open(os.path.join(folder, name), os.O_RDONLY)
-            try:
-                _fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            fsync_file(Path(folder, name))
         fsync_directory(Path(folder))
 
 
@@ -132,9 +172,24 @@ def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_staging(directory: Path) -> None:
-    """Removes what a killed process left half-written in `directory`."""
-    for leftover in Path(directory).glob(f"{STAGING_PREFIX}*"):
+def remove_directory(path: Path) -> None:
+    """Removes a directory so that it is never seen half removed: it is renamed first."""
+    aside = path.with_name(f"{STAGING_PREFIX}old-{path.name}-{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    _rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_staging(directory: Path, name: str | None = None) -> None:
+    """Removes what a killed process left half-written in `directory`: of everything, or of the target `name` only.
+
+    The caller sees to it that no other process writes there now.
+    """
+    which = ".+" if name is None else rf"(old-)?{re.escape(name)}-\d+"
+    pattern = re.compile(re.escape(STAGING_PREFIX) + which)
+    for leftover in Path(directory).iterdir() if Path(directory).is_dir() else ():
+        if not pattern.fullmatch(leftover.name):
+            continue
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:

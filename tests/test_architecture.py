@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "linchain_cli"
 LEVELS = [
     {"cli": ["cli", "__main__"]},
     {"commands": ["commands"]},
+    {"comparison": ["comparison"]},
     {"training": ["training"], "evaluation": ["evaluation"], "export": ["export"], "report": ["report"]},
     {"data": ["data"]},
     {
@@ -21,7 +22,7 @@ LEVELS = [
         "recipe": ["recipe"],
         "run": ["run"],
     },
-    {"base": ["__init__", "errors", "storage", "shipped"]},
+    {"base": ["__init__", "errors", "storage", "machine", "shipped"]},
 ]
 ROOM_OF = {module: room for level in LEVELS for room, modules in level.items() for module in modules}
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}

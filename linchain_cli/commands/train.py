@@ -14,6 +14,7 @@ from linchain_cli.errors import InputError
 if TYPE_CHECKING:
     from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import Recipe
+    from linchain_cli.run import RunDirectory
     from linchain_cli.training.job import Job
 
 
@@ -36,36 +37,32 @@ def run(
     directory = RunDirectory(loaded.run_path)
     if not (resume and directory.exists()):
         directory.check_free(replace=fresh)
-    from linchain_cli.training.launch import launched, run_processes, wanted_processes
+    # A misspelt task should be told before hours of training, not after.
+    tasks = _tasks(loaded)
+    from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
 
     if not launched() and (processes := wanted_processes(nproc)) > 1:
         raise typer.Exit(run_processes(sys.argv[1:], processes))
-    _train(loaded, directory, resume, fresh)
+    end_with_launcher()
+    _train(loaded, directory, tasks, resume, fresh)
 
 
-def _train(recipe: Recipe, directory, resume: bool, fresh: bool) -> None:
+def _train(recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: bool, fresh: bool) -> None:
     from linchain_cli.report.plots import loss_plot
+    from linchain_cli.training.processes import disconnect, is_first_process
     from linchain_cli.training.runner import run_training
 
-    # A misspelt task should be told before hours of training, not after.
-    tasks = _tasks(recipe)
     try:
         job = run_training(recipe, resume=resume, fresh=fresh)
     finally:
-        if directory.exists() and _is_first_process():
+        if is_first_process() and directory.exists():
             loss_plot(directory)
-    if job is None:
-        return
-    if tasks:
-        _evaluate(job, tasks)
-    if job.accelerator.is_main_process:
-        print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
-
-
-def _is_first_process() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
+    if job is not None:
+        if tasks:
+            _evaluate(job, tasks)
+        if is_first_process():
+            print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
+    disconnect()
 
 
 def _tasks(recipe: Recipe) -> list[Task]:
@@ -80,8 +77,10 @@ def _tasks(recipe: Recipe) -> list[Task]:
 def _evaluate(job: Job, tasks: list[Task]) -> None:
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.show import print_results
+    from linchain_cli.training.processes import is_first_process
 
-    protocol = job.recipe.evaluation.protocol
+    protocol, sharded = job.recipe.evaluation.protocol, job.base.sharded
+    out = job.run.eval_dir / f"{protocol}.json"
     results = evaluate(
         job.model,
         job.base.tokenizer,
@@ -89,7 +88,10 @@ def _evaluate(job: Job, tasks: list[Task]) -> None:
         tasks,
         name=str(job.run.path),
         protocol=protocol,
-        out=job.run.eval_dir / f"{protocol}.json",
+        out=None if sharded else out,
+        share=not sharded,
     )
-    if job.accelerator.is_main_process:
+    if is_first_process():
+        if sharded:
+            results.write(out)
         print_results(results)

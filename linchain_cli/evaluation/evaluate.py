@@ -121,6 +121,7 @@ def evaluate(
     identity: Mapping[str, Any] | None = None,
     out: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
+    share: bool = True,
 ) -> Results:
     """Evaluates a loaded model (on whichever device it is, its chain layers folded) on tasks.
 
@@ -131,14 +132,14 @@ def evaluate(
         out: where the result goes. With it, finished rows are kept on disk from batch to batch, a stopped
             evaluation of the same model, rows and settings continues, and the result is written at the end.
         on_progress: called with the task's name, the rows done and all rows, after each batch.
-
-    Under torch.distributed the processes share the batches, and each returns all results; the first one writes.
+        share: under torch.distributed the processes share the batches, each returns all results, and the first one
+            writes. Otherwise each process runs all batches, which a model that is spread over them needs.
 
     Raises:
         InputError: a task cannot be evaluated under this protocol, or a row cannot be encoded.
     """
     settings = _settings(model, template, tasks, name, protocol, beams, identity)
-    rank, world = _rank_and_world()
+    rank, world = _rank_and_world() if share else (0, 1)
     progress = Progress(out, _fingerprint(settings, template, tasks), rank) if out is not None else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
@@ -157,7 +158,7 @@ def evaluate(
     finally:
         if progress:
             progress.close()
-    results = summarise(tasks, _gather(list(done.values())), settings)
+    results = summarise(tasks, _gather(list(done.values()), world), settings)
     if out is not None and rank == 0:
         results.write(out)
         progress.remove()
@@ -232,9 +233,8 @@ def _rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-def _gather(predictions: list[Prediction]) -> list[Prediction]:
+def _gather(predictions: list[Prediction], world: int) -> list[Prediction]:
     """The rows of all processes, on each of them."""
-    _, world = _rank_and_world()
     if world == 1:
         return predictions
     parts: list[Any] = [None] * world

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -44,15 +43,15 @@ class CheckpointStore:
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, files: Mapping[str, bytes]) -> Path:
-        """Writes a checkpoint as one step and removes the oldest beyond `keep`."""
+        """Writes a checkpoint as one step, then removes the oldest beyond `keep`."""
         target = self.path(step)
-        with storage.staged_directory(target, overwrite=True) as staging:
+        with storage.staged_directory(target) as staging:
             for name, data in files.items():
                 storage.write_durable(staging / name, data)
             listing = {name: {"bytes": len(data), "sha256": storage.sha256_bytes(data)} for name, data in files.items()}
             storage.write_durable(staging / MANIFEST, storage.json_bytes({"step": step, "files": listing}))
         for old in self.steps()[: -self.keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+            storage.remove_directory(self.path(old))
         return target
 
     def read(self, step: int) -> dict[str, bytes]:
@@ -62,28 +61,35 @@ class CheckpointStore:
             InputError: a file is missing, truncated or altered; the message names it.
         """
         directory = self.path(step)
-        try:
-            listing = json.loads((directory / MANIFEST).read_bytes())["files"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{directory / MANIFEST} is missing or damaged ({error})") from error
         files = {}
-        for name, entry in listing.items():
+        for name, size, sha256 in self._listing(step):
             path = directory / name
             try:
                 data = path.read_bytes()
             except OSError as error:
                 raise InputError(f"{path} cannot be read ({error.strerror})") from error
-            if len(data) != entry["bytes"]:
-                raise InputError(f"{path} is truncated: {len(data)} of {entry['bytes']} bytes")
-            if storage.sha256_bytes(data) != entry["sha256"]:
+            if len(data) != size:
+                raise InputError(f"{path} is truncated: {len(data)} of {size} bytes")
+            if storage.sha256_bytes(data) != sha256:
                 raise InputError(f"{path} is damaged: its SHA-256 is not the manifest's")
             files[name] = data
         return files
 
+    def _listing(self, step: int) -> list[tuple[str, int, str]]:
+        path = self.path(step) / MANIFEST
+        try:
+            manifest = json.loads(path.read_bytes())
+            listing = [(name, entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()]
+            if manifest["step"] != step or any("/" in name for name, *_ in listing):
+                raise ValueError("it is another checkpoint's")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is missing or damaged ({error})") from error
+        return listing
+
     def read_latest(self, note: Callable[[str], None]) -> tuple[int, dict[str, bytes]] | None:
         """The newest checkpoint that verifies, None when there is none at all.
 
-        A damaged one is passed over and `note` is told which and why; it stays on disk under a name that says so.
+        A damaged one is passed over, and `note` is told which and why.
 
         Raises:
             InputError: there are checkpoints, but every one of them is damaged.
@@ -91,10 +97,13 @@ class CheckpointStore:
         problems = []
         for step in reversed(self.steps()):
             try:
-                return step, self.read(step)
+                files = self.read(step)
             except InputError as error:
                 problems.append(str(error))
-                note(f"{error}: falling back to the checkpoint before")
+                continue
+            for problem in problems:
+                note(f"{problem}: falling back to the checkpoint before")
+            return step, files
         if problems:
             raise InputError(
                 f"no checkpoint below {self.directory} can be used: {'; '.join(problems)}. Start over with --fresh."
@@ -105,4 +114,7 @@ class CheckpointStore:
         """Sets aside checkpoints later than `step` (damaged ones that a resume fell back from)."""
         for later in self.steps():
             if later > step:
-                self.path(later).rename(self.directory / f"damaged-step-{later:06d}")
+                aside = self.directory / f"damaged-step-{later:06d}"
+                if aside.exists():
+                    storage.remove_directory(aside)
+                self.path(later).rename(aside)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable
@@ -9,53 +10,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from linchain_cli import __version__
-from linchain_cli.chain import Adapter, ChainConfig, ChainLinear, adapter_files, adapter_of, attach, inject, load_adapter
+from linchain_cli import __version__, storage
+from linchain_cli.chain import (
+    Adapter,
+    ChainConfig,
+    ChainLinear,
+    adapter_files,
+    adapter_of,
+    inject,
+    load_adapter,
+    load_tensors,
+)
+from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.data.batches import steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.errors import InputError
-from linchain_cli.head import check_split
-from linchain_cli.model import base_hash, load_model, load_tokenizer, locate, text_decoder_prefix
+from linchain_cli.model import text_decoder_prefix
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training import optimizer as optimizers
 from linchain_cli.training import state as states
+from linchain_cli.training.base import Base, load_base
+from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
-from linchain_cli.training.processes import on_main
+from linchain_cli.training.fingerprints import fingerprints, refuse_differences
+from linchain_cli.training.processes import from_main, on_main, together
 from linchain_cli.training.state import TrainingState
-
-
-@dataclass
-class Base:
-    """A frozen base model with its tokenizer; one may serve several runs after another."""
-
-    directory: Path
-    model: nn.Module
-    tokenizer: Any
-    hash: str
-
-    @property
-    def pad_id(self) -> int:
-        """What fills short rows. No loss ever reads it, so any token does where a tokenizer has none for it."""
-        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in candidates if token is not None)
-
-
-def load_base(recipe: Recipe, device: torch.device) -> Base:
-    """Finds and loads a recipe's base model and tokenizer. Raises InputError as `model.locate` and `load_model` do."""
-    config = recipe.model
-    directory = locate(config.path, config.revision)
-    tokenizer = load_tokenizer(directory)
-    model = load_model(
-        directory, dtype=config.dtype, device=device, quantization=config.quantization, attention=config.attention
-    )
-    check_split(model)
-    return Base(directory, model, tokenizer, base_hash(directory))
 
 
 @dataclass
@@ -71,8 +55,6 @@ class Job:
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
-    steps_per_epoch: int
-    total_steps: int
     fingerprints: dict[str, Any]
     state: TrainingState = field(default_factory=TrainingState)
     best: dict[str, Tensor] | None = None
@@ -85,37 +67,49 @@ class Job:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.data.train), self.recipe.training.global_batch_size)
+
+    @property
+    def total_steps(self) -> int:
+        training = self.recipe.training
+        return training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
+
     def adapter(self) -> Adapter:
         """The adapter as it stands."""
-        recipe = self.recipe
-        base = {"path": recipe.model.path, "revision": recipe.model.revision, "hash": self.base.hash}
-        return adapter_of(self.model, chain_config(recipe), base)
+        model = self.recipe.model
+        base = {"path": model.path, "revision": model.revision, "hash": self.base.hash}
+        return adapter_of(self.model, chain_config(self.recipe), base)
 
     def checkpoint_files(self) -> dict[str, bytes]:
         """The files of a checkpoint of this moment."""
-        from linchain_cli import storage
-
         files = adapter_files(self.adapter())
         optimizer = optimizers.optimizer_state(self.optimizer, self.parameters)
         files[states.OPTIMIZER_FILE] = storage.tensor_bytes(optimizer)
         if self.best is not None and self.state.best_step != self.state.step:
             files[states.BEST_FILE] = storage.tensor_bytes(self.best)
-        files[states.STATE_FILE] = states.state_bytes(self.state, self.fingerprints)
+        about = {"fingerprints": self.fingerprints, "total_steps": self.total_steps, "versions": versions()}
+        files[states.STATE_FILE] = states.state_bytes(self.state, about)
         return files
 
-    def load_checkpoint(self, files: dict[str, bytes]) -> None:
-        """Continues from a checkpoint's files. Raises InputError when they belong to another run."""
+    def load_checkpoint(self, files: dict[str, bytes]) -> dict[str, Any]:
+        """Continues from a checkpoint's files, and returns what state.json tells beside the state.
+
+        Raises:
+            InputError: they belong to another run.
+        """
         from safetensors.torch import load
 
-        from linchain_cli.chain.files import TENSORS_FILE
-
-        self.state, saved = states.read_state(files[states.STATE_FILE])
-        states.refuse_differences(saved, self.fingerprints)
+        state, about = states.read_state(files[states.STATE_FILE])
+        refuse_differences(about["fingerprints"], self.fingerprints)
+        self.state = state
         states.restore(self.parameters, load(files[TENSORS_FILE]))
         optimizers.load_optimizer_state(self.optimizer, self.parameters, load(files[states.OPTIMIZER_FILE]))
-        if self.state.best_step is not None:
+        if self.recipe.training.keep == "best" and state.best_step is not None:
             best = files.get(states.BEST_FILE)
             self.best = load(best) if best else states.snapshot(self.parameters)
+        return about
 
 
 def chain_config(recipe: Recipe) -> ChainConfig:
@@ -130,22 +124,23 @@ def chain_config(recipe: Recipe) -> ChainConfig:
 def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, ChainLinear]:
     """Injects the recipe's chains, with the values of `adapter.init_from` if it names an adapter."""
     config = chain_config(recipe)
+    source = recipe.adapter.init_from
+    adapter = load_adapter(Path(source)) if source else None
     layers = inject(model, config, recipe.seed, text_decoder_prefix(model))
-    if recipe.adapter.init_from is None:
+    if adapter is None:
         return layers
-    adapter = load_adapter(Path(recipe.adapter.init_from))
-    if (adapter.config.rank, adapter.config.depth, adapter.config.alpha) != (config.rank, config.depth, config.alpha):
-        raise InputError(
-            f"adapter.init_from: {recipe.adapter.init_from} has rank {adapter.config.rank}, depth {adapter.config.depth} and"
-            f" alpha {adapter.config.alpha:g}; the recipe asks for {config.rank}, {config.depth} and {config.alpha:g}"
-        )
-    if set(adapter.tensors) != set(layers):
-        other = sorted(set(adapter.tensors) ^ set(layers))
-        raise InputError(f"adapter.init_from: {recipe.adapter.init_from} adapts other modules than the recipe (e.g. {other[0]})")
-    from linchain_cli.chain import detach
-
-    detach(model)
-    return attach(model, adapter, config.dropout)
+    theirs, ours = ((c.rank, c.depth, c.alpha) for c in (adapter.config, config))
+    if theirs != ours:
+        found, wanted = ("rank {}, depth {} and alpha {:g}".format(*values) for values in (theirs, ours))
+        raise InputError(f"adapter.init_from: {source} has {found}; the recipe asks for {wanted}")
+    shapes = {path: [tensor.shape for tensor in chain] for path, chain in adapter.tensors.items()}
+    wanted = {path: [layer.A.shape, layer.links.shape, layer.B.shape] for path, layer in layers.items()}
+    different = sorted(path for path in shapes.keys() | wanted.keys() if shapes.get(path) != wanted.get(path))
+    if different:
+        raise InputError(f"adapter.init_from: {source} adapts other modules than the recipe does (e.g. {different[0]})")
+    for path, layer in layers.items():
+        load_tensors(layer, adapter.tensors[path])
+    return layers
 
 
 def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: Base | None = None) -> Job:
@@ -157,66 +152,108 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
     Raises:
         InputError: whatever is wrong with model, data or adapter.
     """
-    base = base or load_base(recipe, accelerator.device)
+    base = base or load_base(recipe, accelerator)
     # The first process encodes; the others find its cache.
     data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer))
-    data = data or prepare_data(recipe.data, base.tokenizer)
-    layers = put_in_chains(base.model, recipe)
-    parameters = optimizers.trained_parameters(layers)
+    data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer))
+    layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
     training = recipe.training
-    optimizer = optimizers.build_optimizer(parameters, training.weight_decay, training.lr_multiplier.model_dump())
-    per_epoch = steps_per_epoch(len(data.train), training.global_batch_size)
-    total_steps = training.max_steps or int(np.ceil(training.epochs * per_epoch))
-    fingerprints = {
-        "recipe": states.flat_recipe(recipe.model_dump(mode="json")),
-        "data": data.report.fingerprint,
-        "base": base.hash,
-        "threads": torch.get_num_threads() if accelerator.device.type == "cpu" else None,
-        "world_size": accelerator.num_processes,
-    }
-    store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
-    return Job(
-        recipe, run, accelerator, base, layers, data, parameters, optimizer, store, per_epoch, total_steps, fingerprints
+    set_up_blocks(base.model, recompute=training.gradient_checkpointing, compiled=training.compile)
+    parameters = optimizers.trained_parameters(layers)
+    optimizer = optimizers.build_optimizer(
+        training.optimizer, parameters, training.weight_decay, training.lr_multiplier.model_dump()
     )
+    marks = fingerprints(
+        recipe,
+        data=data.report.fingerprint,
+        validation=data.validation_report.fingerprint if data.validation_report else None,
+        base=base.hash,
+        dtype=_name(base.model.dtype),
+        device=accelerator.device.type,
+        threads=torch.get_num_threads() if accelerator.device.type == "cpu" else None,
+        world_size=accelerator.num_processes,
+        sharded=base.sharded,
+    )
+    store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
+    return Job(recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks)
+
+
+def warnings(job: Job) -> list[str]:
+    """What the user should know before the first step."""
+    recipe = job.recipe
+    found = list(job.data.report.warnings)
+    if recipe.adapter.init_from:
+        trained_on = load_adapter(Path(recipe.adapter.init_from)).base.get("hash")
+        if trained_on not in (None, job.base.hash):
+            found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
+    if optimizers.is_unpaged(recipe.training.optimizer, job.device):
+        found.append("training.optimizer: the CPU has nothing to page to, so paged_adamw_8bit runs as adamw_8bit")
+    return found
 
 
 def resume(job: Job, note: Callable[[str], None]) -> None:
-    """Continues a job from its newest usable checkpoint, or from step 0 when there is none; says which."""
-    found = job.store.read_latest(note)
+    """Continues a job from its newest usable checkpoint, or from step 0 when there is none; says which.
+
+    The first process reads it; the others may be on machines that do not see the run directory.
+
+    Raises:
+        InputError: the checkpoint belongs to another run, or none is usable.
+    """
+    accelerator, run = job.accelerator, job.run
+    found = from_main(accelerator, on_main(accelerator, lambda: job.store.read_latest(note)))
     if found is None:
-        note(f"{job.run.path} has no checkpoint yet: starting at step 0")
+        note(f"{run.path} has no checkpoint yet: starting at step 0")
         return
     step, files = found
-    job.load_checkpoint(files)
-    saved_steps = job.run.read_status().get("total_steps")
-    if saved_steps not in (None, job.total_steps):
-        note(f"the run now ends at step {job.total_steps} instead of {saved_steps}: the learning rate follows the new length")
-    note(f"resuming {job.run.path} after step {step} of {job.total_steps}")
+    about = together(accelerator, lambda: job.load_checkpoint(files))
+    if about["total_steps"] != job.total_steps:
+        note(
+            f"the run now ends at step {job.total_steps} instead of {about['total_steps']}:"
+            " the learning rate follows the new length"
+        )
+    changed = {name: version for name, version in versions().items() if about["versions"].get(name) != version}
+    if changed:
+        listing = ", ".join(f"{name} {version} (was {about['versions'].get(name)})" for name, version in changed.items())
+        note(f"this is {listing}: the end may differ in its last bits")
+    note(f"resuming {run.path} after step {step} of {job.total_steps}")
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide what is computed."""
+    import accelerate
+    import transformers
+
+    return {
+        "linchain": __version__, "python": platform.python_version(), "torch": torch.__version__,
+        "transformers": transformers.__version__, "accelerate": accelerate.__version__,
+    }  # fmt: skip
 
 
 def description(job: Job) -> dict[str, Any]:
     """What run.json tells about a job besides its status."""
-    import accelerate
-    import transformers
-
-    data, parameters = job.data.report, job.parameters
+    data, parameters, recipe = job.data.report, job.parameters, job.recipe
     return {
-        "versions": {
-            "linchain": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "accelerate": accelerate.__version__,
+        "versions": versions(),
+        "hashes": {
+            "recipe": storage.sha256_bytes(recipe.to_yaml().encode()), "data": data.fingerprint, "base": job.base.hash,
         },
-        "hashes": {"data": data.fingerprint, "base": job.base.hash},
-        "base": {"path": job.recipe.model.path, "directory": str(job.base.directory), "dtype": str(job.model.dtype).removeprefix("torch.")},
-        "seed": job.recipe.seed,
+        "base": {"path": recipe.model.path, "directory": str(job.base.directory), "dtype": _name(job.model.dtype)},
+        "seed": recipe.seed,
+        "split_seed": recipe.data.split_seed,
         "machine": {
             "device": str(job.device), "processor": _processor(job.device), "threads": torch.get_num_threads(),
-            "processes": job.accelerator.num_processes,
+            "processes": job.accelerator.num_processes, "sharded": job.base.sharded,
         },
         "total_steps": job.total_steps,
+        "micro_batch_size": job.state.micro_batch_size,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "adapted_modules": len(job.layers),
         "rows": data.counts(),
     }  # fmt: skip
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _processor(device: torch.device) -> str:

@@ -7,6 +7,7 @@ on and waits: children finish their optimizer step and save, and the parent exit
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -15,9 +16,14 @@ import sys
 import time
 from collections.abc import Sequence
 
+from linchain_cli.errors import InputError
+from linchain_cli.machine import cpu_limit
+
 POLL_SECONDS = 0.1
 # After one process has failed, the others may still be waiting for it in a collective: they get this long to end.
 GRACE_SECONDS = 15.0
+PARENT = "LINCHAIN_LAUNCHER_PID"
+_PR_SET_PDEATHSIG = 1
 
 
 def launched() -> bool:
@@ -26,12 +32,20 @@ def launched() -> bool:
 
 
 def wanted_processes(nproc: int | None) -> int:
-    """How many processes `linchain train` runs on: `--nproc`, else one per visible GPU, else one."""
-    if nproc is not None:
-        return nproc
+    """How many processes `linchain train` runs on: `nproc`, else one per visible GPU, else one.
+
+    Raises:
+        InputError: `nproc` are more than there are GPUs.
+    """
     import torch
 
-    return max(1, torch.cuda.device_count())
+    gpus = torch.cuda.device_count()
+    if nproc is not None and gpus and nproc > gpus:
+        raise InputError(
+            f"--nproc {nproc}: only {gpus} GPU{'s are' if gpus > 1 else ' is'} visible, and each process needs one."
+            " Set CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU."
+        )
+    return nproc or max(1, gpus)
 
 
 def run_processes(arguments: Sequence[str], nproc: int) -> int:
@@ -39,9 +53,11 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
 
     The first process that fails decides the code; 130 or 143 when a signal stopped them.
     """
-    environment = os.environ | {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    environment = os.environ | {
+        "WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), PARENT: str(os.getpid()),
+    }  # fmt: skip
     if "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // nproc))
+        environment["OMP_NUM_THREADS"] = str(max(1, cpu_limit() // nproc))
     command = [sys.executable, "-m", "linchain_cli", *arguments]
     children = [
         subprocess.Popen(
@@ -67,6 +83,17 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
         for child in children:
             if child.poll() is None:
                 child.kill()
+                child.wait()
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel to send this process SIGTERM when the `run_processes` that started it dies, however it dies."""
+    parent = os.environ.get(PARENT)
+    if parent is None or not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _wait(children: list[subprocess.Popen]) -> int:
@@ -79,6 +106,8 @@ def _wait(children: list[subprocess.Popen]) -> int:
             break
         time.sleep(POLL_SECONDS)
     code = failed or next((child.returncode for child in children if child.returncode), 0)
+    if code == -signal.SIGKILL:
+        print("error: a process was killed from outside (when memory runs out, the kernel does so)", file=sys.stderr)
     return 128 - code if code < 0 else code
 
 

@@ -7,19 +7,23 @@ import hashlib
 import math
 import signal
 import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from linchain_cli import run as runs
+from linchain_cli import storage
 from linchain_cli.chain import folded
 from linchain_cli.data.batches import collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError, Stopped
-from linchain_cli.training import loss, state as states
+from linchain_cli.training import loss
+from linchain_cli.training import state as states
 from linchain_cli.training.job import Job
 from linchain_cli.training.metrics import Interval, peak_memory_bytes
 from linchain_cli.training.optimizer import set_learning_rate
-from linchain_cli.training.processes import sum_over_processes
+from linchain_cli.training.processes import on_main, raise_on_all, sum_over_processes
 from linchain_cli.training.progress import Display
 from linchain_cli.training.schedule import learning_rate
 from linchain_cli.training.signals import StopRequest
@@ -32,33 +36,33 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
         Stopped: a signal asked for it; the state is saved.
         LinchainError: the loss or the gradient stopped being finite; the checkpoints are kept.
     """
-    training, state = job.recipe.training, job.state
+    training, state, data = job.recipe.training, job.state, job.data.train
     interval = Interval()
-    while state.step < job.total_steps:
+    stop.deferred = True
+    while state.step < job.total_steps and not stops_early(job):
         started = time.perf_counter()
+        rows = step_rows(len(data), job.recipe.seed, training.global_batch_size, state.step)
         rate = learning_rate(
             state.step, job.total_steps, training.learning_rate, training.warmup_steps, training.lr_scheduler
         )
-        set_learning_rate(job.optimizer, rate)
-        rows = step_rows(len(job.data.train), job.recipe.seed, training.global_batch_size, state.step)
-        step_loss, norm, signum, slots = optimizer_step(job, rows, stop)
+        step = optimizer_step(job, rows, rate, stop)
 
         state.step += 1
-        state.tokens += (tokens := int(job.data.train.lengths[rows].sum()))
-        state.supervised_tokens += int(job.data.train.supervised_counts[rows].sum())
-        seconds = time.perf_counter() - started
-        state.seconds += seconds
-        interval.add(seconds, tokens, slots)
-        display.step(state.step, step_loss, interval.tokens / interval.seconds)
+        state.rows += len(rows)
+        state.tokens += (tokens := int(data.lengths[rows].sum()))
+        state.supervised_tokens += int(data.supervised_counts[rows].sum())
+        state.seconds += (seconds := time.perf_counter() - started)
+        interval.add(seconds, tokens, step.slots)
+        display.step(state.step, step.loss, interval.tokens / interval.seconds)
         _record_rows(job, rows)
         last = state.step == job.total_steps
         if state.step % training.log_every == 0 or last:
             row = {
                 "step": state.step,
                 "epoch": round(state.step / job.steps_per_epoch, 4),
-                "loss": step_loss,
+                "loss": step.loss,
                 "learning_rate": rate,
-                "grad_norm": norm,
+                "grad_norm": step.grad_norm,
                 "tokens": state.tokens,
                 "supervised_tokens": state.supervised_tokens,
                 **interval.row(),
@@ -68,57 +72,98 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
             display.row(row)
             interval = Interval()
 
-        stale = False
-        if len(job.data.validation or ()) and (state.step % training.eval_every == 0 or last):
-            stale = validate(job, display)
-        if state.step % training.save_every == 0 or last or signum or stale:
+        if job.data.validation is not None and (state.step % training.eval_every == 0 or last):
+            validate(job, display)
+        if state.step % training.save_every == 0 or last or step.signum or stops_early(job):
             save(job)
-        if signum:
-            raise Stopped(f"stopped at step {state.step} of {job.total_steps}; continue with --resume", signum)
-        if stale:
-            display.note(f"stopping early at step {state.step}: {state.stale} validations without a lower loss")
-            return
+        if step.signum:
+            message = f"stopped at step {state.step} of {job.total_steps}; continue with --resume"
+            raise_on_all(job.accelerator, Stopped(message, step.signum))
+    if stops_early(job):
+        display.note(f"stopped early at step {state.step}: {state.stale} validations without a lower loss")
 
 
-def optimizer_step(job: Job, rows: np.ndarray, stop: StopRequest) -> tuple[float, float, int, int]:
+def stops_early(job: Job) -> bool:
+    """Whether the validation loss has not improved for as many validations as the recipe tolerates."""
+    patience = job.recipe.training.early_stopping
+    return patience is not None and job.state.stale >= patience
+
+
+class Step(NamedTuple):
+    """What one optimizer step was, over all processes.
+
+    `loss` is the mean over its supervised tokens, `grad_norm` the gradient's norm before clipping, `slots` the tokens
+    computed, padding included, and `signum` the signal that asked any process to stop, 0 for none.
+    """
+
+    loss: float
+    grad_norm: float
+    slots: int
+    signum: int
+
+
+def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -> Step:
     """One step over `rows` (global row numbers): forward and backward of all micro-batches, one sum, one update.
 
-    Returns:
-        The mean loss over the step's supervised tokens, the gradient's norm before clipping, the signal that asked
-        any process to stop (0 for none), and the number of token slots computed by all of them, padding included.
+    Raises:
+        LinchainError: loss or gradient norm is not finite. Nothing is updated then, on any process.
     """
-    training, accelerator, data = job.recipe.training, job.accelerator, job.data.train
+    accelerator, data, rank = job.accelerator, job.data.train, job.accelerator.process_index
     scale = 1.0 / float(data.supervised_counts[rows].sum())
-    parts = micro_batches(
-        rows, data.lengths, training.micro_batch_size, rank=accelerator.process_index, world=accelerator.num_processes
-    )
-    total = torch.zeros((), dtype=torch.float32, device=job.device)
-    slots = 0
-    with folded(job.model):
+    parts = micro_batches(rows, data.lengths, job.state.micro_batch_size, rank, accelerator.num_processes)
+    total, slots = torch.zeros((), device=job.device), 0
+    with folded(job.model), _dropout(job):
         for index, part in enumerate(parts):
             if job.recipe.adapter.dropout:
-                torch.manual_seed(dropout_seed(job.recipe.seed, job.state.step, index, accelerator.process_index))
+                torch.manual_seed(dropout_seed(job.recipe.seed, job.state.step, index, rank))
             batch = collate(data, part, job.base.pad_id)
             slots += batch.input_ids.numel()
-            total += loss.backward(job.model, batch.input_ids.to(job.device), batch.labels.to(job.device), scale)
+            total += loss.backward(job.model, batch, scale, job.device)
 
     parameters = list(job.parameters.values())
-    flags = (slots, stop.signum == signal.SIGTERM, stop.signum == signal.SIGINT)
-    extras = torch.stack([total, *(torch.full_like(total, float(flag)) for flag in flags)])
-    total, *flags = sum_over_processes(accelerator, parameters, extras)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm or math.inf)
+    own = [total, *(torch.full_like(total, number) for number in (slots, *_flags(stop.signum)))]
+    total, slots, *flags = sum_over_processes(accelerator, parameters, torch.stack(own))
+    norm = torch.nn.utils.clip_grad_norm_(parameters, job.recipe.training.max_grad_norm or math.inf)
     # The step's only meeting of host and device.
-    step_loss, norm, slots, terminated, interrupted = torch.stack([total, norm, *flags]).tolist()
+    step_loss, norm, slots, *flags = torch.stack([total, norm, slots, *flags]).tolist()
     if not (math.isfinite(step_loss) and math.isfinite(norm)):
-        raise LinchainError(
-            f"step {job.state.step + 1}: the loss is {step_loss} and the gradient norm {norm}; nothing was updated."
-            f" Its rows are {rows.tolist()}. Checkpoints are kept; a lower training.learning_rate or"
-            " model.dtype=float32 may help."
-        )
+        raise_on_all(accelerator, _not_finite(job, rows, step_loss, norm))
+    set_learning_rate(job.optimizer, rate)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    signum = signal.SIGTERM if terminated else signal.SIGINT if interrupted else 0
-    return step_loss, norm, int(signum), int(slots)
+    return Step(step_loss, norm, int(slots), _signum(flags))
+
+
+@contextlib.contextmanager
+def _dropout(job: Job) -> Iterator[None]:
+    """Training mode for the chains alone: whatever dropout the base was made with stays off."""
+    for layer in job.layers.values():
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in job.layers.values():
+            layer.training = False
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+def _flags(signum: int) -> list[float]:
+    """A signal as numbers that can be summed over processes."""
+    return [float(signum == number) for number in _SIGNALS]
+
+
+def _signum(flags: list[float]) -> int:
+    return int(next((number for number, flag in zip(_SIGNALS, flags) if flag), 0))
+
+
+def _not_finite(job: Job, rows: np.ndarray, value: float, norm: float) -> LinchainError:
+    return LinchainError(
+        f"step {job.state.step + 1}: the loss is {value} and the gradient norm {norm}; nothing was updated, the"
+        f" checkpoints are kept. The step's rows are {rows.tolist()}. A lower training.learning_rate or"
+        " model.dtype=float32 may help."
+    )
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
@@ -127,59 +172,57 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
-@contextlib.contextmanager
-def _no_dropout(job: Job):
-    for layer in job.layers.values():
-        layer.training = False
-    try:
-        yield
-    finally:
-        for layer in job.layers.values():
-            layer.training = True
-
-
-@torch.no_grad()
-def validation_loss(job: Job) -> float:
-    """Mean loss over all supervised tokens of the validation rows, shared over the processes."""
-    data, accelerator = job.data.validation, job.accelerator
-    size = job.recipe.training.micro_batch_size
-    total = torch.zeros((), dtype=torch.float64, device=job.device)
-    parts = micro_batches(
-        np.arange(len(data)), data.lengths, size, rank=accelerator.process_index, world=accelerator.num_processes
-    )
-    with folded(job.model), _no_dropout(job):
-        for part in parts:
-            batch = collate(data, part, job.base.pad_id)
-            total += loss.summed_loss(job.model, batch.input_ids.to(job.device), batch.labels.to(job.device))
-    return (accelerator.reduce(total) / data.supervised_counts.sum()).item()
-
-
-def validate(job: Job, display: Display) -> bool:
-    """Measures and records the validation loss, keeps the best adapter; True when it is time to stop early."""
-    state, training = job.state, job.recipe.training
+def validate(job: Job, display: Display) -> None:
+    """Measures and records the validation loss, and keeps the best adapter."""
+    state = job.state
     value = validation_loss(job)
     better = state.best_loss is None or value < state.best_loss
     if better:
         state.best_loss, state.best_step, state.stale = value, state.step, 0
-        if training.keep == "best":
+        if job.recipe.training.keep == "best":
             job.best = states.snapshot(job.parameters)
     else:
         state.stale += 1
     _record(job, {"step": state.step, "epoch": round(state.step / job.steps_per_epoch, 4), "eval_loss": value})
     display.validation(state.step, value, better)
-    return training.early_stopping is not None and state.stale >= training.early_stopping
+
+
+@torch.no_grad()
+def validation_loss(job: Job) -> float:
+    """Mean loss over all supervised tokens of the validation rows, shared over the processes."""
+    accelerator, data = job.accelerator, job.data.validation
+    everything = np.arange(len(data))
+    parts = micro_batches(
+        everything, data.lengths, job.state.micro_batch_size, accelerator.process_index, accelerator.num_processes
+    )
+    total = torch.zeros((), dtype=torch.float64, device=job.device)
+    with folded(job.model):
+        for part in parts:
+            total += loss.summed_loss(job.model, collate(data, part, job.base.pad_id), job.device)
+    return (accelerator.reduce(total, reduction="sum") / data.supervised_counts.sum()).item()
 
 
 def save(job: Job) -> None:
-    """Writes a checkpoint (the first process does; the others wait until it is there)."""
-    if job.accelerator.is_main_process:
+    """Writes a checkpoint: the first process does, the others wait until it is there.
+
+    What was logged so far is made durable first, so no checkpoint is ahead of rows.jsonl and metrics.jsonl.
+    """
+
+    def write() -> None:
+        for path in (job.run.rows_path, job.run.metrics_path):
+            if path.exists():
+                storage.fsync_file(path)
+        storage.fsync_directory(job.run.path)
         job.store.save(job.state.step, job.checkpoint_files())
-    job.accelerator.wait_for_everyone()
+
+    on_main(job.accelerator, write)
 
 
-def _record(job: Job, row: dict) -> None:
+def _record(job: Job, row: dict[str, Any]) -> None:
     if job.accelerator.is_main_process:
         runs.append_jsonl(job.run.metrics_path, row)
+        values = {key: value for key, value in row.items() if key != "step"}
+        job.accelerator.log(values, step=row["step"])
 
 
 def _record_rows(job: Job, rows: np.ndarray) -> None:

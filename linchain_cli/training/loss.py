@@ -6,19 +6,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.head import head_logits, hidden_states
 
-IGNORED = -100
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25
 
 
-def _labelled(model: nn.Module, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states (n, d) of the positions whose next token is labelled, and those n labels."""
-    targets = labels[:, 1:]
-    mask = targets != IGNORED
-    hidden = hidden_states(model, input_ids)
-    return hidden[:, :-1][mask], targets[mask]
+def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Hidden states (n, d) of the positions whose next token is labelled, and those n labels.
+
+    Which positions these are is worked out where the batch lies, on the CPU: a GPU would have to be waited for.
+    """
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True))
+    chosen = hidden.flatten(0, 1).index_select(0, positions.to(device, non_blocking=True))
+    return chosen, targets[positions].to(device, non_blocking=True)
 
 
 def _pieces(model: nn.Module, count: int) -> list[slice]:
@@ -27,30 +31,32 @@ def _pieces(model: nn.Module, count: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, count, size)]
 
 
-def backward(model: nn.Module, input_ids: Tensor, labels: Tensor, scale: float) -> Tensor:
+def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device) -> Tensor:
     """Adds the gradient of `scale` · (summed cross-entropy of this micro-batch) to every trained tensor.
 
     The head runs forward and backward piece by piece, which leaves the gradient of the hidden states; that one then
     goes through the backbone. So logits of at most `LOGITS_BUDGET` values exist at a time, and none is computed twice.
 
     Args:
-        input_ids: (batch, length), right-padded. labels: (batch, length), -100 where nothing is supervised;
-            labels[:, t] is the token at t, predicted from the positions before it.
+        batch: right-padded rows on the CPU; one without labels takes part, with a gradient of zero.
         scale: 1 / (supervised tokens of the whole optimizer step), so that the step's loss is the mean over its
             tokens however they are split into micro-batches and processes.
+        device: the model's.
 
     Returns:
-        The scaled loss, a float32 scalar on the model's device, detached.
+        The scaled loss, a float32 scalar on `device`, detached.
     """
-    hidden, targets = _labelled(model, input_ids, labels)
+    hidden, targets = _labelled(model, batch, device)
     leaf = hidden.detach().requires_grad_()
-    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    leaf.grad = torch.zeros_like(leaf)
+    total = torch.zeros((), dtype=torch.float32, device=device)
     for piece in _pieces(model, len(targets)):
         logits = head_logits(model, leaf[piece])
         loss = scale * F.cross_entropy(_widened(logits), targets[piece], reduction="sum")
         loss.backward()
         total += loss.detach()
-    if leaf.grad is not None and hidden.requires_grad:
+    if hidden.requires_grad:
+        # Also where there was no label: a sharded base expects every process in its backward pass.
         hidden.backward(leaf.grad)
     return total
 
@@ -61,10 +67,10 @@ def _widened(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def summed_loss(model: nn.Module, input_ids: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy over the labelled positions, without gradients: a float64 scalar."""
-    hidden, targets = _labelled(model, input_ids, labels)
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+def summed_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """Summed cross-entropy over the labelled positions, without gradients: a float64 scalar on `device`."""
+    hidden, targets = _labelled(model, batch, device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for piece in _pieces(model, len(targets)):
         total += F.cross_entropy(_widened(head_logits(model, hidden[piece])), targets[piece], reduction="sum")
     return total

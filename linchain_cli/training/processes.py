@@ -1,4 +1,4 @@
-"""What several processes need of each other: errors that reach all of them, and one sum per optimizer step.
+"""What several processes need of each other: to start together, to fail together, and one sum per optimizer step.
 
 Every process holds the adapters whole and steps its own optimizer on the same summed gradient, so they stay equal
 without being sent around.
@@ -6,36 +6,101 @@ without being sent around.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+import os
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from linchain_cli.errors import LinchainError
 
 Result = TypeVar("Result")
 
+# How long processes wait for each other. The first one may encode a large data set or write to a slow disk meanwhile;
+# a process that has died is noticed by its connection or its launcher, not by this.
+PATIENCE = timedelta(hours=6)
+
+
+def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Accelerator:
+    """Joins the processes that the environment describes (see launch.py), or stands alone; CUDA if there is any, else the CPU.
+
+    Raises:
+        LinchainError: the processes do not find each other.
+    """
+    try:
+        return Accelerator(
+            # Without it, Accelerate overlooks that there are several CPU processes, and each trains by itself.
+            cpu=not torch.cuda.is_available(),
+            log_with=list(trackers) or None,
+            project_config=ProjectConfiguration(logging_dir=str(logging_dir) if logging_dir else None),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except torch.distributed.DistError as error:
+        raise LinchainError(f"the processes could not connect: {error}") from error
+
+
+def disconnect() -> None:
+    """Leaves the other processes in good order."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and speaks, also before and after it is connected to others."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """Runs `work` on every process. If it raises on any of them, it ends all of them, and only one speaks.
+
+    The first process that failed raises its error; the others exit quietly with the same code.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:
+        error = raised
+    codes = gather_object([_exit_code(error)])
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if failed and failed[0] == accelerator.process_index:
+        raise error
+    if failed:
+        raise SystemExit(codes[failed[0]])
+    return result
+
+
+def _exit_code(error: Exception | None) -> int:
+    return 0 if error is None else getattr(error, "exit_code", 1)
+
 
 def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | None:
-    """Runs `work` on the main process while the others wait; its result there, None elsewhere.
+    """`together`, with work for the first process alone, while the others wait; they get None."""
+    return together(accelerator, lambda: work() if accelerator.is_main_process else None)
 
-    When it raises a LinchainError, every process raises the same one, so that none is left waiting.
-    """
-    from accelerate.utils import broadcast_object_list
 
-    result, error = None, None
+def raise_on_all(accelerator: Accelerator, error: LinchainError) -> None:
+    """Ends all processes with an error that each of them found: the first one raises it, the others exit quietly."""
     if accelerator.is_main_process:
-        try:
-            result = work()
-        except LinchainError as raised:
-            error = raised
-    if accelerator.num_processes > 1:
-        error = broadcast_object_list([error])[0]
-    if error is not None:
         raise error
-    return result
+    raise SystemExit(error.exit_code)
+
+
+def from_main(accelerator: Accelerator, value: Any) -> Any:
+    """The first process's value, on every process."""
+    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone."""
+    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "remote process exited")
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
 
 
 def sum_over_processes(accelerator: Accelerator, parameters: Iterable[nn.Parameter], extras: Tensor) -> Tensor:

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from accelerate import Accelerator
+import torch
 
-from linchain_cli import storage
 from linchain_cli import run as runs
-from linchain_cli.chain import Adapter, ChainTensors, save_adapter
+from linchain_cli import storage
+from linchain_cli.chain import save_adapter
 from linchain_cli.errors import LinchainError, Stopped
+from linchain_cli.machine import limit_threads
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training import job as jobs
-from linchain_cli.training.job import Base, Job, elapsed
-from linchain_cli.training.loop import save, train
-from linchain_cli.training.processes import on_main
+from linchain_cli.training import state as states
+from linchain_cli.training.base import Base
+from linchain_cli.training.job import Job, elapsed
+from linchain_cli.training.loop import train
+from linchain_cli.training.memory import explained, find_micro_batch
+from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main
 from linchain_cli.training.progress import Display, note
 from linchain_cli.training.signals import stop_requests
+from linchain_cli.training.trackers import check_trackers, start_trackers
 
 
 def run_training(
@@ -45,73 +52,84 @@ def run_training(
     Raises:
         InputError: the recipe, what it names, or the run directory does not allow it.
         Stopped: a signal ended it after a checkpoint. LinchainError: it failed.
+        SystemExit: on one of several processes, when another one tells the error.
     """
-    accelerator = Accelerator()
+    check_trackers(recipe)
+    limit_threads()
     run = RunDirectory(recipe.run_path)
-    with contextlib.ExitStack() as held, stop_requests() as stop:
-        done = on_main(accelerator, lambda: _claim(run, resume, fresh, held))
-        if _agree(accelerator, done):
-            return None
-        began = time.perf_counter()
-        job = jobs.prepare(recipe, run, accelerator, base)
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(stop_requests())
+        held.enter_context(_deterministic(recipe.training.deterministic))
+        accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
-        resuming = resume and run.exists()
-        if resuming:
+        began = time.perf_counter()
+        plan = from_main(accelerator, on_main(accelerator, lambda: _claim(run, resume, fresh, held)))
+        if plan == FINISHED:
+            say(f"{run.path} is finished already; nothing to resume")
+            return None
+        job = jobs.prepare(recipe, run, accelerator, base)
+        for warning in jobs.warnings(job):
+            say(f"warning: {warning}")
+        if resume:
             jobs.resume(job, say)
-        on_main(accelerator, lambda: _open(job, resuming, labels or {}, elapsed(began)))
-        try:
+        with explained(recipe, job.device):
+            _settle_micro_batch(job, say)
+        on_main(accelerator, lambda: _open(job, plan, labels or {}, elapsed(began)))
+        with _told_in_status(job):
+            start_trackers(job)
             with Display(job.total_steps, job.state.step, quiet or not accelerator.is_main_process) as display:
                 train(job, display, stop)
             on_main(accelerator, lambda: _finish(job))
-        except BaseException as error:
-            if accelerator.is_main_process:
-                _close_unfinished(job, error)
-            raise
     return job
 
 
-def _agree(accelerator: Accelerator, value: Any) -> Any:
-    """The main process's value on every process."""
-    from accelerate.utils import broadcast_object_list
-
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+NEW, CONTINUE, FINISHED = "new", "continue", "finished"
 
 
-def _claim(run: RunDirectory, resume: bool, fresh: bool, held: contextlib.ExitStack) -> bool:
-    """Locks the run for this process; True when there is nothing left to do."""
+def _claim(run: RunDirectory, resume: bool, fresh: bool, held: contextlib.ExitStack) -> str:
+    """Locks the run for this process, and says what there is to do."""
     held.enter_context(run.lock())
-    if resume and run.exists() and run.read_status()["status"] == "finished":
-        note(f"{run.path} is finished already; nothing to resume")
-        return True
-    if not (resume and run.exists()):
-        run.check_free(replace=fresh)
-    return False
+    if resume and run.exists():
+        return FINISHED if run.read_status()["status"] == "finished" else CONTINUE
+    run.check_free(replace=fresh)
+    return NEW
 
 
-def _open(job: Job, resuming: bool, labels: dict[str, Any], prepare_seconds: float) -> None:
+def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
+    """A resumed run keeps the size it had, also where `auto` found it."""
+    if job.state.micro_batch_size is None:
+        wanted = job.recipe.training.micro_batch_size
+        job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
+
+
+def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -> None:
     """Writes (or cuts back) the run's files to where the job stands."""
-    run = job.run
-    if resuming:
+    run, step = job.run, job.state.step
+    if plan == CONTINUE:
         storage.write_atomic(run.recipe_path, job.recipe.to_yaml())
+        storage.remove_staging(run.path)
         storage.remove_staging(run.checkpoints_dir)
-        job.store.drop_after(job.state.step)
+        job.store.drop_after(step)
         for path in (run.metrics_path, run.rows_path):
-            runs.cut_jsonl(path, job.state.step)
+            runs.cut_jsonl(path, step)
     else:
         run.create(job.recipe.to_yaml(), replace=True)
-    timings = {"prepare_seconds": prepare_seconds}
-    run.update_status(status="running", started_at=runs.now(), timings=timings, **jobs.description(job), **labels)
+    run.update_status(
+        status="running",
+        reason=None,
+        started_at=runs.now(),
+        resumed_from=step if plan == CONTINUE else None,
+        timings={"prepare_seconds": prepare_seconds},
+        **jobs.description(job),
+        **labels,
+    )
 
 
 def _finish(job: Job) -> None:
-    """Writes adapter/, the plot and the final status; the model carries what adapter/ holds afterwards."""
-    from linchain_cli.training import state as states
-
-    state, run = job.state, job.run
-    kept_step = state.step
-    if job.recipe.training.keep == "best" and job.best is not None:
-        states.restore(job.parameters, {**states.snapshot(job.parameters), **job.best})
-        kept_step = state.best_step
+    """Writes adapter/ and the final status; the model carries what adapter/ holds afterwards."""
+    state, run, keep = job.state, job.run, job.recipe.training.keep
+    if keep == "best":
+        states.restore(job.parameters, job.best)
     save_adapter(job.adapter(), run.adapter_dir)
     timings = run.read_status()["timings"] | {"train_seconds": round(state.seconds, 3)}
     run.update_status(
@@ -122,15 +140,56 @@ def _finish(job: Job) -> None:
         supervised_tokens=state.supervised_tokens,
         tokens_per_second=round(state.tokens / state.seconds, 2) if state.seconds else None,
         validation_loss=state.best_loss,
-        adapter={"step": kept_step, "kept": "best" if kept_step == state.best_step else "last"},
+        adapter={"step": state.best_step if keep == "best" else state.step, "kept": keep},
         timings=timings,
     )
 
 
-def _close_unfinished(job: Job, error: BaseException) -> None:
-    with contextlib.suppress(OSError, LinchainError):
-        if isinstance(error, Stopped):
-            job.run.update_status(status="stopped", step=job.state.step, reason=str(error))
-        else:
-            reason = str(error) if isinstance(error, LinchainError) else f"{type(error).__name__}: {error}"
-            job.run.update_status(status="failed", step=job.state.step, reason=reason)
+@contextlib.contextmanager
+def _told_in_status(job: Job) -> Iterator[None]:
+    """Writes into run.json how the block ended if it raised, and puts what can be expected to fail in plain words."""
+    try:
+        with explained(job.recipe, job.device), _plainly(job):
+            yield
+    except BaseException as error:
+        if job.accelerator.is_main_process:
+            with contextlib.suppress(OSError, LinchainError):
+                status = "stopped" if isinstance(error, Stopped) else "failed"
+                job.run.update_status(status=status, step=job.state.step, reason=_reason(error))
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return "another process failed"
+    return str(error) if isinstance(error, LinchainError) else f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _plainly(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise LinchainError(
+            f"{error.filename or job.run.path}: {error.strerror or error}. The checkpoints up to here are kept; continue"
+            " with --resume."
+        ) from error
+    except RuntimeError as error:
+        if job.accelerator.num_processes == 1 or not is_lost_connection(error):
+            raise
+        raise LinchainError("another process of this run ended while this one waited for it") from error
+
+
+@contextlib.contextmanager
+def _deterministic(wanted: bool) -> Iterator[None]:
+    """Algorithms that give the same bits again, on CUDA as well; the CPU's do so with a fixed number of threads."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

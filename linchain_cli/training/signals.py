@@ -1,28 +1,42 @@
-"""SIGINT and SIGTERM as a request to stop after the optimizer step; a second one ends the process at once."""
+"""SIGINT and SIGTERM: a request to stop after the optimizer step; a second one ends the process at once."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Iterator
+
+from linchain_cli.errors import Stopped
 
 
 class StopRequest:
-    """`signum` is the signal that asked for the stop, 0 while none has."""
+    """`signum` is the signal that asked for the stop, 0 while none has.
+
+    `deferred` says that somebody looks at it from step to step. Until then, a signal stops what is going on (loading,
+    encoding) on the spot.
+    """
 
     signum = 0
+    deferred = False
 
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catches the two signals for the length of the block."""
+    """Catches the two signals for the length of the block.
+
+    Raises:
+        Stopped: a signal came while `deferred` was not set.
+    """
     request = StopRequest()
 
     def handle(signum, _frame):
         if request.signum:
-            os._exit(128 + signum)
+            _exit_at_once(128 + signum)
         request.signum = signum
+        if not request.deferred:
+            raise Stopped("stopped before the first step", signum)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -30,3 +44,9 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _exit_at_once(code: int) -> None:
+    if sys.stderr.isatty():
+        os.write(2, b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+    os._exit(code)

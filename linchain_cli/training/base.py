@@ -1,0 +1,87 @@
+"""The frozen base model of a run, whole on every process or spread over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from linchain_cli.errors import InputError
+from linchain_cli.head import check_split
+from linchain_cli.model import base_hash, empty_model, load_model, load_tokenizer, locate, resolve_dtype
+from linchain_cli.recipe import Recipe
+from linchain_cli.training.blocks import shard
+from linchain_cli.training.processes import from_main, on_main, together
+
+# `parallel: auto` shards a base that takes more than this share of a GPU's memory; the rest is for activations.
+WHOLE_SHARE = 0.6
+
+
+@dataclass
+class Base:
+    """A frozen base model with its tokenizer; one may serve several runs after another."""
+
+    directory: Path
+    model: nn.Module
+    tokenizer: Any
+    hash: str
+    sharded: bool = False
+
+    @property
+    def pad_id(self) -> int:
+        """What fills short rows. No loss ever reads it, so any token does where a tokenizer has none for it."""
+        candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(token for token in candidates if token is not None)
+
+
+def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
+    """Finds and loads a recipe's base model and tokenizer.
+
+    Raises:
+        InputError: as `model.locate` and `load_model` do, or the model cannot be trained as the recipe wants.
+    """
+    config, device = recipe.model, accelerator.device
+    # One process downloads or converts; the others find what it left.
+    on_main(accelerator, lambda: locate(config.path, config.revision))
+    directory = together(accelerator, lambda: locate(config.path, config.revision))
+    sharded = from_main(accelerator, on_main(accelerator, lambda: _shards(recipe, directory, accelerator)))
+
+    def load() -> Base:
+        model = load_model(
+            directory,
+            dtype=config.dtype,
+            device="cpu" if sharded else device,
+            quantization=config.quantization,
+            attention=config.attention,
+            runs_on=device,
+        )
+        return Base(directory, model, load_tokenizer(directory), base_hash(directory), sharded)
+
+    base = together(accelerator, load)
+    if sharded:
+        together(accelerator, lambda: shard(base.model, device))
+    together(accelerator, lambda: check_split(base.model))
+    return base
+
+
+def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:
+    """Whether the base is spread over the processes."""
+    wanted, quantised = recipe.training.parallel, recipe.model.quantization != "none"
+    if wanted == "shard" and accelerator.num_processes == 1:
+        raise InputError("training.parallel: shard needs several processes (--nproc); one alone cannot share the base")
+    if wanted == "shard" and quantised:
+        raise InputError(
+            "training.parallel: shard spreads unquantised bases only; set model.quantization to none, or parallel to"
+            " replicate, which holds the quantised base whole on every process"
+        )
+    if wanted != "auto":
+        return wanted == "shard"
+    if accelerator.num_processes == 1 or quantised or accelerator.device.type != "cuda":
+        return False
+    dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
+    size = sum(parameter.numel() for parameter in empty_model(directory).parameters()) * dtype.itemsize
+    return size > WHOLE_SHARE * torch.cuda.get_device_properties(accelerator.device).total_memory

@@ -1,0 +1,87 @@
+"""What is done to a model's blocks as units: recompute their activations, compile them, spread them over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from linchain_cli.errors import InputError
+from linchain_cli.model import text_decoder
+
+_REPLACED = "_linchain_replaced_forward"  # marks a block whose `forward` is ours
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's repeated blocks, in order.
+
+    They are the outermost modules that transformers marks as units of recomputation; where it marks none, the members
+    of the decoder's longest list of modules.
+
+    Raises:
+        InputError: the model has no such blocks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = text_decoder(model)
+    marked = [path for path, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    outermost = [path for path in marked if not any(path.startswith(other + ".") for other in marked)]
+    if outermost:
+        return [decoder.get_submodule(path) for path in outermost]
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(
+            f"{type(model).__name__} is not made of blocks, which training.gradient_checkpointing, training.compile and"
+            " training.parallel=shard need: switch them off."
+        )
+    return list(max(lists, key=len))
+
+
+def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
+    """Makes the blocks keep their input only and compute the rest again in the backward pass, and compiles them.
+
+    The base stays in eval mode, which transformers' own recomputation does not allow for. Calling it again replaces
+    what an earlier call did.
+    """
+    for module in model.modules():
+        if module.__dict__.pop(_REPLACED, False):
+            del module.forward
+    if not (recompute or compiled):
+        return
+    for block in decoder_blocks(model):
+        forward = block.forward
+        if compiled:
+            # Rows have all lengths: one program with a symbolic length instead of one for each.
+            forward = torch.compile(forward, dynamic=True)
+        block.forward = _recomputed(forward) if recompute else forward
+        setattr(block, _REPLACED, True)
+
+
+def _recomputed(forward: Callable) -> Callable:
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Spreads the frozen blocks over all processes (FSDP2); each is gathered for as long as it computes.
+
+    Embeddings, final norm and head stay whole on every process: how often the head runs differs between them. Chains
+    that are put in later are not part of it. The model may lie on the CPU; afterwards it is on `device`.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    blocks = decoder_blocks(model)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    # The backbone owns no parameters itself; as the common root of the blocks it lets them be fetched ahead.
+    rest = {parameter for parameter in model.parameters() if not hasattr(parameter, "device_mesh")}
+    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+    model.to(device)

@@ -1,0 +1,77 @@
+"""What decides a run's result, apart from its state: a checkpoint is continued only where all of it is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from linchain_cli.recipe import Recipe
+
+# A recipe's keys that may differ between a checkpoint and the run that continues it: names, lengths, intervals. Which
+# model and data it is shows in their hashes, wherever they lie.
+FREE_KEYS = (
+    "name", "output_dir", "model.path", "model.revision", "model.dtype", "data.train", "data.split", "data.revision",
+    "data.columns", "training.epochs", "training.max_steps", "training.log_every", "training.eval_every",
+    "training.save_every", "training.keep_checkpoints", "training.early_stopping", "training.trackers", "evaluation",
+)  # fmt: skip
+
+_MEANING = {
+    "data": "the rows or their tokens are others",
+    "validation": "the validation rows are others, so the best adapter could not be told",
+    "base": "the base model's weights are others",
+    "dtype": "the base would compute in another number format",
+    "device": "sums are formed in another order there, so the end would not be bit for bit the same",
+    "threads": "sums would be formed in another order, so the end would not be bit for bit the same",
+    "world_size": "rows would be shared out otherwise",
+    "sharded": "products would be formed on other devices",
+}
+
+
+def fingerprints(
+    recipe: Recipe, *, data: str, validation: str | None, base: str, dtype: str, device: str, threads: int | None,
+    world_size: int, sharded: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """What a checkpoint stores beside its state. `threads` counts on a CPU only."""
+    values = dict(_flat(recipe.model_dump(mode="json")))
+    if isinstance(recipe.data.validation, str):
+        del values["data.validation"]  # a path; its rows' hash is `validation`
+    return {
+        "recipe": values, "data": data, "validation": validation, "base": base, "dtype": dtype, "device": device,
+        "threads": threads, "world_size": world_size, "sharded": sharded,
+    }  # fmt: skip
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A recipe's values by dotted key, without FREE_KEYS."""
+    for key, value in section.items():
+        dotted = prefix + key
+        if dotted in FREE_KEYS:
+            continue
+        if isinstance(value, dict) and value:
+            yield from _flat(value, dotted + ".")
+        else:
+            yield dotted, value
+
+
+def refuse_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compares the fingerprints of a checkpoint with those of the run that wants to continue it.
+
+    Raises:
+        InputError: something that decides the result differs; every difference is listed with its meaning.
+    """
+    lines = []
+    for key in sorted(saved["recipe"].keys() | current["recipe"].keys()):
+        before, after = saved["recipe"].get(key), current["recipe"].get(key)
+        if before != after:
+            lines.append(f"  {key}: {before!r} in the checkpoint, {after!r} now")
+    for key, meaning in _MEANING.items():
+        if saved.get(key) != current.get(key):
+            before, after = (str(value)[:16] for value in (saved.get(key), current.get(key)))
+            lines.append(f"  {key}: {before} in the checkpoint, {after} now: {meaning}")
+    if lines:
+        raise InputError(
+            "this run cannot be resumed as it is:\n" + "\n".join(lines) + "\nRestore what differs, or start over with --fresh."
+        )

@@ -1,0 +1,165 @@
+"""Memory: the largest micro-batch that fits, and what to say when something did not."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+
+from linchain_cli.chain import folded
+from linchain_cli.data.batches import collate
+from linchain_cli.errors import LinchainError
+from linchain_cli.machine import available_memory
+from linchain_cli.recipe import Recipe
+from linchain_cli.training import loss
+from linchain_cli.training.job import Job
+
+# The share of free memory that may be planned with; the rest is for fragmentation and other processes.
+USABLE = 0.9
+GIB = 2**30
+_POLL_SECONDS = 0.001
+
+
+def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
+    """The largest number of rows per micro-batch that fits, up to a process's share of the global batch.
+
+    It is measured on the longest rows, in doubling sizes; each next size is tried only where twice the memory of the
+    last one is there, so nothing runs out. All processes find the same.
+    """
+    data, world = job.data.train, job.accelerator.num_processes
+    share = math.ceil(min(job.recipe.training.global_batch_size, len(data)) / world)
+    longest = np.argsort(-data.lengths.astype(np.int64), kind="stable")[:share]
+    before, room = _in_use(job.device), _room(job)
+
+    def measured(size: int) -> tuple[float, float]:
+        """Bytes that `size` rows need, and those that may be planned with: the worst process's."""
+        need = max(1, _peak_of(job, longest[:size]) - before)
+        found = gather_object([(need, room)])
+        return max(need for need, _ in found), USABLE * min(room for _, room in found)
+
+    size = 1
+    need, limit = measured(size)
+    while size < share and need * min(2, share / size) <= limit:
+        size = min(2 * size, share)
+        need, limit = measured(size)
+    # Costs that do not grow with the rows make this an underestimate, never more than fits.
+    size = max(1, min(share, int(size * limit / need)))
+    note(
+        f"training.micro_batch_size: auto is {size} of {share} rows per step and process"
+        f" (about {need / GIB:.2f} of {limit / GIB:.2f} GiB)"
+    )
+    return size
+
+
+def _peak_of(job: Job, rows: np.ndarray) -> int:
+    """The most memory in use during a forward and a backward pass over `rows`. No gradient is left."""
+    batch = collate(job.data.train, rows, job.base.pad_id)
+    with _peak(job.device) as peak, folded(job.model):
+        loss.backward(job.model, batch, 1.0, job.device)
+    job.optimizer.zero_grad(set_to_none=True)
+    return peak.bytes
+
+
+class _Peak:
+    bytes = 0
+
+
+@contextlib.contextmanager
+def _peak(device: torch.device) -> Iterator[_Peak]:
+    """Measures the most memory in use within the block: the allocator's on CUDA, else the process's, polled."""
+    peak = _Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak.bytes = torch.cuda.max_memory_allocated(device)
+        return
+    done = threading.Event()
+
+    def poll() -> None:
+        while not done.is_set():
+            peak.bytes = max(peak.bytes, _in_use(device))
+            done.wait(_POLL_SECONDS)
+
+    watcher = threading.Thread(target=poll, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _in_use(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _room(job: Job) -> int:
+    """Bytes free for activations, once the optimizer's state is there."""
+    optimizer = 0 if job.state.step else 2 * 4 * sum(parameter.numel() for parameter in job.parameters.values())
+    return _free(job.device) - optimizer
+
+
+def _free(device: torch.device) -> int:
+    if device.type != "cuda":
+        return available_memory()
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+@contextlib.contextmanager
+def explained(recipe: Recipe, device: torch.device) -> Iterator[None]:
+    """Turns running out of memory into numbers and the recipe's keys that need less.
+
+    Raises:
+        LinchainError: memory ran out in the block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise LinchainError(f"out of memory: {_numbers(str(error), device)} {_remedies(recipe)}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return bool(re.search(r"can't allocate memory|not enough memory|CUDA out of memory", str(error)))
+
+
+def _numbers(message: str, device: torch.device) -> str:
+    """What was asked for and what was free, out of torch's message."""
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ ?[KMGT]?i?B|\d+ bytes)", message)
+    free = re.search(r"of which ([\d.]+ [KMGT]?i?B) is free", message)
+    text = _readable(asked[1]) if asked else "more"
+    left = free[1] if free else f"{_free(device) / GIB:.2f} GiB"
+    return f"{text} were asked for on {device}, where {left} were free."
+
+
+def _readable(size: str) -> str:
+    return f"{int(size.split()[0]) / GIB:.2f} GiB" if size.endswith("bytes") else size
+
+
+def _remedies(recipe: Recipe) -> str:
+    training = recipe.training
+    size = training.micro_batch_size
+    options = [
+        (size == "auto" or size > 1, f"a smaller training.micro_batch_size (now {size}; the result stays the same)"),
+        (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
+        (True, f"a smaller data.max_length (now {recipe.data.max_length})"),
+        (recipe.model.quantization == "none", "model.quantization=nf4"),
+        (recipe.model.dtype == "float32", "model.dtype=bfloat16"),
+        (training.optimizer == "adamw", "training.optimizer=adamw_8bit"),
+        (training.parallel == "replicate", "training.parallel=shard on several GPUs"),
+    ]
+    return f"What needs less: {', '.join(text for applies, text in options if applies)}."

@@ -1,0 +1,93 @@
+"""CPU and memory limits, read from made-up control groups of both versions."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from linchain_cli import machine
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A made-up /proc and /sys/fs/cgroup; eight CPUs that the process may run on."""
+    monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
+    monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+
+    def write(path: str, text: str) -> None:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+
+    write("proc/meminfo", f"MemTotal: {64 << 20} kB\nMemAvailable: {32 << 20} kB\n")
+    return write
+
+
+def test_without_control_groups_the_affinity_decides(box):
+    assert machine.cpu_limit() == 8
+    assert machine.available_memory() == 32 * GIB
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])
+def test_version_two_quota(box, quota, expected):
+    box("proc/self/cgroup", "0::/pod/container\n")
+    box("cgroup/pod/container/cpu.max", quota)
+    assert machine.cpu_limit() == expected
+
+
+def test_the_tightest_group_above_counts(box):
+    box("proc/self/cgroup", "0::/pod/container\n")
+    box("cgroup/pod/container/cpu.max", "400000 100000")
+    box("cgroup/pod/cpu.max", "300000 100000")
+    assert machine.cpu_limit() == 3
+
+
+def test_a_container_that_sees_the_hosts_path_finds_its_own_group(box):
+    box("proc/self/cgroup", "0::/docker/0123456789\n")
+    box("cgroup/cpu.max", "100000 100000")
+    assert machine.cpu_limit() == 1
+
+
+@pytest.mark.parametrize(("quota", "expected"), [("250000", 3), ("-1", 8)])
+def test_version_one_quota(box, quota, expected):
+    box("proc/self/cgroup", "4:memory:/job\n3:cpu,cpuacct:/job\n")
+    box("cgroup/cpu,cpuacct/job/cpu.cfs_quota_us", quota)
+    box("cgroup/cpu,cpuacct/job/cpu.cfs_period_us", "100000")
+    assert machine.cpu_limit() == expected
+
+
+def test_memory_of_both_versions(box):
+    box("proc/self/cgroup", "0::/job\n")
+    box("cgroup/job/memory.max", str(4 * GIB))
+    box("cgroup/job/memory.current", str(3 * GIB))
+    assert machine.available_memory() == GIB
+    box("cgroup/job/memory.stat", f"anon 5\ninactive_file {GIB}\n")  # what is only cached can be had
+    assert machine.available_memory() == 2 * GIB
+    box("proc/self/cgroup", "4:memory:/job\n")
+    box("cgroup/memory/job/memory.limit_in_bytes", str(8 * GIB))
+    box("cgroup/memory/job/memory.usage_in_bytes", str(3 * GIB))
+    assert machine.available_memory() == 5 * GIB
+
+
+def test_threads_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    set_to = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr(machine, "cpu_limit", lambda: 3)
+    monkeypatch.setenv("OMP_NUM_THREADS", "16")
+    machine.limit_threads()
+    assert set_to == []
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    machine.limit_threads()
+    assert set_to == [3]
+
+
+def test_the_real_machine_gives_sane_numbers():
+    assert 1 <= machine.cpu_limit() <= (os.cpu_count() or 1)
+    assert machine.available_memory() > 1 << 20

@@ -1,0 +1,93 @@
+"""What a forked process of the tests runs: `linchain ARGUMENTS`, its output in a file, perhaps with something going wrong.
+
+`conftest.Starter` runs this file with ARGUMENTS, LOG, ENVIRONMENT, HOOK and VALUES as its globals.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+
+import torch
+
+from linchain_cli import cli, storage
+from linchain_cli.training import checkpoints, job, loop
+
+
+def kill_in_save(operation: int, torn: bool) -> None:
+    """SIGKILL to itself at the operation with this number (counted from 0) of those that saves make on the disk."""
+    count, saving = 0, False
+    save = checkpoints.CheckpointStore.save
+
+    def watched_save(*args):
+        nonlocal saving
+        saving = True
+        try:
+            return save(*args)
+        finally:
+            saving = False
+
+    def watched(name):
+        original = getattr(storage, name)
+
+        def run(*args):
+            nonlocal count
+            if saving and count == operation:
+                if torn and name == "_write":
+                    handle, data = args
+                    handle.write(data[: len(data) // 2])
+                    handle.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            count += saving
+            return original(*args)
+
+        setattr(storage, name, run)
+
+    checkpoints.CheckpointStore.save = watched_save
+    for name in ("_write", "_fsync", "_rename", "_mkdir"):
+        watched(name)
+
+
+def slow_steps(seconds: float) -> None:
+    """Every optimizer step takes at least so long."""
+    step = loop.optimizer_step
+
+    def slow(*args):
+        time.sleep(seconds)
+        return step(*args)
+
+    loop.optimizer_step = slow
+
+
+def fail_on_rank(rank: int, where: str, kind: str) -> None:
+    """An error on one rank: `where` names what raises it."""
+    if os.environ["RANK"] != str(rank):
+        return
+
+    def fail(*args, **options):
+        if kind == "exit":
+            os._exit(7)
+        raise {"memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "bug": ValueError("a bug")}[kind]
+
+    module, name = {"prepare": (job, "put_in_chains"), "step": (loop.loss, "backward")}[where]
+    setattr(module, name, fail)
+
+
+def main() -> None:
+    output = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)  # noqa: F821
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)  # noqa: F821
+    sys.argv = ["linchain", *ARGUMENTS]  # noqa: F821
+    torch.set_num_threads(1)
+    if HOOK:  # noqa: F821
+        globals()[HOOK](**VALUES)  # noqa: F821
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()
