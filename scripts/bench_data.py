@@ -1,10 +1,12 @@
-"""How long rows take to encode and to open again, how much memory that needs, and how much padding sorting saves.
+"""How long rows take to encode and to open again, how much memory that needs, and how much padding sorting
+saves.
 
     python scripts/bench_data.py MODEL FILE [FILE ...] [--rows 170420 1704200] [--template alpaca]
 
-MODEL is a checkpoint directory (its tokenizer is used); the rows of the JSON FILEs are repeated to each of the
-row counts. Every figure comes from a process of its own: "encode" with an empty cache, "cached" with what that
-one left, each followed by the batches of 200 steps. Memory is the process's resident set at its most.
+MODEL is a checkpoint directory (its tokenizer is used); the rows of the JSON FILEs are repeated to each of
+the row counts. Every figure comes from a process of its own: "encode" with an empty cache, "cached" with
+what that one left, each followed by the batches of 200 steps. Memory is the process's resident set at its
+most.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ print(json.dumps({
 
 def repeated(files: list[Path], rows: int, target: Path) -> Path:
     """A JSON list of `rows` rows, those of the files again and again."""
-    originals = [json.dumps(row, ensure_ascii=False) for file in files for row in json.loads(file.read_text())]
+    originals = [
+        json.dumps(row, ensure_ascii=False) for file in files for row in json.loads(file.read_text())
+    ]
     with open(target, "w", encoding="utf-8") as handle:
         handle.write("[\n")
         for number, row in enumerate(islice(cycle(originals), rows)):
@@ -62,30 +66,51 @@ def repeated(files: list[Path], rows: int, target: Path) -> Path:
 
 def measure(model: str, path: Path, template: str, cache: Path) -> dict:
     command = [sys.executable, "-c", CHILD, model, str(path), template, str(cache)]
-    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return json.loads(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--rows", nargs="+", type=int, default=[170_420, 1_704_200])
     parser.add_argument("--template", default="alpaca")
     options = parser.parse_args()
-    columns = ("rows", "start", "file MB", "prepare s", "MiB before", "MiB prepared", "MiB 200 steps", "ms/step", "padding", "unsorted")
-    print(("{:>12}" * len(columns)).format(*columns))
+    columns = (
+        "rows",
+        "start",
+        "file MB",
+        "prepare s",
+        "MiB before",
+        "MiB prepared",
+        "MiB 200 steps",
+        "ms/step",
+        "padding",
+        "unsorted",
+    )
+    print(("{:>14}" * len(columns)).format(*columns))
     for rows in options.rows:
         with tempfile.TemporaryDirectory(prefix="linchain-bench-") as folder:
             path = repeated(options.files, rows, Path(folder) / "rows.json")
             for _ in range(2):
                 found = measure(options.model, path, options.template, Path(folder) / "cache")
-                print(
-                    f"{found['rows']:>12,}{'cached' if found['cached'] else 'encode':>12}{path.stat().st_size / 1e6:>12.0f}"
-                    f"{found['prepare_seconds']:>12.2f}{found['libraries_mib']:>12.0f}{found['prepare_mib']:>12.0f}"
-                    f"{found['batches_mib']:>12.0f}{found['ms_per_step']:>12.2f}"
-                    f"{found['padding']:>12.1%}{found['padding_unsorted']:>12.1%}",
-                    flush=True,
+                cells = (
+                    f"{found['rows']:,}",
+                    "cached" if found["cached"] else "encode",
+                    f"{path.stat().st_size / 1e6:.0f}",
+                    f"{found['prepare_seconds']:.2f}",
+                    f"{found['libraries_mib']:.0f}",
+                    f"{found['prepare_mib']:.0f}",
+                    f"{found['batches_mib']:.0f}",
+                    f"{found['ms_per_step']:.2f}",
+                    f"{found['padding']:.1%}",
+                    f"{found['padding_unsorted']:.1%}",
                 )
+                print(("{:>14}" * len(cells)).format(*cells), flush=True)
 
 
 if __name__ == "__main__":

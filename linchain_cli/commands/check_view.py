@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
     from linchain_cli.chain import Matches
     from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
     from linchain_cli.recipe import Recipe
@@ -23,13 +24,18 @@ def _section(console: Console, title: str) -> None:
     console.print(Text(title, style="bold"))
 
 
-def _print_table(console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], bars: bool = False) -> None:
-    """A plain table: the first column to the left, the others, which are numbers, to the right (but for `bars`, the last)."""
+def _print_table(
+    console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], bars: bool = False
+) -> None:
+    """A plain table: the first column (and with `bars` the last) to the left, numbers to the right."""
     from rich.text import Text
 
-    widths = [max(map(len, column)) for column in zip(*([header, *rows]))]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for number, row in enumerate([header, *rows]):
-        cells = [cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))]
+        cells = [
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         if bars:
             cells[-1] = row[-1]
         line = "  ".join(cells).rstrip()
@@ -61,8 +67,8 @@ def modules(
     counts = [(pattern, _count(count)) for pattern, count in matches.per_pattern.items()]
     _print_table(console, ("pattern", "modules"), counts)
     console.print(
-        f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules, "
-        f"beside {_count(base)} frozen ones ({_share(trained, base)})"
+        f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules, beside "
+        f"{_count(base)} frozen ones ({_share(trained, base)})"
     )
 
 
@@ -86,7 +92,9 @@ def sources(console: Console, data: PreparedData) -> None:
         for source in report.sources
     ]
     _print_table(console, ("source", "rows", "used", "bad", "nothing supervised"), table)
-    console.print(f"{_count(len(data.train))} rows to train on, {_count(len(data.validation or ()))} to validate on")
+    console.print(
+        f"{_count(len(data.train))} rows to train on, {_count(len(data.validation or ()))} to validate on"
+    )
     for report in reports:
         for example in report.bad_examples:
             console.print(f"  skipped {example}")
@@ -123,7 +131,10 @@ def lengths(console: Console, data: PreparedData, max_length: int) -> None:
 def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe) -> None:
     """Steps, tokens, and the padding that the recipe's batches leave."""
     training = recipe.training
-    _section(console, f"One epoch in steps of {training.global_batch_size} rows, {training.micro_batch_size} at once")
+    _section(
+        console,
+        f"One epoch in steps of {training.global_batch_size} rows, {training.micro_batch_size} at once",
+    )
     table = [
         ("steps", _count(plan.steps)),
         ("tokens", _count(plan.tokens)),
@@ -136,7 +147,7 @@ def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe) -
 
 
 def rows(console: Console, encoded: EncodedRows, tokenizer: Any) -> None:
-    """The first row, one of median length and the longest, as the model sees them, what is supervised marked."""
+    """The first row, one of median length and the longest, with what is supervised marked."""
     import numpy as np
     from rich.text import Text
 
@@ -157,10 +168,10 @@ def rows(console: Console, encoded: EncodedRows, tokenizer: Any) -> None:
 
 
 def _runs(ids: list[int], supervised: list[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
-    """The row's text in pieces that are supervised or not, each decoded as what the tokens before it leave."""
+    """The row's text in pieces that are supervised or not: each is what its tokens add to the text."""
     starts = [i for i in range(len(ids)) if i == 0 or supervised[i] != supervised[i - 1]]
     before = ""
-    for start, end in zip(starts, [*starts[1:], len(ids)]):
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         yield _printable(text[len(before) :]), supervised[start]
         before = text
@@ -184,18 +195,19 @@ def plan(console: Console, plan: Plan) -> None:
         "activations": "activations of the largest micro-batch",
         "logits": "logits",
     }
-    table = [(names[part], _count(round(size / 1e6))) for part, size in asdict(plan.memory).items() if size]
-    table.append(("at most, together", _count(round(plan.memory.total / 1e6))))
-    _print_table(console, ("memory", "MB"), table)
-    if plan.time is None:
-        console.print(f"time: not predicted, {plan.note}")
-        return
-    seconds = plan.time.train_seconds
-    console.print(
-        f"time: {_duration(seconds)} for {_count(plan.total_steps)} steps at {plan.time.tokens_per_second:,.0f} tokens per "
-        f"second without padding, and {_duration(plan.time.validation_seconds)} for validation"
-        + (f" ({plan.note})" if plan.note else "")
+    sizes = {names[part]: size for part, size in asdict(plan.memory).items() if size}
+    sizes["at most, together"] = plan.memory.total
+    _print_table(
+        console, ("memory", "MB"), [(name, _count(round(size / 1e6))) for name, size in sizes.items()]
     )
+    if plan.time is not None:
+        console.print(
+            f"time: {_duration(plan.time.train_seconds)} for {_count(plan.total_steps)} steps "
+            f"({plan.time.tokens_per_second:,.0f} tokens per second without padding), and "
+            f"{_duration(plan.time.validation_seconds)} for validation"
+        )
+    for note in plan.notes:
+        console.print(f"note: {note}", style="yellow")
 
 
 def _duration(seconds: float) -> str:

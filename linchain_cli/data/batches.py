@@ -57,7 +57,7 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def step_rows(num_rows: int, seed: int, global_batch: int, step: int) -> np.ndarray:
-    """The row indices of optimizer step `step` (0-based): (≤ global_batch,) int32, each row once per epoch."""
+    """The rows of optimizer step `step` (0-based): (≤ global_batch,) int32; each row comes once per epoch."""
     epoch, within = divmod(step, steps_per_epoch(num_rows, global_batch))
     return _epoch_order(num_rows, seed, epoch)[within * global_batch : (within + 1) * global_batch]
 

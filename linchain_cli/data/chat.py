@@ -24,7 +24,8 @@ Messages = Sequence[dict[str, Any]]
 _DATE = "26 Jul 2024"
 _VERSION = 1
 _CANNOT_SEGMENT = (
-    "the model's chat template writes a conversation differently once an answer follows, so answers cannot be located"
+    "the model's chat template writes a conversation differently once an answer follows, so answers "
+    "cannot be located"
 )
 _OTHER_TEMPLATE = "Use another template: alpaca, plain or your own."
 
@@ -46,8 +47,8 @@ class ChatTemplate:
             self._source = tokenizer.get_chat_template()
         except ValueError:
             raise InputError(
-                "data.template: the model's tokenizer has no chat template. Use another template (alpaca, plain or "
-                "your own), or a model that was tuned for chat."
+                "data.template: the model's tokenizer has no chat template. Use another template (alpaca, "
+                "plain or your own), or a model that was tuned for chat."
             ) from None
         self._options = {"date_string": _DATE} if "date_string" in self._source else {}
         self._closing = self._probe()
@@ -85,7 +86,7 @@ class ChatTemplate:
         return Rendered(text[: spans[-1][1]], spans, ends=not closing)
 
     def _answer(self, messages: Messages, text: str, last: bool) -> tuple[int, int]:
-        """Where the answer that ends `messages` lies in `text`, the whole conversation's, without its closing."""
+        """(start, end) in `text`, all of the conversation, of the answer that ends `messages`; no closing."""
         before = self._text(messages[:-1], add_generation_prompt=True)
         upto = text if last else self._text(messages)
         if not upto.startswith(before) or not upto.endswith(self._closing):
@@ -97,7 +98,9 @@ class ChatTemplate:
         content = messages[-1]["content"].strip()
         if text.startswith(before) and text.startswith(content + self._closing, len(before)):
             return len(before), len(before) + len(content)
-        raise RowError(f"{_CANNOT_SEGMENT} (earlier turns change once others follow); give one row per answer")
+        raise RowError(
+            f"{_CANNOT_SEGMENT} (earlier turns change once others follow); give one row per answer"
+        )
 
     def _text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         import jinja2
@@ -110,7 +113,7 @@ class ChatTemplate:
             raise RowError(f"the model's chat template refuses the conversation: {error}") from None
 
     def _probe(self) -> str:
-        """What the template writes behind an answer; refuses one that cannot be segmented before any row is read."""
+        """What the template writes behind an answer. Refuses one that cannot be segmented, before any row."""
         answer = "4f1c9a"  # does not occur in a template
         asked = [{"role": "user", "content": "2 + 2"}]
         try:
@@ -119,12 +122,14 @@ class ChatTemplate:
         except RowError as error:
             raise InputError(f"data.template: {error}. {_OTHER_TEMPLATE}") from None
         if not full.startswith(before) or answer not in full[len(before) :]:
-            raise InputError(f"data.template: {_CANNOT_SEGMENT} ({_difference(before, full)}). {_OTHER_TEMPLATE}")
+            raise InputError(
+                f"data.template: {_CANNOT_SEGMENT} ({_difference(before, full)}). {_OTHER_TEMPLATE}"
+            )
         return full[full.rindex(answer) + len(answer) :]
 
 
 def _conversation(row: Row) -> list[dict[str, str]]:
-    """The row's messages, or its instruction (with its input below) as one user turn and its output as the answer."""
+    """The row's messages; an instruction row is a user turn (with its input below) and an answer."""
     if "messages" not in row:
         asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
         answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") is not None else []
@@ -133,7 +138,9 @@ def _conversation(row: Row) -> list[dict[str, str]]:
     if not isinstance(messages, list) or not messages:
         raise RowError("'messages' is not a list of turns like {role: user, content: ...}")
     for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        if not isinstance(message, dict) or not all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        ):
             raise RowError(f"turn {number} of 'messages' needs a role and a content, both strings")
     return messages
 
@@ -144,6 +151,8 @@ def _before_answer(messages: Messages) -> Messages:
 
 def _difference(before: str, full: str) -> str:
     """Where the text with an answer leaves the text that asks for it, in a few words."""
-    same = next((i for i, (a, b) in enumerate(zip(before, full)) if a != b), min(len(before), len(full)))
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, full, strict=False)) if a != b), min(len(before), len(full))
+    )
     part = slice(max(0, same - 20), same + 20)
     return f"it asks with {before[part]!r} and writes {full[part]!r}"

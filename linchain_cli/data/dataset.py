@@ -39,7 +39,7 @@ Progress = Callable[[int], None]
 
 @dataclass
 class PreparedData:
-    """What a run trains on. `report` is about the training file(s), `validation_report` about a validation file."""
+    """What a run trains on. `validation_report` is about validation rows with a source of their own."""
 
     train: EncodedRows
     validation: EncodedRows | None
@@ -75,8 +75,8 @@ def prepare_data(
         progress: called with the number of rows read so far.
 
     Raises:
-        InputError: a source is missing, a row is bad (or none is good), rows have no supervised token, or more
-            rows are to be held out than there are.
+        InputError: a source is missing, a row is bad (or none is good), rows have no supervised token,
+            or more rows are to be held out than there are.
     """
     template = get_template(config.template, tokenizer)
     cache_dir = Path(cache_dir) if cache_dir else cache_root() / "encoded"
@@ -96,7 +96,9 @@ def prepare_data(
         validation_store, validation_report = encoded(
             [SourceRequest(config.validation, split="validation", columns=config.columns)]
         )
-        prepared = PreparedData(EncodedRows(store), EncodedRows(validation_store), template, report, validation_report)
+        prepared = PreparedData(
+            EncodedRows(store), EncodedRows(validation_store), template, report, validation_report
+        )
     report.warnings += _warnings(prepared, tokenizer)
     return prepared
 
@@ -107,7 +109,8 @@ def hold_out(store: EncodedStore, rows: int, seed: int) -> tuple[EncodedRows, En
         return EncodedRows(store), None
     if rows >= store.num_rows:
         raise InputError(
-            f"data.validation: {rows} rows cannot be held out of {store.num_rows}. Choose fewer, or 0 for no validation."
+            f"data.validation: {rows} rows cannot be held out of {store.num_rows}. Choose fewer, or 0 for no "
+            "validation."
         )
     # RandomState's streams are frozen: the same rows in every NumPy version.
     order = np.random.RandomState(seed).permutation(np.arange(store.num_rows, dtype=np.int32))
@@ -122,20 +125,26 @@ def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> 
     if share > tolerated or not report.kept:
         examples = "".join(f"\n  {example}" for example in report.unsupervised_examples)
         raise InputError(
-            f"{report.unsupervised:,} of {usable:,} rows ({share:.1%}) have no supervised token: their prompts fill "
-            f"data.max_length ({max_length}), so that the answer is cut off. Raise data.max_length, or accept a share "
-            f"with data.max_unsupervised_share (now {tolerated:g}).{examples}"
+            f"{report.unsupervised:,} of {usable:,} rows ({share:.1%}) have no supervised token: their "
+            f"prompts fill data.max_length ({max_length}), so that the answer is cut off. Raise "
+            "data.max_length, or accept a share with data.max_unsupervised_share (now "
+            f"{tolerated:g}).{examples}"
         )
 
 
 def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     found = []
     if tokenizer.eos_token_id is None:
-        found.append("the tokenizer has no end-of-sequence token: the model does not learn where an answer ends")
+        found.append(
+            "the tokenizer has no end-of-sequence token: the model does not learn where an answer ends"
+        )
     if prepared.validation is not None:
         twice = prepared.validation.repeated_in(prepared.train)
         if twice:
-            found.append(f"{twice:,} of {len(prepared.validation):,} validation rows also occur among the training rows")
+            found.append(
+                f"{twice:,} of {len(prepared.validation):,} validation rows also occur among the training "
+                "rows"
+            )
     return found
 
 
@@ -179,7 +188,7 @@ def _open(directory: Path, sources: Sequence[Source]) -> tuple[EncodedStore, Dat
 
 @contextlib.contextmanager
 def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Waits for the process that encodes the same rows. Where files cannot be locked, both encode: the result is one."""
+    """Waits for a process that encodes the same rows. Where files cannot be locked, both do, to one end."""
     with open(lock, "w") as handle:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -193,12 +202,15 @@ def _cache_problems(cache_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise LinchainError(
-                f"No space is left for encoded rows in {cache_dir}. Free some, or set LINCHAIN_CACHE to another directory."
+                f"No space is left for encoded rows in {cache_dir}. Free some, or set LINCHAIN_CACHE to "
+                "another directory."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and _lies_in(error.filename, cache_dir):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and _lies_in(
+            error.filename, cache_dir
+        ):
             raise InputError(
-                f"Encoded rows cannot be kept in {cache_dir} ({error.strerror}). Set LINCHAIN_CACHE to a directory that "
-                "can be written."
+                f"Encoded rows cannot be kept in {cache_dir} ({error.strerror}). Set LINCHAIN_CACHE to a "
+                "directory that can be written."
             ) from error
         raise
 
@@ -220,7 +232,9 @@ def _encode_to(
     try:
         with staged_directory(target) as staging, StoreWriter(staging) as writer:
             report = DataReport(fingerprint=fingerprint)
-            for rows in _encoded_chunks(_rendered(sources, template, settings, report), encoder, template, settings):
+            for rows in _encoded_chunks(
+                _rendered(sources, template, settings, report), encoder, template, settings
+            ):
                 writer.append([row.encoded for row in rows if _count(row, report)])
                 if progress:
                     progress(report.total)
@@ -275,7 +289,7 @@ def _encoded_chunks(
             max_length=settings.max_length,
             train_on_inputs=settings.train_on_inputs,
         )
-        for row, result in zip(chunk, encoded):
+        for row, result in zip(chunk, encoded, strict=True):
             row.encoded = result
         return chunk
 

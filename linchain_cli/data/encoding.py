@@ -52,7 +52,9 @@ class TextEncoder:
 
         serialized = serialized_tokenizer(tokenizer)
         # Trimmed offsets leave a token's leading space out, and with it whether the token straddles.
-        self._tokenizer = Tokenizer.from_str(serialized.replace('"trim_offsets":true', '"trim_offsets":false'))
+        self._tokenizer = Tokenizer.from_str(
+            serialized.replace('"trim_offsets":true', '"trim_offsets":false')
+        )
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -61,13 +63,18 @@ class TextEncoder:
         self.prefix_ids = probe.ids[: own.index(0) if 0 in own else 0]
 
     def encode(
-        self, rows: Sequence[Rendered], *, adds_bos: bool, max_length: int | None = None, train_on_inputs: bool = False
+        self,
+        rows: Sequence[Rendered],
+        *,
+        adds_bos: bool,
+        max_length: int | None = None,
+        train_on_inputs: bool = False,
     ) -> list[EncodedText]:
         """Encodes rows on all cores. Truncates from the right to `max_length` tokens, EOS included."""
         encodings = self.tokenize([row.text for row in rows])
         return [
             self._encode_row(row, encoding, adds_bos, max_length, train_on_inputs)
-            for row, encoding in zip(rows, encodings)
+            for row, encoding in zip(rows, encodings, strict=True)
         ]
 
     def tokenize(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
@@ -75,7 +82,12 @@ class TextEncoder:
         return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
     def _encode_row(
-        self, row: Rendered, encoding: tokenizers.Encoding, adds_bos: bool, max_length: int | None, train_on_inputs: bool
+        self,
+        row: Rendered,
+        encoding: tokenizers.Encoding,
+        adds_bos: bool,
+        max_length: int | None,
+        train_on_inputs: bool,
     ) -> EncodedText:
         ids = encoding.ids
         supervised, straddling = supervised_tokens(encoding.offsets, row.spans, len(row.text))
@@ -109,7 +121,8 @@ class TextEncoder:
 def supervised_tokens(
     offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], length: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which tokens hold a character of a span, and which of them reach over its boundary: (tokens,) bool each.
+    """Which tokens hold a character of a span, and which of them reach over its boundary: (tokens,) bool
+    each.
 
     `offsets` are each token's (start, end) characters in a text of `length` characters.
     """
@@ -129,13 +142,15 @@ def serialized_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not hasattr(backend, "to_str"):
         raise InputError(
-            f"{type(tokenizer).__name__} gives no character offsets, which supervision needs. "
-            "Use a model with a fast tokenizer (a tokenizer.json)."
+            f"{type(tokenizer).__name__} gives no character offsets, which supervision needs. Use a model "
+            "with a fast tokenizer (a tokenizer.json)."
         )
     return backend.to_str()
 
 
-_encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TextEncoder]] = weakref.WeakKeyDictionary()
+_encoders: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, TextEncoder]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
@@ -150,7 +165,8 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, responses: Sequence[str] | None = None
 ) -> list[int]:
-    """The evaluation prompt's tokens: a prefix of the training row's, cut before a token that straddles the boundary.
+    """The evaluation prompt's tokens: a prefix of the training row's, cut before a token that straddles the
+    boundary.
 
     Where the prompt is cut can depend on how the answer begins. `responses` are the answers in question;
     left out, it is the row's own answer, else a word. Nothing of them is in the prompt.

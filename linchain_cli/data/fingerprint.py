@@ -29,7 +29,7 @@ def encoding_fingerprint(
     settings: dict[str, Any],
     cache_dir: Path,
 ) -> str:
-    """Changes with the sources' content, the tokenizer, the template and `settings`; 64 hexadecimal digits."""
+    """64 hexadecimal digits of the sources' content, the tokenizer, the template and `settings`."""
     import tokenizers
 
     parts = {
@@ -62,7 +62,10 @@ def _source_parts(source: Source, cache_dir: Path) -> dict[str, Any]:
     from linchain_cli.data.hub import content_of, load_hub_dataset
 
     content = content_of(load_hub_dataset(source.location, source.split, source.revision))
-    return {**parts, "content": [file_hash(Path(name), cache_dir) if os.path.isfile(name) else name for name in content]}
+    return {
+        **parts,
+        "content": [file_hash(Path(name), cache_dir) if os.path.isfile(name) else name for name in content],
+    }
 
 
 def file_hash(path: Path, cache_dir: Path) -> str:

@@ -32,7 +32,7 @@ def load_hub_dataset(name: str, split: str, revision: str | None) -> datasets.Da
 
 
 def content_of(dataset: datasets.Dataset) -> list[str]:
-    """What identifies the data: the files it is memory-mapped from, or the library's fingerprint of data in memory."""
+    """What identifies the data: its files, or for data in memory the library's own fingerprint."""
     return [entry["filename"] for entry in dataset.cache_files] or [dataset._fingerprint]
 
 
@@ -40,8 +40,8 @@ def hub_rows(dataset: datasets.Dataset, wanted: set[str]) -> Iterator[dict[str, 
     """The rows, with the columns in `wanted` (all, if none of them is there)."""
     columns = [name for name in dataset.column_names if name in wanted] or dataset.column_names
     for batch in dataset.select_columns(columns).iter(1000):
-        for values in zip(*(batch[name] for name in columns)):
-            yield dict(zip(columns, values))
+        for values in zip(*(batch[name] for name in columns), strict=True):
+            yield dict(zip(columns, values, strict=True))
 
 
 @contextlib.contextmanager
@@ -61,40 +61,48 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
 
         if caused_by(errors.GatedRepoError) or "gated dataset" in text:
             raise InputError(
-                f"The data set '{name}' is gated. Accept its terms at https://huggingface.co/datasets/{name}, then "
-                f"log in with 'hf auth login' or set HF_TOKEN to a token of that account, {_LOCAL_FILE}."
+                f"The data set '{name}' is gated. Accept its terms at "
+                f"https://huggingface.co/datasets/{name}, then log in with 'hf auth login' or set HF_TOKEN "
+                f"to a token of that account, {_LOCAL_FILE}."
             ) from error
         if caused_by(errors.RevisionNotFoundError):
-            raise InputError(f"The data set '{name}' has no revision '{revision}'. Check data.revision.") from error
+            raise InputError(
+                f"The data set '{name}' has no revision '{revision}'. Check data.revision."
+            ) from error
         if caused_by(errors.RepositoryNotFoundError, errors.HFValidationError):
             raise InputError(_unknown(name)) from error
         if caused_by(errors.HfHubHTTPError):
-            raise InputError(f"The hub refused the data set '{name}' ({text}). Try again later, {_LOCAL_FILE}.") from error
+            raise InputError(
+                f"The hub refused the data set '{name}' ({text}). Try again later, {_LOCAL_FILE}."
+            ) from error
         if caused_by(ConnectionError, TimeoutError, errors.HTTPError, errors.LocalEntryNotFoundError):
             raise InputError(
-                f"The data set '{name}' is not on this machine, and the hub cannot be reached: check the network or the "
-                f"proxy, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE if they are set, {_LOCAL_FILE}."
+                f"The data set '{name}' is not on this machine, and the hub cannot be reached: check the "
+                "network or the proxy, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE if they are set, "
+                f"{_LOCAL_FILE}."
             ) from error
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
             raise InputError(_unknown(name)) from error
         if isinstance(error, ValueError) and text.startswith("Unknown split"):
             known = text.partition("Should be one of ")[2].strip(" .")
             hint = did_you_mean(split, known.strip("[]").replace("'", "").split(", "))
-            raise InputError(f"The data set '{name}' has no split '{split}'. Splits: {known}.{hint}") from error
+            raise InputError(
+                f"The data set '{name}' has no split '{split}'. Splits: {known}.{hint}"
+            ) from error
         if isinstance(error, ValueError) and text.startswith(("Config name is missing", "BuilderConfig")):
             raise InputError(f"The data set '{name}': {text} Give it as {name}/CONFIGURATION.") from error
         if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
             raise InputError(
-                f"The data set '{name}' is made by a script, which is not run. Try data.revision: refs/convert/parquet, "
-                f"{_LOCAL_FILE}."
+                f"The data set '{name}' is made by a script, which is not run. Try data.revision: "
+                f"refs/convert/parquet, {_LOCAL_FILE}."
             ) from error
         raise InputError(f"The data set '{name}' cannot be loaded: {type(error).__name__}: {text}") from error
 
 
 def _unknown(name: str) -> str:
     return (
-        f"The hub has no data set '{name}' that you may see. Check the spelling; if it is private, log in with "
-        f"'hf auth login' or set HF_TOKEN; {_LOCAL_FILE}."
+        f"The hub has no data set '{name}' that you may see. Check the spelling; if it is private, log in "
+        f"with 'hf auth login' or set HF_TOKEN; {_LOCAL_FILE}."
     )
 
 

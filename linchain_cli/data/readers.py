@@ -68,7 +68,7 @@ class _LineReader(Reader):
 
 
 def _check_encoding(handle: BinaryIO, reader: Reader) -> int:
-    """Positions `handle` behind a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
+    """Skips a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
     start = handle.read(4)
     if not start:
         raise reader.problem("the file is empty.")
@@ -81,7 +81,8 @@ def _check_encoding(handle: BinaryIO, reader: Reader) -> int:
 
 
 def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
-    return f"byte {offset + error.start:,} (0x{error.object[error.start]:02x}) is not UTF-8. Save the file as UTF-8."
+    byte = error.object[error.start]
+    return f"byte {offset + error.start:,} (0x{byte:02x}) is not UTF-8. Save the file as UTF-8."
 
 
 class JsonLinesReader(_LineReader):
@@ -104,7 +105,11 @@ class JsonLinesReader(_LineReader):
         except UnicodeDecodeError as error:
             return RowError(_not_utf8(error, offset))
         except json.JSONDecodeError as error:
-            cut = "" if raw.endswith(b"\n") else "; the file ends here without a line break, as if it had been cut off"
+            cut = (
+                ""
+                if raw.endswith(b"\n")
+                else "; the file ends here without a line break, as if it had been cut off"
+            )
             return RowError(f"not JSON: {error.msg} at column {error.colno}{cut}")
         except (ValueError, RecursionError) as error:
             return RowError(_unreadable_json(error))
@@ -112,18 +117,27 @@ class JsonLinesReader(_LineReader):
 
 
 def _not_an_object(value: Any) -> str:
-    return f"the row is {_kind(value)}, not an object like {{\"instruction\": ..., \"output\": ...}}"
+    return f'the row is {_kind(value)}, not an object like {{"instruction": ..., "output": ...}}'
 
 
 def _kind(value: Any) -> str:
     if value is None:
         return "null"
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+    }
     return names.get(type(value), type(value).__name__)
 
 
 def _unreadable_json(error: Exception) -> str:
-    return "not JSON that can be read: " + ("nested too deeply" if isinstance(error, RecursionError) else str(error))
+    return "not JSON that can be read: " + (
+        "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    )
 
 
 class JsonReader(Reader):
@@ -134,7 +148,11 @@ class JsonReader(Reader):
         self._decoder = json.JSONDecoder()
         self._text, self._at = "", 0  # a window of the file's text, and where in it we are
         self._dropped = 0  # characters before the window
-        self._counted, self._line_breaks, self._line_start = 0, 0, 0  # line breaks up to a position of the window
+        self._counted, self._line_breaks, self._line_start = (
+            0,
+            0,
+            0,
+        )  # line breaks up to a position of the window
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
         with open(self.path, "rb") as handle:
@@ -203,13 +221,13 @@ class JsonReader(Reader):
                 self._read_on()
 
     def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the text is no more than the beginning of a value: it ends where the error is, or in a word or string."""
+        """Whether the text only lacks its rest: it ends where the error is, or in a word or string."""
         rest = self._text[error.pos : error.pos + 16].rstrip()
         in_string = error.msg.startswith("Unterminated string") or "escape" in error.msg and len(rest) < 8
         return in_string or any(word.startswith(rest) for word in _JSON_WORDS)
 
     def _read_on(self) -> None:
-        """Drops the text before the current position and reads a block, at least as much as is already waiting."""
+        """Drops the text before the current position and reads at least as much as is waiting."""
         if len(self._text) - self._at > MAX_LINE:
             raise self._problem_here(f"row {self.row + 1} has more than {MAX_LINE:,} characters")
         block = self._handle.read(max(_BLOCK, len(self._text) - self._at))
@@ -249,7 +267,9 @@ class JsonReader(Reader):
 
     def _unfinished(self) -> InputError:
         line, _ = self._place(len(self._text))
-        return self.problem(f"the file ends in the middle, behind row {self.row}: it was cut off. Get it again.", line)
+        return self.problem(
+            f"the file ends in the middle, behind row {self.row}: it was cut off. Get it again.", line
+        )
 
 
 _CSV_REASONS = {
@@ -283,11 +303,11 @@ class CsvReader(_LineReader):
                 continue
             self.row += 1
             if len(cells) == len(self.header):
-                yield dict(zip(self.header, cells))
+                yield dict(zip(self.header, cells, strict=True))
             else:
                 yield RowError(
-                    f"the row has {len(cells)} cells where the header names {len(self.header)} columns; "
-                    "a comma or line break inside a cell needs quotes around the cell"
+                    f"the row has {len(cells)} cells where the header names {len(self.header)} columns; a "
+                    "comma or line break inside a cell needs quotes around the cell"
                 )
         if not self.row:
             raise self.problem("there is a header line and no row.")
@@ -297,7 +317,9 @@ class CsvReader(_LineReader):
         try:
             return next(rows, None)
         except csv.Error as error:
-            reason = next((ours for theirs, ours in _CSV_REASONS.items() if str(error).startswith(theirs)), str(error))
+            reason = next(
+                (ours for theirs, ours in _CSV_REASONS.items() if str(error).startswith(theirs)), str(error)
+            )
             raise self.problem(f"not CSV: {reason}.", self._begin) from None
 
     def _decoded(self, handle: BinaryIO) -> Iterator[str]:
@@ -331,7 +353,9 @@ class ParquetReader(Reader):
                         yield row
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise self.problem(f"not a parquet file that can be read: {reason}. Get or write it again.") from None
+            raise self.problem(
+                f"not a parquet file that can be read: {reason}. Get or write it again."
+            ) from None
         if not self.row:
             raise self.problem("the file has no rows.")
 

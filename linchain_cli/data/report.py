@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from linchain_cli.data.batches import steps_per_epoch, step_rows
+from linchain_cli.data.batches import step_rows, steps_per_epoch
 
 
 @dataclass
@@ -66,7 +66,9 @@ class DataReport:
         everything = asdict(self)
         left_out = ("fingerprint", "cached", "sources")
         together = {name: getattr(self, name) for name in ("total", "kept", "skipped", "unsupervised")}
-        each = [{**source, "skipped": source["bad"] + source["unsupervised"]} for source in everything["sources"]]
+        each = [
+            {**source, "skipped": source["bad"] + source["unsupervised"]} for source in everything["sources"]
+        ]
         return {**together, **{k: v for k, v in everything.items() if k not in left_out}, "sources": each}
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,11 +76,13 @@ class DataReport:
         return asdict(self)
 
     def move(self, names: Sequence[tuple[str, str]]) -> None:
-        """Gives the sources other (name, location): the same content may lie elsewhere than when it was encoded."""
-        for source, (name, location) in zip(self.sources, names):
+        """Gives the sources a new (name, location): the same content may lie elsewhere by now."""
+        for source, (name, location) in zip(self.sources, names, strict=True):
             for examples in (self.bad_examples, self.unsupervised_examples):
                 examples[:] = [
-                    location + example.removeprefix(source.location) if example.startswith(source.location) else example
+                    location + example.removeprefix(source.location)
+                    if example.startswith(source.location)
+                    else example
                     for example in examples
                 ]
             source.name, source.location = name, location
@@ -90,7 +94,7 @@ class DataReport:
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """One pass over the training rows. `padding` is the share of padded positions among all that are computed."""
+    """One pass over the training rows. `padding` is its share of all positions that are computed."""
 
     rows: int
     steps: int
@@ -103,7 +107,13 @@ class EpochPlan:
 
 
 def epoch_plan(
-    lengths: np.ndarray, supervised: np.ndarray, *, seed: int, global_batch: int, micro_batch: int, world: int = 1
+    lengths: np.ndarray,
+    supervised: np.ndarray,
+    *,
+    seed: int,
+    global_batch: int,
+    micro_batch: int,
+    world: int = 1,
 ) -> EpochPlan:
     """What the first epoch's batches look like, by the same order of rows that training takes.
 
@@ -126,8 +136,10 @@ def epoch_plan(
     )
 
 
-def _computed(lengths: np.ndarray, global_batch: int, micro_batch: int, world: int, by_length: bool) -> tuple[int, int]:
-    """(positions computed in an epoch, those of its largest micro-batch), padding included; `lengths` in epoch order."""
+def _computed(
+    lengths: np.ndarray, global_batch: int, micro_batch: int, world: int, by_length: bool
+) -> tuple[int, int]:
+    """Positions with padding of (an epoch, its largest micro-batch); `lengths` are in epoch order."""
     full = len(lengths) // global_batch * global_batch
     total = largest = 0
     for steps in (lengths[:full].reshape(-1, global_batch), lengths[full:].reshape(1, -1)):
@@ -149,4 +161,7 @@ def length_histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> li
     """(from, to, rows) for ranges of like width that cover 1 to `max_length`, both ends included."""
     edges = np.unique(np.linspace(0, max_length, bins + 1).round().astype(int))
     counts, _ = np.histogram(lengths, bins=edges + 0.5)
-    return [(int(low) + 1, int(high), int(count)) for low, high, count in zip(edges, edges[1:], counts)]
+    return [
+        (int(low) + 1, int(high), int(count))
+        for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
+    ]

@@ -72,12 +72,16 @@ DATASET_NAMES = tuple(_REGISTERED)
 
 
 def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> Source:
-    """Finds a source. `data_dir` (else $LINCHAIN_DATA_DIR) and the current directory may hold registered files.
+    """Finds a source; registered files in `data_dir`, $LINCHAIN_DATA_DIR and the current directory.
 
     Raises InputError for a file that is missing or of an unknown kind, and for what is neither a file, a
     registered name nor a hub id.
     """
-    settings = {"split": source.split or "train", "revision": source.revision, "columns": dict(source.columns or {})}
+    settings = {
+        "split": source.split or "train",
+        "revision": source.revision,
+        "columns": dict(source.columns or {}),
+    }
     name = source.path
     if name in _REGISTERED:
         return _registered(name, settings, data_dir)
@@ -88,8 +92,9 @@ def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> So
     if _could_be_hub_id(name):
         return Source(name, "hub", name, **settings)
     raise InputError(
-        f"data: '{name}' is no file, hub id (owner/data-set) or registered data set.{did_you_mean(name, DATASET_NAMES)} "
-        f"Registered: {', '.join(DATASET_NAMES)}. Files: {', '.join(readers.FORMATS)}."
+        f"data: '{name}' is no file, hub id (owner/data-set) or registered data "
+        f"set.{did_you_mean(name, DATASET_NAMES)} Registered: {', '.join(DATASET_NAMES)}. Files: "
+        f"{', '.join(readers.FORMATS)}."
     )
 
 
@@ -105,17 +110,19 @@ def _registered(name: str, settings: dict[str, Any], data_dir: str | Path | None
     if known.hub:
         return Source(name, "hub", known.hub, **settings)
     raise InputError(
-        f"data: '{name}' needs the file {known.files[0]} (from {known.origin}) in the current directory or in "
-        f"${DATA_DIR_VARIABLE}; or give its path."
+        f"data: '{name}' needs the file {known.files[0]} (from {known.origin}) in the current directory or "
+        f"in ${DATA_DIR_VARIABLE}; or give its path."
     )
 
 
 def _data_folders(data_dir: str | Path | None) -> list[Path]:
-    """Where registered files are looked for; LLM-Adapters keeps them beside the tests, in ft-training_set/."""
+    """Where registered files may lie; LLM-Adapters has them in ft-training_set/, beside its tests."""
     roots = [Path(root).expanduser() for root in (data_dir, os.environ.get(DATA_DIR_VARIABLE)) if root]
-    return [folder for root in roots for folder in (root, root / "ft-training_set", root.parent / "ft-training_set")] + [
-        Path(".")
-    ]
+    return [
+        folder
+        for root in roots
+        for folder in (root, root / "ft-training_set", root.parent / "ft-training_set")
+    ] + [Path(".")]
 
 
 def _check_file(path: Path) -> None:
@@ -124,7 +131,9 @@ def _check_file(path: Path) -> None:
         raise InputError(f"data: {path} is a {what}; a data file ends in {', '.join(readers.FORMATS)}.")
     if not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        hint = did_you_mean(path.name, [file.name for file in beside if file.suffix.lower() in readers.FORMATS])
+        hint = did_you_mean(
+            path.name, [file.name for file in beside if file.suffix.lower() in readers.FORMATS]
+        )
         raise InputError(f"data: there is no file {path}.{hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"data: {path} may not be read (permission denied).")
@@ -132,7 +141,12 @@ def _check_file(path: Path) -> None:
 
 def _could_be_hub_id(name: str) -> bool:
     parts = name.split("/")
-    return 2 <= len(parts) <= 3 and all(parts) and not name.startswith((".", "~")) and not any(c.isspace() for c in name)
+    return (
+        2 <= len(parts) <= 3
+        and all(parts)
+        and not name.startswith((".", "~"))
+        and not any(c.isspace() for c in name)
+    )
 
 
 class Rows:
@@ -163,7 +177,11 @@ class Rows:
                 self.kept += 1
                 yield row
         if not self.kept:
-            reason = f": none of {self.total} rows can be used; first {self.problems[0]}" if self.problems else " has no rows."
+            reason = (
+                f": none of {self.total} rows can be used; first {self.problems[0]}"
+                if self.problems
+                else " has no rows."
+            )
             raise InputError(f"{self.source.name}{reason}")
 
     def reject(self, error: RowError) -> None:
@@ -224,8 +242,9 @@ class Rows:
         others = [name for name in names if name not in layout.theirs]
         shown = ", ".join(names[:20]) or "none"
         return (
-            f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has another name, map "
-            f"it with data.columns: {{{layout.ours_of(theirs)}: {nearest(theirs, others) or 'NAME'}}}"
+            f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has "
+            f"another name, map it with data.columns: {{{layout.ours_of(theirs)}: "
+            f"{nearest(theirs, others) or 'NAME'}}}"
         )
 
 
@@ -270,12 +289,13 @@ def _check_columns(source: Source, layouts: Sequence[Layout]) -> None:
     for ours in source.columns:
         if ours not in known:
             raise InputError(
-                f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It uses: {', '.join(known)}."
+                f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It uses: "
+                f"{', '.join(known)}."
             )
 
 
 def check_text(text: str, row: Mapping[str, Any]) -> None:
-    """Raises RowError for a text that cannot be tokenised: of absurd length, or with half a surrogate pair."""
+    """Raises RowError for a text that cannot be tokenised: absurdly long, or with half a character."""
     if len(text) > MAX_CELL:
         column = max(row, key=lambda name: len(str(row[name])))
         raise RowError(f"'{column}' makes a text of {len(text):,} characters; the limit is {MAX_CELL:,}")
@@ -293,6 +313,8 @@ def generated_rows(source: Source) -> list[dict[str, Any]]:
     return everyday_rows(source.split)
 
 
-def load_rows(source: SourceLike, template: Template, *, skip_bad: bool = False, data_dir: str | None = None) -> Rows:
+def load_rows(
+    source: SourceLike, template: Template, *, skip_bad: bool = False, data_dir: str | None = None
+) -> Rows:
     """The usable rows of a recipe's source; see `resolve_source` and `Rows`."""
     return Rows(resolve_source(source, data_dir), template.layouts, skip_bad)

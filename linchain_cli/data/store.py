@@ -1,12 +1,13 @@
-"""Encoded rows on disk: flat arrays, of which a row is read when it is needed. Memory holds a few bytes per row.
+"""Encoded rows on disk: flat arrays, of which a row is read when it is needed. Memory holds a few bytes per
+row.
 
-    tokens.int32       all rows' tokens, one behind the other
-    supervised.bool    the same length
-    offsets.int64      (rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
-    lengths.int32      (rows,): how many tokens a row has
-    labels.int32       (rows,): how many of a row's tokens are supervised
-    hashes.uint64      (rows,): a hash of a row's tokens, to find rows that occur twice
-    meta.json          sizes, and what the encoding reported
+tokens.int32       all rows' tokens, one behind the other
+supervised.bool    the same length
+offsets.int64      (rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
+lengths.int32      (rows,): how many tokens a row has
+labels.int32       (rows,): how many of a row's tokens are supervised
+hashes.uint64      (rows,): a hash of a row's tokens, to find rows that occur twice
+meta.json          sizes, and what the encoding reported
 """
 
 from __future__ import annotations
@@ -40,8 +41,7 @@ def _file(directory: Path, name: str) -> Path:
 
 
 class StoreWriter:
-    """Appends rows to the files of a directory, in a with-block; `finish` writes meta.json, without which it cannot
-    be opened."""
+    """Appends rows to a directory's files, in a with-block. It can be opened only after `finish`."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -101,10 +101,12 @@ class EncodedStore:
             size, path = sizes.get(name, self.num_rows) * dtype.itemsize, _file(directory, name)
             if path.stat().st_size != size:
                 raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
-        self._handles = {name: open(_file(directory, name), "rb") for name in ("tokens", "supervised", "offsets")}
+        self._handles = {
+            name: open(_file(directory, name), "rb") for name in ("tokens", "supervised", "offsets")
+        }
 
     def _read(self, name: str, start: int, end: int) -> np.ndarray:
-        """Elements start to end of a file: read at a position, so that threads and forks do not get in each other's way."""
+        """Elements start to end of a file, read at a position: threads and forks share no cursor."""
         size = _FILES[name].itemsize
         data = os.pread(self._handles[name].fileno(), int(end - start) * size, int(start) * size)
         return np.frombuffer(data, dtype=_FILES[name])
@@ -117,7 +119,9 @@ class EncodedStore:
     def column(self, name: str, start: int = 0, rows: int = -1) -> np.ndarray:
         """One number of each row, as a new array: `lengths`, `labels` or `hashes`."""
         dtype = _FILES[name]
-        return np.fromfile(_file(self._directory, name), dtype=dtype, count=rows, offset=start * dtype.itemsize)
+        return np.fromfile(
+            _file(self._directory, name), dtype=dtype, count=rows, offset=start * dtype.itemsize
+        )
 
 
 class EncodedRows:
@@ -126,7 +130,9 @@ class EncodedRows:
     `encoded[i]` is (input_ids int32, supervised bool), both (length,), read from disk as it is asked for.
     """
 
-    def __init__(self, store: EncodedStore, *, only: np.ndarray | None = None, without: np.ndarray | None = None):
+    def __init__(
+        self, store: EncodedStore, *, only: np.ndarray | None = None, without: np.ndarray | None = None
+    ):
         self.store = store
         self._only = only
         self._without = np.empty(0, np.int64) if without is None else without
@@ -164,7 +170,7 @@ class EncodedRows:
         return self._column("labels")
 
     def repeated_in(self, others: EncodedRows, block: int = 1 << 16) -> int:
-        """How many of these rows have the same tokens as one of `others`, of which a block at a time is in memory."""
+        """How many of these rows have the same tokens as one of `others`, looked at in blocks."""
         wanted = self._column("hashes")
         found = np.zeros(len(wanted), dtype=bool)
         for start in range(0, others.store.num_rows, block):

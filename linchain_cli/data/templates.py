@@ -5,8 +5,8 @@ apart: `render(row).text` starts with `prompt(row)`. A template knows nothing of
 `chat` renders through the tokenizer's own chat template.
 
     alpaca          the Stanford Alpaca prompt
-    llm-adapters    the training prompt of the LLM-Adapters repository, white space included, for its checkpoints
-    chat            the tokenizer's chat template; only assistant turns are supervised
+    llm-adapters    the training prompt of the LLM-Adapters repository, white space included, for its
+    checkpoints chat            the tokenizer's chat template; only assistant turns are supervised
     plain           the instruction, the input and a line break
     a mapping       {prompt: "...", prompt_no_input: "...", response: "..."} with {column} placeholders
 """
@@ -41,7 +41,7 @@ def _fields(pattern: str, key: str) -> tuple[str, ...]:
         if not name.isidentifier() or spec or conversion:
             raise InputError(
                 f"data.template.{key}: '{{{name}}}' is not a column name. A placeholder is {{column}} alone; "
-                f"write {{{{ and }}}} for braces."
+                "write {{ and }} for braces."
             )
         if name not in names:
             names.append(name)
@@ -61,7 +61,9 @@ class PromptTemplate:
         self._prompt, self._response, self._prompt_no_input = prompt, response, prompt_no_input
         in_prompt, self._answer = _fields(prompt, "prompt"), _fields(response, "response")
         if not self._answer:
-            raise InputError("data.template.response: it names no column, so every row would teach the same answer.")
+            raise InputError(
+                "data.template.response: it names no column, so every row would teach the same answer."
+            )
         always = in_prompt if prompt_no_input is None else _fields(prompt_no_input, "prompt_no_input")
         self._optional = tuple(name for name in in_prompt if name not in always)
         self.layouts = (Layout(tuple(dict.fromkeys(always + self._answer)), self._optional),)
@@ -103,14 +105,16 @@ _WITH_INPUT = (
     "Write a response that appropriately completes the request."
 )
 _WITHOUT_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request."
 )
 
 
 def _alpaca() -> PromptTemplate:
     return PromptTemplate(
         "alpaca",
-        prompt=f"{_WITH_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n### Response:\n",
+        prompt=f"{_WITH_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n"
+        "### Response:\n",
         prompt_no_input=f"{_WITHOUT_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
         response="{output}",
     )
@@ -124,7 +128,8 @@ def _llm_adapters() -> PromptTemplate:
         "llm-adapters",
         prompt=f"{_WITH_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}### Input:{indent}{{input}}"
         f"{gap}### Response:{indent}",
-        prompt_no_input=f"{_WITHOUT_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}### Response:{indent}",
+        prompt_no_input=f"{_WITHOUT_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}"
+        f"### Response:{indent}",
         response="{output}",
     )
 
@@ -142,7 +147,9 @@ _NAMED = {"alpaca": _alpaca, "llm-adapters": _llm_adapters, "plain": _plain}
 TEMPLATE_NAMES = (*_NAMED, "chat")
 
 
-def get_template(template: str | Mapping[str, str | None] | Any, tokenizer: PreTrainedTokenizerBase) -> Template:
+def get_template(
+    template: str | Mapping[str, str | None] | Any, tokenizer: PreTrainedTokenizerBase
+) -> Template:
     """The template of that name, or one made from a mapping with `prompt`, `response` and `prompt_no_input`.
 
     `tokenizer` is only asked by `chat`. Raises InputError for an unknown name, a pattern with anything but

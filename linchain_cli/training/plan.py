@@ -20,17 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain import ChainConfig, ChainLinear, chain_layers, folded, inject
+from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
-from linchain_cli.head import hidden_states
-from linchain_cli.model import empty_model, resolve_attention, resolve_dtype, text_decoder, text_decoder_prefix
+from linchain_cli.model import (
+    empty_model,
+    resolve_attention,
+    resolve_dtype,
+    text_decoder,
+    text_decoder_prefix,
+)
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.loss import LOGITS_BUDGET
 
 # Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
 _QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
 _SMALL = 4096  # elements; smaller tensors keep their 8-bit optimizer's state in 32 bit
+# What a model's code raises that cannot run without values, or not in part.
+_UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, ImportError)
 _TIMED_BLOCKS = 4
 _TIMED_BLOCK_WEIGHTS = 50_000_000  # larger blocks are timed alone
 _TIMING_SECONDS = 0.6  # for each of three measurements
@@ -44,12 +51,12 @@ class MemoryPlan:
     base: int
     adapters: int  # with their gradients
     optimizer: int
-    activations: int
+    activations: int | None  # None where the model does not run on the meta device
     logits: int
 
     @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(size or 0 for size in asdict(self).values())
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ class TimePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The prediction for one process. `time` is None where the model's blocks could not be timed; `note` says why."""
+    """The prediction for one process. `time` is None where blocks cannot be timed; `notes` say why."""
 
     device: str
     total_steps: int
@@ -71,12 +78,12 @@ class Plan:
     base_parameters: int
     memory: MemoryPlan
     time: TimePlan | None
-    note: str = ""
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON, for run.json."""
         memory = {**asdict(self.memory), "total": self.memory.total}
-        return {**asdict(self), "memory": memory}
+        return {**asdict(self), "memory": memory, "notes": list(self.notes)}
 
 
 def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
@@ -86,7 +93,7 @@ def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def recipe_epoch(recipe: Recipe, rows: EncodedRows, world: int = 1) -> EpochPlan:
-    """The batches of one epoch. `micro_batch_size: auto` is taken as the whole batch, the most that it can be."""
+    """The batches of one epoch. `micro_batch_size: auto` counts as the whole batch, the most it can be."""
     training = recipe.training
     return epoch_plan(
         rows.lengths,
@@ -110,6 +117,7 @@ def predict(
     train: EncodedRows,
     validation: EncodedRows | None,
     device: torch.device,
+    process_bytes: int | None = None,
 ) -> Plan:
     """Predicts memory and time of a recipe on `device`.
 
@@ -117,13 +125,37 @@ def predict(
         config: the recipe's chains.
         directory: the base model's checkpoint directory, of which only the configuration is read.
         train, validation: the encoded rows.
+        process_bytes: `resident_bytes()` before a model was loaded; None takes it now.
     """
+    process = resident_bytes() if process_bytes is None else process_bytes
     model = planned_model(recipe, config, directory, device)
     epoch = recipe_epoch(recipe, train)
-    memory = _memory(recipe, model, epoch, train, device)
     steps = total_steps(recipe, epoch.steps)
     base, trained = _parameters(model)
-    timed, note = _time(recipe, model, epoch, steps, validation, device)
+    notes: list[str] = []
+
+    batch = min(_micro_batch(recipe), epoch.rows)
+    activations = None
+    try:
+        activations = _activations(recipe, model, batch, math.ceil(epoch.longest_micro_batch / batch), device)
+    except _UNSUPPORTED as error:
+        notes.append(f"activations are not counted ({type(error).__name__} on the meta device)")
+    folded_factors = sum(layer.A.numel() for layer in chain_layers(model).values())  # A' of each layer
+    memory = MemoryPlan(
+        process=process if device.type == "cpu" else 0,
+        base=_base_bytes(recipe, model),
+        adapters=2 * 4 * (sum(p.numel() for p in trained) + folded_factors),
+        optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
+        activations=activations,
+        logits=_logits(model, batch * int(train.supervised_counts.max())),
+    )
+    timed = None
+    try:
+        timed = _time(recipe, model, epoch, steps, validation, device)
+        if recipe.model.quantization != "none":
+            notes.append("the time is without that of restoring quantised weights")
+    except _UNSUPPORTED as error:
+        notes.append(f"the time is not predicted ({type(error).__name__} when a few blocks ran apart)")
     return Plan(
         device=str(device),
         total_steps=steps,
@@ -131,7 +163,7 @@ def predict(
         base_parameters=sum(p.numel() for p in base),
         memory=memory,
         time=timed,
-        note=note,
+        notes=tuple(notes),
     )
 
 
@@ -142,8 +174,6 @@ def planned_model(recipe: Recipe, config: ChainConfig, directory: Path, device: 
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    # Eager keeps attention's weights as tensors of their own, which the count needs; `_activations` takes them out again.
-    model.set_attn_implementation("eager")
     inject(model, config, recipe.seed, text_decoder_prefix(model))
     return model
 
@@ -153,24 +183,6 @@ def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
     trained = [p for layer in chain_layers(model).values() for p in (layer.A, layer.links, layer.B)]
     ours = {id(p) for p in trained}
     return [p for p in model.parameters() if id(p) not in ours], trained
-
-
-def _memory(
-    recipe: Recipe, model: nn.Module, epoch: EpochPlan, rows: EncodedRows, device: torch.device
-) -> MemoryPlan:
-    _, trained = _parameters(model)
-    folded_factors = sum(layer.A.numel() for layer in chain_layers(model).values())  # A' of each layer
-    adapters = 2 * 4 * (sum(p.numel() for p in trained) + folded_factors)
-    longest = int(rows.lengths.max())
-    batch = max(1, min(_micro_batch(recipe), epoch.longest_micro_batch // longest))
-    return MemoryPlan(
-        process=_resident_bytes() if device.type == "cpu" else 0,
-        base=_base_bytes(recipe, model),
-        adapters=adapters,
-        optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
-        activations=_activations(recipe, model, batch, epoch.longest_micro_batch // batch, device),
-        logits=_logits(model, batch * int(rows.supervised_counts.max())),
-    )
 
 
 def _base_bytes(recipe: Recipe, model: nn.Module) -> int:
@@ -192,8 +204,8 @@ def _optimizer_bytes(parameter: Tensor, name: str) -> int:
     return 2 * each * parameter.numel()
 
 
-def _resident_bytes() -> int:
-    """What this process holds now, without a model."""
+def resident_bytes() -> int:
+    """The memory that this process holds now; 0 where the system does not tell."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
@@ -210,6 +222,8 @@ def _logits(model: nn.Module, labelled: int) -> int:
 
 def _activations(recipe: Recipe, model: nn.Module, batch: int, length: int, device: torch.device) -> int:
     """What autograd keeps between the forward and the backward pass, and one block's gradients."""
+    # Eager keeps attention's weights as tensors of their own, which makes them countable.
+    model.set_attn_implementation("eager")
     kept = saved_bytes(model, batch, length)
     if resolve_attention(recipe.model.attention, device) != "eager":
         # Fused attention keeps no (length x length) weights: the part that grows with the length's square.
@@ -227,7 +241,7 @@ def _element_size(model: nn.Module) -> int:
 
 
 def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
-    """Bytes of the tensors that autograd saves in a forward pass over (batch, length) tokens, parameters apart.
+    """Bytes of the tensors, but parameters, that autograd saves in a forward pass over (batch, length).
 
     `model` is on the meta device, so nothing is computed or allocated.
     """
@@ -262,14 +276,12 @@ def _time(
     steps: int,
     validation: EncodedRows | None,
     device: torch.device,
-) -> tuple[TimePlan | None, str]:
+) -> TimePlan:
     batch = min(_micro_batch(recipe), epoch.rows)
     length = max(1, round(epoch.computed / epoch.rows))
-    try:
-        both, forward = position_seconds(recipe, model, batch, length, device)
-        each_label = label_seconds(model, max(1, round(batch * epoch.supervised_tokens / epoch.rows)), device)
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        return None, f"its blocks cannot be timed apart ({type(error).__name__})"
+    labels = max(1, round(batch * epoch.supervised_tokens / epoch.rows))
+    both, forward = position_seconds(recipe, model, batch, length, device)
+    each_label = label_seconds(model, labels, device)
     if recipe.training.gradient_checkpointing:
         both += forward
     epoch_seconds = both * epoch.computed + 2 * each_label * epoch.supervised_tokens
@@ -279,14 +291,13 @@ def _time(
         rows = recipe_epoch(recipe, validation)
         times = math.ceil(steps / recipe.training.eval_every)
         validate = times * (forward * rows.computed + each_label * rows.supervised_tokens)
-    note = "without the cost of restoring quantised weights" if recipe.model.quantization != "none" else ""
-    return TimePlan(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2)), note
+    return TimePlan(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2))
 
 
 def position_seconds(
     recipe: Recipe, model: nn.Module, batch: int, length: int, device: torch.device
 ) -> tuple[float, float]:
-    """Seconds per position of all blocks: (forward and backward, forward alone), on (batch, length) positions.
+    """Seconds per position of all blocks, run on (batch, length): (both passes, the forward alone).
 
     Takes `model` apart: its first blocks are put on `device` with random weights, and run there.
     """
@@ -342,7 +353,12 @@ def label_seconds(model: nn.Module, labelled: int, device: torch.device) -> floa
     rows = min(weight.shape[0], 16384)
     head = torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype)
     hidden = torch.randn(labelled, weight.shape[1], device=device, dtype=weight.dtype)
-    return _seconds(lambda: torch.log_softmax((hidden @ head.T).float(), -1), device) * weight.shape[0] / rows / labelled
+    return (
+        _seconds(lambda: torch.log_softmax((hidden @ head.T).float(), -1), device)
+        * weight.shape[0]
+        / rows
+        / labelled
+    )
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -57,7 +57,14 @@ def test_everything_is_shown(recipe, capsys):
     assert lines_of(out, "steps") == [["steps", "5"]] and "the run takes 10 steps (2.00 epochs)" in out
     assert len(lines_of(out, "padding")) == 2 and "straddle" in out
     assert out.count("⟦the correct answer is ") == 3 and out.count("<|im_end|>⟧") == 3
-    for part in ("base weights", "chains and their gradients", "optimizer state", "activations", "logits", "at most"):
+    for part in (
+        "base weights",
+        "chains and their gradients",
+        "optimizer state",
+        "activations",
+        "logits",
+        "at most",
+    ):
         assert lines_of(out, part)
     assert "tokens per second without padding" in out
     assert sum(int(row[3].replace(",", "")) for row in lines_of(out, " ") if row[1:2] == ["to"]) == 36
@@ -101,7 +108,9 @@ def printed(tokenizer, ids, supervised, **console) -> str:
     from rich.console import Console
 
     out = io.StringIO()
-    check_view.rows(Console(file=out, soft_wrap=True, highlight=False, **console), Rows(ids, supervised), tokenizer)
+    check_view.rows(
+        Console(file=out, soft_wrap=True, highlight=False, **console), Rows(ids, supervised), tokenizer
+    )
     return out.getvalue()
 
 
@@ -128,4 +137,10 @@ def test_data_cannot_speak_to_the_terminal(tiny_tokenizer_dir):
 
 
 def test_durations():
-    assert [check_view._duration(s) for s in (3, 119, 600, 7199, 36000)] == ["3 s", "119 s", "10 min", "120 min", "10.0 h"]
+    assert [check_view._duration(s) for s in (3, 119, 600, 7199, 36000)] == [
+        "3 s",
+        "119 s",
+        "10 min",
+        "120 min",
+        "10.0 h",
+    ]

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 TEXTS = [
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.",
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.",
     "### Instruction:\nPlease answer the question with true or false\n\n### Input:\n\n### Response:\n",
-    "the correct answer is true", "the correct answer is answer12", "She has 16 apples, 4.5 pears.\nA: 20 # noqa: E501",
+    "the correct answer is true", "the correct answer is answer12",
+    "She has 16 apples, 4.5 pears.\nA: 20 # noqa: E501",
     "user assistant system What is two and two? It is four.", "naïve café 東京 🙂 — “quotes”",
 ]  # fmt: skip
 
@@ -43,7 +45,10 @@ def _sentencepiece():
     )
     bytes_ = [f"<0x{value:02X}>" for value in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *bytes_], max_token_length=8, show_progress=False
+        vocab_size=700,
+        special_tokens=["<unk>", "<s>", "</s>", *bytes_],
+        max_token_length=8,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
@@ -72,9 +77,13 @@ def _wordpiece():
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)]
+    )
     return tokenizer, {"eos_token": "[SEP]", "bos_token": "[CLS]", "unk_token": "[UNK]", "pad_token": "[PAD]"}
 
 
@@ -118,7 +127,7 @@ def byte_level(tokenizers_by_kind: dict):
 
 @pytest.fixture
 def data_config():
-    """`data_config(train, **fields)`: a data section as a recipe would hold it, with validation off unless given."""
+    """`data_config(train, **fields)`: a recipe's data section, without validation unless given."""
     from linchain_cli.recipe import DataConfig
 
     return lambda train, **fields: DataConfig(**{"train": train, "validation": 0, **fields})
@@ -142,5 +151,3 @@ def write(tmp_path: Path):
         return path
 
     return write_file
-
-

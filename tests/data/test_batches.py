@@ -77,7 +77,11 @@ def test_collate_pads_on_the_right_and_labels_what_is_supervised():
 
 def test_an_empty_micro_batch_has_tensors_too():
     batch = collate(encoded_rows(), [], pad_token_id=3)
-    assert batch.input_ids.tolist() == [[3]] and batch.labels.tolist() == [[-100]] and batch.attention_mask.tolist() == [[1]]
+    assert (
+        batch.input_ids.tolist() == [[3]]
+        and batch.labels.tolist() == [[-100]]
+        and batch.attention_mask.tolist() == [[1]]
+    )
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -98,7 +102,10 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(world, micro):
         for part in parts:
             batch = collate(rows, part, pad_token_id=0)
             logits = model(batch.input_ids)[:, :-1].flatten(0, 1)
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten(), reduction="sum") / count
+            loss = (
+                torch.nn.functional.cross_entropy(logits, batch.labels[:, 1:].flatten(), reduction="sum")
+                / count
+            )
             loss.backward()
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 

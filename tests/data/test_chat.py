@@ -22,21 +22,24 @@ CONVERSATION = {
 }
 
 LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim }}<|eot|>{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}<|head|>{{ m.role }}<|/head|>\n\n{{ m.content | trim "
+    "}}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|head|>assistant<|/head|>\n\n{% endif %}"
 )
 LLAMA2 = (
-    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} "
+    "[/INST]{% elif m.role == 'assistant' %} {{ m.content }} </s>{% endif %}{% endfor %}"
 )
 # Earlier answers are written without the block that opens the last one.
 REASONING = (
     "{% for m in messages %}<|{{ m.role }}|>\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content "
+    "}}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 UNCLOSED = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
 
@@ -92,7 +95,9 @@ def test_instruction_rows_are_one_turn_each(byte_level):
     row = {"instruction": "Add.", "input": "2 2", "output": "4"}
     same = {"messages": [{"role": "user", "content": "Add.\n\n2 2"}, {"role": "assistant", "content": "4"}]}
     assert template.render(row) == template.render(same)
-    assert template.prompt({"instruction": "Add."}) == template.prompt({"instruction": "Add.", "input": "", "output": "4"})
+    assert template.prompt({"instruction": "Add."}) == template.prompt(
+        {"instruction": "Add.", "input": "", "output": "4"}
+    )
     assert template.response(row) == template.response(same) == "4"
 
 
@@ -142,13 +147,18 @@ def test_bad_conversations_are_row_errors(byte_level, messages, said):
 
 
 def test_what_the_template_refuses_is_a_row_error(byte_level):
-    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA3
+    strict = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + LLAMA3
+    )
     with pytest.raises(RowError, match="refuses the conversation: no system role"):
         template_of(byte_level, strict).render(CONVERSATION)
 
 
 def test_a_date_in_the_template_is_held_still(byte_level):
-    dated = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}{{ date_string }}"
+    dated = (
+        "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y %f') %}{% endif %}"
+        "{{ date_string }}"
+    )
     template = template_of(byte_level, dated + LLAMA3)
     assert template.prompt({"instruction": "x"}).startswith("26 Jul 2024")
 

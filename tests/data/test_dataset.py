@@ -42,13 +42,17 @@ def prepare(tmp_path, byte_level, data_config):
 
 
 def all_rows(encoded) -> list[tuple[list[int], list[bool]]]:
-    return [(ids.tolist(), supervised.tolist()) for ids, supervised in (encoded[i] for i in range(len(encoded)))]
+    return [
+        (ids.tolist(), supervised.tolist()) for ids, supervised in (encoded[i] for i in range(len(encoded)))
+    ]
 
 
 def test_rows_are_those_of_the_encoder_in_file_order(prepare, train, rows, byte_level):
     prepared = prepare(train)
     template = get_template("alpaca", byte_level)
-    expected = text_encoder(byte_level).encode([template.render(row) for row in rows], adds_bos=True, max_length=256)
+    expected = text_encoder(byte_level).encode(
+        [template.render(row) for row in rows], adds_bos=True, max_length=256
+    )
     assert all_rows(prepared.train) == [(row.input_ids.tolist(), row.supervised.tolist()) for row in expected]
     assert prepared.train.lengths.tolist() == [len(row.input_ids) for row in expected]
     assert prepared.train.supervised_counts.tolist() == [int(row.supervised.sum()) for row in expected]
@@ -61,10 +65,15 @@ def test_rows_are_those_of_the_encoder_in_file_order(prepare, train, rows, byte_
 
 def test_the_report_adds_up(prepare, write, rows, byte_level):
     first = write("a.json", json.dumps(rows[:20]))
-    second = write("b.jsonl", "\n".join(json.dumps(row) for row in rows[20:]) + '\nnonsense\n{"instruction": "x"}\n')
+    second = write(
+        "b.jsonl", "\n".join(json.dumps(row) for row in rows[20:]) + '\nnonsense\n{"instruction": "x"}\n'
+    )
     straddle = {"prompt": "Q: {instruction}\nA: ", "response": "{output}"}
     report = prepare([str(first), str(second)], on_bad_row="skip", template=straddle).report
-    assert [(source.total, source.kept, source.skipped) for source in report.sources] == [(20, 20, 0), (32, 30, 2)]
+    assert [(source.total, source.kept, source.skipped) for source in report.sources] == [
+        (20, 20, 0),
+        (32, 30, 2),
+    ]
     assert (report.total, report.kept, report.skipped) == (52, 50, 2)
     assert len(report.bad_examples) == 2 and f"{second}:31 (row 31): not JSON" in report.bad_examples[0]
     assert report.straddling_rows == report.straddling_tokens == 50
@@ -122,10 +131,17 @@ def test_any_change_is_noticed(prepare, train, byte_level, write, rows):
 
 def test_what_changes_no_row_needs_no_new_encoding(prepare, train, byte_level, tmp_path):
     prepare(train)
-    byte_level(["a", "b c"], padding="max_length", max_length=4, truncation=True)  # leaves its settings in the tokenizer
+    byte_level(
+        ["a", "b c"], padding="max_length", max_length=4, truncation=True
+    )  # leaves its settings in the tokenizer
     moved = tmp_path / "moved.json"
     os.rename(train, moved)
-    for fields in ({}, {"validation": 5}, {"split_seed": 7, "validation": 5}, {"max_unsupervised_share": 0.5}):
+    for fields in (
+        {},
+        {"validation": 5},
+        {"split_seed": 7, "validation": 5},
+        {"max_unsupervised_share": 0.5},
+    ):
         assert prepare(str(moved), **fields).report.cached
 
 
@@ -215,7 +231,10 @@ def test_truncated_rows_are_counted(prepare, write):
     [
         ({"instruction": "x", "output": " "}, "'output' is empty"),
         ({"instruction": "x", "output": "\ud800"}, r"'output' holds half a character \(.ud800"),
-        ({"instruction": "x" * 5_000_001, "output": "y"}, "'instruction' makes a text of 5,0.* the limit is 5,000,000"),
+        (
+            {"instruction": "x" * 5_000_001, "output": "y"},
+            "'instruction' makes a text of 5,0.* the limit is 5,000,000",
+        ),
     ],
 )
 def test_rows_that_cannot_be_encoded_are_bad_rows(prepare, write, row, said):
@@ -227,7 +246,14 @@ def test_rows_that_cannot_be_encoded_are_bad_rows(prepare, write, row, said):
 
 
 def test_a_cell_of_fifty_megabytes_is_refused_quickly(prepare, write):
-    path = str(write("x.jsonl", '{"instruction": "a", "output": "b"}\n{"instruction": "' + "x " * 25_000_000 + '", "output": "b"}\n'))
+    path = str(
+        write(
+            "x.jsonl",
+            '{"instruction": "a", "output": "b"}\n{"instruction": "'
+            + "x " * 25_000_000
+            + '", "output": "b"}\n',
+        )
+    )
     started = time.monotonic()
     with pytest.raises(InputError, match="x.jsonl:2 .*50,000,"):
         prepare(path)
@@ -239,7 +265,9 @@ def test_conversations(prepare, write):
     path = str(write("x.jsonl", "".join(json.dumps({"messages": turns * n}) + "\n" for n in (1, 2, 3))))
     prepared = prepare(path, template="chat")
     assert (np.diff(prepared.train.supervised_counts) > 0).all()
-    with pytest.raises(InputError, match=r"x.jsonl:1 \(row 1\): there is no column 'instruction' \(columns: messages\)"):
+    with pytest.raises(
+        InputError, match=r"x.jsonl:1 \(row 1\): there is no column 'instruction' \(columns: messages\)"
+    ):
         prepare(path)
     bad = str(write("y.jsonl", json.dumps({"messages": [{"role": "user"}]})))
     with pytest.raises(InputError, match=r"y.jsonl:1 \(row 1\): turn 1 of 'messages'"):
@@ -254,7 +282,9 @@ def test_no_end_of_sequence_token_is_a_warning(prepare, train, byte_level):
 
 def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
     expected = all_rows(prepare(train).train)
-    (directory,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "hashes")
+    (directory,) = (
+        path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "hashes"
+    )
     for damage in (
         lambda: os.truncate(directory / "tokens.int32", 100),
         lambda: (directory / "meta.json").write_text("{}"),
@@ -301,7 +331,8 @@ from pathlib import Path
 from transformers import AutoTokenizer
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.recipe import DataConfig
-prepared = prepare_data(DataConfig(train=sys.argv[1], validation=0), AutoTokenizer.from_pretrained(sys.argv[2]),
+prepared = prepare_data(DataConfig(train=sys.argv[1], validation=0),
+AutoTokenizer.from_pretrained(sys.argv[2]),
                         cache_dir=Path(sys.argv[3]))
 print(len(prepared.train), prepared.report.cached, prepared.report.tokens)
 """

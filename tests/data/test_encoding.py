@@ -15,14 +15,18 @@ OWN = {"prompt": "Q: {instruction} {input}A: ", "response": "{output}"}  # ends 
 TEMPLATES = ["alpaca", "llm-adapters", "chat", "plain", OWN]
 
 words = st.sampled_from(
-    ["the correct answer is ", "true", "answer12", "apples", " ", "  ", "\n", "\nA: ", "16", "4.5", "é", "東京", "🙂", "“", "#", "\t", "x"]
+    [
+        "the correct answer is ", "true", "answer12", "apples", " ", "  ", "\n", "\nA: ", "16", "4.5",
+        "é", "東京", "🙂", "“", "#", "\t", "x",
+    ]
 )  # fmt: skip
 texts = st.lists(words, min_size=0, max_size=6).map("".join)
 answers = st.lists(words, min_size=1, max_size=5).map("".join).filter(str.strip)
 examples = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-# Offsets without leading spaces know less than the reference has to: it asks the same tokenizer without trimming.
+# Offsets without leading spaces know less than the reference has to: it asks the same tokenizer without
+# trimming.
 UNTRIMMED = {}
 
 
@@ -57,12 +61,15 @@ def test_rows_and_prompts(tokenizer, name, instruction, input, output):
     assert encoded.input_ids[leading : leading + len(ids)].tolist() == ids
 
     # What is supervised is exactly what holds a character of the answer, and EOS.
-    assert encoded.supervised[leading : leading + len(ids)].tolist() == (flags if leading else [False, *flags[1:]])
+    assert encoded.supervised[leading : leading + len(ids)].tolist() == (
+        flags if leading else [False, *flags[1:]]
+    )
     assert encoded.supervised[leading + len(ids) :].all()
     assert not encoded.supervised[:leading].any()
     assert encoded.input_ids[-1] == tokenizer.eos_token_id or not rendered.ends
 
-    # The evaluation prompt is the row's tokens before the first supervised one: what training showed as given.
+    # The evaluation prompt is the row's tokens before the first supervised one: what training showed as
+    # given.
     prompt = encode_prompt(tokenizer, template, row)
     first = int(encoded.supervised.argmax())
     assert prompt == encoded.input_ids[:first].tolist()
@@ -90,7 +97,9 @@ def test_trimmed_offsets_do_not_hide_a_straddling_token(tokenizers_by_kind):
     row = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true"}
     text = get_template(OWN, tokenizer).render(row)
     offsets = tokenizer(text.text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
-    assert (text.spans[0][0], text.spans[0][0] + 3) in offsets, "the tokenizer under test trims the space of ' the'"
+    assert (text.spans[0][0], text.spans[0][0] + 3) in offsets, (
+        "the tokenizer under test trims the space of ' the'"
+    )
     assert encode(tokenizer, get_template(OWN, tokenizer), row).straddling == 1
 
 
@@ -100,13 +109,18 @@ def test_the_prompt_does_not_depend_on_which_answer_is_right(byte_level):
     options = ["true", "answer12", "16", "東"]
     shared, continuations = encode_responses(byte_level, template, row, options)
     assert encode_prompt(byte_level, template, row, options) == shared
-    for option, continuation in zip(options, continuations):
+    for option, continuation in zip(options, continuations, strict=True):
         assert byte_level.decode(shared + continuation) == f"<s>Q: x A: {option}"
     assert encode_prompt(byte_level, template, row) == shared  # without an answer, as if a word followed
 
 
 def test_bos_comes_once(tokenizers_by_kind):
-    for kind, leading in [("byte-level", ["<s>"]), ("sentencepiece", ["<s>"]), ("unigram", []), ("wordpiece", ["[CLS]"])]:
+    for kind, leading in [
+        ("byte-level", ["<s>"]),
+        ("sentencepiece", ["<s>"]),
+        ("unigram", []),
+        ("wordpiece", ["[CLS]"]),
+    ]:
         tokenizer = tokenizers_by_kind[kind]
         ids = tokenizer.convert_tokens_to_ids(leading)
         assert text_encoder(tokenizer).prefix_ids == ids
@@ -121,7 +135,9 @@ def test_bos_comes_once(tokenizers_by_kind):
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level-adds-eos", "unigram"])
-@pytest.mark.parametrize("template", ["plain", "chat", {"prompt": "{instruction}\n", "response": "{output}</s>"}], ids=str)
+@pytest.mark.parametrize(
+    "template", ["plain", "chat", {"prompt": "{instruction}\n", "response": "{output}</s>"}], ids=str
+)
 def test_eos_comes_once_and_is_supervised(tokenizers_by_kind, kind, template):
     tokenizer = tokenizers_by_kind[kind]
     encoded = encode(tokenizer, get_template(template, tokenizer), {"instruction": "x", "output": "true"})
@@ -161,7 +177,12 @@ def test_a_straddling_token_that_is_cut_off_is_not_counted(byte_level):
 
 
 def test_train_on_inputs_supervises_all_but_the_first_token(tokenizer):
-    encoded = encode(tokenizer, get_template("alpaca", tokenizer), {"instruction": "x", "output": "true"}, train_on_inputs=True)
+    encoded = encode(
+        tokenizer,
+        get_template("alpaca", tokenizer),
+        {"instruction": "x", "output": "true"},
+        train_on_inputs=True,
+    )
     assert encoded.supervised.tolist() == [False] + [True] * (len(encoded.input_ids) - 1)
 
 
@@ -180,7 +201,9 @@ def test_the_callers_tokenizer_is_left_alone_and_its_state_does_not_matter(byte_
     before = encode(byte_level, template, row).input_ids.tolist()
     byte_level(["a", "b c d"], padding="max_length", truncation=True, max_length=4)
     state = byte_level.backend_tokenizer.to_str()
-    assert TextEncoder(byte_level).encode([template.render(row)], adds_bos=True)[0].input_ids.tolist() == before
+    assert (
+        TextEncoder(byte_level).encode([template.render(row)], adds_bos=True)[0].input_ids.tolist() == before
+    )
     assert byte_level.backend_tokenizer.to_str() == state
 
 

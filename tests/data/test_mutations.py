@@ -21,8 +21,9 @@ from linchain_cli.errors import InputError
 
 FILES = int(os.environ.get("LINCHAIN_TEST_MUTATIONS", "300"))
 HOSTILE = [
-    b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\n", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":",
-    b"null", b"NaN", b"-1e999", b"9" * 5000, b"\\ud800", b"\\u00", b"[" * 2000, b"x" * 3000, b"true", b"''", "\u2028".encode(),
+    b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\xff\xfe", b"\r\n", b"\n", b'"', b"\\", b"{", b"}", b"[", b"]",
+    b",", b":", b"null", b"NaN", b"-1e999", b"9" * 5000, b"\\ud800", b"\\u00", b"[" * 2000, b"x" * 3000,
+    b"true", b"''", "\u2028".encode(),
 ]  # fmt: skip
 
 

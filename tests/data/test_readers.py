@@ -62,7 +62,9 @@ def test_parquet(tmp_path):
     import pyarrow.parquet as pq
 
     path = tmp_path / "rows.parquet"
-    table = pa.table({"a": [row["a"] for row in ROWS] * 1000, "b": [row["b"] for row in ROWS] * 1000, "c": range(3000)})
+    table = pa.table(
+        {"a": [row["a"] for row in ROWS] * 1000, "b": [row["b"] for row in ROWS] * 1000, "c": range(3000)}
+    )
     pq.write_table(table, path, row_group_size=700)
     assert read(path) == ROWS * 1000
     assert list(read(path, {"nothing"})[0]) == ["a", "b", "c"]  # so that a message can name them
@@ -81,7 +83,12 @@ def test_numbers_at_the_edge_of_a_piece_are_not_cut(write, monkeypatch):
         monkeypatch.setattr(readers, "_BLOCK", block)
         rows = list(open_reader(write("rows.json", '[{"a": 1}, 12345, true, null, "x"]'), set()))
         assert rows[0] == {"a": 1}
-        assert [str(row).split(" is ")[1].split(",")[0] for row in rows[1:]] == ["a number", "true or false", "null", "a text"]
+        assert [str(row).split(" is ")[1].split(",")[0] for row in rows[1:]] == [
+            "a number",
+            "true or false",
+            "null",
+            "a text",
+        ]
 
 
 @pytest.mark.parametrize("block", [5, 1 << 20])
@@ -111,7 +118,7 @@ def test_lines_and_rows_are_counted(write, monkeypatch, block):
         ("x.json", b'[{"a": "1"},]', "comma before the end"),
         ("x.json", b'[{"a": "1"} {"a": "2"}]', "',' or ']' expected"),
         ("x.json", b'[{"a": "1"}] x', "more text after the end"),
-        ("x.json", b'[{"a": \'1\'}]', "not JSON"),
+        ("x.json", b"[{\"a\": '1'}]", "not JSON"),
         ("x.json", b'[{"a": "' + b"x\n" + b'"}]', "control character"),
         ("x.json", b'{"a": "1"}\n{"a": ', "x.json:2: the file ends in the middle, behind row 1"),
         ("x.json", b'{"a": "1"}\n<html>', "x.json:2: not JSON"),
@@ -125,7 +132,11 @@ def test_lines_and_rows_are_counted(write, monkeypatch, block):
         ("x.csv", b"\n", "no header"),
         ("x.csv", b"a,b\n", "no row"),
         ("x.csv", b"a,b,a\n1,2,3\n", "x.csv:1: the header names the column 'a' twice"),
-        ("x.csv", b'a,b\n1,2\n"open,2\n3,4\n', "x.csv:3: not CSV: a quote that is opened here is never closed"),
+        (
+            "x.csv",
+            b'a,b\n1,2\n"open,2\n3,4\n',
+            "x.csv:3: not CSV: a quote that is opened here is never closed",
+        ),
         ("x.csv", b'a,b\n"1"x,2\n', "x.csv:2: not CSV"),
         ("x.csv", b"a,b\n1,2\n3,\xe9\n", r"x.csv:3: byte 10 \(0xe9\) is not UTF-8"),
         ("x.csv", b"a,b\n1\r2,3\n", "x.csv:2: not CSV: a carriage return outside quotes"),

@@ -12,10 +12,17 @@ from linchain_cli.data.report import DataReport, SourceReport, epoch_plan, lengt
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
-@given(st.lists(st.integers(1, 256), min_size=1, max_size=120), st.integers(1, 20), st.integers(1, 9), st.integers(1, 3))
+@given(
+    st.lists(st.integers(1, 256), min_size=1, max_size=120),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.integers(1, 3),
+)
 def test_the_plan_is_what_the_batches_do(lengths, batch, micro, world):
     lengths = np.array(lengths, np.int32)
-    plan = epoch_plan(lengths, np.ones_like(lengths), seed=3, global_batch=batch, micro_batch=micro, world=world)
+    plan = epoch_plan(
+        lengths, np.ones_like(lengths), seed=3, global_batch=batch, micro_batch=micro, world=world
+    )
     sizes = []
     for step in range(steps_per_epoch(len(lengths), batch)):
         rows = step_rows(len(lengths), 3, batch, step)
@@ -38,7 +45,7 @@ def test_the_histogram_covers_every_row_once():
     lengths = np.array([1, 2, 10, 11, 12, 256], np.int32)
     bins = length_histogram(lengths, 256, bins=12)
     assert bins[0][0] == 1 and bins[-1][1] == 256
-    assert all(high + 1 == low for (_, high, _), (low, _, _) in zip(bins, bins[1:]))
+    assert all(high + 1 == low for (_, high, _), (low, _, _) in zip(bins[:-1], bins[1:], strict=True))
     assert sum(count for _, _, count in bins) == 6
     for low, high, count in bins:
         assert count == ((lengths >= low) & (lengths <= high)).sum()
@@ -46,6 +53,8 @@ def test_the_histogram_covers_every_row_once():
 
 
 def test_a_report_survives_json():
-    report = DataReport("f" * 64, sources=[SourceReport("a", "a.json", 10, 7, 2, 1)], tokens=5, bad_examples=["x"])
+    report = DataReport(
+        "f" * 64, sources=[SourceReport("a", "a.json", 10, 7, 2, 1)], tokens=5, bad_examples=["x"]
+    )
     assert DataReport.from_dict(report.to_dict()) == report
     assert report.skipped == report.counts()["sources"][0]["skipped"] == 3

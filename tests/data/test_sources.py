@@ -22,7 +22,10 @@ def rows_of(source, template="alpaca", **options):
 def test_only_the_template_s_columns_are_kept_in_order(write, source):
     path = write("x.json", json.dumps([GOOD, {"output": "b", "instruction": "r"}]))
     rows = rows_of(source(path))
-    assert list(rows) == [{"instruction": "q", "output": "a", "input": ""}, {"instruction": "r", "output": "b"}]
+    assert list(rows) == [
+        {"instruction": "q", "output": "a", "input": ""},
+        {"instruction": "r", "output": "b"},
+    ]
     assert (rows.total, rows.kept, rows.skipped) == (2, 2, 0)
 
 
@@ -40,7 +43,11 @@ def test_a_mapping_of_what_the_template_does_not_use_is_refused(write, source):
 @pytest.mark.parametrize(
     "bad, said",
     [
-        ({"instruction": "q", "ouput": "a"}, r"there is no column 'output' \(columns: instruction, ouput\). Did you mean 'ouput'\?.*\{output: ouput\}"),
+        (
+            {"instruction": "q", "ouput": "a"},
+            r"there is no column 'output' \(columns: instruction, ouput\). Did you mean "
+            r"'ouput'\?.*\{output: ouput\}",
+        ),
         ({}, r"there is no column 'instruction' \(columns: none\)"),
         ({**GOOD, "output": None}, "'output' is null"),
         ({**GOOD, "input": None}, "'input' is null"),
@@ -203,7 +210,10 @@ def _hub_answers():
 
     gated = _refused(errors.GatedRepoError, 401)
     return {
-        "gated": (_from(gated, DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub.")), "is gated.*hf auth login"),
+        "gated": (
+            _from(gated, DatasetNotFoundError("Dataset 'o/n' is a gated dataset on the Hub.")),
+            "is gated.*hf auth login",
+        ),
         "unknown": (
             _from(
                 _refused(errors.RepositoryNotFoundError, 404),
@@ -218,15 +228,24 @@ def _hub_answers():
             ),
             "has no revision",
         ),
-        "no network": (_from(errors.HTTPError("refused"), ConnectionError("Couldn't reach 'o/n' on the Hub")), "cannot be reached"),
+        "no network": (
+            _from(errors.HTTPError("refused"), ConnectionError("Couldn't reach 'o/n' on the Hub")),
+            "cannot be reached",
+        ),
         "busy": (_refused(errors.HfHubHTTPError, 503), "refused the data set 'o/n'.*later"),
         "offline": (errors.OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
-        "split": (ValueError("Unknown split \"train\". Should be one of ['training', 'test']."), "Did you mean 'training'"),
+        "split": (
+            ValueError("Unknown split \"train\". Should be one of ['training', 'test']."),
+            "Did you mean 'training'",
+        ),
         "configuration": (
             ValueError("Config name is missing.\nPlease pick one among the available configs: ['a', 'b']"),
             "o/n/CONFIGURATION",
         ),
-        "script": (RuntimeError("Dataset scripts are no longer supported, but found n.py"), "refs/convert/parquet"),
+        "script": (
+            RuntimeError("Dataset scripts are no longer supported, but found n.py"),
+            "refs/convert/parquet",
+        ),
         "other": (KeyError("what?"), "cannot be loaded: KeyError"),
     }
 
@@ -242,5 +261,7 @@ def test_the_hub_s_refusals_say_what_to_do(monkeypatch, source, case):
 
 def test_without_a_hub_the_real_library_s_failure_is_understood(source):
     hub.load_hub_dataset.cache_clear()
-    with pytest.raises(InputError, match="'nobody/nothing' is not on this machine, and the hub cannot be reached"):
+    with pytest.raises(
+        InputError, match="'nobody/nothing' is not on this machine, and the hub cannot be reached"
+    ):
         list(rows_of(source("nobody/nothing")))

@@ -7,7 +7,12 @@ import pytest
 from linchain_cli.data.templates import RowError, get_template
 from linchain_cli.errors import InputError
 
-ROW = {"instruction": "Is it {so}?", "input": "a\nb", "output": "the correct answer is true", "answer": "true"}
+ROW = {
+    "instruction": "Is it {so}?",
+    "input": "a\nb",
+    "output": "the correct answer is true",
+    "answer": "true",
+}
 
 INDENT = " " * 16
 LLM_ADAPTERS_WITH_INPUT = "\n".join(
@@ -28,8 +33,8 @@ LLM_ADAPTERS_WITH_INPUT = "\n".join(
 )
 LLM_ADAPTERS_WITHOUT = "\n".join(
     [
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request.  # noqa: E501",
+        "Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.  # noqa: E501",
         "",
         f"{INDENT}### Instruction:",
         f"{INDENT}Is it {{so}}?",
@@ -45,10 +50,13 @@ LLM_ADAPTERS_WITHOUT = "\n".join(
     [
         (
             "alpaca",
-            "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-            "response that appropriately completes the request.\n\n### Instruction:\nIs it {so}?\n\n### Input:\na\nb\n\n"
+            "Below is an instruction that describes a task, paired with an input that provides further "
+            "context. Write a "
+            "response that appropriately completes the request.\n\n### Instruction:\nIs it {so}?\n\n### "
+            "Input:\na\nb\n\n"
             "### Response:\n",
-            "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+            "Below is an instruction that describes a task. Write a response that appropriately completes "
+            "the request.\n\n"
             "### Instruction:\nIs it {so}?\n\n### Response:\n",
         ),
         ("llm-adapters", LLM_ADAPTERS_WITH_INPUT, LLM_ADAPTERS_WITHOUT),
@@ -67,7 +75,9 @@ def test_prompts_byte_by_byte(name, with_input, without):
 
 
 def test_a_template_of_ones_own():
-    template = get_template({"prompt": "Q: {question} {{x}}\nA:", "response": " {a}/{b}", "prompt_no_input": None}, None)
+    template = get_template(
+        {"prompt": "Q: {question} {{x}}\nA:", "response": " {a}/{b}", "prompt_no_input": None}, None
+    )
     row = {"question": "why?", "a": "1", "b": "2"}
     assert template.layouts[0].required == ("question", "a", "b")
     assert template.render(row).text == "Q: why? {x}\nA: 1/2"

@@ -15,7 +15,7 @@ from linchain_cli.data.dataset import prepare_data
 from linchain_cli.model import load_model, load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import plan as plans
-from linchain_cli.training.plan import predict, planned_model, saved_bytes
+from linchain_cli.training.plan import planned_model, predict, saved_bytes
 
 CPU = torch.device("cpu")
 CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])
@@ -53,12 +53,16 @@ def plan_of(make_recipe, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind, targets", [("tiny_llama_dir", ["q_proj", "down_proj"]), ("tiny_gpt2_dir", ["c_attn", "c_proj"])])
+@pytest.mark.parametrize(
+    "kind, targets", [("tiny_llama_dir", ["q_proj", "down_proj"]), ("tiny_gpt2_dir", ["c_attn", "c_proj"])]
+)
 @pytest.mark.parametrize("depth", [0, 2])
 def test_the_count_is_what_a_real_forward_keeps(request, make_recipe, kind, targets, depth):
     directory = request.getfixturevalue(kind)
     config = ChainConfig(rank=4, depth=depth, target_modules=targets)
-    counted = saved_bytes(planned_model(make_recipe(directory), config, directory, CPU), 3, 17)
+    planned = planned_model(make_recipe(directory), config, directory, CPU)
+    planned.set_attn_implementation("eager")
+    counted = saved_bytes(planned, 3, 17)
 
     model = load_model(directory, dtype="float32", device=CPU, attention="eager")
     inject(model, config)
@@ -111,7 +115,10 @@ def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
         recipe = make_recipe(tiny_llama_dir, {"quantization": quantization})
         sizes[quantization] = plans._base_bytes(recipe, planned_model(recipe, CHAINS, tiny_llama_dir, CPU))
     model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
-    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear)) - model.lm_head.weight.numel()
+    linear = (
+        sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+        - model.lm_head.weight.numel()
+    )
     assert sizes["none"] - sizes["int8"] == 3 * linear
     assert sizes["none"] - sizes["nf4"] == pytest.approx(3.484 * linear, rel=1e-3)
 
@@ -122,7 +129,9 @@ def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
         return plans._activations(recipe, planned_model(recipe, CHAINS, tiny_llama_dir, CPU), 2, 100, CPU)
 
     eager, fused = activations("eager"), activations("sdpa")
-    weights = 2 * 2 * 4 * 100 * 100 * 4  # layers, batch, heads, length², bytes: one copy of the attention weights
+    weights = (
+        2 * 2 * 4 * 100 * 100 * 4
+    )  # layers, batch, heads, length², bytes: one copy of the attention weights
     assert eager - fused >= weights
     assert activations("sdpa", gradient_checkpointing=True) < fused
 
@@ -131,12 +140,15 @@ def test_time_is_of_the_whole_run(plan_of, tiny_llama_dir):
     plan = plan_of(tiny_llama_dir)
     assert plan.total_steps == 2 * math.ceil(50 / 8)
     assert plan.time.train_seconds > 0 and plan.time.validation_seconds > 0
-    assert plan.note == ""
+    assert plan.notes == ()
 
 
 def test_time_grows_with_steps(plan_of, tiny_llama_dir, monkeypatch):
     monkeypatch.setattr(plans, "_seconds", lambda run, device: (run(), 1.0)[1])
-    few, many = plan_of(tiny_llama_dir, epochs=None, max_steps=5), plan_of(tiny_llama_dir, epochs=None, max_steps=50)
+    few, many = (
+        plan_of(tiny_llama_dir, epochs=None, max_steps=5),
+        plan_of(tiny_llama_dir, epochs=None, max_steps=50),
+    )
     assert many.time.train_seconds == pytest.approx(10 * few.time.train_seconds, rel=1e-3)
     again = plan_of(tiny_llama_dir, epochs=None, max_steps=5, gradient_checkpointing=True)
     assert again.time.train_seconds > few.time.train_seconds
@@ -148,8 +160,12 @@ def test_what_cannot_be_timed_is_said(plan_of, tiny_llama_dir, monkeypatch):
 
     monkeypatch.setattr(plans, "position_seconds", fails)
     plan = plan_of(tiny_llama_dir)
-    assert plan.time is None and "RuntimeError" in plan.note
+    assert plan.time is None and "RuntimeError" in plan.notes[0]
     assert plan.to_dict()["time"] is None
+    monkeypatch.setattr(plans, "saved_bytes", fails)
+    plan = plan_of(tiny_llama_dir)
+    assert plan.memory.activations is None and len(plan.notes) == 2
+    assert plan.memory.total == plan.to_dict()["memory"]["total"] > plan.memory.base
 
 
 def test_auto_takes_the_whole_batch_at_most(make_recipe, tiny_llama_dir):
