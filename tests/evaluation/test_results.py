@@ -1,0 +1,104 @@
+"""Summaries, comparisons, and how they are shown."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from linchain_cli.errors import InputError
+from linchain_cli.evaluation.answers import AnswerRule
+from linchain_cli.evaluation.published import COMMONSENSE, PUBLISHED, published_beside
+from linchain_cli.evaluation.results import compare, summarise
+from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
+from linchain_cli.evaluation.task import Task, TaskRow
+
+SETTINGS = {"model": "one", "protocol": "likelihood", "template": "alpaca", "dtype": "float32", "quantization": "none"}
+
+
+def make(correct, names=("boolq", "piqa"), margin=1.0, **settings):
+    """Results in which the given rows (per task) are right; the right answer is always `a`."""
+    tasks, predictions = [], []
+    for name in names:
+        rows = tuple(TaskRow(index, {"instruction": f"Q{index}"}, "a", ("a", "b")) for index in range(len(correct)))
+        tasks.append(Task(name, rows, f"{name}.json", AnswerRule("options"), 8))
+        for index, right in enumerate(correct):
+            prediction = "a" if right else "b"
+            scores = {prediction: -1.0, "b" if right else "a": -1.0 - margin}
+            row = {"index": index, "task": name, "prediction": prediction, "answer": "a", "correct": right, "scores": scores}
+            predictions.append(row)
+    return summarise(tasks, list(reversed(predictions)), {**SETTINGS, **settings})
+
+
+def shown(function, *args):
+    console = Console(file=io.StringIO(), width=160)
+    function(*args, console)
+    return console.file.getvalue()
+
+
+def test_rows_are_put_in_order_and_near_ties_counted():
+    results = make([True, False, True, True])
+    assert [(row["task"], row["index"]) for row in results.predictions][:5] == [
+        ("boolq", 0), ("boolq", 1), ("boolq", 2), ("boolq", 3), ("piqa", 0),
+    ]  # fmt: skip
+    assert results.summary["tasks"]["boolq"]["near_ties"] == 0
+    assert make([True] * 3, margin=5e-5).summary["tasks"]["piqa"]["near_ties"] == 3
+
+
+def test_two_models_are_compared_row_by_row():
+    first = make([True] * 30 + [False] * 10)
+    second = make([True] * 20 + [False] * 18 + [True] * 2, model="two")
+    comparison = compare(first, second)
+    entry = comparison["tasks"]["boolq"]
+    assert (entry["gained"], entry["lost"], entry["n"]) == (10, 2, 40)
+    assert entry["difference"] == pytest.approx(0.2)
+    assert entry["p"] == pytest.approx(0.038574, abs=1e-6)
+    assert entry["interval"][0] > 0
+    assert comparison["all_rows"]["n"] == 80 and comparison["average_difference"] == pytest.approx(0.2)
+    assert comparison["differences_in_settings"] == []
+    text = shown(print_comparison, first, comparison)
+    assert "one minus two" in text and "+20.0" in text and "not evaluated alike" not in text
+
+
+def test_different_settings_are_said():
+    comparison = compare(make([True] * 4), make([True] * 4, model="two", dtype="bfloat16", template="plain"))
+    assert comparison["differences_in_settings"] == ["template: alpaca and plain", "dtype: float32 and bfloat16"]
+    text = shown(print_comparison, make([True] * 4), comparison)
+    assert text.count("not evaluated alike") == 2 and "float32 and bfloat16" in text
+
+
+@pytest.mark.parametrize("other", [make([True] * 5), make([True] * 4, names=("boolq",))])
+def test_other_rows_are_not_compared(other):
+    with pytest.raises(InputError, match="not of the same rows"):
+        compare(make([True] * 4), other)
+
+
+def test_the_table_names_the_settings_and_the_majority():
+    text = shown(print_results, make([True, False, True, True]))
+    assert "one · likelihood · template alpaca · float32" in text
+    assert "75.0 %" in text and "100.0 %" in text and "average" in text
+    assert "no answer" not in text  # no column for what did not happen
+    generated = make([True, False], protocol="generate", beams=4)
+    generated.summary["tasks"]["boolq"]["unparsable"] = 7
+    text = shown(print_results, generated)
+    assert "generate (4 beams)" in text and "no answer" in text and "7" in text
+
+
+def test_published_rows_stand_apart_with_their_source():
+    assert published_beside(["boolq"]) == []
+    results = make([True] * 4, names=COMMONSENSE)
+    text = shown(print_published, results)
+    assert "80.8 %" in text and "arXiv 2402.09353" in text and "Published by others" in text
+    assert all(row.source and row.tasks == COMMONSENSE for row in PUBLISHED)
+    assert "No published rows" in shown(print_published, make([True] * 4))
+
+
+def test_the_chart_depends_on_the_results_alone(tmp_path):
+    results = [make([True, False, True, True]), make([True] * 4, model="two")]
+    for name in ("a.png", "b.png"):
+        write_chart(results, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    write_chart(results[:1], tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()

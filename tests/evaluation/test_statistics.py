@@ -1,0 +1,79 @@
+"""Errors, intervals and tests, against numbers worked out in another way."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+
+from linchain_cli.evaluation.statistics import (
+    Paired,
+    macro_average,
+    mcnemar,
+    normal_interval,
+    pair,
+    standard_error,
+    wilson_interval,
+)
+
+
+def test_standard_error_is_that_of_the_mean():
+    rows = [1] * 7 + [0] * 4
+    assert standard_error(7, 11) == pytest.approx(statistics.stdev(rows) / math.sqrt(11))
+    assert standard_error(1, 1) is None
+
+
+def test_wilson_interval_is_where_the_score_test_turns():
+    """The bounds are the proportions p with |p̂ − p| = 1.96·√(p(1−p)/n)."""
+    for correct, n in [(0, 10), (3, 10), (250, 400), (400, 400)]:
+        for bound in wilson_interval(correct, n):
+            score = abs(correct / n - bound) - 1.959964 * math.sqrt(bound * (1 - bound) / n)
+            assert score == pytest.approx(0, abs=1e-6)
+    assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # a textbook's example
+
+
+def test_macro_average_weighs_tasks_alike():
+    mean, error = macro_average([0.5, 0.9], [0.03, 0.04])
+    assert mean == pytest.approx(0.7) and error == pytest.approx(0.025)
+    assert macro_average([0.5, 0.9], [0.03, None]) == (pytest.approx(0.7), None)
+    assert normal_interval(0.7, 0.025) == pytest.approx((0.651, 0.749), abs=1e-4)
+    assert normal_interval(0.7, None) is None
+
+
+def test_mcnemar_is_the_exact_binomial_test():
+    for gained, lost in itertools.product(range(5), repeat=2):
+        n = gained + lost
+        outcomes = [sum(coins) for coins in itertools.product([0, 1], repeat=n)]
+        as_uneven = sum(abs(heads - n / 2) >= abs(gained - n / 2) for heads in outcomes)
+        assert mcnemar(gained, lost) == pytest.approx(as_uneven / len(outcomes))
+    assert mcnemar(3000, 2800) == pytest.approx(0.00897, abs=1e-5)  # far beyond what a float can hold on the way
+
+
+def test_pairs_are_counted_by_row():
+    paired = pair([True, True, False, False, True], [True, False, False, True, False])
+    assert (paired.n, paired.gained, paired.lost) == (5, 2, 1)
+    assert paired.difference == pytest.approx(0.2)
+    with pytest.raises(ValueError):
+        pair([True], [])
+
+
+def test_paired_interval_is_not_empty_where_models_agree():
+    low, high = Paired(400, 0, 0).interval
+    assert low < 0 < high and high < 0.01
+    low, high = Paired(400, 40, 10).interval
+    assert low > 0
+    assert (low + high) / 2 == pytest.approx(30 / 402)
+
+
+def test_paired_intervals_cover_the_truth():
+    """Over many draws, 95 % of the intervals hold the true difference, give or take."""
+    rng = random.Random(0)
+    gain, loss, covered = 0.15, 0.07, 0
+    for _ in range(1000):
+        draws = [rng.random() for _ in range(120)]
+        paired = Paired(120, sum(d < gain for d in draws), sum(gain <= d < gain + loss for d in draws))
+        covered += paired.interval[0] <= gain - loss <= paired.interval[1]
+    assert 930 <= covered <= 975
