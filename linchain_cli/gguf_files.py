@@ -80,9 +80,21 @@ def _write_checkpoint(path: Path, staging: Path) -> None:
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    _restore_special_tokens(tokenizer, model.config)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     _make_readable(staging)
+
+
+def _restore_special_tokens(tokenizer, config) -> None:
+    """Takes the tokenizer's special tokens from the configuration, which holds the file's own ids.
+
+    transformers 5.17 gives byte-level tokenizers the BOS token for EOS and drops the padding token.
+    """
+    for name in ("bos", "eos", "pad"):
+        number = getattr(config, f"{name}_token_id", None)
+        if isinstance(number, int) and 0 <= number < len(tokenizer):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(number))
 
 
 def _make_readable(directory: Path) -> None:
