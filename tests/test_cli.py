@@ -68,7 +68,7 @@ OPTIONS = {
     "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite"],
     "export": ["--format", "--out", "--overwrite"],
     "import": ["--out"],
-    "compare": ["--seeds"],
+    "compare": ["--seeds", "--equal-parameters", "--fresh"],
     "generate": [],
     "check": [],
     "inspect": [],

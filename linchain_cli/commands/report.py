@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
-from linchain_cli.commands.options import RunPath, not_available
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linchain_cli.errors import InputError
 
 
-def run(run_path: RunPath = None) -> None:
-    """Write one HTML page about a run."""
-    raise not_available("report")
+def run(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run or a comparison; left out, the newest finished run under ./runs.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write one HTML page about a run or a comparison."""
+    from linchain_cli.run import ComparisonDirectory, find_run
+
+    directory = ComparisonDirectory(path) if path is not None else None
+    try:
+        if directory is not None and directory.exists():
+            from linchain_cli.report.comparison_page import write_comparison_report
+
+            written = write_comparison_report(directory)
+        else:
+            found = find_run(path, finished=False)
+            from linchain_cli.report.run_page import write_run_report
+
+            written = write_run_report(found)
+    except PermissionError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from error
+    print(written)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from linchain_cli import storage
-from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.run import ComparisonDirectory, RunDirectory, read_jsonl
 
 TRAINING, VALIDATION = "#4c72b0", "#c44e52"
 
@@ -35,3 +37,17 @@ def loss_plot(run: RunDirectory) -> Path | None:
     figure.savefig(picture, format="png")
     storage.write_atomic(run.loss_plot_path, picture.getvalue())
     return run.loss_plot_path
+
+
+def comparison_plot(directory: ComparisonDirectory, results: Mapping[str, Any]) -> Path | None:
+    """Draws the arms' losses at the recipe's learning rate (or else at their best ones) into a comparison's loss.png.
+
+    `results` is what results.json holds; None when no run has finished.
+    """
+    rows = results["tables"]["recipe_rate"] or results["tables"]["best_rate"]
+    if not rows:
+        return None
+    from linchain_cli.report.figures import comparison_figure, png
+
+    storage.write_atomic(directory.plot_path, png(comparison_figure(results, rows)))
+    return directory.plot_path

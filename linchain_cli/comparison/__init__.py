@@ -1,0 +1,1 @@
+"""Comparisons: the arms that values span, trained alike, measured, and told apart from noise."""

@@ -1,0 +1,129 @@
+"""What is measured of one run of an arm, read from its run directory."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from linchain_cli.run import RunDirectory, read_jsonl
+
+
+@dataclass(frozen=True)
+class Point:
+    """One validation: after `step`, when `tokens` (unpadded) had been trained on."""
+
+    step: int
+    tokens: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run. `reason` says why it did not finish; `accuracies` are those of its tasks, by name."""
+
+    arm: str
+    seed: int
+    directory: str
+    status: str
+    reason: str | None = None
+    training: tuple[tuple[int, float], ...] = ()
+    validation: tuple[Point, ...] = ()
+    trainable_parameters: int | None = None
+    step_seconds: float | None = None
+    tokens_per_second: float | None = None
+    peak_memory_bytes: int | None = None
+    accuracies: dict[str, float] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished" and bool(self.validation)
+
+    @property
+    def final_loss(self) -> float:
+        """The validation loss after the last step, whatever adapter the run kept."""
+        return self.validation[-1].loss
+
+    @property
+    def area(self) -> float | None:
+        """The area under the validation curve over tokens, divided by their range: the mean loss on the way.
+
+        Trapezoids from the first validation to the last; None of a single one.
+        """
+        tokens = [point.tokens for point in self.validation]
+        if len(tokens) < 2:
+            return None
+        return float(np.trapezoid([point.loss for point in self.validation], tokens)) / (tokens[-1] - tokens[0])
+
+    @property
+    def accuracy(self) -> float | None:
+        """The unweighted mean over tasks."""
+        return statistics.fmean(self.accuracies.values()) if self.accuracies else None
+
+    def tokens_to_reach(self, loss: float) -> float | None:
+        """Tokens until the validation loss first was `loss` or lower, on straight lines between validations.
+
+        None if it never was; at the first validation, that one's tokens (it may have been earlier).
+        """
+        before: Point | None = None
+        for point in self.validation:
+            if point.loss <= loss:
+                if before is None:
+                    return point.tokens
+                share = (before.loss - loss) / (before.loss - point.loss)
+                return before.tokens + share * (point.tokens - before.tokens)
+            before = point
+        return None
+
+
+def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: str) -> Measurement:
+    """Reads a run's files; one that was never started has the status `missing`.
+
+    Raises:
+        InputError: run.json or metrics.jsonl is damaged.
+    """
+    if not run.exists():
+        return Measurement(arm, seed, directory, "missing")
+    status = run.read_status()
+    rows = read_jsonl(run.metrics_path)
+    trained = [row for row in rows if "loss" in row]
+    peaks = [row["peak_memory_bytes"] for row in trained if row.get("peak_memory_bytes")]
+    return Measurement(
+        arm,
+        seed,
+        directory,
+        status["status"],
+        status.get("reason"),
+        tuple((row["step"], row["loss"]) for row in trained),
+        _validation(rows, trained),
+        status.get("trainable_parameters"),
+        statistics.median(row["step_seconds"] for row in trained) if trained else None,
+        status.get("tokens_per_second"),
+        # A peak that the process had reached in an earlier arm says nothing about this one.
+        max(peaks) if peaks and status.get("own_peak_memory", True) else None,
+        _accuracies(run, protocol),
+        status.get("hashes", {}),
+    )
+
+
+def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
+    """Validation rows carry no token count: it is that of the training row of their step, or lies between two."""
+    steps, tokens = [0, *(row["step"] for row in trained)], [0, *(row["tokens"] for row in trained)]
+    return tuple(
+        Point(row["step"], float(np.interp(row["step"], steps, tokens)), row["eval_loss"])
+        for row in rows
+        if "eval_loss" in row
+    )
+
+
+def _accuracies(run: RunDirectory, protocol: str) -> dict[str, float]:
+    try:
+        tasks = json.loads((run.eval_dir / f"{protocol}.json").read_bytes())["tasks"]
+    except FileNotFoundError:
+        return {}
+    return {name: entry["accuracy"] for name, entry in tasks.items()}

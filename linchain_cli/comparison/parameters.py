@@ -1,0 +1,51 @@
+"""Arms with the same number of trained parameters: the rank that comes closest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from linchain_cli.chain import linear_shape, match_modules
+from linchain_cli.model import empty_model, text_decoder_prefix
+from linchain_cli.recipe import Recipe
+
+Shape = tuple[int, int]
+
+
+def trained_parameters(shapes: Sequence[Shape], rank: int, depth: int) -> int:
+    """Σ over modules of r·(d_in + d_out) + n·r²; `shapes` are (d_in, d_out)."""
+    return sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
+
+
+def closest_rank(shapes: Sequence[Shape], depth: int, wanted: int) -> int:
+    """The rank whose chains have a number of parameters nearest to `wanted`; of two equally near, the lower one."""
+    rank = 1
+    while trained_parameters(shapes, rank + 1, depth) <= wanted:
+        rank += 1
+    below, above = (abs(trained_parameters(shapes, r, depth) - wanted) for r in (rank, rank + 1))
+    return rank if below <= above else rank + 1
+
+
+def with_equal_parameters(recipes: Sequence[Recipe], base: Recipe, directory: Path) -> list[Recipe]:
+    """The recipes with ranks at which each trains about as many parameters as LoRA at the base recipe's rank.
+
+    alpha changes with the rank so that alpha / rank, the chain's scale, stays what the recipe says.
+
+    Args:
+        directory: the base model's checkpoint; only its configuration is read.
+    """
+    model = empty_model(directory)
+    prefix = text_decoder_prefix(model)
+
+    def shapes(recipe: Recipe) -> list[Shape]:
+        paths = match_modules(model, recipe.adapter.target_modules, prefix).paths
+        return [linear_shape(model.get_submodule(path)) for path in paths]
+
+    wanted = trained_parameters(shapes(base), base.adapter.rank, 0)
+    adjusted = []
+    for recipe in recipes:
+        adapter = recipe.adapter
+        rank = closest_rank(shapes(recipe), adapter.depth, wanted)
+        changed = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
+        adjusted.append(recipe.model_copy(update={"adapter": changed}))
+    return adjusted

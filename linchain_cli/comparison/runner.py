@@ -1,0 +1,220 @@
+"""All runs of a comparison, one after another, on one loaded base model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from linchain_cli.chain import attach, detach, load_adapter
+from linchain_cli.comparison import results as found
+from linchain_cli.comparison.definition import Definition, arm_recipe, open_definition, remove
+from linchain_cli.comparison.grid import Arm, Grid
+from linchain_cli.comparison.parameters import with_equal_parameters
+from linchain_cli.data.dataset import PreparedData, prepare_data
+from linchain_cli.errors import InputError, LinchainError, Stopped
+from linchain_cli.evaluation.evaluate import evaluate
+from linchain_cli.evaluation.task import Task
+from linchain_cli.evaluation.tasks import load_tasks
+from linchain_cli.model import locate
+from linchain_cli.recipe import Recipe
+from linchain_cli.report.plots import comparison_plot, loss_plot
+from linchain_cli.run import ComparisonDirectory, RunDirectory, locked
+from linchain_cli.training.base import Base, load_base
+from linchain_cli.training.metrics import reset_peak_memory
+from linchain_cli.training.progress import note
+from linchain_cli.training.runner import run_training
+
+
+def run_comparison(
+    grid: Grid, seeds: Sequence[int], *, equal_parameters: bool = False, fresh: bool = False
+) -> dict[str, Any]:
+    """Trains every arm with every seed, unless that was done before, and writes what came out.
+
+    The comparison lies at the base recipe's <output_dir>/<name>. Called again, it continues: finished runs are kept,
+    a stopped one is resumed, new arms and seeds are added. The seeds turn slowest, so that all arms have one seed
+    before any has two.
+
+    Args:
+        seeds: each takes the place of the recipe's seed: initial values, row order and dropout.
+        equal_parameters: see `with_equal_parameters`.
+        fresh: remove a comparison that exists, with its arms, and start over.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        InputError: the recipe or what lies in its place does not allow it.
+        Stopped: a signal ended a run after a checkpoint; what is finished is written.
+        LinchainError: runs failed (a loss that is not finite, say); the others are done and written.
+    """
+    directory = ComparisonDirectory(grid.base.run_path)
+    with locked(directory.path):
+        arms = _adjusted(grid) if equal_parameters else list(grid.arms)
+        tasks = _tasks(grid.base)
+        if fresh:
+            remove(directory)
+        definition = open_definition(directory, grid, equal_parameters)
+        wanted = definition.add(arms, seeds, _command(grid, seeds, equal_parameters))
+        definition.write(directory)
+        try:
+            failures = _Runner(directory, definition, tasks).run([(arm, seed) for seed in seeds for arm in wanted])
+        except (Stopped, KeyboardInterrupt):
+            _write(directory, definition)
+            raise
+        results = _write(directory, definition)
+    if failures:
+        raise LinchainError(f"{len(failures)} of {len(results['runs'])} runs failed:\n" + "\n".join(failures))
+    return results
+
+
+def _command(grid: Grid, seeds: Sequence[int], equal_parameters: bool) -> list[str]:
+    flags = ["--seeds", ",".join(map(str, seeds)), *(["--equal-parameters"] if equal_parameters else [])]
+    return [*grid.words, *flags]
+
+
+def _adjusted(grid: Grid) -> list[Arm]:
+    if len({arm.recipe.adapter.rank for arm in grid.arms}) > 1:
+        raise InputError("--equal-parameters chooses the ranks itself: do not vary adapter.rank with it")
+    model = grid.base.model
+    directory = locate(model.path, model.revision, weights=False)
+    recipes = with_equal_parameters([arm.recipe for arm in grid.arms], grid.base, directory)
+    return [Arm(arm.name, recipe) for arm, recipe in zip(grid.arms, recipes, strict=True)]
+
+
+def _tasks(recipe: Recipe) -> list[Task]:
+    section = recipe.evaluation
+    if not section.tasks:
+        return []
+    return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
+
+
+def _write(directory: ComparisonDirectory, definition: Definition) -> dict[str, Any]:
+    results = found.collect(directory, definition)
+    found.write(directory, results)
+    comparison_plot(directory, results)
+    return results
+
+
+class _Runner:
+    """Trains and evaluates runs; holds the base model from one to the next, while they want the same."""
+
+    def __init__(self, directory: ComparisonDirectory, definition: Definition, tasks: Sequence[Task]):
+        self.directory, self.definition, self.tasks = directory, definition, tasks
+        self.accelerator = Accelerator()
+        self._base: Base | None = None
+        self._base_section: dict[str, Any] | None = None
+
+    def run(self, wanted: Sequence[tuple[Arm, int]]) -> list[str]:
+        """Brings every wanted run to its end; returns what is to be said of those that failed."""
+        if self.accelerator.num_processes > 1:
+            raise InputError("a comparison runs in one process: start it without torchrun or accelerate launch")
+        failures = []
+        for number, (arm, seed) in enumerate(wanted, 1):
+            recipe = arm_recipe(arm, seed, self.directory)
+            try:
+                self._bring_to_end(recipe, arm, f"run {number} of {len(wanted)}: {recipe.name}")
+            except (InputError, Stopped):
+                raise
+            except LinchainError as error:
+                failures.append(f"{recipe.name}: {error}")
+                note(failures[-1])
+        return failures
+
+    def _bring_to_end(self, recipe: Recipe, arm: Arm, title: str) -> None:
+        run = RunDirectory(recipe.run_path)
+        finished = run.exists() and run.read_status()["status"] == "finished"
+        if not finished:
+            note(title)
+            self._train(recipe, arm, run)
+            shutil.rmtree(run.checkpoints_dir, ignore_errors=True)  # a finished run has no use for them
+        if self.tasks and not self._is_evaluated(run):
+            note(f"{title}: evaluating")
+            self._evaluate(recipe, run)
+
+    def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
+        base = self._loaded(recipe)
+        unfinished = run.exists()
+        own_peak = reset_peak_memory(self.accelerator.device)
+        labels = {"comparison": self.directory.path.name, "arm": arm.name, "own_peak_memory": own_peak}
+        try:
+            run_training(recipe, resume=unfinished, base=base, labels=labels, quiet=not sys.stderr.isatty())
+        except InputError as error:
+            if unfinished:
+                raise InputError(f"{error}\nOr remove {run.path}: that run then starts over, the others stay.") from None
+            raise
+        finally:
+            detach(base.model)
+            if run.exists():
+                loss_plot(run)
+
+    def _loaded(self, recipe: Recipe) -> Base:
+        """The base model of a recipe, without chains."""
+        section = recipe.model.model_dump()
+        if self._base is None or section != self._base_section:
+            self._base = None  # the old one must go before the new one comes
+            self._base = load_base(recipe, self.accelerator)
+            self._base_section = section
+            self._check(self._base)
+        return self._base
+
+    def _check(self, base: Base) -> None:
+        """Refuses to add to runs that had other rows or another base; says when there are few validations."""
+        data = prepare_data(self.definition.base.data, base.tokenizer)
+        now = {"data": data.report.fingerprint, "base": base.hash}
+        for path in sorted(self.directory.arms_dir.iterdir()) if self.directory.arms_dir.is_dir() else ():
+            run = RunDirectory(path)
+            before = run.read_status().get("hashes", {}) if run.exists() else {}
+            changed = [name for name in now if before.get(name, now[name]) != now[name]]
+            if changed:
+                raise InputError(
+                    f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not be compared"
+                    f" with it: put back what there was, give this comparison another name (name=NEW), or use --fresh"
+                )
+        self._note_sparse_validation(data)
+
+    def _note_sparse_validation(self, data: PreparedData) -> None:
+        from linchain_cli.data.batches import steps_per_epoch
+
+        training = self.definition.base.training
+        per_epoch = steps_per_epoch(len(data.train), training.global_batch_size)
+        steps = training.max_steps or round(training.epochs * per_epoch)
+        if steps / training.eval_every < 5:
+            note(
+                f"only {steps // training.eval_every + (steps % training.eval_every > 0)} validation(s) in {steps} steps:"
+                f" the loss curves will be coarse; training.eval_every={max(1, steps // 10)} would give ten"
+            )
+
+    def _is_evaluated(self, run: RunDirectory) -> bool:
+        """Whether the run's result file is of exactly these rows."""
+        path = run.eval_dir / f"{self.definition.base.evaluation.protocol}.json"
+        try:
+            entries = json.loads(path.read_bytes())["tasks"]
+        except (OSError, ValueError, KeyError):
+            return False
+        return {name: entry.get("rows_sha256") for name, entry in entries.items()} == {
+            task.name: task.fingerprint for task in self.tasks
+        }
+
+    def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
+        from linchain_cli.data.templates import get_template
+
+        base, protocol = self._loaded(recipe), self.definition.base.evaluation.protocol
+        attach(base.model, load_adapter(run.adapter_dir))
+        try:
+            evaluate(
+                base.model,
+                base.tokenizer,
+                get_template(recipe.data.template, base.tokenizer),
+                self.tasks,
+                name=str(run.path),
+                protocol=protocol,
+                out=run.eval_dir / f"{protocol}.json",
+            )
+        finally:
+            detach(base.model)

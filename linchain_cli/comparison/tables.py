@@ -1,0 +1,156 @@
+"""The two tables of a comparison: arms at the recipe's learning rate, and each arm at its best one."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from linchain_cli.comparison.definition import Definition
+from linchain_cli.comparison.grid import DEPTH, INIT, LINKS_RATE, RATE, Arm, labels, settings
+from linchain_cli.comparison.measure import Measurement
+from linchain_cli.comparison.statistics import estimate, interval
+
+LOWER, HIGHER, WITHIN, ONE_SEED, REFERENCE = "lower", "higher", "within the spread", "one seed, no spread", "reference"
+# Keys that have no meaning for a depth of 0, so that they need not agree between an arm and its LoRA.
+_OF_LINKS = (DEPTH, INIT, LINKS_RATE)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An arm with its finished runs by seed."""
+
+    arm: Arm
+    label: str
+    settings: Mapping[str, Any]
+    runs: Mapping[int, Measurement]
+
+    @property
+    def rate(self) -> float:
+        return self.arm.recipe.training.learning_rate
+
+    @property
+    def final_loss(self) -> float:
+        return statistics.fmean(run.final_loss for run in self.runs.values())
+
+    def group(self) -> str:
+        """What arms that differ in their learning rate alone have in common."""
+        return json.dumps({key: value for key, value in self.settings.items() if key != RATE}, sort_keys=True)
+
+
+def candidates(definition: Definition, measurements: Sequence[Measurement]) -> list[Candidate]:
+    """Every arm, with those of its runs that finished."""
+    named = labels([arm.recipe for arm in definition.arms])
+    found = []
+    for arm, label in zip(definition.arms, named, strict=True):
+        runs = {one.seed: one for one in measurements if one.arm == arm.name and one.finished}
+        found.append(Candidate(arm, label, settings(arm.recipe), runs))
+    return found
+
+
+def at_recipe_rate(all_arms: Sequence[Candidate], rate: float) -> list[dict[str, Any]]:
+    """Rows for the arms that were trained at the recipe's learning rate."""
+    chosen = [one for one in all_arms if one.rate == rate and one.runs]
+    return [_row(one, _reference_of(one, chosen)) for one in chosen]
+
+
+def at_best_rate(all_arms: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """Rows for every arm at the learning rate that gave it the lowest mean validation loss.
+
+    Rates are compared over the seeds that all of the group's finished rates have. `edge` says that the best rate is
+    the lowest or the highest one tried, so that a better one may lie beyond.
+    """
+    groups: dict[str, list[Candidate]] = {}
+    for one in all_arms:
+        groups.setdefault(one.group(), []).append(one)
+    best, edges, counts = [], {}, {}
+    for tried in groups.values():
+        whole = max((len(one.runs) for one in tried), default=0)
+        usable = [one for one in tried if one.runs and len(one.runs) == whole]
+        if not usable:
+            continue
+        winner = min(usable, key=lambda one: one.final_loss)
+        rates = sorted(one.rate for one in tried)
+        edges[winner.arm.name] = len(rates) > 1 and winner.rate in (rates[0], rates[-1])
+        counts[winner.arm.name] = len(rates)
+        best.append(winner)
+    return [
+        {**_row(one, _reference_of(one, best)), "edge": edges[one.arm.name], "rates_tried": counts[one.arm.name]}
+        for one in best
+    ]
+
+
+def _reference_of(one: Candidate, table: Sequence[Candidate]) -> Candidate:
+    """The LoRA arm that is like `one` in all but depth (and learning rate); else the table's first LoRA arm, else
+    its first arm."""
+
+    def rest(candidate: Candidate) -> dict[str, Any]:
+        return {key: value for key, value in candidate.settings.items() if key not in (*_OF_LINKS, RATE)}
+
+    loras = [candidate for candidate in table if candidate.arm.recipe.adapter.depth == 0]
+    alike = [candidate for candidate in loras if rest(candidate) == rest(one)]
+    return (alike or loras or list(table))[0]
+
+
+def _row(one: Candidate, reference: Candidate) -> dict[str, Any]:
+    runs = list(one.runs.values())
+    recipe = one.arm.recipe
+    row = {
+        "arm": one.arm.name,
+        "label": one.label,
+        "reference": reference.label,
+        "depth": recipe.adapter.depth,
+        "rank": recipe.adapter.rank,
+        "alpha": recipe.adapter.alpha,
+        "learning_rate": one.rate,
+        "seeds": sorted(one.runs),
+        "trainable_parameters": runs[0].trainable_parameters,
+        "validation_loss": _mean(runs, lambda run: run.final_loss),
+        "area": _mean(runs, lambda run: run.area),
+        "tokens_to_reference": _reached(one, reference),
+        "step_seconds": _mean(runs, lambda run: run.step_seconds),
+        "tokens_per_second": _mean(runs, lambda run: run.tokens_per_second),
+        "peak_memory_bytes": max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes), default=None),
+        "accuracy": _mean(runs, lambda run: run.accuracy),
+    }
+    pairs = {"validation_loss": lambda run: run.final_loss, "area": lambda run: run.area, "accuracy": lambda run: run.accuracy}
+    row["difference"] = {name: _difference(one, reference, read) for name, read in pairs.items()}
+    return row
+
+
+def _mean(runs: Sequence[Measurement], read: Callable[[Measurement], float | None]) -> dict[str, Any] | None:
+    found = estimate([value for run in runs if (value := read(run)) is not None])
+    return found.as_json() if found else None
+
+
+def _difference(
+    one: Candidate, reference: Candidate, read: Callable[[Measurement], float | None]
+) -> dict[str, Any] | None:
+    """`one` minus `reference`, paired by seed, with its 95 % t interval and what may be said of it."""
+    if one is reference:
+        return {"verdict": REFERENCE}
+    pairs = [(read(run), read(reference.runs[seed])) for seed, run in one.runs.items() if seed in reference.runs]
+    found = estimate([own - other for own, other in pairs if own is not None and other is not None])
+    if found is None:
+        return None
+    bounds = interval(found)
+    if bounds is None:
+        verdict = ONE_SEED
+    elif bounds[0] <= 0 <= bounds[1]:
+        verdict = WITHIN
+    else:
+        verdict = LOWER if found.mean < 0 else HIGHER
+    return {**found.as_json(), "interval": bounds and list(bounds), "verdict": verdict}
+
+
+def _reached(one: Candidate, reference: Candidate) -> dict[str, Any] | None:
+    """Mean tokens until an arm's validation loss is the reference's final one, over the seeds where it gets there."""
+    found = [
+        run.tokens_to_reach(reference.runs[seed].final_loss) for seed, run in one.runs.items() if seed in reference.runs
+    ]
+    if not found:
+        return None
+    reached = [tokens for tokens in found if tokens is not None]
+    return {"mean": statistics.fmean(reached) if reached else None, "reached": len(reached), "of": len(found)}

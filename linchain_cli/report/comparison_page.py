@@ -1,0 +1,141 @@
+"""The page about a comparison."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from linchain_cli import storage
+from linchain_cli.chain import load_adapter
+from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.recipe import Recipe
+from linchain_cli.report.figures import comparison_pictures
+from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
+from linchain_cli.report.layers import layer_numbers
+from linchain_cli.report.parts import origin_section, recipe_section, samples_section
+from linchain_cli.report.run_page import FILE
+from linchain_cli.report.wording import table_cells, table_titles
+from linchain_cli.run import ComparisonDirectory, RunDirectory
+
+
+def write_comparison_report(directory: ComparisonDirectory) -> Path:
+    """Writes report.html into a comparison's directory and returns its path.
+
+    Raises:
+        InputError: there are no results yet, or they are damaged.
+    """
+    results = read_results(directory)
+    recipe = Recipe.model_validate(results["recipe"])
+    finished = [run for run in results["runs"] if run["status"] == "finished"]
+    first = RunDirectory(directory.path / finished[0]["directory"]) if finished else None
+    status = first.read_status() if first and first.exists() else {}
+    parts: list[Markup] = []
+    for title, rows, rates in table_titles(results):
+        drawn = [figure(one) for one in comparison_pictures(results, rows)]
+        shown = tag("div", drawn, class_="figures")
+        parts.append(section(title, table(table_cells(rows, rates), "Means over seeds"), shown))
+    document = page(
+        f"{results['name']}: a comparison on {recipe.model.path}",
+        _summary(results, finished, status),
+        section("How to read it", tag("ul", [tag("li", note) for note in results["notes"]])),
+        parts,
+        _learned(directory, results),
+        _runs(results),
+        samples_section(first, recipe) if status else Markup(""),
+        origin_section(status | {"hashes": results["hashes"]}, _commands(results)),
+        recipe_section(recipe),
+    )
+    target = directory.path / FILE
+    storage.write_atomic(target, document)
+    return target
+
+
+def read_results(directory: ComparisonDirectory) -> dict[str, Any]:
+    """results.json of a comparison.
+
+    Raises:
+        InputError: there is none yet, or it is damaged.
+    """
+    path = directory.results_path
+    try:
+        found = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{directory.path} has no results yet: finish it by giving its `linchain compare` again") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}): give its `linchain compare` again") from error
+    if not isinstance(found, dict) or not {"recipe", "runs", "tables", "notes", "name", "hashes"} <= found.keys():
+        raise InputError(f"{path} is damaged: give its `linchain compare` again")
+    return found
+
+
+def _commands(results: Mapping[str, Any]) -> str:
+    return "\n".join(f"linchain compare recipe.yaml {shlex.join(words)}" for words in results.get("commands", []))
+
+
+def _summary(results: Mapping[str, Any], finished: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Markup:
+    rows = status.get("rows", {})
+    return facts(
+        [
+            ("runs", f"{len(finished)} finished of {len(results['runs'])}"),
+            ("seeds", ", ".join(map(str, sorted({run["seed"] for run in results["runs"]})))),
+            ("steps per run", f"{status['total_steps']:,}" if "total_steps" in status else None),
+            ("rows", f"{rows['kept']:,} kept, {rows['skipped']:,} skipped" if rows else None),
+            ("same number of parameters", "ranks are adjusted" if results.get("equal_parameters") else None),
+        ]
+    )
+
+
+def _learned(directory: ComparisonDirectory, results: Mapping[str, Any]) -> Markup:
+    """Means over the modules of every arm's adapters."""
+    by_arm: dict[str, list[Mapping[str, Any]]] = {}
+    for run in results["runs"]:
+        if run["status"] == "finished":
+            by_arm.setdefault(run["arm"], []).append(run)
+    rows, problems = [], []
+    for runs in by_arm.values():
+        try:
+            layers = [
+                layer
+                for run in runs
+                for layer in layer_numbers(load_adapter(RunDirectory(directory.path / run["directory"]).adapter_dir))
+            ]
+        except LinchainError as error:
+            problems.append(tag("p", str(error), class_="faint"))
+            continue
+        row = {"arm": runs[0]["label"], "learning rate": f"{runs[0]['learning_rate']:g}"}
+        for name, read in (
+            ("entropy rank", lambda one: one.entropy_rank),
+            ("stable rank", lambda one: one.stable_rank),
+            ("share of the first direction", lambda one: one.top_energy),
+            ("‖ΔW‖", lambda one: one.norm),
+        ):
+            row[name] = f"{statistics.fmean(map(read, layers)):.3g}"
+        rows.append(row)
+    note = "Means over all adapted modules and seeds. No depth can raise the rank of ΔW beyond r; compare arms of like loss."
+    return section("What was learned", tag("p", note) if rows else None, table(rows, "Spectra of ΔW"), problems)
+
+
+def _runs(results: Mapping[str, Any]) -> Markup:
+    rows = [
+        {
+            "run": run["directory"],
+            "status": run["status"],
+            "validation loss": _text(run["validation_loss"], 4),
+            "area": _text(run["area"], 4),
+            "seconds per step": _text(run["step_seconds"], 3),
+            "tokens per second": _text(run["tokens_per_second"], 1),
+            "accuracy": _text(run["accuracy"], 4),
+        }
+        for run in results["runs"]
+    ]
+    hint = tag("p", "`linchain report` with one of these directories shows that run, layer by layer.", class_="faint")
+    shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
+    return section("Every run", table([{name: row[name] for name in shown} for row in rows], "One line per arm and seed"), hint)
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"

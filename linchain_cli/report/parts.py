@@ -1,0 +1,134 @@
+"""Sections that pages share: recipe, rows, layers, machine and versions, how to repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from linchain_cli.chain import load_adapter
+from linchain_cli.errors import LinchainError
+from linchain_cli.recipe import Recipe
+from linchain_cli.report.figures import layer_map, spectrum_lines
+from linchain_cli.report.html import Markup, facts, figure, section, table, tag
+from linchain_cli.report.layers import LayerNumbers, layer_numbers
+from linchain_cli.report.samples import row_samples
+from linchain_cli.run import RunDirectory
+
+MOST_ROWS = 1000  # of the table of modules
+
+
+def recipe_section(recipe: Recipe) -> Markup:
+    """The whole recipe, every default written out."""
+    return section("Recipe", tag("pre", recipe.to_yaml()))
+
+
+def problem(what: str, error: Exception) -> Markup:
+    """A sentence in the place of what could not be shown."""
+    return tag("p", f"{what}: {error}", class_="faint")
+
+
+def layers_section(run: RunDirectory, status: Mapping[str, Any]) -> Markup:
+    """Spectra and sizes of ΔW, of the adapter that the run kept."""
+    if not run.adapter_dir.is_dir():
+        return Markup("")
+    try:
+        layers, missing = read_layers(run, status)
+    except LinchainError as error:
+        return section("What was learned", problem("The adapter cannot be shown", error))
+    relative = layer_map(layers, lambda one: one.relative_norm, "‖ΔW‖ / ‖W0‖ (Frobenius norms)", logarithmic=True)
+    absolute = layer_map(layers, lambda one: one.norm, "‖ΔW‖ (Frobenius norm)", logarithmic=True)
+    ranks = layer_map(layers, lambda one: one.entropy_rank, "entropy rank of ΔW")
+    top = layer_map(layers, lambda one: one.top_energy, "share of ‖ΔW‖² in its first direction")
+    most = max(len(one.singular_values) for one in layers)
+    note = (
+        f"ΔW = (α/r)·B·Wn…W1·A has at most rank {most} here, whatever its depth. Entropy rank is exp(−Σ p ln p) with"
+        " p = σ/Σσ: how many directions share the spectrum."
+    )
+    drawn = [figure(one) for one in (relative or absolute, ranks, top, spectrum_lines(layers))]
+    return section(
+        "What was learned",
+        tag("p", note),
+        missing,
+        tag("div", drawn, class_="figures"),
+        _layer_table(layers),
+    )
+
+
+def read_layers(run: RunDirectory, status: Mapping[str, Any]) -> tuple[list[LayerNumbers], Markup]:
+    """(numbers of every module in the order of layers, a sentence if ‖W0‖ could not be read).
+
+    Raises:
+        LinchainError: the adapter is missing or damaged.
+    """
+    adapter = load_adapter(run.adapter_dir)
+    directory, missing = status.get("base", {}).get("directory"), Markup("")
+    base = Path(directory) if directory and Path(directory).is_dir() else None
+    try:
+        layers = layer_numbers(adapter, base)
+    except LinchainError as error:
+        layers, missing = layer_numbers(adapter), problem("‖W0‖ is not shown", error)
+    if base is None:
+        missing = tag("p", "‖W0‖ is not shown: the base model is not where the run found it.", class_="faint")
+    return sorted(layers, key=lambda one: (one.place[0] or 0, one.place[1])), missing
+
+
+def _layer_table(layers: Sequence[LayerNumbers]) -> Markup:
+    if len(layers) > MOST_ROWS:
+        return tag("p", f"{len(layers):,} modules: the table of all of them is left out.", class_="faint")
+    rows = [
+        {
+            "module": one.path,
+            "‖ΔW‖": f"{one.norm:.4g}",
+            "‖ΔW‖/‖W0‖": "" if one.relative_norm is None else f"{one.relative_norm:.3g}",
+            "entropy rank": f"{one.entropy_rank:.2f}",
+            "stable rank": f"{one.stable_rank:.2f}",
+            "first direction": f"{one.top_energy:.1%}",
+            "largest σ": f"{one.singular_values[0]:.3g}",
+            "condition of links": ", ".join(f"{value:.3g}" for value in one.link_conditions),
+        }
+        for one in layers
+    ]
+    return tag("details", tag("summary", f"All {len(rows)} modules in numbers"), table(rows, "Every adapted module"))
+
+
+def samples_section(run: RunDirectory, recipe: Recipe) -> Markup:
+    """Rows of the first step, with the tokens that the loss is over."""
+    try:
+        samples = row_samples(run, recipe)
+    except LinchainError as error:
+        return section("Rows", problem("Sample rows cannot be shown", error))
+    if not samples:
+        return Markup("")
+    shown = []
+    for sample in samples:
+        text = [tag("mark", piece) if supervised else piece for piece, supervised in sample.pieces]
+        title = f"Row {sample.row}: {sample.tokens} tokens, {sample.supervised} supervised"
+        shown += [tag("h3", title), tag("pre", text, class_="tokens")]
+    note = "The first rows of the first step. Marked tokens are supervised: the loss is over them."
+    return section("Rows", tag("p", note), shown)
+
+
+def origin_section(status: Mapping[str, Any], command: str) -> Markup:
+    """Versions, hashes, machine, and the command that does it again."""
+    machine, base = status.get("machine", {}), status.get("base", {})
+    pairs = [(f"version of {name}", version) for name, version in status.get("versions", {}).items()]
+    pairs += [(f"SHA-256 of {name}", value) for name, value in status.get("hashes", {}).items()]
+    pairs += [
+        ("base model", base.get("path")),
+        ("number format of the base", base.get("dtype")),
+        ("device", machine.get("device")),
+        ("processor", machine.get("processor")),
+        ("threads", machine.get("threads")),
+        ("processes", machine.get("processes")),
+    ]
+    note = (
+        "Save the recipe of this page as recipe.yaml. With the same versions, hashes, device and number of threads the"
+        " losses are the same to the last digit; with others they differ by rounding."
+    )
+    return section(
+        "How to repeat it",
+        tag("p", note),
+        tag("pre", tag("code", command)),
+        facts(pairs),
+    )

@@ -1,0 +1,143 @@
+"""The page about one run."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from linchain_cli import storage
+from linchain_cli.errors import InputError
+from linchain_cli.recipe import Recipe, load_recipe
+from linchain_cli.report.figures import loss_curves
+from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
+from linchain_cli.report.parts import layers_section, origin_section, recipe_section, samples_section
+from linchain_cli.report.wording import gigabytes
+from linchain_cli.run import RunDirectory, read_jsonl
+
+FILE = "report.html"
+
+
+def write_run_report(run: RunDirectory) -> Path:
+    """Writes report.html into a run's directory and returns its path; the run need not have finished.
+
+    Raises:
+        InputError: what the run's directory holds is damaged.
+    """
+    status = run.read_status()
+    recipe = load_recipe(run.recipe_path)
+    rows = read_jsonl(run.metrics_path)
+    training = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "eval_loss" in row]
+    title = f"{recipe.name}: {_what(recipe)}"
+    document = page(
+        title,
+        _summary(status, recipe, training, validation),
+        section("Loss", tag("div", figure(_losses(training, validation)), class_="figures")),
+        _evaluations(run),
+        _speed(status, training),
+        layers_section(run, status),
+        samples_section(run, recipe),
+        origin_section(status, "linchain train recipe.yaml"),
+        recipe_section(recipe),
+    )
+    target = run.path / FILE
+    storage.write_atomic(target, document)
+    return target
+
+
+def _what(recipe: Recipe) -> str:
+    adapter = recipe.adapter
+    kind = {0: "LoRA", 1: "MoSLoRA"}.get(adapter.depth, f"a chain of {adapter.depth} links")
+    return f"{kind} of rank {adapter.rank} on {recipe.model.path}"
+
+
+def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]):
+    return loss_curves([(row["step"], row["loss"]) for row in training], [(row["step"], row["eval_loss"]) for row in validation])
+
+
+def _summary(status: Mapping[str, Any], recipe: Recipe, training: Sequence, validation: Sequence) -> Markup:
+    adapter, rows = status.get("adapter", {}), status.get("rows", {})
+    steps = status.get("step", training[-1]["step"] if training else None)
+    best = min(validation, key=lambda row: row["eval_loss"], default=None)
+    state = status["status"] + (f": {status['reason']}" if status.get("reason") else "")
+    of = f" of {status['total_steps']:,}" if "total_steps" in status else ""
+    return facts(
+        [
+            ("status", state),
+            ("finished", status.get("finished_at")),
+            ("steps", None if steps is None else f"{steps:,}{of}"),
+            ("lowest validation loss", best and f"{best['eval_loss']:.4f} after step {best['step']:,}"),
+            ("last validation loss", validation[-1]["eval_loss"] and f"{validation[-1]['eval_loss']:.4f}" if validation else None),
+            ("adapter/ holds", adapter and f"the {adapter['kept']} values, of step {adapter['step']:,}"),
+            ("trained parameters", _count(status.get("trainable_parameters"))),
+            ("adapted modules", _count(status.get("adapted_modules"))),
+            ("rows", rows and f"{rows['kept']:,} kept, {rows['skipped']:,} skipped, {rows['truncated']:,} truncated"),
+            ("tokens trained on", _count(status.get("tokens"))),
+            ("of these supervised", _count(status.get("supervised_tokens"))),
+            ("seed", recipe.seed),
+        ]
+    )
+
+
+def _count(value: int | None) -> str | None:
+    return None if value is None else f"{value:,}"
+
+
+def _evaluations(run: RunDirectory) -> Markup:
+    tables = []
+    for path in sorted(run.eval_dir.glob("*.json")) if run.eval_dir.is_dir() else ():
+        try:
+            found = json.loads(path.read_bytes())
+            tables.append(_evaluation(found))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is damaged ({error}): evaluate again") from error
+    return section("Evaluation", tables)
+
+
+def _evaluation(found: Mapping[str, Any]) -> Markup:
+    rows = [
+        {
+            "task": name,
+            "accuracy": f"{entry['accuracy']:.1%}",
+            "95 % interval": _interval(entry.get("interval")),
+            "rows": f"{entry['n']:,}",
+            "unparsable": entry.get("unparsable", ""),
+            "most frequent answer": f"{entry['majority']:.1%}" if entry.get("majority") is not None else "",
+        }
+        for name, entry in found["tasks"].items()
+    ]
+    average = {"task": "average of tasks", "accuracy": f"{found['average']:.1%}", "95 % interval": _interval(found.get("average_interval"))}
+    if len(rows) > 1:
+        rows.append({**dict.fromkeys(rows[0], ""), **average})
+    what = ", ".join(str(found[key]) for key in ("protocol", "template", "dtype") if found.get(key))
+    return table(rows, f"Accuracy ({what})")
+
+
+def _interval(bounds: Sequence[float] | None) -> str:
+    return f"{bounds[0]:.1%} to {bounds[1]:.1%}" if bounds else ""
+
+
+def _speed(status: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> Markup:
+    if not training:
+        return Markup("")
+    seconds = [row["step_seconds"] for row in training]
+    timings = status.get("timings", {})
+    peak = max((row.get("peak_memory_bytes") or 0 for row in training), default=0)
+    speed = status.get("tokens_per_second")
+    padding = [row["padding_share"] for row in training if "padding_share" in row]
+    return section(
+        "Speed and memory",
+        facts(
+            [
+                ("tokens per second, unpadded", f"{speed:,.1f}" if speed else None),
+                ("seconds per step", f"{statistics.median(seconds):.3f} (median; {min(seconds):.3f} to {max(seconds):.3f})"),
+                ("seconds in steps", f"{timings['train_seconds']:,.1f}" if "train_seconds" in timings else None),
+                ("seconds before the first step", f"{timings['prepare_seconds']:,.1f}" if "prepare_seconds" in timings else None),
+                ("padding among computed tokens", f"{statistics.fmean(padding):.1%}" if padding else None),
+                ("peak memory", gigabytes(peak) or None),
+            ]
+        ),
+    )

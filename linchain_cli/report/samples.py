@@ -1,0 +1,66 @@
+"""A few training rows as the model saw them: which tokens, and which of them it learned to write."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.errors import InputError
+from linchain_cli.model import load_tokenizer, locate
+from linchain_cli.recipe import Recipe
+from linchain_cli.run import RunDirectory, read_jsonl
+
+UNDECODED = "\ufffd"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row: `pieces` are its tokens' texts in order, each with whether it is supervised."""
+
+    row: int
+    tokens: int
+    supervised: int
+    pieces: tuple[tuple[str, bool], ...]
+
+
+def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3) -> list[Sample]:
+    """The first rows of a run's first optimizer step.
+
+    Raises:
+        InputError: tokenizer or rows cannot be read any more, or the rows are not those of the run.
+    """
+    steps = read_jsonl(run.rows_path)
+    if not steps:
+        return []
+    status = run.read_status()
+    kept = status.get("base", {}).get("directory")
+    directory = Path(kept) if kept and Path(kept).is_dir() else locate(recipe.model.path, recipe.model.revision, weights=False)
+    tokenizer = load_tokenizer(directory)
+    data = prepare_data(recipe.data, tokenizer)
+    if data.report.fingerprint != status.get("hashes", {}).get("data"):
+        raise InputError("the data are not the ones of the run any more")
+    samples = []
+    for row in steps[0]["rows"][:count]:
+        ids, supervised = data.train[row]
+        pieces = tuple(token_pieces(tokenizer, ids.tolist(), supervised.tolist()))
+        samples.append(Sample(row, len(ids), int(supervised.sum()), pieces))
+    return samples
+
+
+def token_pieces(tokenizer: Any, ids: Sequence[int], supervised: Sequence[bool]) -> list[tuple[str, bool]]:
+    """(text, supervised) per token, in order; together the texts are what all tokens decode to.
+
+    Tokens that hold only a part of a character's bytes are joined with the following ones of their kind.
+    """
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        last = end == len(ids) or supervised[end] != supervised[start]
+        if UNDECODED not in text or last:
+            pieces.append((text, bool(supervised[start])))
+            start = end
+    return pieces

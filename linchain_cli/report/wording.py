@@ -1,0 +1,101 @@
+"""How numbers of a comparison are written, on a terminal and on a page: one wording for both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+
+FIRST_COLUMN = "arm"
+RATE_COLUMN = "learning rate"
+
+
+def number(found: Row | None, digits: int = 4) -> str:
+    """The mean of an estimate, or nothing."""
+    return f"{found['mean']:.{digits}f}" if found else ""
+
+
+def spread(found: Row | None, digits: int = 4) -> str:
+    """`0.1683 ± 0.0012`, without the spread where there is one seed."""
+    if not found:
+        return ""
+    return number(found, digits) + (f" ± {found['sd']:.{digits}f}" if found["sd"] is not None else "")
+
+
+def difference(found: Row | None, digits: int = 4) -> str:
+    """`−0.0031 [−0.0050, −0.0012] lower`, or the word that stands in its place."""
+    if not found:
+        return ""
+    if "mean" not in found:
+        return found["verdict"]
+    value = _signed(found["mean"], digits)
+    if found["interval"] is None:
+        return f"{value} ({found['verdict']})"
+    low, high = (_signed(bound, digits) for bound in found["interval"])
+    return f"{value} [{low}, {high}] {found['verdict']}"
+
+
+def _signed(value: float, digits: int) -> str:
+    """With a minus sign, behind which no line breaks, instead of a hyphen."""
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def reached(found: Row | None) -> str:
+    """Mean tokens to a loss, with how many seeds got there unless all did."""
+    if not found:
+        return ""
+    if not found["reached"]:
+        return "not reached"
+    missing = "" if found["reached"] == found["of"] else f" ({found['reached']} of {found['of']} seeds)"
+    return f"{found['mean']:,.0f}{missing}"
+
+
+def gigabytes(size: int | None) -> str:
+    """Bytes as 10⁹ bytes."""
+    return f"{size / 1e9:.2f} GB" if size else ""
+
+
+def table_cells(rows: Sequence[Row], rates: bool) -> list[dict[str, str]]:
+    """A comparison's table as texts by column; columns that are empty in every line are left out.
+
+    Args:
+        rates: whether every arm's learning rate is shown (the table of best rates).
+    """
+    references = {row["reference"] for row in rows}
+    common = references.pop() if len(references) == 1 else None
+    against = common or "its reference"
+    lines = []
+    for row in rows:
+        cells = {FIRST_COLUMN: row["label"]}
+        if rates:
+            cells[RATE_COLUMN] = f"{row['learning_rate']:g}{' (edge)' if row.get('edge') else ''}"
+        cells |= {
+            "validation loss": spread(row["validation_loss"]),
+            "reference": "" if common else row["reference"],
+            f"difference to {against} [95 %]": difference(row["difference"]["validation_loss"]),
+            "area under the curve": spread(row["area"]),
+            "difference of areas [95 %]": difference(row["difference"]["area"]),
+            f"tokens to {against}'s final loss": reached(row["tokens_to_reference"]),
+            "accuracy": spread(row["accuracy"]),
+            "difference of accuracies [95 %]": difference(row["difference"]["accuracy"]),
+            "seconds per step": number(row["step_seconds"], 3),
+            "memory": gigabytes(row["peak_memory_bytes"]),
+            "parameters": f"{row['trainable_parameters']:,}" if row["trainable_parameters"] else "",
+        }
+        lines.append(cells)
+    shown = [name for name in (lines[0] if lines else {}) if any(line[name] for line in lines)]
+    if not any(line.get("accuracy") for line in lines):
+        shown = [name for name in shown if name != "difference of accuracies [95 %]"]
+    return [{name: line[name] for name in shown} for line in lines]
+
+
+def table_titles(results: Mapping[str, Any]) -> list[tuple[str, list[Row], bool]]:
+    """(title, rows, whether rates are shown) of the tables that a comparison has; best rates need several."""
+    tables = results["tables"]
+    found = []
+    if tables["recipe_rate"]:
+        found.append((f"At the recipe's learning rate ({results['learning_rate']:g})", tables["recipe_rate"], False))
+    if tables["best_rate"] and len({run["learning_rate"] for run in results["runs"]}) > 1:
+        found.append(("Each arm at its best learning rate", tables["best_rate"], True))
+    return found

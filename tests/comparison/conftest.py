@@ -1,0 +1,55 @@
+"""A comparison of tiny arms: a recipe on the tiny Llama, and one comparison that was run once for all tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+RECIPE = """
+name: tiny
+output_dir: {root}
+model: {{path: {model}}}
+adapter: {{rank: 4, depth: 3, alpha: 8, init: kaiming}}
+data: {{train: {rows}, validation: 12, max_length: 200}}
+training:
+  max_steps: 6
+  global_batch_size: 4
+  learning_rate: 3.0e-3
+  warmup_steps: 1
+  log_every: 1
+  eval_every: 2
+"""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINCHAIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def rows_path(tmp_path_factory: pytest.TempPathFactory, commonsense_rows) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "train.json"
+    path.write_text(json.dumps(commonsense_rows(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def write_recipe(tiny_llama_dir: Path, rows_path: Path) -> Callable[..., Path]:
+    """`write_recipe(root)`: a recipe file whose comparison lies at root/tiny."""
+
+    def write(root: Path) -> Path:
+        path = root / "recipe.yaml"
+        path.write_text(RECIPE.format(root=root, model=tiny_llama_dir, rows=rows_path))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def recipe_path(write_recipe, tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)

@@ -1,0 +1,282 @@
+"""Comparisons run for real on the tiny Llama: alike, interrupted, continued, grown, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+
+import pytest
+
+from linchain_cli.commands.compare import parse_seeds
+from linchain_cli.comparison import runner
+from linchain_cli.comparison.grid import expand
+from linchain_cli.comparison.runner import run_comparison
+from linchain_cli.errors import InputError, LinchainError, Stopped
+from linchain_cli.recipe import load_recipe
+from linchain_cli.run import ComparisonDirectory, RunDirectory, newest_finished_run, read_jsonl
+from linchain_cli.training.progress import Display
+from linchain_cli.training.runner import run_training
+
+WORDS = ["adapter.depth=0,3"]
+TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
+
+
+@pytest.fixture(scope="session")
+def finished(write_recipe, tmp_path_factory):
+    """(recipe file, comparison, results) of two arms with two seeds; tests only read it."""
+    root = tmp_path_factory.mktemp("comparison")
+    path = write_recipe(root)
+    return path, ComparisonDirectory(root / "tiny"), run_comparison(expand(path, WORDS), [1, 2])
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The recipes a base model was loaded for."""
+    seen, load = [], runner.load_base
+
+    def counted(recipe, accelerator):
+        seen.append(recipe.name)
+        return load(recipe, accelerator)
+
+    monkeypatch.setattr(runner, "load_base", counted)
+    return seen
+
+
+def metrics(run: RunDirectory) -> list[dict]:
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_jsonl(run.metrics_path)]
+
+
+def runs_of(directory: ComparisonDirectory) -> dict[str, RunDirectory]:
+    return {path.name: RunDirectory(path) for path in sorted(directory.arms_dir.iterdir()) if path.is_dir()}
+
+
+def test_every_arm_has_a_finished_run_with_every_seed(finished):
+    _, directory, results = finished
+    runs = runs_of(directory)
+    assert set(runs) == {f"{arm}_seed-{seed}" for arm in ("depth-0", "depth-3-kaiming") for seed in (1, 2)}
+    for name, run in runs.items():
+        status = run.read_status()
+        assert status["status"] == "finished" and status["comparison"] == "tiny"
+        assert status["arm"] == name.partition("_seed")[0]
+        assert not run.checkpoints_dir.exists()
+        assert run.loss_plot_path.read_bytes()[:4] == b"\x89PNG"
+    assert [run["status"] for run in results["runs"]] == ["finished"] * 4
+    assert len(results["tables"]["recipe_rate"]) == 2
+    assert results == json.loads(directory.results_path.read_bytes())
+
+
+def test_arms_see_the_same_rows_in_the_same_order(finished):
+    _, directory, _ = finished
+    rows = {name: run.rows_path.read_bytes() for name, run in runs_of(directory).items()}
+    assert rows["depth-0_seed-1"] == rows["depth-3-kaiming_seed-1"]
+    assert rows["depth-0_seed-2"] == rows["depth-3-kaiming_seed-2"]
+    assert rows["depth-0_seed-1"] != rows["depth-0_seed-2"]
+    hashes = [run.read_status()["hashes"] for run in runs_of(directory).values()]
+    assert len({one["data"] for one in hashes}) == len({one["base"] for one in hashes}) == 1
+
+
+def test_arms_are_no_newest_run(finished):
+    _, directory, _ = finished
+    for root in (directory.path.parent, directory.arms_dir):
+        with pytest.raises(InputError, match="no finished run"):
+            newest_finished_run(root)
+
+
+def test_an_arm_is_what_its_recipe_gives_alone(finished, tmp_path):
+    """The base model that arms share carries nothing over: the third run equals one in a directory of its own."""
+    _, directory, _ = finished
+    arm = RunDirectory(directory.arms_dir / "depth-3-kaiming_seed-2")
+    recipe = load_recipe(arm.recipe_path, [f"output_dir={tmp_path}"])
+    run_training(recipe, quiet=True)
+    alone = RunDirectory(recipe.run_path)
+    assert metrics(alone) == metrics(arm)
+    for name in ("chain.safetensors", "chain.json"):
+        assert (alone.adapter_dir / name).read_bytes() == (arm.adapter_dir / name).read_bytes()
+
+
+def test_tables_as_csv(finished):
+    _, directory, results = finished
+    lines = directory.table_path.read_text().splitlines()
+    assert lines[0].startswith("table,arm,label,reference,depth,rank")
+    assert len(lines) == 1 + 2 * 2  # both tables; the best rates are the recipe's here
+    runs = directory.runs_table_path.read_text().splitlines()
+    assert len(runs) == 5 and "validation_loss" in runs[0]
+    assert directory.plot_path.read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_base_is_loaded_once(recipe_path, loads):
+    run_comparison(expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"]), [1, 2])
+    assert len(loads) == 1
+
+
+def test_a_finished_comparison_is_read_again_not_run_again(recipe_path, loads, tmp_path):
+    grid = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"])
+    first = run_comparison(grid, [1])
+    adapters = {run.path: run.adapter_dir.stat().st_mtime_ns for run in runs_of(ComparisonDirectory(tmp_path / "tiny")).values()}
+    loads.clear()
+    assert run_comparison(grid, [1]) == first
+    assert loads == []
+    # More seeds and arms join what is there.
+    grown = run_comparison(expand(recipe_path, ["adapter.depth=0,3", "training.max_steps=1"]), [1, 2])
+    assert [(run["arm"], run["seed"]) for run in grown["runs"]] == [
+        ("depth-0", 1), ("depth-0", 2), ("depth-1-kaiming", 1), ("depth-3-kaiming", 1), ("depth-3-kaiming", 2),
+    ]  # fmt: skip
+    assert all(path.joinpath("adapter").stat().st_mtime_ns == time for path, time in adapters.items())
+    assert grown["commands"] == [["adapter.depth=0,1", "--seeds", "1"], ["adapter.depth=0,3", "--seeds", "1,2"]]
+
+
+def test_an_interrupted_comparison_continues(finished, write_recipe, tmp_path, monkeypatch):
+    """A signal in the second run: it stops after a checkpoint, and the comparison ends as if nothing had been."""
+    _, whole, _ = finished
+    path = write_recipe(tmp_path)
+    grid = expand(path, WORDS)
+    show, steps = Display.step, []
+
+    def interrupting(self, *shown):
+        steps.append(shown)
+        if len(steps) == 6 + 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        show(self, *shown)
+
+    monkeypatch.setattr(Display, "step", interrupting)
+    with pytest.raises(Stopped) as stop:
+        run_comparison(grid, [1, 2])
+    assert stop.value.exit_code == 143
+    directory = ComparisonDirectory(tmp_path / "tiny")
+    statuses = {name: run.read_status()["status"] for name, run in runs_of(directory).items()}
+    assert statuses == {"depth-0_seed-1": "finished", "depth-3-kaiming_seed-1": "stopped"}
+    assert [run["status"] for run in json.loads(directory.results_path.read_bytes())["runs"]].count("missing") == 2
+
+    run_comparison(grid, [1, 2])
+    assert len(steps) < 6 * 4 + 3  # the stopped run went on, it did not start over
+    for name, run in runs_of(directory).items():
+        other = RunDirectory(whole.arms_dir / name)
+        assert metrics(run) == metrics(other)
+        assert (run.adapter_dir / "chain.safetensors").read_bytes() == (other.adapter_dir / "chain.safetensors").read_bytes()
+
+
+def test_an_arm_that_fails_does_not_end_the_others(recipe_path, tmp_path, monkeypatch):
+    train = runner.run_training
+
+    def failing(recipe, **options):
+        if recipe.adapter.depth == 1:
+            raise LinchainError("step 3: the loss is nan")
+        return train(recipe, **options)
+
+    monkeypatch.setattr(runner, "run_training", failing)
+    with pytest.raises(LinchainError, match="1 of 3 runs failed:\ndepth-1-kaiming_seed-1: step 3: the loss is nan") as error:
+        run_comparison(expand(recipe_path, ["adapter.depth=0,1,3", "training.max_steps=1"]), [1])
+    assert error.value.exit_code == 1
+    results = json.loads((tmp_path / "tiny" / "results.json").read_bytes())
+    assert [row["label"] for row in results["tables"]["recipe_rate"]] == ["LoRA", "depth 3, kaiming"]
+
+
+def test_other_rows_are_no_continuation(recipe_path, rows_path, tmp_path):
+    own = tmp_path / "rows.json"
+    own.write_bytes(rows_path.read_bytes())
+    words = [*WORDS, f"data.train={own}", "training.max_steps=1"]
+    run_comparison(expand(recipe_path, words), [1])
+    own.write_text(json.dumps(json.loads(own.read_text())[:-1]))
+    with pytest.raises(InputError, match="data changed since depth-0_seed-1 was trained"):
+        run_comparison(expand(recipe_path, words), [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "message"),
+    [
+        (["adapter.depth=0,3", "training.warmup_steps=2"], {}, "another recipe; it differs in training.warmup_steps"),
+        (WORDS, {"equal_parameters": True}, "a comparison without --equal-parameters"),
+        (["adapter.depth=0,3", "adapter.rank=2,4"], {"equal_parameters": True}, "do not vary adapter.rank"),
+    ],
+)
+def test_another_comparison_is_not_mixed_in(finished, words, options, message):
+    path, directory, results = finished
+    with pytest.raises(InputError, match=message):
+        run_comparison(expand(path, words), [1], **options)
+    assert results == json.loads(directory.results_path.read_bytes())
+
+
+def test_what_is_no_comparison_is_left_alone(recipe_path, tmp_path):
+    grid = expand(recipe_path, WORDS)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "thesis.txt").write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(InputError, match="is no comparison; it is left alone"):
+            run_comparison(grid, [1], fresh=fresh)
+    (tmp_path / "tiny" / "run.json").write_text('{"status": "finished"}')
+    with pytest.raises(InputError, match="holds a run, not a comparison"):
+        run_comparison(grid, [1], fresh=True)
+    assert (tmp_path / "tiny" / "thesis.txt").read_text() == "mine"
+
+
+def test_fresh_starts_over(recipe_path, tmp_path, loads):
+    grid = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"])
+    run_comparison(grid, [1])
+    run_comparison(expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=2"]), [1], fresh=True)
+    assert len(loads) == 2
+    runs = runs_of(ComparisonDirectory(tmp_path / "tiny"))
+    assert {run.read_status()["step"] for run in runs.values()} == {2}
+
+
+def test_a_damaged_definition_is_told(recipe_path, tmp_path):
+    directory = ComparisonDirectory(tmp_path / "tiny")
+    directory.path.mkdir()
+    for text in ("{", "[]", '{"format": 1}', '{"format": 99}'):
+        directory.definition_path.write_text(text)
+        with pytest.raises(InputError, match="damaged|format 99"):
+            run_comparison(expand(recipe_path, WORDS), [1])
+
+
+def test_equal_parameters(recipe_path):
+    results = run_comparison(
+        expand(recipe_path, ["adapter.depth=0,8", "adapter.rank=8", "training.max_steps=1"]), [1], equal_parameters=True
+    )
+    rows = {row["depth"]: row for row in results["tables"]["recipe_rate"]}
+    assert rows[0]["rank"] == 8 > rows[8]["rank"]
+    assert rows[8]["alpha"] / rows[8]["rank"] == rows[0]["alpha"] / 8
+    low, high = sorted(row["trainable_parameters"] for row in rows.values())
+    assert (high - low) / low < 0.15
+    assert any(f"{low:,} to {high:,}" in note for note in results["notes"])
+
+
+def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonsense_rows, loads):
+    task = tmp_path / "tasks" / "boolq" / "test.json"
+    task.parent.mkdir(parents=True)
+    task.write_text(json.dumps([row for row in commonsense_rows(60, seed=5) if row["answer"] in ("true", "false")]))
+    words = ["adapter.depth=0,1", "training.max_steps=1", "evaluation.tasks=[boolq]", f"evaluation.data_dir={task.parents[1]}"]
+    results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=6"]), [1])
+    for run in results["runs"]:
+        found = json.loads((tmp_path / "tiny" / run["directory"] / "eval" / "likelihood.json").read_bytes())
+        assert run["accuracies"] == {"boolq": found["tasks"]["boolq"]["accuracy"]}
+        assert found["tasks"]["boolq"]["n"] == 6
+    assert all(row["accuracy"]["n"] == 1 for row in results["tables"]["recipe_rate"])
+    assert "accuracy.boolq" in (tmp_path / "tiny" / "runs.csv").read_text()
+    # Other rows of the task: evaluated again, not trained again.
+    before = metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"]))
+    results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=8"]), [1])
+    found = json.loads((tmp_path / "tiny" / results["runs"][0]["directory"] / "eval" / "likelihood.json").read_bytes())
+    assert found["tasks"]["boolq"]["n"] == 8
+    assert metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"])) == before
+    assert len(loads) == 2
+
+
+def test_a_misspelt_task_is_told_before_anything_is_trained(recipe_path, tmp_path):
+    with pytest.raises(InputError, match="unknown task 'boolk'"):
+        run_comparison(expand(recipe_path, [*WORDS, "evaluation.tasks=[boolk]"]), [1])
+    assert not (tmp_path / "tiny").exists()
+
+
+def test_two_processes_do_not_share_a_comparison(recipe_path, tmp_path):
+    from linchain_cli.run import locked
+
+    with locked(tmp_path / "tiny"), pytest.raises(InputError, match="in use by another linchain process"):
+        run_comparison(expand(recipe_path, WORDS), [1])
+
+
+def test_seeds():
+    assert parse_seeds("1,2,3") == [1, 2, 3]
+    assert parse_seeds("7, 7,4294967295") == [7, 4294967295]
+    for text in ("", "1,", "1.5", "-1", "x", "4294967296"):
+        with pytest.raises(InputError, match="--seeds"):
+            parse_seeds(text)
