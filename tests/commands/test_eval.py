@@ -1,0 +1,160 @@
+"""`linchain eval` and `linchain generate` on tiny runs and checkpoints, within this process."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from linchain_cli import cli
+from linchain_cli.chain import ChainConfig, adapter_of, inject, save_adapter
+from linchain_cli.model import base_hash, load_model
+from linchain_cli.recipe import load_recipe
+from linchain_cli.run import RunDirectory
+
+TASKS = ("boolq", "piqa")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, tiny_llama_dir, commonsense_rows):
+    """A directory to work in: base/ (a checkpoint), data/<task>/test.json, runs/tuned (a finished run)."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_llama_dir, "base")
+    for task, style in zip(TASKS, ("true/", "solution1/"), strict=True):
+        own = [row for row in commonsense_rows(24) if f"Answer format: {style}" in row["instruction"]]
+        Path("data", task).mkdir(parents=True)
+        Path("data", task, "test.json").write_text(json.dumps(own))
+    make_run("tuned")
+    return tmp_path
+
+
+def make_run(name, status="finished", template="plain"):
+    config = ChainConfig(4, 2, 8, target_modules=["q_proj", "v_proj"])
+    recipe = {
+        "name": name,
+        "model": {"path": "base"},
+        "adapter": {"rank": 4, "depth": 2, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"train": "everyday", "template": template},
+        "evaluation": {"tasks": ["boolq"]},
+    }
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = RunDirectory(Path("runs") / name)
+    run.create(load_recipe("recipe.yaml").to_yaml())
+    run.update_status(status=status, finished="2024-01-01T00:00:00")
+    model = load_model(Path("base"), dtype="float32", device="cpu")
+    layers = inject(model, config, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.B, std=0.3, generator=generator)
+    save_adapter(adapter_of(model, config, {"path": "base", "hash": base_hash(Path("base"))}), run.adapter_dir)
+    return run
+
+
+def linchain(*arguments):
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_a_run_is_evaluated_through_its_template(workplace, capsys):
+    assert linchain("eval", "runs/tuned", "--tasks", "boolq,piqa", "--data-dir", "data", "--limit", 5) == 0
+    result = read("runs/tuned/eval/likelihood.json")
+    assert (result["model"], result["template"], result["dtype"]) == ("runs/tuned", "plain", "float32")
+    assert result["adapter_sha256"] and result["base_sha256"] == base_hash(Path("base"))
+    assert {name: entry["n"] for name, entry in result["tasks"].items()} == {"boolq": 5, "piqa": 5}
+    assert Path("runs/tuned/eval/likelihood.png").is_file()
+    assert len(Path("runs/tuned/eval/likelihood.predictions.jsonl").read_text().splitlines()) == 10
+    out = capsys.readouterr().out
+    assert "runs/tuned · likelihood · template plain" in out and "runs/tuned/eval/likelihood.json" in out
+
+
+def test_left_out_it_is_the_newest_run_with_its_own_tasks(workplace, capsys):
+    make_run("unfinished", status="running")
+    assert linchain("eval", "--data-dir", "data") == 0
+    assert "evaluating runs/tuned" in capsys.readouterr().out
+    assert list(read("runs/tuned/eval/likelihood.json")["tasks"]) == ["boolq"]
+
+
+def test_a_checkpoint_gets_alpaca_and_a_file_beside(workplace):
+    assert linchain("eval", "base/", "--tasks", "boolq", "--data-dir", "data") == 0
+    result = read("eval-base.json")
+    assert (result["model"], result["template"], result["adapter_sha256"]) == ("base", "alpaca", None)
+    assert linchain("eval", "base", "--tasks", "boolq", "--data-dir", "data", "--out", "deep/er.json", "--template", "plain") == 0
+    assert read("deep/er.json")["template"] == "plain"
+
+
+def test_generation_has_a_file_of_its_own(workplace):
+    assert linchain("eval", "--protocol", "generate", "--beams", 2, "--data-dir", "data", "--limit", 3) == 0
+    result = read("runs/tuned/eval/generate.json")
+    assert (result["protocol"], result["beams"], result["tasks"]["boolq"]["n"]) == ("generate", 2, 3)
+    assert not Path("runs/tuned/eval/likelihood.json").exists()
+
+
+def test_two_models_are_compared_on_the_same_prompts(workplace, capsys):
+    arguments = ["eval", "--tasks", "boolq,piqa", "--data-dir", "data"]
+    assert linchain(*arguments, "--against", "base") == 0
+    out = capsys.readouterr().out
+    assert "runs/tuned minus base" in out and "not evaluated alike" not in out
+    comparison = read("runs/tuned/eval/likelihood.json")["against"]
+    assert comparison["model"] == "base" and comparison["all_rows"]["n"] == 16
+    assert read("eval-base.json")["template"] == "plain"  # that of the run
+    one = [json.loads(line) for line in Path("runs/tuned/eval/likelihood.predictions.jsonl").open()]
+    two = [json.loads(line) for line in Path("eval-base.predictions.jsonl").open()]
+    gained = sum(a["correct"] and not b["correct"] for a, b in zip(one, two, strict=True))
+    assert comparison["all_rows"]["gained"] == gained
+
+
+def test_runs_with_other_templates_are_not_compared_in_silence(workplace, capsys):
+    make_run("other", template="alpaca")
+    assert linchain("eval", "runs/tuned", "--data-dir", "data", "--against", "runs/other") == 0
+    assert "not evaluated alike — template: plain and alpaca" in capsys.readouterr().out
+
+
+def test_published_rows_are_shown_on_request(workplace, capsys):
+    assert linchain("eval", "--data-dir", "data", "--references") == 0
+    assert "No published rows for these tasks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["eval", "base"], "--tasks is missing"),
+        (["eval", "base", "--tasks", "bolq"], "Did you mean 'boolq'?"),
+        (["eval", "base", "--tasks", "boolq", "--data-dir", "nowhere"], "there is no such directory"),
+        (["eval", "base", "--tasks", "mawps", "--data-dir", "data"], "data/mawps/test.json"),
+        (["eval", "base", "--tasks", "boolq", "--data-dir", "data", "--template", "alpacca"], "Did you mean 'alpaca'?"),
+        (["eval", "runs/nothing", "--tasks", "boolq", "--data-dir", "data"], "runs/nothing"),
+        (["eval", "runs/unfinished"], "is running, not finished"),
+        (["generate", "base", "a", "b"], "put the prompt in quotes"),
+        (["generate", "base", "  "], "the prompt is empty"),
+    ],
+)
+def test_wrong_input_is_one_message(workplace, capsys, arguments, reason):
+    make_run("unfinished", status="running")
+    assert linchain(*arguments) == 2
+    error = capsys.readouterr().err
+    assert reason in error and "Traceback" not in error
+
+
+def test_another_base_is_refused(workplace, capsys):
+    model = load_model(Path("base"), dtype="float32", device="cpu")
+    torch.nn.init.ones_(model.get_output_embeddings().weight)
+    model.save_pretrained("base")
+    assert linchain("eval", "--data-dir", "data") == 2
+    assert "was trained on other weights" in capsys.readouterr().err
+
+
+def test_generate_answers_through_the_runs_template(workplace, capsys):
+    assert linchain("generate", "Is an apple a fruit?", "--max-new-tokens", 6) == 0
+    adapted = capsys.readouterr().out
+    assert linchain("generate", "base", "Is an apple a fruit?", "--max-new-tokens", 6, "--template", "plain") == 0
+    base = capsys.readouterr().out
+    assert adapted.strip() and adapted != base
