@@ -60,7 +60,8 @@ def shapes(tensors):
 
 
 def check_against_loading(names, tensors, loaded: torch.nn.Module):
-    """Every mapped parameter, made from the file's tensors as the map says, equals what transformers loaded."""
+    """Every mapped parameter, made from the file's tensors as the map says, equals what transformers
+    loaded."""
     state = loaded.state_dict()
     for name, key in names.renamed.items():
         assert torch.equal(state[name], tensors[key]), (name, key)

@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Show spectra and sizes of what was learned."""
     from linchain_cli import storage
-    from linchain_cli.export.write import check_factors
+    from linchain_cli.export.output import check_factors
     from linchain_cli.report.figures import layer_map_plot, png
     from linchain_cli.report.layers import layer_numbers
 

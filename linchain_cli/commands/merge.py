@@ -113,8 +113,8 @@ def _show(result: MergeResult, proof: bool) -> None:
         print(f"  (switching the adapter off changes them by up to {logits['adapter_effect']:.3g})")
         if logits["adapter_lost"]:
             print(
-                "  WARNING: rounding to the stored type costs more than the adapter does. Merge with --dtype"
-                " float32."
+                "  WARNING: rounding to the stored type loses most of what the adapter does. Merge with"
+                " --dtype float32."
             )
         if rounded := logits.get("quantized"):
             print(

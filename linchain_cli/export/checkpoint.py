@@ -103,6 +103,8 @@ class StoredTensor:
 
     def tensor(self) -> torch.Tensor:
         """The whole of a floating-point tensor, in its own type."""
+        if not self.nbytes:
+            return torch.empty(self.shape, dtype=FLOAT_TYPES[self.type])
         return torch.frombuffer(self.read(), dtype=FLOAT_TYPES[self.type]).reshape(self.shape)
 
     def row_blocks(self, elements: int) -> Iterator[tuple[int, int]]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import shutil
+import signal
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import torch
+
 from linchain_cli import storage
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.chain import Adapter
+from linchain_cli.errors import InputError, LinchainError, Stopped
 
 _UNITS = {
     "": 1,
@@ -70,6 +76,14 @@ def check_output(out: Path, *, overwrite: bool, sources: Iterable[Path]) -> Path
     return target
 
 
+def check_factors(adapter: Adapter) -> None:
+    """Raises InputError for an adapter with a value that is no finite number; the message names the
+    module."""
+    for path, chain in adapter.tensors.items():
+        if not all(torch.isfinite(tensor).all() for tensor in chain):
+            raise InputError(f"the adapter's values for '{path}' are not finite: its training diverged")
+
+
 def check_disk(target: Path, needed: int) -> None:
     """Raises LinchainError where the file system of `target` has less than `needed` bytes (and a margin)
     free."""
@@ -91,20 +105,61 @@ def staged_output(target: Path) -> Iterator[Path]:
     """`storage.staged_directory` over an output that `check_output` has passed, its failures told in a
     sentence.
 
-    The directory appears under its name when the block has ended without an error, as a whole or not at all.
+    The directory appears under its name when the block has ended without an error, as a whole or not at all,
+    also when SIGTERM ends it. What an earlier process left because it was killed is removed first.
     """
+    _remove_leftovers(target)
+    removed = "What had been written was removed again."
     try:
-        with storage.staged_directory(target, overwrite=True) as staging:
+        with _terminable(target), storage.staged_directory(target, overwrite=True) as staging:
             yield staging
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LinchainError(
-                f"the disk of {target} is full. What had been written was removed again; free some space or"
-                " choose another --out."
+                f"the disk of {target} is full. {removed} Free some space or choose another --out."
             ) from error
-        raise LinchainError(
-            f"{target} could not be written: {error}. What had been written was removed again."
-        ) from error
+        raise LinchainError(f"{target} could not be written: {error}. {removed}") from error
+
+
+@contextlib.contextmanager
+def _terminable(target: Path) -> Iterator[None]:
+    """Makes SIGTERM an exception for the length of the block, so that what is half written goes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(signum: int, _frame: object) -> None:
+        raise Stopped(f"stopped; {target} was not written", signum)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Removes the staging directories of processes that are gone; an old output that one had just moved aside
+    is put back."""
+    pattern = re.compile(rf"{re.escape(storage.STAGING_PREFIX)}(old-)?{re.escape(target.name)}-(\d+)")
+    for path in target.parent.iterdir() if target.parent.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if not match or _is_alive(int(match[2])):
+            continue
+        if match[1] and not target.exists():
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def copy_files(paths: Iterable[Path], directory: Path) -> None:

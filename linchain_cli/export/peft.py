@@ -16,6 +16,7 @@ from torch import Tensor
 from linchain_cli import storage
 from linchain_cli.chain import Adapter, ChainTensors, delta_weight, linear_shape, with_depth
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
+from linchain_cli.export.output import check_factors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,9 +89,10 @@ def write_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) -> Pef
     """Writes the two files into `directory`, reads them back and compares every ΔW with the chain's.
 
     Raises:
-        InputError: the adapter does not fit `model`.
+        InputError: the adapter does not fit `model`, or its training diverged.
         LinchainError: what was read back is off.
     """
+    check_factors(adapter)
     config = peft_config(adapter, model)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.export.card import Origin, model_card
 from linchain_cli.export.checkpoint import Checkpoint, companion_files, open_checkpoint, write_checkpoint
 from linchain_cli.export.merge import MergePlan, new_tensors, plan_merge
-from linchain_cli.export.output import check_disk, check_output, copy_files, staged_output
+from linchain_cli.export.output import check_disk, check_factors, check_output, copy_files, staged_output
 from linchain_cli.export.proof import LogitProof, TensorProof, compare_logits, prove_tensors, read_logits
 from linchain_cli.model import default_device, empty_model, load_model
 from linchain_cli.model_files import base_hash
@@ -123,14 +123,6 @@ def check_base(directory: Path, adapter: Adapter) -> str:
             f" SHA-256 {found[:12]}…, expected {wanted[:12]}…. Give the right ones with --base."
         )
     return found
-
-
-def check_factors(adapter: Adapter) -> None:
-    """Raises InputError for an adapter with a value that is no finite number; the message names the
-    module."""
-    for path, chain in adapter.tensors.items():
-        if not all(torch.isfinite(tensor).all() for tensor in chain):
-            raise InputError(f"the adapter's values for '{path}' are not finite: its training diverged")
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

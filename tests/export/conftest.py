@@ -1,4 +1,5 @@
-"""Tiny models of many architectures, adapters with B ≠ 0 for them, and runs as `linchain train` leaves them."""
+"""Tiny models of many architectures, adapters with B ≠ 0 for them, and runs as `linchain train` leaves
+them."""
 
 from __future__ import annotations
 
@@ -43,7 +44,10 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralConfig", {**COMMON, "num_local_experts": 4}),
     "gpt2": ("GPT2Config", {**GPT2, "bos_token_id": 1, "eos_token_id": 2}),
     "gpt2_bare": ("GPT2Config", {**GPT2, "bos_token_id": 1, "eos_token_id": 2}),
-    "gpt_neox": ("GPTNeoXConfig", {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}),
+    "gpt_neox": (
+        "GPTNeoXConfig",
+        {key: value for key, value in COMMON.items() if key != "num_key_value_heads"},
+    ),
     "phi": ("PhiConfig", COMMON),
     "phi3": ("Phi3Config", COMMON),
     "olmo2": ("Olmo2Config", COMMON),
@@ -62,7 +66,8 @@ def _model_class(config, bare: bool):
 
 @pytest.fixture(scope="session")
 def base_of(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) -> Callable[..., Path]:
-    """`base_of(architecture, dtype=float32)`: the directory of a random checkpoint with a tokenizer, made once.
+    """`base_of(architecture, dtype=float32)`: the directory of a random checkpoint with a tokenizer, made
+    once.
 
     `gpt2_bare` is saved from the model without its head, so that its keys lack the prefix `transformer.`.
     """
@@ -88,9 +93,12 @@ def base_of(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer_dir: Path) 
 
 @pytest.fixture(scope="session")
 def adapter_of_base() -> Callable[..., Any]:
-    """`adapter_of_base(base, targets="all-linear", rank=4, depth=3, alpha=8)`: a chain whose A, links and B are random."""
+    """`adapter_of_base(base, targets="all-linear", rank=4, depth=3, alpha=8)`: a chain whose A, links and B
+    are random."""
 
-    def build(base: Path, targets="all-linear", rank: int = 4, depth: int = 3, alpha: float = 8.0, seed: int = 1):
+    def build(
+        base: Path, targets="all-linear", rank: int = 4, depth: int = 3, alpha: float = 8.0, seed: int = 1
+    ):
         from linchain_cli.chain import ChainConfig, adapter_of, chain_layers, inject
         from linchain_cli.model import base_hash, load_model, text_decoder_prefix
 
@@ -107,7 +115,8 @@ def adapter_of_base() -> Callable[..., Any]:
 
 @pytest.fixture
 def make_run(tmp_path: Path, adapter_of_base) -> Callable[..., Any]:
-    """`make_run(base, name="run", data="everyday", quantization="none", **adapter)`: a finished run's directory."""
+    """`make_run(base, name="run", data="everyday", quantization="none", **adapter)`: a finished run's
+    directory."""
 
     def build(base: Path, name: str = "run", data: str = "everyday", quantization: str = "none", **options):
         from linchain_cli.chain import save_adapter

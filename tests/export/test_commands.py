@@ -1,0 +1,281 @@
+"""`linchain merge`, `export`, `import` and `inspect` on finished runs of tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+
+from linchain_cli.chain import load_adapter
+from linchain_cli.cli import main
+from linchain_cli.run import RunDirectory
+
+
+def linchain(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def files_of(directory) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()
+    }
+
+
+def test_merge_writes_beside_the_run_and_shows_the_proof(make_run, base_of, capsys):
+    run = make_run(base_of("llama"))
+    before = files_of(run.path)
+    assert linchain("merge", run.path) == 0
+    out = capsys.readouterr().out
+    assert "14 of 21 tensors changed, the others are the base's" in out
+    assert re.search(r"read back: at most 0\.\d+ ulp from W0 \+ ΔW", out)
+    assert "top-1 agreement 100.0 %" in out and "of 8 prompts (float32)" in out
+    receipt = json.loads((run.merged_dir / "merge.json").read_bytes())
+    assert receipt["logits"]["prompts"] == 8 and receipt["logits"]["largest_difference"] < 1e-5
+    after = {name: data for name, data in files_of(run.path).items() if not name.startswith("merged/")}
+    assert after == before
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(run.merged_dir)
+    tokenizer = AutoTokenizer.from_pretrained(run.merged_dir)
+    assert model.generate(**tokenizer("the kettle", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
+
+
+def test_merge_without_a_name_takes_the_newest_run_and_says_so(
+    make_run, base_of, capsys, tmp_path, monkeypatch
+):
+    run = make_run(base_of("llama"))
+    monkeypatch.chdir(tmp_path)
+    assert linchain("merge", "--no-proof") == 0
+    assert f"run runs/{run.path.name}" in capsys.readouterr().out
+    assert json.loads((run.merged_dir / "merge.json").read_bytes())["logits"] is None
+
+
+def test_merge_again_needs_overwrite(make_run, base_of, capsys):
+    run = make_run(base_of("llama"))
+    assert linchain("merge", run.path, "--no-proof") == 0
+    assert linchain("merge", run.path, "--no-proof") == 2
+    assert "Use --overwrite" in capsys.readouterr().err
+    assert linchain("merge", run.path, "--no-proof", "--overwrite", "--dtype", "bfloat16") == 0
+    config = json.loads((run.merged_dir / "config.json").read_bytes())
+    assert config["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-shard-size", "much"], "--max-shard-size: 'much' is not a size"),
+        (["--base", "nowhere/at all"], "no model at 'nowhere/at all'"),
+        (["--dtype", "int8"], "--dtype"),
+    ],
+)
+def test_wrong_options_are_told_and_nothing_is_written(make_run, base_of, capsys, arguments, message):
+    run = make_run(base_of("llama"))
+    before = files_of(run.path)
+    assert linchain("merge", run.path, *arguments) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert message in err and "Traceback" not in err
+    assert files_of(run.path) == before
+
+
+def test_a_run_that_is_not_finished_is_refused(make_run, base_of, capsys):
+    run = make_run(base_of("llama"))
+    run.update_status(status="stopped")
+    for command in (["merge"], ["export", "--format", "peft"], ["inspect"]):
+        assert linchain(command[0], run.path, *command[1:]) == 2
+        assert "stopped, not finished" in capsys.readouterr().err
+
+
+def test_a_base_that_has_moved_is_named_with_base(make_run, base_of, capsys, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(base_of("llama"), home)
+    run = make_run(home)
+    home.rename(tmp_path / "elsewhere")
+    assert linchain("merge", run.path, "--no-proof") == 2
+    assert "--base MODEL" in capsys.readouterr().err
+    assert linchain("merge", run.path, "--no-proof", "--base", tmp_path / "elsewhere") == 0
+
+
+def test_rows_that_are_gone_do_not_stop_a_merge(make_run, base_of, capsys, tmp_path):
+    run = make_run(base_of("llama"), data=str(tmp_path / "gone.jsonl"))
+    assert linchain("merge", run.path) == 0
+    out = capsys.readouterr().out
+    assert "rows cannot be read" in out and "plain sentences instead" in out and "top-1 agreement" in out
+
+
+def test_a_quantised_run_reports_the_gap_to_its_own_base(make_run, base_of, capsys):
+    run = make_run(base_of("llama"), quantization="nf4", targets=["q_proj"])
+    assert linchain("merge", run.path) == 0
+    assert re.search(
+        r"merged against the adapter on the nf4 base: largest difference 0\.\d+", capsys.readouterr().out
+    )
+
+
+def test_a_loss_by_rounding_is_told(make_run, base_of, capsys):
+    base = base_of("llama", torch.bfloat16)
+    run = make_run(base, targets=["q_proj"])
+    adapter = load_adapter(run.adapter_dir)
+    from linchain_cli.chain import save_adapter
+
+    for path, chain in adapter.tensors.items():
+        adapter.tensors[path] = chain._replace(B=1e-6 * chain.B)
+    save_adapter(adapter, run.adapter_dir)
+    assert linchain("merge", run.path, "--overwrite") == 0
+    assert (
+        "WARNING: rounding to the stored type loses most of what the adapter does" in capsys.readouterr().out
+    )
+
+
+def test_export_and_import_are_inverse(make_run, base_of, capsys, tmp_path):
+    run = make_run(base_of("llama"), depth=0)
+    assert linchain("export", run.path, "--format", "peft") == 0
+    assert "a LoRA of rank 4 on 14 modules" in capsys.readouterr().out
+    peft = run.path / "peft"
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "export.json"} == set(
+        files_of(peft)
+    )
+    assert linchain("import", peft, "--out", tmp_path / "back") == 0
+    out = capsys.readouterr().out
+    assert "a LoRA of rank 4, alpha 8, on 14 modules" in out and "recipe.yaml" in out
+    back = RunDirectory(tmp_path / "back")
+    one, two = run.adapter_dir / "chain.safetensors", back.adapter_dir / "chain.safetensors"
+    assert one.read_bytes() == two.read_bytes()
+    assert load_adapter(back.adapter_dir).base["hash"] == load_adapter(run.adapter_dir).base["hash"]
+
+
+def test_an_imported_adapter_is_a_run(make_run, base_of, capsys, tmp_path):
+    from linchain_cli.recipe import load_recipe
+
+    run = make_run(base_of("gpt2"))
+    linchain("export", run.path)
+    assert linchain("import", run.path / "peft", "--out", tmp_path / "back") == 0
+    recipe = load_recipe(tmp_path / "back" / "recipe.yaml")
+    assert (recipe.adapter.rank, recipe.adapter.depth, recipe.adapter.alpha) == (4, 0, 8.0)
+    assert recipe.adapter.target_modules == ["c_attn", "c_fc", "c_proj"]
+    assert linchain("merge", tmp_path / "back") == 0
+    assert linchain("inspect", tmp_path / "back") == 0
+    assert "Not known: the adapter was imported" in (tmp_path / "back" / "merged" / "README.md").read_text()
+    merged = json.loads((tmp_path / "back" / "merged" / "merge.json").read_bytes())
+    assert merged["logits"]["largest_difference"] < 1e-5
+    capsys.readouterr()
+    assert linchain("import", run.path / "peft", "--out", tmp_path / "back") == 2
+    assert "exists and is left as it is" in capsys.readouterr().err
+
+
+def test_import_without_the_base_at_hand(make_run, base_of, capsys, tmp_path):
+    run = make_run(base_of("llama"))
+    linchain("export", run.path)
+    peft = tmp_path / "peft"
+    shutil.copytree(run.path / "peft", peft)
+    config = json.loads((peft / "adapter_config.json").read_bytes())
+    (peft / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "some/where"}))
+    assert linchain("import", peft, "--out", tmp_path / "back") == 0
+    assert "modules were not checked" in capsys.readouterr().out
+    assert load_adapter(tmp_path / "back" / "adapter").base == {
+        "path": "some/where",
+        "revision": None,
+        "hash": None,
+    }
+    assert linchain("import", peft, "--out", tmp_path / "other", "--base", "some/where") == 2
+    (peft / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    assert linchain("import", peft, "--out", tmp_path / "other") == 2
+    assert "--base MODEL" in capsys.readouterr().err
+    assert linchain("import", peft, "--out", tmp_path / "other", "--base", base_of("gpt2")) == 2
+    assert "does not fit the base" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
+
+
+def test_import_drops_biases_only_when_asked(base_of, capsys, tmp_path):
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{path}.lora_A.weight": torch.randn(4, 64), f"{path}.lora_B.weight": torch.randn(64, 4)}
+    for place in range(3):
+        tensors[f"{path}.lora_mixer.{place}.weight"] = torch.randn(4, 4)
+        tensors[f"{path}.lora_mixer.{place}.bias"] = torch.randn(4)
+    source = tmp_path / "authors"
+    source.mkdir()
+    torch.save(tensors, source / "adapter_model.bin")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "lora_use_mixer": True, "mixer_num": 3}
+    config["base_model_name_or_path"] = str(base_of("llama"))
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    assert linchain("import", source, "--out", tmp_path / "back") == 2
+    assert re.search(r"the largest has norm \d.*--drop-bias", capsys.readouterr().err)
+    assert linchain("import", source, "--out", tmp_path / "back", "--drop-bias") == 0
+    assert "a chain of 3 links of rank 4" in capsys.readouterr().out
+    (loss,) = RunDirectory(tmp_path / "back").read_status()["imported"]["biases_dropped"]
+    assert loss["norm"] > 0
+    assert (
+        yaml.safe_load((tmp_path / "back" / "recipe.yaml").read_text())["data"]["template"] == "llm-adapters"
+    )
+
+
+def test_inspect_shows_and_writes_the_spectra(make_run, base_of, capsys):
+    run = make_run(base_of("llama"), depth=2)
+    assert linchain("inspect", run.path) == 0
+    out = capsys.readouterr().out
+    assert "rank 4 at most, whatever the depth" in out
+    content = json.loads((run.path / "inspect.json").read_bytes())
+    assert content["largest_possible_rank"] == 4 and len(content["modules"]) == 14
+    adapter = load_adapter(run.adapter_dir)
+    path = "model.layers.1.mlp.up_proj"
+    module, chain = content["modules"][path], adapter.tensors[path]
+    from linchain_cli.chain import delta_weight
+
+    delta = delta_weight(*chain, 2.0, torch.float64)
+    assert module["norm"] == pytest.approx(float(delta.norm()), rel=1e-9)
+    assert len(module["singular_values"]) == 4 and len(module["link_condition_numbers"]) == 2
+    assert module["relative_norm"] == pytest.approx(module["norm"] / module["base_norm"])
+    assert (run.path / "inspect.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_without_the_base_leaves_its_norms_out(make_run, base_of, capsys, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(base_of("llama"), home)
+    run = make_run(home, depth=0)
+    shutil.rmtree(home)
+    assert linchain("inspect", run.path) == 0
+    assert "‖W0‖ is left out" in capsys.readouterr().out
+    assert linchain("inspect", run.path, "--base", home) == 2
+
+
+def test_a_diverged_adapter_is_told(make_run, base_of, capsys):
+    from linchain_cli.chain import save_adapter
+
+    run = make_run(base_of("llama"))
+    adapter = load_adapter(run.adapter_dir)
+    path, chain = next(iter(adapter.tensors.items()))
+    adapter.tensors[path] = chain._replace(A=torch.full_like(chain.A, torch.nan))
+    save_adapter(adapter, run.adapter_dir)
+    for command in ("inspect", "merge", "export"):
+        assert linchain(command, run.path) == 2
+        assert "not finite: its training diverged" in capsys.readouterr().err
+
+
+def test_the_card_says_what_it_is(make_run, base_of):
+    run = make_run(base_of("llama"))
+    run.eval_dir.mkdir()
+    task = {"accuracy": 0.5, "stderr": 0.05, "n": 100, "unparsable": 0}
+    result = {
+        "model": "m",
+        "protocol": "likelihood",
+        "template": "alpaca",
+        "dtype": "float32",
+        "tasks": {"boolq": task},
+    }
+    (run.eval_dir / "likelihood.json").write_text(json.dumps(result))
+    (run.eval_dir / "broken.json").write_text("{")
+    assert linchain("merge", run.path) == 0 and linchain("export", run.path) == 0
+    for kind in ("merged", "peft"):
+        card = (run.path / kind / "README.md").read_text()
+        assert card.startswith("---\nlibrary_name: ")
+        front = yaml.safe_load(card.split("---")[1])
+        assert front["library_name"] == ("peft" if kind == "peft" else "transformers")
+        assert str(base_of("llama")) in card and "- `everyday`" in card and "rank 4 at most" in card
+        assert "| boolq | 50.00 | 5.00 | 100 |" in card
+        recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
+        assert recipe == yaml.safe_load(run.recipe_path.read_text())
+        assert "from_pretrained" in card
