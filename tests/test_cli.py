@@ -65,13 +65,13 @@ OPTIONS = {
         "--against",
         "--out",
     ],
-    "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite"],
-    "export": ["--format", "--out", "--overwrite"],
-    "import": ["--out"],
+    "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite", "--no-proof"],
+    "export": ["--format", "--base", "--out", "--overwrite"],
+    "import": ["--out", "--base", "--drop-bias"],
     "compare": ["--seeds", "--equal-parameters", "--fresh"],
     "generate": [],
     "check": [],
-    "inspect": [],
+    "inspect": ["--base"],
     "report": [],
     "recipes": ["list", "copy", "schema"],
 }
@@ -83,7 +83,7 @@ def test_every_option_is_there_and_has_a_help_text(command, capsys):
     text = capsys.readouterr().out
     for option in OPTIONS[command]:
         assert option in text
-    assert "negated" not in text and "--no-" not in text
+    assert "negated" not in text and " / --no-" not in text
 
 
 def test_version(capsys):

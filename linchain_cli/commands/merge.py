@@ -37,9 +37,9 @@ def run(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
     overwrite: Overwrite = False,
-    proof: Annotated[
-        bool, typer.Option("--proof/--no-proof", help="Also compare the logits of merged and adapted model.")
-    ] = True,
+    no_proof: Annotated[
+        bool, typer.Option("--no-proof", help="Leave out the comparison of merged and adapted model's logits.")
+    ] = False,
 ) -> None:
     """Fold a run's adapter into its base checkpoint."""
     import torch
@@ -54,10 +54,10 @@ def run(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=shard_bytes,
         overwrite=overwrite,
-        prompts=_prompts(subject, directory) if proof else (),
+        prompts=() if no_proof else _prompts(subject, directory),
         quantization=subject.recipe.model.quantization,
     )
-    _show(_merge(subject, directory, out or subject.run.merged_dir, options), proof)
+    _show(_merge(subject, directory, out or subject.run.merged_dir, options), proof=not no_proof)
 
 
 def _merge(subject: AdaptedRun, directory: Path, out: Path, options: MergeOptions) -> MergeResult:
