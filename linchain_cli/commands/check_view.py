@@ -194,6 +194,7 @@ def plan(console: Console, plan: Plan) -> None:
         "optimizer": "optimizer state",
         "activations": "activations of the largest micro-batch",
         "logits": "logits",
+        "allocator": "gaps that the allocator keeps",
     }
     sizes = {names[part]: size for part, size in asdict(plan.memory).items() if size}
     sizes["at most, together"] = plan.memory.total
