@@ -9,12 +9,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from linchain_cli.errors import InputError
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The module whose output the model's forward turns into logits: embeddings, blocks and final norm.
+
+    In a multimodal model that is all of it but the head; OPT's forward calls the decoder within its base model.
+    """
+    multimodal = model.config.get_text_config(decoder=True) is not model.config
+    return model.base_model if multimodal else model.get_decoder()
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
@@ -22,21 +31,39 @@ def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
 
     No attention mask is needed: with causal attention a row's own tokens come before its padding and never see it.
     """
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+    return backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+class _GivenHiddenStates:
+    """Stands for a backbone's output, of which architectures read different fields: the ones it lacks are None."""
+
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return getattr(self, key) if isinstance(key, str) else (self.last_hidden_state,)[key]
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.last_hidden_state if name == "last_hidden_state" else default
 
 
 @contextlib.contextmanager
 def _backbone_returns(model: nn.Module, hidden: Tensor) -> Iterator[None]:
-    backbone = model.base_model
-    own = backbone.__dict__.get("forward")
-    backbone.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    replaced = backbone(model)
+    own = replaced.__dict__.get("forward")
+    replaced.forward = lambda *args, **kwargs: _GivenHiddenStates(hidden)
     try:
         yield
     finally:
         if own is None:
-            del backbone.forward
+            del replaced.forward
         else:
-            backbone.forward = own
+            replaced.forward = own
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from linchain_cli.errors import InputError
+from linchain_cli.head import backbone
 from linchain_cli.model import text_decoder
 
 _REPLACED = "_linchain_replaced_forward"  # marks a block whose `forward` is ours
@@ -83,5 +84,5 @@ def shard(model: nn.Module, device: torch.device) -> None:
         fully_shard(block, mesh=mesh)
     # The backbone owns no parameters itself; as the common root of the blocks it lets them be fetched ahead.
     rest = {parameter for parameter in model.parameters() if not hasattr(parameter, "device_mesh")}
-    fully_shard(model.base_model, mesh=mesh, ignored_params=rest)
+    fully_shard(backbone(model), mesh=mesh, ignored_params=rest)
     model.to(device)

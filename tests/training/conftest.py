@@ -18,6 +18,13 @@ from linchain_cli.run import RunDirectory
 
 WORKER = Path(__file__).with_name("worker.py")
 
+# Imports cost a process five seconds, of which it trains for one.
+PRELOADED = [
+    "linchain_cli.commands.train", "linchain_cli.training.runner", "linchain_cli.report.plots",
+    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
+    "matplotlib.figure", "matplotlib.backends.backend_agg",
+]  # fmt: skip
+
 DEFAULTS = {
     "name": "run",
     "model.dtype": "float32",
@@ -188,7 +195,7 @@ class Starter:
 @pytest.fixture(scope="session")
 def _warm_context():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["linchain_cli.training.runner", "linchain_cli.commands.train", "linchain_cli.report.plots"])
+    context.set_forkserver_preload(PRELOADED)
     return context
 
 
