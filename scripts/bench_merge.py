@@ -128,7 +128,7 @@ def run_linchain(args) -> dict[str, float]:
 
     plan = plan_merge(open_checkpoint(args.base), load_adapter(args.chain), empty_model(args.base))
     write_checkpoint(args.out, new_tensors(plan), SHARD_BYTES)
-    copy_files(companion_files(args.base), args.out)
+    copy_files(companion_files(args.base), args.base, args.out)
     return {}
 
 

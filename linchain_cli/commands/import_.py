@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from linchain_cli.chain import Adapter
     from linchain_cli.export.foreign import ForeignAdapter
     from linchain_cli.export.importing import Imported
     from linchain_cli.recipe import Recipe
@@ -55,16 +57,18 @@ def run(
     _show(out, imported, adapter, found.note)
 
 
+@dataclass(frozen=True)
 class _Base:
-    """What is known of the base: its hash, the checkpoint's module names in it, and what could not be
-    checked."""
+    """What is known of the base: the model without its weights, the checkpoint's module names in it, the hash
+    of its weights, and what could not be checked."""
 
-    def __init__(
-        self, model: Any = None, names: dict[str, str] | None = None, hash: str | None = None, note: str = ""
-    ):
-        self.model, self.names, self.hash, self.note = model, names or {}, hash, note
+    model: Any = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    hash: str | None = None
+    note: str = ""
 
-    def shorten(self, adapter):
+    def shorten(self, adapter: Adapter) -> Adapter:
+        """The adapter with names as its targets instead of whole paths, where the base shows that they do."""
         if self.model is None:
             return adapter
         from linchain_cli.export.importing import short_targets
@@ -94,7 +98,7 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
     return _Base(model, names, base_hash(directory) if Path(path).exists() else None)
 
 
-def _write(target: Path, imported: Imported, adapter, foreign: ForeignAdapter) -> None:
+def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignAdapter) -> None:
     """A run directory that `eval`, `generate`, `merge`, `export` and `inspect` take like a trained one."""
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
@@ -121,7 +125,7 @@ def _write(target: Path, imported: Imported, adapter, foreign: ForeignAdapter) -
         storage.write_json(run.status_path, status)
 
 
-def _recipe(target: Path, adapter, foreign: ForeignAdapter) -> Recipe:
+def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:
     """What of a recipe a checkpoint knows: base and adapter. Its data are unknown, and so is its prompt
     template: the LinChain authors' code shares that of LLM-Adapters."""
     from linchain_cli.recipe import Recipe
@@ -150,7 +154,7 @@ def _recipe(target: Path, adapter, foreign: ForeignAdapter) -> Recipe:
     )
 
 
-def _show(out: Path, imported: Imported, adapter, note: str) -> None:
+def _show(out: Path, imported: Imported, adapter: Adapter, note: str) -> None:
     from linchain_cli.export.importing import describe_losses
 
     config = adapter.config

@@ -38,7 +38,8 @@ def run(
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",
     overwrite: Overwrite = False,
     no_proof: Annotated[
-        bool, typer.Option("--no-proof", help="Leave out the comparison of merged and adapted model's logits.")
+        bool,
+        typer.Option("--no-proof", help="Leave out the comparison of merged and adapted model's logits."),
     ] = False,
 ) -> None:
     """Fold a run's adapter into its base checkpoint."""
@@ -100,9 +101,9 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
 def _show(result: MergeResult, proof: bool) -> None:
     receipt = result.receipt
     tensors, logits = receipt["tensors"], receipt["logits"]
+    others = f"the base's, as {receipt['dtype']}" if receipt["dtype"] else "the base's"
     print(
-        f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are the"
-        " base's"
+        f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are {others}"
     )
     print(
         f"  read back: at most {receipt['largest_ulp']:.3f} ulp from W0 + ΔW"

@@ -214,20 +214,23 @@ def _read_pickled(path: Path) -> dict[str, StoredTensor]:
 
 
 def companion_files(directory: Path) -> list[Path]:
-    """What lies beside the weights and belongs to the model: configurations, tokenizer, licence.
+    """What lies beside the weights and belongs to the model: configurations, tokenizer, chat templates,
+    licence.
 
-    Left out are weights in any format, hidden files, code (it is never run), folders, and the README, which
-    describes the base and not what comes of it.
+    Left out are weights in any format, hidden files, code (it is never run), other folders, and the README,
+    which describes the base and not what comes of it.
     """
-    return [
+    directory = Path(directory)
+    found = [
         path
-        for path in sorted(Path(directory).iterdir())
+        for path in sorted(directory.iterdir())
         if path.is_file()
         and not path.name.startswith(".")
         and not path.name.endswith(_WEIGHT_SUFFIXES)
         and path.suffix != ".py"
         and path.stem.lower() != "readme"
     ]
+    return found + sorted((directory / "additional_chat_templates").glob("*.jinja"))
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,10 @@ def _is_alive(process: int) -> bool:
     return True
 
 
-def copy_files(paths: Iterable[Path], directory: Path) -> None:
-    """Copies files (what a link points to, not the link) into `directory`, readable like any new file."""
+def copy_files(paths: Iterable[Path], source: Path, directory: Path) -> None:
+    """Copies files below `source` (what a link points to, not the link) to the same places below
+    `directory`."""
     for path in paths:
-        shutil.copyfile(path, Path(directory) / path.name)
+        target = Path(directory) / path.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, target)

@@ -84,7 +84,7 @@ def merge_checkpoint(
     check_disk(target, total + sum(path.stat().st_size for path in companions))
     with staged_output(target) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
-        copy_files(companions, staging)
+        copy_files(companions, base_directory, staging)
         if options.dtype is not None:
             _set_config_dtype(staging / "config.json", options.dtype)
         proof = prove_tensors(plan, staging, options.dtype, _counter("proving", total, progress))

@@ -197,8 +197,11 @@ def test_companions_are_the_small_files_of_the_model(tmp_path):
     ]
     for name in [*kept, *dropped, ".gitattributes", "model.gguf", "tf_model.h5"]:
         (tmp_path / name).write_text("x")
-    (tmp_path / "onnx").mkdir()
-    assert sorted(path.name for path in companion_files(tmp_path)) == sorted(kept)
+    for folder, name in (("onnx", "model.json"), ("additional_chat_templates", "tools.jinja")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("x")
+    found = [str(path.relative_to(tmp_path)) for path in companion_files(tmp_path)]
+    assert found == [*sorted(kept), "additional_chat_templates/tools.jinja"]
 
 
 def test_a_full_disk_is_not_mistaken_for_a_missing_ability(tmp_path, monkeypatch, tensors):

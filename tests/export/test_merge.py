@@ -129,6 +129,24 @@ def test_a_sharded_and_a_pickled_base_merge_to_the_same_values(tmp_path, base_of
     assert not list((tmp_path / "pickled-base-out").glob("*.bin"))
 
 
+def test_a_hub_snapshot_of_links_becomes_a_directory_of_files(tmp_path, base_of, adapter_of_base):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshot"
+    shutil.copytree(base_of("llama"), blobs)
+    (blobs / "additional_chat_templates").mkdir()
+    (blobs / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    (snapshot / "additional_chat_templates").mkdir(parents=True)
+    for path in blobs.rglob("*.*"):
+        (snapshot / path.relative_to(blobs)).symlink_to(path)
+    merge(snapshot, adapter_of_base(base_of("llama")), tmp_path / "out")
+    written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert not any(path.is_symlink() for path in written)
+    names = {str(path.relative_to(tmp_path / "out")) for path in written}
+    assert names == {str(path.relative_to(snapshot)) for path in snapshot.rglob("*.*")} | {
+        "README.md",
+        "merge.json",
+    }
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_recasts_every_float_and_says_so_in_the_config(tmp_path, base_of, adapter_of_base, dtype):
     base = base_of("gemma3")
