@@ -55,7 +55,7 @@ def make_base(directory: Path, layers: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from linchain_cli.export.checkpoint import NewTensor, write_checkpoint
+    from linchain_cli.export.shards import NewTensor, write_checkpoint
 
     config = llama_config(layers)
     directory.mkdir()
@@ -121,9 +121,10 @@ def run_copy(args) -> dict[str, float]:
 
 def run_linchain(args) -> dict[str, float]:
     from linchain_cli.chain import load_adapter
-    from linchain_cli.export.checkpoint import companion_files, open_checkpoint, write_checkpoint
+    from linchain_cli.export.checkpoint import companion_files, open_checkpoint
     from linchain_cli.export.merge import new_tensors, plan_merge
     from linchain_cli.export.output import copy_files
+    from linchain_cli.export.shards import write_checkpoint
     from linchain_cli.model import empty_model
 
     plan = plan_merge(open_checkpoint(args.base), load_adapter(args.chain), empty_model(args.base))

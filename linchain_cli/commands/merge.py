@@ -103,7 +103,8 @@ def _show(result: MergeResult, proof: bool) -> None:
     tensors, logits = receipt["tensors"], receipt["logits"]
     others = f"the base's, as {receipt['dtype']}" if receipt["dtype"] else "the base's"
     print(
-        f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are {others}"
+        f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are"
+        f" {others}"
     )
     print(
         f"  read back: at most {receipt['largest_ulp']:.3f} ulp from W0 + ΔW"

@@ -1,7 +1,7 @@
 """Writing W0 + ΔW as a checkpoint, tensor by tensor, with memory for a few blocks.
 
 `plan_merge` decides, before anything is written, which file tensor every adapted module's weight is;
-`new_tensors` describes the merged checkpoint; `checkpoint.write_checkpoint` writes it. Sums are made in
+`new_tensors` describes the merged checkpoint; `shards.write_checkpoint` writes it. Sums are made in
 float64, block by block of rows, and rounded once.
 """
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, linear_shape
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
-from linchain_cli.export.checkpoint import FLOAT_TYPES, TYPE_NAMES, Checkpoint, NewTensor, StoredTensor
+from linchain_cli.export.checkpoint import FLOAT_TYPES, TYPE_NAMES, Checkpoint, StoredTensor
 from linchain_cli.export.rounding import round_once
+from linchain_cli.export.shards import NewTensor
 from linchain_cli.model_names import Conversion, NameMap, map_names
 
 if TYPE_CHECKING:

@@ -16,10 +16,11 @@ from linchain_cli import __version__, storage
 from linchain_cli.chain import Adapter, adapter_files, attach, disabled
 from linchain_cli.errors import InputError
 from linchain_cli.export.card import Origin, model_card
-from linchain_cli.export.checkpoint import Checkpoint, companion_files, open_checkpoint, write_checkpoint
+from linchain_cli.export.checkpoint import Checkpoint, companion_files, open_checkpoint
 from linchain_cli.export.merge import MergePlan, new_tensors, plan_merge
 from linchain_cli.export.output import check_disk, check_factors, check_output, copy_files, staged_output
 from linchain_cli.export.proof import LogitProof, TensorProof, compare_logits, prove_tensors, read_logits
+from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.model import default_device, empty_model, load_model
 from linchain_cli.model_files import base_hash
 

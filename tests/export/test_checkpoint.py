@@ -12,15 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.export import checkpoint as files
-from linchain_cli.export.checkpoint import (
-    NewTensor,
-    companion_files,
-    open_checkpoint,
-    plan_shards,
-    read_header,
-    write_checkpoint,
-)
+from linchain_cli.export import shards
+from linchain_cli.export.checkpoint import companion_files, open_checkpoint, read_header
+from linchain_cli.export.shards import NewTensor, plan_shards, write_checkpoint
 
 
 @pytest.fixture
@@ -210,7 +204,7 @@ def test_a_full_disk_is_not_mistaken_for_a_missing_ability(tmp_path, monkeypatch
     def full(*_):
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(files.os, "copy_file_range", full, raising=False)
+    monkeypatch.setattr(shards.os, "copy_file_range", full, raising=False)
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(OSError, match="no space left"):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from linchain_cli.chain import Adapter, ChainTensors, attach, chain_layers, delta_weight
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export.card import Origin
-from linchain_cli.export.checkpoint import open_checkpoint, write_checkpoint
+from linchain_cli.export.checkpoint import open_checkpoint
 from linchain_cli.export.merge import new_tensors, plan_merge
-from linchain_cli.export.proof import prove_tensors
+from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.write import MergeOptions, MergeResult, merge_checkpoint
 from linchain_cli.model import empty_model, load_model
 
@@ -292,84 +292,6 @@ def test_what_mixtral_holds_as_experts_is_copied(tmp_path, base_of, adapter_of_b
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
     experts = [key for key in before if ".experts." in key]
     assert len(experts) == 24 and all(torch.equal(before[key], after[key]) for key in experts)
-
-
-# The proof itself: what it must catch
-
-
-@pytest.fixture
-def written(tmp_path, base_of, adapter_of_base):
-    """A merged checkpoint of the tiny Llama in bfloat16, the plan it came from, and a function that damages
-    it."""
-    base = base_of("llama", torch.bfloat16)
-    adapter = adapter_of_base(base, targets=["q_proj"])
-    plan = plan_merge(open_checkpoint(base), adapter, empty_model(base))
-    out = tmp_path / "written"
-    out.mkdir()
-    write_checkpoint(out, new_tensors(plan), 10**9)
-
-    def damage(change):
-        tensors = tensors_of(out)
-        change(tensors)
-        save_file(tensors, out / "model.safetensors", {"format": "pt"})
-
-    return plan, out, damage
-
-
-def move(tensor: torch.Tensor, units: int) -> None:
-    """Moves one element by so many units in the last place."""
-    flat = tensor.view(torch.int16).view(-1)
-    flat[7] += units
-
-
-def test_the_proof_passes_what_was_written(written):
-    plan, out, _ = written
-    proof = prove_tensors(plan, out, None)
-    assert proof.changed.keys() == plan.plain.keys() and 0 < proof.largest_ulp <= 0.5
-    assert proof.hashes.keys() == {"model.safetensors"}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda tensors: move(tensors[KEY], 2), f"{KEY} is off"),
-        (lambda tensors: tensors[KEY].view(-1).__setitem__(3, torch.nan), f"{KEY} is off"),
-        (
-            lambda tensors: move(tensors["model.norm.weight"], 1),
-            "model.norm.weight, which no adapter touches",
-        ),
-        (lambda tensors: tensors.pop("model.norm.weight"), "does not hold the base's tensors"),
-        (lambda tensors: tensors.update(extra=torch.zeros(1)), "does not hold the base's tensors"),
-        (lambda tensors: tensors.update({KEY: tensors[KEY].float()}), "is F32"),
-        (lambda tensors: tensors.update({KEY: tensors[KEY][:8].clone()}), r"is BF16 \(8, 64\)"),
-    ],
-)
-def test_the_proof_catches_a_wrong_tensor(written, change, message):
-    plan, out, damage = written
-    damage(change)
-    with pytest.raises(LinchainError, match=message):
-        prove_tensors(plan, out, None)
-
-
-def test_the_proof_allows_one_unit(written):
-    plan, out, damage = written
-    distances = prove_tensors(plan, out, None).changed[KEY]
-    damage(lambda tensors: move(tensors[KEY], 0))
-    assert prove_tensors(plan, out, None).changed[KEY] == distances
-
-
-def test_the_proof_catches_a_converted_tensor(tmp_path, base_of, adapter_of_base):
-    base = base_of("hrm_text", torch.bfloat16)
-    adapter = adapter_of_base(base, targets=["q_proj"])
-    plan = plan_merge(open_checkpoint(base), adapter, empty_model(base))
-    write_checkpoint(tmp_path, new_tensors(plan), 10**9)
-    assert prove_tensors(plan, tmp_path, None).largest_ulp <= 0.5
-    key = plan.converted[0].conversion.keys[0]
-    tensors = tensors_of(tmp_path)
-    move(tensors[key], 4)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LinchainError, match="is off"):
-        prove_tensors(plan, tmp_path, None)
 
 
 def test_a_merge_that_fails_its_proof_leaves_nothing(tmp_path, base_of, adapter_of_base, monkeypatch):

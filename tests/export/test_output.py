@@ -14,7 +14,7 @@ import pytest
 
 from linchain_cli import storage
 from linchain_cli.errors import InputError, LinchainError, Stopped
-from linchain_cli.export import checkpoint
+from linchain_cli.export import shards
 from linchain_cli.export.card import Origin
 from linchain_cli.export.output import check_disk, check_output, parse_size, staged_output
 from linchain_cli.export.write import MergeOptions, merge_checkpoint
@@ -115,7 +115,7 @@ def test_a_disk_that_fails_midway_leaves_what_was_there(
     out.mkdir()
     (out / "old").write_text("kept")
     calls = 0
-    original = getattr(checkpoint, function)
+    original = getattr(shards, function)
 
     def fail(*arguments):
         nonlocal calls
@@ -124,7 +124,7 @@ def test_a_disk_that_fails_midway_leaves_what_was_there(
             raise OSError(code, "it broke")
         return original(*arguments)
 
-    monkeypatch.setattr(checkpoint, function, fail)
+    monkeypatch.setattr(shards, function, fail)
     with pytest.raises(LinchainError, match="disk .* is full|could not be written") as error:
         merge_checkpoint(base, adapter_of_base(base), out, MergeOptions(overwrite=True), Origin("x"))
     assert error.value.exit_code == 1 and calls == 5
