@@ -206,6 +206,8 @@ def find_run(path: Path | str | None, *, finished: bool = True) -> RunDirectory:
         return newest_finished_run()
     run = RunDirectory(path)
     if not run.exists():
+        if (comparison := ComparisonDirectory(path)).exists():
+            raise InputError(f"{path} is a comparison: name one of its runs, which lie in {comparison.arms_dir}/")
         parent = run.path.parent
         names = [entry.name for entry in parent.iterdir() if is_run(entry)] if parent.is_dir() else []
         raise InputError(f"{path} is not a run directory: it has no run.json." + did_you_mean(run.path.name, names))

@@ -28,9 +28,13 @@ def run(
     ] = None,
     equal_parameters: Annotated[
         bool,
-        typer.Option("--equal-parameters", help="Choose ranks so that all arms train as many parameters as LoRA."),
+        typer.Option(
+            "--equal-parameters", help="Choose ranks so that all arms train as many parameters as LoRA."
+        ),
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace an existing comparison and all its arms.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Replace an existing comparison and all its arms.")
+    ] = False,
 ) -> None:
     """Train combinations of values on the same rows and compare them."""
     chosen = parse_seeds(seeds) if seeds is not None else None
@@ -44,7 +48,10 @@ def run(
     results = run_comparison(grid, chosen or [grid.base.seed], equal_parameters=equal_parameters, fresh=fresh)
     print("\n".join(lines(results, shutil.get_terminal_size((100, 24)).columns)))
     directory = ComparisonDirectory(grid.base.run_path)
-    print(f"written: {directory.table_path}, {directory.runs_table_path}, {directory.results_path}, {directory.plot_path}")
+    print(
+        f"written: {directory.table_path}, {directory.runs_table_path}, {directory.results_path},"
+        f" {directory.plot_path}"
+    )
     print(f"One page of it: linchain report {directory.path}")
 
 

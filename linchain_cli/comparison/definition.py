@@ -1,4 +1,4 @@
-"""comparison.json: the base recipe, the arms and the seeds of a comparison, across all calls that add to it."""
+"""comparison.json: base recipe, arms and seeds of a comparison, across all calls that add to it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Definition:
     commands: list[list[str]] = field(default_factory=list)
 
     def add(self, arms: Sequence[Arm], seeds: Sequence[int], command: Sequence[str] = ()) -> list[Arm]:
-        """Takes arms and seeds in, those it has already keep their names; returns the arms as it knows them."""
+        """Takes arms and seeds in and returns the arms as it knows them: a known one keeps its name."""
         if list(command) not in self.commands:
             self.commands.append(list(command))
         known = {arm.identity: arm for arm in self.arms}
@@ -41,7 +41,9 @@ class Definition:
         for arm in arms:
             if arm.identity not in known:
                 if arm.name in names:
-                    arm = Arm(f"{arm.name[:180]}-{storage.sha256_bytes(arm.identity.encode())[:8]}", arm.recipe)
+                    arm = Arm(
+                        f"{arm.name[:180]}-{storage.sha256_bytes(arm.identity.encode())[:8]}", arm.recipe
+                    )
                 known[arm.identity] = arm
                 names.add(arm.name)
                 self.arms.append(arm)
@@ -115,7 +117,8 @@ def _refuse_what_lies_there(path: Path) -> None:
         raise InputError(f"{path} holds a run, not a comparison: give the comparison another name (name=NEW)")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(
-            f"{path} exists and is no comparison; it is left alone. Choose another name (name=NEW) or output_dir."
+            f"{path} exists and is no comparison; it is left alone. Choose another name (name=NEW) or"
+            " output_dir."
         )
 
 

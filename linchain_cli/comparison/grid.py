@@ -26,7 +26,15 @@ HELD = (
     "training.trackers",
 )  # fmt: skip
 # What may change between the calls that make up one comparison: it touches no loss.
-FREE = ("name", "output_dir", "seed", "evaluation", "training.save_every", "training.keep_checkpoints", "training.trackers")
+FREE = (
+    "name",
+    "output_dir",
+    "seed",
+    "evaluation",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.trackers",
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Grid:
-    """What is compared: `base` is the recipe with its single-valued overrides, `arms` the combinations, each once.
+    """What is compared: `base` is the recipe with its single-valued overrides, `arms` the combinations, each
+    once.
 
     `words` are those that vary something.
     """
@@ -57,17 +66,21 @@ class Grid:
 def expand(path: Path | str, words: Sequence[str]) -> Grid:
     """Reads a recipe and the words behind it: `key=value` changes it, `key=value,value` makes arms of it.
 
-    A value is written as in YAML, so commas within brackets or quotes do not part values.
+    A value is written as in YAML, so commas within brackets or quotes do not part values. A key may be given
+    both ways: the single value is then the recipe's own.
 
     Raises:
-        InputError: a word or a recipe that comes out of it is wrong, nothing is varied, or something is varied that
+        InputError: a word or a recipe that comes out of it is wrong, nothing is varied, or something is
+        varied that
             arms must share.
     """
     fixed, axes = _sort(words)
     base = load_recipe(path, fixed)
     _check_measurable(base)
     if not axes:
-        raise InputError("nothing is varied: give at least one key several values, such as adapter.depth=0,1,3")
+        raise InputError(
+            "nothing is varied: give at least one key several values, such as adapter.depth=0,1,3"
+        )
     recipes = [load_recipe(path, [*fixed, *combination]) for combination in itertools.product(*axes)]
     for recipe in recipes:
         _refuse_unlike(recipe, base)
@@ -108,10 +121,6 @@ def _sort(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
         if any(not value.strip() for value in values):
             raise InputError(f"'{word}': a value is missing between two commas, or at the end")
         axes[key] = [f"{key}={value}" for value in values]
-    for word in fixed:
-        key = word.partition("=")[0]
-        if key in axes:
-            raise InputError(f"'{key}' is given one value and varied as well: drop one of the two")
     return fixed, list(axes.values())
 
 
@@ -119,7 +128,9 @@ def _check_measurable(base: Recipe) -> None:
     if base.data.validation == 0:
         raise InputError("data.validation is 0, and arms are compared by validation loss: hold some rows out")
     if base.training.early_stopping is not None:
-        raise InputError("training.early_stopping would end arms at different steps: set it to null for a comparison")
+        raise InputError(
+            "training.early_stopping would end arms at different steps: set it to null for a comparison"
+        )
 
 
 def _refuse_unlike(recipe: Recipe, base: Recipe) -> None:
@@ -128,7 +139,8 @@ def _refuse_unlike(recipe: Recipe, base: Recipe) -> None:
             raise InputError("seed: vary seeds with --seeds 1,2,3, so that arms are paired by seed")
         if _within(key, HELD):
             raise InputError(
-                f"{key} cannot be varied: arms see the same rows in the same order, for as long, and are measured alike."
+                f"{key} cannot be varied: arms see the same rows in the same order, for as long, and are"
+                " measured alike."
                 " Compare such runs by hand, or make two comparisons."
             )
 
@@ -149,7 +161,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by dotted key; those that cannot matter are None, so that equal arms have equal settings."""
+    """A recipe's values by dotted key; those that cannot matter are None: equal arms have equal settings."""
     found = flat(recipe.model_dump(mode="json"))
     if recipe.adapter.depth == 0:
         found[INIT] = found[LINKS_RATE] = None
@@ -224,26 +236,20 @@ def _slug(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:30]}-{sha256_bytes(str(value).encode())[:8]}"
 
 
-def labels(recipes: Sequence[Recipe]) -> list[str]:
-    """What people call the arms: LoRA, MoSLoRA or the depth, and every other value in which the arms differ.
+def labels(recipes: Sequence[Recipe], base: Recipe) -> list[str]:
+    """What people call the arms: LoRA, MoSLoRA or the depth, and what else differs from the base recipe.
 
     The learning rate is left out: it stands in a column of its own.
     """
-    all_settings = [settings(recipe) for recipe in recipes]
-    values: dict[str, set[str]] = {}
-    for own in all_settings:
-        for key in own:
-            if key != RATE and _tells(key, own):
-                values.setdefault(key, set()).add(json.dumps(own[key]))
-    varied = [key for key, found in values.items() if len(found) > 1]
+    common = settings(base)
     texts = []
-    for recipe, own in zip(recipes, all_settings, strict=True):
-        depth = recipe.adapter.depth
+    for recipe in recipes:
+        own, depth = settings(recipe), recipe.adapter.depth
         text = {0: "LoRA", 1: "MoSLoRA"}.get(depth, f"depth {depth}")
         if own[INIT] is not None:
             text += f", {own[INIT]}"
-        for key in varied:
-            if _tells(key, own):
+        for key in {**own, **common}:
+            if key != RATE and _tells(key, own) and own.get(key) != common.get(key):
                 text += f", {key.partition('.')[2]} {_shown(own.get(key))}"
         texts.append(text)
     return texts

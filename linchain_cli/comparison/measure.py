@@ -58,7 +58,9 @@ class Measurement:
         tokens = [point.tokens for point in self.validation]
         if len(tokens) < 2:
             return None
-        return float(np.trapezoid([point.loss for point in self.validation], tokens)) / (tokens[-1] - tokens[0])
+        return float(np.trapezoid([point.loss for point in self.validation], tokens)) / (
+            tokens[-1] - tokens[0]
+        )
 
     @property
     def accuracy(self) -> float | None:
@@ -112,7 +114,7 @@ def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: st
 
 
 def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> tuple[Point, ...]:
-    """Validation rows carry no token count: it is that of the training row of their step, or lies between two."""
+    """Validation rows count no tokens: theirs are those of their step's training row, or between two."""
     steps, tokens = [0, *(row["step"] for row in trained)], [0, *(row["tokens"] for row in trained)]
     return tuple(
         Point(row["step"], float(np.interp(row["step"], steps, tokens)), row["eval_loss"])

@@ -18,7 +18,7 @@ def trained_parameters(shapes: Sequence[Shape], rank: int, depth: int) -> int:
 
 
 def closest_rank(shapes: Sequence[Shape], depth: int, wanted: int) -> int:
-    """The rank whose chains have a number of parameters nearest to `wanted`; of two equally near, the lower one."""
+    """The rank at which chains have nearest to `wanted` parameters; of two equally near, the lower one."""
     rank = 1
     while trained_parameters(shapes, rank + 1, depth) <= wanted:
         rank += 1

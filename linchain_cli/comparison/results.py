@@ -44,7 +44,9 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
         "equal_parameters": definition.equal_parameters,
         "commands": definition.commands,
         "learning_rate": rate,
-        "hashes": {kind: value for one in measurements[:1] for kind, value in one.hashes.items() if kind in SHARED},
+        "hashes": {
+            kind: value for one in measurements[:1] for kind, value in one.hashes.items() if kind in SHARED
+        },
         "tables": {"recipe_rate": at_recipe_rate(arms, rate), "best_rate": at_best_rate(arms)},
         "runs": [_run_entry(one, by_name[one.arm]) for one in measurements],
         "notes": notes(definition, measurements, arms),
@@ -53,10 +55,13 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
 
 def _refuse_mixture(measurements: Sequence[Measurement]) -> None:
     for kind, word in SHARED.items():
-        found = {one.hashes[kind]: one.directory for one in measurements if kind in one.hashes and one.finished}
+        found = {
+            one.hashes[kind]: one.directory for one in measurements if kind in one.hashes and one.finished
+        }
         if len(found) > 1:
             raise InputError(
-                f"the {word} changed between the runs {' and '.join(list(found.values())[:2])}, so they cannot be"
+                f"the {word} changed between the runs {' and '.join(list(found.values())[:2])}, so they"
+                " cannot be"
                 " compared: put back what there was, or start over with --fresh"
             )
 
@@ -78,31 +83,40 @@ def _run_entry(one: Measurement, arm: Candidate) -> dict[str, Any]:
     return entry
 
 
-def notes(definition: Definition, measurements: Sequence[Measurement], arms: Sequence[Candidate]) -> list[str]:
+def notes(
+    definition: Definition, measurements: Sequence[Measurement], arms: Sequence[Candidate]
+) -> list[str]:
     """What a reader must know to read the tables right."""
     base = definition.base
     found = [
-        "Validation loss is the one after the last step. Area is that under its curve over tokens, divided by their range:"
+        "Validation loss is the one after the last step. Area is that under its curve over tokens, divided by"
+        " their range:"
         " the mean loss from the first validation to the last."
     ]
     seeds = sorted({one.seed for one in measurements if one.finished})
     if len(seeds) > 1:
         found.append(
-            "± is the standard deviation over seeds. Differences are paired by seed; their 95 % intervals (Student's t)"
-            " cover what the seed changes (initial values, row order, dropout), not the choice of validation rows."
-            " An interval that holds 0 is called within the spread. Each stands alone: of twenty arms without any effect,"
+            "± is the standard deviation over seeds. Differences are paired by seed; their 95 % intervals"
+            " (Student's t)"
+            " cover what the seed changes (initial values, row order, dropout), not the choice of validation"
+            " rows."
+            " An interval that holds 0 is called within the spread. Each stands alone: of twenty arms without"
+            " any effect,"
             " one would be expected to fall outside."
         )
     else:
         found.append("One seed: there is no spread to judge a difference by. Use --seeds 1,2,3.")
     if not any(one.arm.recipe.training.learning_rate == base.training.learning_rate for one in arms):
         found.append(
-            f"No arm was trained at the recipe's learning rate {base.training.learning_rate:g}; add it to the rates to see that table."
+            f"No arm was trained at the recipe's learning rate {base.training.learning_rate:g}; add it to the"
+            " rates to see that table."
         )
     if len({one.rate for one in arms}) > 1:
         found.append(
-            "Best learning rates were chosen by the validation loss that is shown, so these losses are a little too good;"
-            " every arm had its choice among the rates it was trained at. (edge): the best rate is the lowest or the"
+            "Best learning rates were chosen by the validation loss that is shown, so these losses are a"
+            " little too good;"
+            " every arm had its choice among the rates it was trained at. (edge): the best rate is the lowest"
+            " or the"
             " highest one tried, so a better one may lie beyond."
         )
     if definition.equal_parameters:
@@ -110,10 +124,13 @@ def notes(definition: Definition, measurements: Sequence[Measurement], arms: Seq
     points = min((len(one.validation) for one in measurements if one.finished), default=0)
     if points and points < 5:
         found.append(
-            f"Only {points} validation(s) per run: area and tokens to a loss are coarse. Lower training.eval_every."
+            f"Only {points} validation(s) per run: area and tokens to a loss are coarse. Lower"
+            " training.eval_every."
         )
     found += [
-        f"{one.directory}: {one.status}{f' ({one.reason})' if one.reason else ''}" for one in measurements if not one.finished
+        f"{one.directory}: {one.status}{f' ({one.reason})' if one.reason else ''}"
+        for one in measurements
+        if not one.finished
     ]
     return found
 
@@ -124,7 +141,8 @@ def _parameter_note(arms: Sequence[Candidate]) -> str:
         return "Ranks are chosen so that all arms have about as many trained parameters as LoRA."
     low, high = min(counts.values()), max(counts.values())
     return (
-        "Ranks are chosen so that all arms have about as many trained parameters as LoRA at the recipe's rank:"
+        "Ranks are chosen so that all arms have about as many trained parameters as LoRA at the recipe's"
+        " rank:"
         f" {low:,} to {high:,}, a difference of {(high - low) / low:.1%} that remains."
     )
 
@@ -135,7 +153,10 @@ def write(directory: ComparisonDirectory, results: Mapping[str, Any]) -> None:
     tables = [{"table": name, **_flat(row)} for name, rows in results["tables"].items() for row in rows]
     storage.write_atomic(directory.table_path, _csv(tables))
     left_out = ("training", "validation", "accuracies")
-    runs = [{k: v for k, v in run.items() if k not in left_out} | _accuracy_columns(run) for run in results["runs"]]
+    runs = [
+        {k: v for k, v in run.items() if k not in left_out} | _accuracy_columns(run)
+        for run in results["runs"]
+    ]
     storage.write_atomic(directory.runs_table_path, _csv(runs))
 
 
@@ -173,7 +194,7 @@ def lines(results: Mapping[str, Any], width: int = 100) -> list[str]:
 
 
 def _in_blocks(cells: Sequence[Mapping[str, str]], width: int) -> list[str]:
-    """Aligned columns; those that do not fit beside each other follow below, each time behind the first column."""
+    """Aligned columns; what does not fit into `width` follows below, behind the first column again."""
     first, *others = cells[0]
     texts = [{name: name for name in cells[0]}, *cells]
     widths = {name: max(len(line[name]) for line in texts) for name in cells[0]}
@@ -185,5 +206,7 @@ def _in_blocks(cells: Sequence[Mapping[str, str]], width: int) -> list[str]:
         blocks[-1].append(name)
     found = []
     for block in blocks:
-        found += ["  ".join(f"{line[name]:<{widths[name]}}" for name in (first, *block)).rstrip() for line in texts] + [""]
+        found += [
+            "  ".join(f"{line[name]:<{widths[name]}}" for name in (first, *block)).rstrip() for line in texts
+        ] + [""]
     return found[:-1]

@@ -36,9 +36,9 @@ def run_comparison(
 ) -> dict[str, Any]:
     """Trains every arm with every seed, unless that was done before, and writes what came out.
 
-    The comparison lies at the base recipe's <output_dir>/<name>. Called again, it continues: finished runs are kept,
-    a stopped one is resumed, new arms and seeds are added. The seeds turn slowest, so that all arms have one seed
-    before any has two.
+    The comparison lies at the base recipe's <output_dir>/<name>. Called again, it continues: finished runs
+    are kept, a stopped one is resumed, new arms and seeds are added. The seeds turn slowest, so that all arms
+    have one seed before any has two.
 
     Args:
         seeds: each takes the place of the recipe's seed: initial values, row order and dropout.
@@ -63,7 +63,9 @@ def run_comparison(
         wanted = definition.add(arms, seeds, _command(grid, seeds, equal_parameters))
         definition.write(directory)
         try:
-            failures = _Runner(directory, definition, tasks).run([(arm, seed) for seed in seeds for arm in wanted])
+            failures = _Runner(directory, definition, tasks).run(
+                [(arm, seed) for seed in seeds for arm in wanted]
+            )
         except (Stopped, KeyboardInterrupt):
             _write(directory, definition)
             raise
@@ -113,7 +115,9 @@ class _Runner:
     def run(self, wanted: Sequence[tuple[Arm, int]]) -> list[str]:
         """Brings every wanted run to its end; returns what is to be said of those that failed."""
         if self.accelerator.num_processes > 1:
-            raise InputError("a comparison runs in one process: start it without torchrun or accelerate launch")
+            raise InputError(
+                "a comparison runs in one process: start it without torchrun or accelerate launch"
+            )
         failures = []
         for number, (arm, seed) in enumerate(wanted, 1):
             recipe = arm_recipe(arm, seed, self.directory)
@@ -146,7 +150,9 @@ class _Runner:
             run_training(recipe, resume=unfinished, base=base, labels=labels, quiet=not sys.stderr.isatty())
         except InputError as error:
             if unfinished:
-                raise InputError(f"{error}\nOr remove {run.path}: that run then starts over, the others stay.") from None
+                raise InputError(
+                    f"{error}\nOr remove {run.path}: that run then starts over, the others stay."
+                ) from None
             raise
         finally:
             detach(base.model)
@@ -173,8 +179,10 @@ class _Runner:
             changed = [name for name in now if before.get(name, now[name]) != now[name]]
             if changed:
                 raise InputError(
-                    f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not be compared"
-                    f" with it: put back what there was, give this comparison another name (name=NEW), or use --fresh"
+                    f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not be"
+                    " compared"
+                    " with it: put back what there was, give this comparison another name (name=NEW), or use"
+                    " --fresh"
                 )
         self._note_sparse_validation(data)
 
@@ -186,7 +194,8 @@ class _Runner:
         steps = training.max_steps or round(training.epochs * per_epoch)
         if steps / training.eval_every < 5:
             note(
-                f"only {steps // training.eval_every + (steps % training.eval_every > 0)} validation(s) in {steps} steps:"
+                f"only {steps // training.eval_every + (steps % training.eval_every > 0)} validation(s) in"
+                f" {steps} steps:"
                 f" the loss curves will be coarse; training.eval_every={max(1, steps // 10)} would give ten"
             )
 

@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 
 def student_t(t: float, df: int) -> float:
-    """P(|T| ≤ t) of Student's t with `df` degrees of freedom, t ≥ 0 (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    """P(|T| ≤ t) of Student's t with `df` degrees of freedom, t ≥ 0 (Abramowitz and Stegun 26.7.3, .4)."""
     theta = math.atan(t / math.sqrt(df))
     sine, cosine = math.sin(theta), math.cos(theta)
     odd = df % 2

@@ -13,7 +13,13 @@ from linchain_cli.comparison.grid import DEPTH, INIT, LINKS_RATE, RATE, Arm, lab
 from linchain_cli.comparison.measure import Measurement
 from linchain_cli.comparison.statistics import estimate, interval
 
-LOWER, HIGHER, WITHIN, ONE_SEED, REFERENCE = "lower", "higher", "within the spread", "one seed, no spread", "reference"
+LOWER, HIGHER, WITHIN, ONE_SEED, REFERENCE = (
+    "lower",
+    "higher",
+    "within the spread",
+    "one seed, no spread",
+    "reference",
+)
 # Keys that have no meaning for a depth of 0, so that they need not agree between an arm and its LoRA.
 _OF_LINKS = (DEPTH, INIT, LINKS_RATE)
 
@@ -42,11 +48,15 @@ class Candidate:
 
 def candidates(definition: Definition, measurements: Sequence[Measurement]) -> list[Candidate]:
     """Every arm, with those of its runs that finished."""
-    named = labels([arm.recipe for arm in definition.arms])
+    named = labels([arm.recipe for arm in definition.arms], definition.base)
     found = []
     for arm, label in zip(definition.arms, named, strict=True):
         runs = {one.seed: one for one in measurements if one.arm == arm.name and one.finished}
-        found.append(Candidate(arm, label, settings(arm.recipe), runs))
+        own = settings(arm.recipe)
+        if definition.equal_parameters:
+            # Ranks were chosen, not compared: what an arm shares with its LoRA is the scale.
+            own["adapter.alpha"] /= own.pop("adapter.rank")
+        found.append(Candidate(arm, label, own, runs))
     return found
 
 
@@ -59,8 +69,8 @@ def at_recipe_rate(all_arms: Sequence[Candidate], rate: float) -> list[dict[str,
 def at_best_rate(all_arms: Sequence[Candidate]) -> list[dict[str, Any]]:
     """Rows for every arm at the learning rate that gave it the lowest mean validation loss.
 
-    Rates are compared over the seeds that all of the group's finished rates have. `edge` says that the best rate is
-    the lowest or the highest one tried, so that a better one may lie beyond.
+    Rates are compared over the seeds that all of the group's finished rates have. `edge` says that the best
+    rate is the lowest or the highest one tried, so that a better one may lie beyond.
     """
     groups: dict[str, list[Candidate]] = {}
     for one in all_arms:
@@ -77,14 +87,18 @@ def at_best_rate(all_arms: Sequence[Candidate]) -> list[dict[str, Any]]:
         counts[winner.arm.name] = len(rates)
         best.append(winner)
     return [
-        {**_row(one, _reference_of(one, best)), "edge": edges[one.arm.name], "rates_tried": counts[one.arm.name]}
+        {
+            **_row(one, _reference_of(one, best)),
+            "edge": edges[one.arm.name],
+            "rates_tried": counts[one.arm.name],
+        }
         for one in best
     ]
 
 
 def _reference_of(one: Candidate, table: Sequence[Candidate]) -> Candidate:
-    """The LoRA arm that is like `one` in all but depth (and learning rate); else the table's first LoRA arm, else
-    its first arm."""
+    """The LoRA arm that is like `one` in all but depth (and learning rate); else the table's first LoRA arm,
+    else its first arm."""
 
     def rest(candidate: Candidate) -> dict[str, Any]:
         return {key: value for key, value in candidate.settings.items() if key not in (*_OF_LINKS, RATE)}
@@ -112,10 +126,16 @@ def _row(one: Candidate, reference: Candidate) -> dict[str, Any]:
         "tokens_to_reference": _reached(one, reference),
         "step_seconds": _mean(runs, lambda run: run.step_seconds),
         "tokens_per_second": _mean(runs, lambda run: run.tokens_per_second),
-        "peak_memory_bytes": max((run.peak_memory_bytes for run in runs if run.peak_memory_bytes), default=None),
+        "peak_memory_bytes": max(
+            (run.peak_memory_bytes for run in runs if run.peak_memory_bytes), default=None
+        ),
         "accuracy": _mean(runs, lambda run: run.accuracy),
     }
-    pairs = {"validation_loss": lambda run: run.final_loss, "area": lambda run: run.area, "accuracy": lambda run: run.accuracy}
+    pairs = {
+        "validation_loss": lambda run: run.final_loss,
+        "area": lambda run: run.area,
+        "accuracy": lambda run: run.accuracy,
+    }
     row["difference"] = {name: _difference(one, reference, read) for name, read in pairs.items()}
     return row
 
@@ -131,7 +151,9 @@ def _difference(
     """`one` minus `reference`, paired by seed, with its 95 % t interval and what may be said of it."""
     if one is reference:
         return {"verdict": REFERENCE}
-    pairs = [(read(run), read(reference.runs[seed])) for seed, run in one.runs.items() if seed in reference.runs]
+    pairs = [
+        (read(run), read(reference.runs[seed])) for seed, run in one.runs.items() if seed in reference.runs
+    ]
     found = estimate([own - other for own, other in pairs if own is not None and other is not None])
     if found is None:
         return None
@@ -146,9 +168,11 @@ def _difference(
 
 
 def _reached(one: Candidate, reference: Candidate) -> dict[str, Any] | None:
-    """Mean tokens until an arm's validation loss is the reference's final one, over the seeds where it gets there."""
+    """Mean tokens until the validation loss is the reference's final one, over the seeds that get there."""
     found = [
-        run.tokens_to_reach(reference.runs[seed].final_loss) for seed, run in one.runs.items() if seed in reference.runs
+        run.tokens_to_reach(reference.runs[seed].final_loss)
+        for seed, run in one.runs.items()
+        if seed in reference.runs
     ]
     if not found:
         return None

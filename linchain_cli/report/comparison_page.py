@@ -64,19 +64,28 @@ def read_results(directory: ComparisonDirectory) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise InputError(f"{directory.path} has no results yet: finish it by giving its `linchain compare` again") from None
+        raise InputError(
+            f"{directory.path} has no results yet: finish it by giving its `linchain compare` again"
+        ) from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is damaged ({error}): give its `linchain compare` again") from error
-    if not isinstance(found, dict) or not {"recipe", "runs", "tables", "notes", "name", "hashes"} <= found.keys():
+    if (
+        not isinstance(found, dict)
+        or not {"recipe", "runs", "tables", "notes", "name", "hashes"} <= found.keys()
+    ):
         raise InputError(f"{path} is damaged: give its `linchain compare` again")
     return found
 
 
 def _commands(results: Mapping[str, Any]) -> str:
-    return "\n".join(f"linchain compare recipe.yaml {shlex.join(words)}" for words in results.get("commands", []))
+    return "\n".join(
+        f"linchain compare recipe.yaml {shlex.join(words)}" for words in results.get("commands", [])
+    )
 
 
-def _summary(results: Mapping[str, Any], finished: Sequence[Mapping[str, Any]], status: Mapping[str, Any]) -> Markup:
+def _summary(
+    results: Mapping[str, Any], finished: Sequence[Mapping[str, Any]], status: Mapping[str, Any]
+) -> Markup:
     rows = status.get("rows", {})
     return facts(
         [
@@ -101,7 +110,9 @@ def _learned(directory: ComparisonDirectory, results: Mapping[str, Any]) -> Mark
             layers = [
                 layer
                 for run in runs
-                for layer in layer_numbers(load_adapter(RunDirectory(directory.path / run["directory"]).adapter_dir))
+                for layer in layer_numbers(
+                    load_adapter(RunDirectory(directory.path / run["directory"]).adapter_dir)
+                )
             ]
         except LinchainError as error:
             problems.append(tag("p", str(error), class_="faint"))
@@ -115,8 +126,13 @@ def _learned(directory: ComparisonDirectory, results: Mapping[str, Any]) -> Mark
         ):
             row[name] = f"{statistics.fmean(map(read, layers)):.3g}"
         rows.append(row)
-    note = "Means over all adapted modules and seeds. No depth can raise the rank of ΔW beyond r; compare arms of like loss."
-    return section("What was learned", tag("p", note) if rows else None, table(rows, "Spectra of ΔW"), problems)
+    note = (
+        "Means over all adapted modules and seeds. No depth can raise the rank of ΔW beyond r;"
+        " compare arms of like loss."
+    )
+    return section(
+        "What was learned", tag("p", note) if rows else None, table(rows, "Spectra of ΔW"), problems
+    )
 
 
 def _runs(results: Mapping[str, Any]) -> Markup:
@@ -132,9 +148,15 @@ def _runs(results: Mapping[str, Any]) -> Markup:
         }
         for run in results["runs"]
     ]
-    hint = tag("p", "`linchain report` with one of these directories shows that run, layer by layer.", class_="faint")
+    hint = tag(
+        "p", "`linchain report` with one of these directories shows that run, layer by layer.", class_="faint"
+    )
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
-    return section("Every run", table([{name: row[name] for name in shown} for row in rows], "One line per arm and seed"), hint)
+    return section(
+        "Every run",
+        table([{name: row[name] for name in shown} for row in rows], "One line per arm and seed"),
+        hint,
+    )
 
 
 def _text(value: float | None, digits: int) -> str:

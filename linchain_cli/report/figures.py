@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 
 from linchain_cli.report.layers import LayerNumbers
 
-# Okabe and Ito's palette, which people with any colour vision can tell apart; line styles double it.
+# Okabe and Ito's palette, which people with any colour vision can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":")
 # As wide as a phone's column in points, so that text stays readable there.
@@ -62,8 +62,14 @@ def _finish(axes: Axes, values: Sequence[float], **labels: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if values and max(values) > 10 * min(values) > 0:
         axes.set_yscale("log")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize="small")
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    """Names the curves of `axes` below the figure, in two columns; the figure grows by as much."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = min(2, len(labels))
+    figure.set_figheight(figure.get_figheight() + 0.19 * math.ceil(len(labels) / columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize="small")
 
 
 def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
@@ -71,7 +77,8 @@ def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
     values = [value for _, value in points]
     half = window // 2
     return [
-        (step, statistics.fmean(values[max(0, i - half) : i + half + 1])) for i, (step, _) in enumerate(points)
+        (step, statistics.fmean(values[max(0, i - half) : i + half + 1]))
+        for i, (step, _) in enumerate(points)
     ]
 
 
@@ -93,18 +100,33 @@ def loss_curves(training: Points, validation: Points) -> Picture | None:
     said = []
     if training:
         window = _window(len(training))
-        axes.plot(*zip(*training, strict=True), color=COLORS[0], linewidth=0.8, alpha=0.4 if window > 1 else 1)
+        axes.plot(
+            *zip(*training, strict=True), color=COLORS[0], linewidth=0.8, alpha=0.4 if window > 1 else 1
+        )
         if window > 1:
             smooth = running_mean(training, window)
-            axes.plot(*zip(*smooth, strict=True), color=COLORS[0], linewidth=1.4, label=f"training, mean of {window} logged steps")
+            axes.plot(
+                *zip(*smooth, strict=True),
+                color=COLORS[0],
+                linewidth=1.4,
+                label=f"training, mean of {window} logged steps",
+            )
         else:
             axes.lines[0].set_label("training")
         said.append(f"training loss from {_ends(training)}")
     if validation:
-        axes.plot(*zip(*validation, strict=True), color=COLORS[1], marker="o", markersize=3, linewidth=1.2, label="validation")
+        axes.plot(
+            *zip(*validation, strict=True),
+            color=COLORS[1],
+            marker="o",
+            markersize=3,
+            linewidth=1.2,
+            label="validation",
+        )
         said.append(f"validation loss from {_ends(validation)}, lowest {min(v for _, v in validation):.4g}")
     values = [value for _, value in (*training, *validation)]
     _finish(axes, values, xlabel="optimizer step", ylabel="loss per supervised token")
+    axes.legend(frameon=False, fontsize="small")
     caption = "Training loss (each step's rows) and validation loss."
     return picture(figure, caption, "Line chart: " + "; ".join(said) + ".")
 
@@ -145,15 +167,26 @@ def _plain(text: str) -> str:
 
 def _draw(axes: Axes, curves: Sequence[Curve], ylabel: str, marker: str | None) -> None:
     for number, curve in enumerate(curves):
-        color = COLORS[number % len(COLORS)]
-        style = STYLES[number // len(COLORS) % len(STYLES)]
-        axes.plot(curve.steps, curve.mean, style, color=color, linewidth=1.2, marker=marker, markersize=3, label=_plain(curve.label))
+        # Arms often lie on each other: broken lines let the one below be seen.
+        color, style = COLORS[number % len(COLORS)], STYLES[number % len(STYLES)]
+        axes.plot(
+            curve.steps,
+            curve.mean,
+            style,
+            color=color,
+            linewidth=1.2,
+            marker=marker,
+            markersize=3,
+            label=_plain(curve.label),
+        )
         if curve.low != curve.high:
             axes.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.15, linewidth=0)
     _finish(axes, [value for curve in curves for value in curve.low], xlabel="optimizer step", ylabel=ylabel)
 
 
-def arm_curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> tuple[list[Curve], list[Curve]]:
+def arm_curves(
+    results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[Curve], list[Curve]]:
     """(training curves, validation curves) of a table's arms, from results.json."""
     training, validation = [], []
     for row in rows:
@@ -161,8 +194,12 @@ def arm_curves(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) ->
         label = row["label"]
         if len({other["learning_rate"] for other in rows}) > 1:
             label += f", rate {row['learning_rate']:g}"
-        training.append(seed_curve(label, [[tuple(point) for point in run["training"]] for run in runs], smooth=True))
-        validation.append(seed_curve(label, [[(step, loss) for step, _, loss in run["validation"]] for run in runs]))
+        training.append(
+            seed_curve(label, [[tuple(point) for point in run["training"]] for run in runs], smooth=True)
+        )
+        validation.append(
+            seed_curve(label, [[(step, loss) for step, _, loss in run["validation"]] for run in runs])
+        )
     return [curve for curve in training if curve], [curve for curve in validation if curve]
 
 
@@ -172,6 +209,7 @@ def comparison_figure(results: Mapping[str, Any], rows: Sequence[Mapping[str, An
     figure, (left, right) = _figure(2 * WIDTH, 1.2 * HEIGHT, ncols=2)
     _draw(left, training, "training loss (running mean)", None)
     _draw(right, validation, "validation loss", "o")
+    _legend_below(figure, right)
     figure.suptitle(_band(rows), fontsize=9)
     return figure
 
@@ -185,9 +223,14 @@ def comparison_pictures(results: Mapping[str, Any], rows: Sequence[Mapping[str, 
             continue
         figure, axes = _figure()
         _draw(axes, curves, name, marker)
-        said = "; ".join(f"{curve.label} from {_ends(list(zip(curve.steps, curve.mean, strict=True)))}" for curve in curves)
+        _legend_below(figure, axes)
+        said = "; ".join(
+            f"{curve.label} from {_ends(list(zip(curve.steps, curve.mean, strict=True)))}" for curve in curves
+        )
         how = " (running mean)" if marker is None else ""
-        found.append(picture(figure, f"{name.capitalize()}{how}: {_band(rows)}.", f"Line chart of {name}: {said}."))
+        found.append(
+            picture(figure, f"{name.capitalize()}{how}: {_band(rows)}.", f"Line chart of {name}: {said}.")
+        )
     return found
 
 
@@ -197,9 +240,13 @@ def _band(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def layer_map(
-    layers: Sequence[LayerNumbers], value: Callable[[LayerNumbers], float | None], title: str, logarithmic: bool = False
+    layers: Sequence[LayerNumbers],
+    value: Callable[[LayerNumbers], float | None],
+    title: str,
+    logarithmic: bool = False,
 ) -> Picture | None:
-    """A heat map of one number per adapted module: kinds of modules by layers. Modules of one place are averaged.
+    """A heat map of one number per adapted module: kinds of modules by layers. Modules of one place are
+    averaged.
 
     None where no module has the number.
     """
@@ -208,7 +255,10 @@ def layer_map(
 
 
 def layer_map_plot(
-    layers: Sequence[LayerNumbers], value: Callable[[LayerNumbers], float | None], title: str, logarithmic: bool = False
+    layers: Sequence[LayerNumbers],
+    value: Callable[[LayerNumbers], float | None],
+    title: str,
+    logarithmic: bool = False,
 ) -> tuple[Figure, str] | None:
     """What `layer_map` shows, as a figure, and in words."""
     cells: dict[tuple[str, int], list[float]] = {}
@@ -231,7 +281,9 @@ def layer_map_plot(
     axes.set_yticks(range(len(kinds)), _short(kinds))
     axes.set_xticks(range(len(numbers)), numbers)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    axes.xaxis.set_major_formatter(lambda x, _: str(numbers[int(x)]) if 0 <= x < len(numbers) and x == int(x) else "")
+    axes.xaxis.set_major_formatter(
+        lambda x, _: str(numbers[int(x)]) if 0 <= x < len(numbers) and x == int(x) else ""
+    )
     axes.set_xlabel("layer")
     figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
     flat = {key: statistics.fmean(values) for key, values in cells.items()}
@@ -263,7 +315,9 @@ def spectrum_lines(layers: Sequence[LayerNumbers]) -> Picture | None:
 
     kinds = sorted(by_kind)
     rows = math.ceil(len(kinds) / 2)
-    figure, grid = _figure(WIDTH, 0.6 + 1.5 * rows, nrows=rows, ncols=2, sharex=True, sharey=True, squeeze=False)
+    figure, grid = _figure(
+        WIDTH, 0.6 + 1.5 * rows, nrows=rows, ncols=2, sharex=True, sharey=True, squeeze=False
+    )
     last = max((layer.place[0] or 0) for layer in layers)
     scale = Normalize(0, max(1, last))
     top = max(layer.singular_values[0] for layer in layers)
@@ -286,4 +340,6 @@ def spectrum_lines(layers: Sequence[LayerNumbers]) -> Picture | None:
         f" {statistics.median(one.entropy_rank for one in found):.3g} (medians over layers)"
         for kind, found in sorted(by_kind.items())
     )
-    return picture(figure, "Singular values of ΔW: one line per layer.", f"Line charts of singular values. {said}.")
+    return picture(
+        figure, "Singular values of ΔW: one line per layer.", f"Line charts of singular values. {said}."
+    )

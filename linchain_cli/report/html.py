@@ -29,14 +29,23 @@ def escaped(content: Any) -> Markup:
 
 
 # Characters that HTML forbids or that change the reading direction of what follows, shown by their code.
-_HIDDEN = [*range(0x00, 0x09), 0x0B, 0x0C, *range(0x0E, 0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_HIDDEN = [
+    *range(0x00, 0x09),
+    0x0B,
+    0x0C,
+    *range(0x0E, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
 _VISIBLE = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _HIDDEN} | {
     code: "\ufffd" for code in range(0xD800, 0xE000)
 }
 
 
 def tag(name: str, /, *content: Any, **attributes: Any) -> Markup:
-    """`<name attributes>content</name>`. `class_` and the like lose their underscore, other ones become hyphens.
+    """`<name attributes>content</name>`. `class_` and the like lose their underscore, other ones become
+    hyphens.
 
     Attributes that are None or False are left out, True stands alone.
     """
@@ -73,7 +82,16 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str) -> Markup:
         first, *others = heads
         cells = [tag("th", row[first], scope="row", role="rowheader")]
         # An empty cell would leave its header alone in a narrow block.
-        cells += [tag("td", row[name], data_label=name, role="cell", class_="empty" if row[name] in ("", None) else None) for name in others]
+        cells += [
+            tag(
+                "td",
+                row[name],
+                data_label=name,
+                role="cell",
+                class_="empty" if row[name] in ("", None) else None,
+            )
+            for name in others
+        ]
         body.append(tag("tr", cells, role="row"))
     return tag(
         "table",

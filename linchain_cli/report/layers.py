@@ -21,7 +21,8 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
 @dataclass(frozen=True)
 class LayerNumbers:
-    """One adapted module. `singular_values` are those of ΔW, largest first, at most r of them; the others are zero.
+    """One adapted module. `singular_values` are those of ΔW, largest first, at most r of them; the others are
+    zero.
 
     `base_norm` is ‖W0‖_F, None where it was not read. `link_conditions` are σ_max/σ_min of each link.
     """
@@ -97,9 +98,15 @@ def base_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
         except LinchainError:
             return {}
         modules = dict(model.named_modules())
-        wanted = {path: keys.get(f"{path}.weight") for path in paths if path in modules and linear_shape(modules[path])}
+        wanted = {
+            path: keys.get(f"{path}.weight")
+            for path in paths
+            if path in modules and linear_shape(modules[path])
+        }
         return {
-            path: float(tensors[key].get_tensor(key).float().norm()) for path, key in wanted.items() if key is not None
+            path: float(tensors[key].get_tensor(key).float().norm())
+            for path, key in wanted.items()
+            if key is not None
         }
 
 

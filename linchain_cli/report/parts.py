@@ -36,13 +36,16 @@ def layers_section(run: RunDirectory, status: Mapping[str, Any]) -> Markup:
         layers, missing = read_layers(run, status)
     except LinchainError as error:
         return section("What was learned", problem("The adapter cannot be shown", error))
-    relative = layer_map(layers, lambda one: one.relative_norm, "‖ΔW‖ / ‖W0‖ (Frobenius norms)", logarithmic=True)
+    relative = layer_map(
+        layers, lambda one: one.relative_norm, "‖ΔW‖ / ‖W0‖ (Frobenius norms)", logarithmic=True
+    )
     absolute = layer_map(layers, lambda one: one.norm, "‖ΔW‖ (Frobenius norm)", logarithmic=True)
     ranks = layer_map(layers, lambda one: one.entropy_rank, "entropy rank of ΔW")
     top = layer_map(layers, lambda one: one.top_energy, "share of ‖ΔW‖² in its first direction")
     most = max(len(one.singular_values) for one in layers)
     note = (
-        f"ΔW = (α/r)·B·Wn…W1·A has at most rank {most} here, whatever its depth. Entropy rank is exp(−Σ p ln p) with"
+        f"ΔW = (α/r)·B·Wn…W1·A has at most rank {most} here, whatever its depth. Entropy rank is exp(−Σ p ln"
+        " p) with"
         " p = σ/Σσ: how many directions share the spectrum."
     )
     drawn = [figure(one) for one in (relative or absolute, ranks, top, spectrum_lines(layers))]
@@ -89,7 +92,9 @@ def _layer_table(layers: Sequence[LayerNumbers]) -> Markup:
         }
         for one in layers
     ]
-    return tag("details", tag("summary", f"All {len(rows)} modules in numbers"), table(rows, "Every adapted module"))
+    return tag(
+        "details", tag("summary", f"All {len(rows)} modules in numbers"), table(rows, "Every adapted module")
+    )
 
 
 def samples_section(run: RunDirectory, recipe: Recipe) -> Markup:
@@ -123,7 +128,8 @@ def origin_section(status: Mapping[str, Any], command: str) -> Markup:
         ("processes", machine.get("processes")),
     ]
     note = (
-        "Save the recipe of this page as recipe.yaml. With the same versions, hashes, device and number of threads the"
+        "Save the recipe of this page as recipe.yaml. With the same versions, hashes, device and number of"
+        " threads the"
         " losses are the same to the last digit; with others they differ by rounding."
     )
     return section(

@@ -25,11 +25,24 @@ def loss_plot(run: RunDirectory) -> Path | None:
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     if training:
-        axes.plot(*zip(*training), color=TRAINING, linewidth=1.2, label="training (one step's rows)")
+        axes.plot(
+            *zip(*training, strict=True), color=TRAINING, linewidth=1.2, label="training (one step's rows)"
+        )
     if validation:
-        axes.plot(*zip(*validation), color=VALIDATION, marker="o", markersize=4, linewidth=1.2, label="validation")
+        axes.plot(
+            *zip(*validation, strict=True),
+            color=VALIDATION,
+            marker="o",
+            markersize=4,
+            linewidth=1.2,
+            label="validation",
+        )
     axes.set(xlabel="optimizer step", ylabel="loss per supervised token", title=run.path.name)
-    if max(loss for _, loss in training + validation) > 20 * min(loss for _, loss in training + validation) > 0:
+    if (
+        max(loss for _, loss in training + validation)
+        > 20 * min(loss for _, loss in training + validation)
+        > 0
+    ):
         axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
@@ -40,7 +53,8 @@ def loss_plot(run: RunDirectory) -> Path | None:
 
 
 def comparison_plot(directory: ComparisonDirectory, results: Mapping[str, Any]) -> Path | None:
-    """Draws the arms' losses at the recipe's learning rate (or else at their best ones) into a comparison's loss.png.
+    """Draws the arms' losses at the recipe's learning rate (or else at their best ones) into a comparison's
+    loss.png.
 
     `results` is what results.json holds; None when no run has finished.
     """

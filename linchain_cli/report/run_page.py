@@ -55,7 +55,10 @@ def _what(recipe: Recipe) -> str:
 
 
 def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]):
-    return loss_curves([(row["step"], row["loss"]) for row in training], [(row["step"], row["eval_loss"]) for row in validation])
+    return loss_curves(
+        [(row["step"], row["loss"]) for row in training],
+        [(row["step"], row["eval_loss"]) for row in validation],
+    )
 
 
 def _summary(status: Mapping[str, Any], recipe: Recipe, training: Sequence, validation: Sequence) -> Markup:
@@ -70,11 +73,18 @@ def _summary(status: Mapping[str, Any], recipe: Recipe, training: Sequence, vali
             ("finished", status.get("finished_at")),
             ("steps", None if steps is None else f"{steps:,}{of}"),
             ("lowest validation loss", best and f"{best['eval_loss']:.4f} after step {best['step']:,}"),
-            ("last validation loss", validation[-1]["eval_loss"] and f"{validation[-1]['eval_loss']:.4f}" if validation else None),
+            (
+                "last validation loss",
+                validation[-1]["eval_loss"] and f"{validation[-1]['eval_loss']:.4f}" if validation else None,
+            ),
             ("adapter/ holds", adapter and f"the {adapter['kept']} values, of step {adapter['step']:,}"),
             ("trained parameters", _count(status.get("trainable_parameters"))),
             ("adapted modules", _count(status.get("adapted_modules"))),
-            ("rows", rows and f"{rows['kept']:,} kept, {rows['skipped']:,} skipped, {rows['truncated']:,} truncated"),
+            (
+                "rows",
+                rows
+                and f"{rows['kept']:,} kept, {rows['skipped']:,} skipped, {rows['truncated']:,} truncated",
+            ),
             ("tokens trained on", _count(status.get("tokens"))),
             ("of these supervised", _count(status.get("supervised_tokens"))),
             ("seed", recipe.seed),
@@ -109,7 +119,11 @@ def _evaluation(found: Mapping[str, Any]) -> Markup:
         }
         for name, entry in found["tasks"].items()
     ]
-    average = {"task": "average of tasks", "accuracy": f"{found['average']:.1%}", "95 % interval": _interval(found.get("average_interval"))}
+    average = {
+        "task": "average of tasks",
+        "accuracy": f"{found['average']:.1%}",
+        "95 % interval": _interval(found.get("average_interval")),
+    }
     if len(rows) > 1:
         rows.append({**dict.fromkeys(rows[0], ""), **average})
     what = ", ".join(str(found[key]) for key in ("protocol", "template", "dtype") if found.get(key))
@@ -133,9 +147,18 @@ def _speed(status: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
         facts(
             [
                 ("tokens per second, unpadded", f"{speed:,.1f}" if speed else None),
-                ("seconds per step", f"{statistics.median(seconds):.3f} (median; {min(seconds):.3f} to {max(seconds):.3f})"),
-                ("seconds in steps", f"{timings['train_seconds']:,.1f}" if "train_seconds" in timings else None),
-                ("seconds before the first step", f"{timings['prepare_seconds']:,.1f}" if "prepare_seconds" in timings else None),
+                (
+                    "seconds per step",
+                    f"{statistics.median(seconds):.3f} (median; {min(seconds):.3f} to {max(seconds):.3f})",
+                ),
+                (
+                    "seconds in steps",
+                    f"{timings['train_seconds']:,.1f}" if "train_seconds" in timings else None,
+                ),
+                (
+                    "seconds before the first step",
+                    f"{timings['prepare_seconds']:,.1f}" if "prepare_seconds" in timings else None,
+                ),
                 ("padding among computed tokens", f"{statistics.fmean(padding):.1%}" if padding else None),
                 ("peak memory", gigabytes(peak) or None),
             ]

@@ -37,7 +37,11 @@ def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3) -> list[Sampl
         return []
     status = run.read_status()
     kept = status.get("base", {}).get("directory")
-    directory = Path(kept) if kept and Path(kept).is_dir() else locate(recipe.model.path, recipe.model.revision, weights=False)
+    directory = (
+        Path(kept)
+        if kept and Path(kept).is_dir()
+        else locate(recipe.model.path, recipe.model.revision, weights=False)
+    )
     tokenizer = load_tokenizer(directory)
     data = prepare_data(recipe.data, tokenizer)
     if data.report.fingerprint != status.get("hashes", {}).get("data"):

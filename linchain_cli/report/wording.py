@@ -95,7 +95,9 @@ def table_titles(results: Mapping[str, Any]) -> list[tuple[str, list[Row], bool]
     tables = results["tables"]
     found = []
     if tables["recipe_rate"]:
-        found.append((f"At the recipe's learning rate ({results['learning_rate']:g})", tables["recipe_rate"], False))
+        found.append(
+            (f"At the recipe's learning rate ({results['learning_rate']:g})", tables["recipe_rate"], False)
+        )
     if tables["best_rate"] and len({run["learning_rate"] for run in results["runs"]}) > 1:
         found.append(("Each arm at its best learning rate", tables["best_rate"], True))
     return found

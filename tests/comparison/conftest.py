@@ -1,4 +1,5 @@
-"""A comparison of tiny arms: a recipe on the tiny Llama, and one comparison that was run once for all tests."""
+"""A comparison of tiny arms: a recipe on the tiny Llama, and one comparison that was run once for all
+tests."""
 
 from __future__ import annotations
 

@@ -50,7 +50,13 @@ def run(tmp_path) -> RunDirectory:
     rows = [{"step": 3, "eval_loss": 2.0}, {"step": 6, "eval_loss": 1.0}]
     for step, seconds in ((2, 1.0), (4, 5.0), (6, 2.0)):
         rows.append(
-            {"step": step, "loss": 3.0 - step / 6, "tokens": 10 * step, "step_seconds": seconds, "peak_memory_bytes": 7 + step}
+            {
+                "step": step,
+                "loss": 3.0 - step / 6,
+                "tokens": 10 * step,
+                "step_seconds": seconds,
+                "peak_memory_bytes": 7 + step,
+            }
         )
     found.metrics_path.write_bytes(jsonl_bytes(rows))
     return found

@@ -44,7 +44,9 @@ def loads(monkeypatch):
 
 
 def metrics(run: RunDirectory) -> list[dict]:
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in read_jsonl(run.metrics_path)]
+    return [
+        {key: value for key, value in row.items() if key not in TIMES} for row in read_jsonl(run.metrics_path)
+    ]
 
 
 def runs_of(directory: ComparisonDirectory) -> dict[str, RunDirectory]:
@@ -84,7 +86,8 @@ def test_arms_are_no_newest_run(finished):
 
 
 def test_an_arm_is_what_its_recipe_gives_alone(finished, tmp_path):
-    """The base model that arms share carries nothing over: the third run equals one in a directory of its own."""
+    """The base model that arms share carries nothing over: the third run equals one in a directory of its
+    own."""
     _, directory, _ = finished
     arm = RunDirectory(directory.arms_dir / "depth-3-kaiming_seed-2")
     recipe = load_recipe(arm.recipe_path, [f"output_dir={tmp_path}"])
@@ -113,21 +116,32 @@ def test_the_base_is_loaded_once(recipe_path, loads):
 def test_a_finished_comparison_is_read_again_not_run_again(recipe_path, loads, tmp_path):
     grid = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"])
     first = run_comparison(grid, [1])
-    adapters = {run.path: run.adapter_dir.stat().st_mtime_ns for run in runs_of(ComparisonDirectory(tmp_path / "tiny")).values()}
+    adapters = {
+        run.path: run.adapter_dir.stat().st_mtime_ns
+        for run in runs_of(ComparisonDirectory(tmp_path / "tiny")).values()
+    }
     loads.clear()
     assert run_comparison(grid, [1]) == first
     assert loads == []
     # More seeds and arms join what is there.
     grown = run_comparison(expand(recipe_path, ["adapter.depth=0,3", "training.max_steps=1"]), [1, 2])
     assert [(run["arm"], run["seed"]) for run in grown["runs"]] == [
-        ("depth-0", 1), ("depth-0", 2), ("depth-1-kaiming", 1), ("depth-3-kaiming", 1), ("depth-3-kaiming", 2),
-    ]  # fmt: skip
+        ("depth-0", 1),
+        ("depth-0", 2),
+        ("depth-1-kaiming", 1),
+        ("depth-3-kaiming", 1),
+        ("depth-3-kaiming", 2),
+    ]
     assert all(path.joinpath("adapter").stat().st_mtime_ns == time for path, time in adapters.items())
-    assert grown["commands"] == [["adapter.depth=0,1", "--seeds", "1"], ["adapter.depth=0,3", "--seeds", "1,2"]]
+    assert grown["commands"] == [
+        ["adapter.depth=0,1", "--seeds", "1"],
+        ["adapter.depth=0,3", "--seeds", "1,2"],
+    ]
 
 
 def test_an_interrupted_comparison_continues(finished, write_recipe, tmp_path, monkeypatch):
-    """A signal in the second run: it stops after a checkpoint, and the comparison ends as if nothing had been."""
+    """A signal in the second run: it stops after a checkpoint, and the comparison ends as if nothing had
+    been."""
     _, whole, _ = finished
     path = write_recipe(tmp_path)
     grid = expand(path, WORDS)
@@ -146,14 +160,18 @@ def test_an_interrupted_comparison_continues(finished, write_recipe, tmp_path, m
     directory = ComparisonDirectory(tmp_path / "tiny")
     statuses = {name: run.read_status()["status"] for name, run in runs_of(directory).items()}
     assert statuses == {"depth-0_seed-1": "finished", "depth-3-kaiming_seed-1": "stopped"}
-    assert [run["status"] for run in json.loads(directory.results_path.read_bytes())["runs"]].count("missing") == 2
+    assert [run["status"] for run in json.loads(directory.results_path.read_bytes())["runs"]].count(
+        "missing"
+    ) == 2
 
     run_comparison(grid, [1, 2])
     assert len(steps) < 6 * 4 + 3  # the stopped run went on, it did not start over
     for name, run in runs_of(directory).items():
         other = RunDirectory(whole.arms_dir / name)
         assert metrics(run) == metrics(other)
-        assert (run.adapter_dir / "chain.safetensors").read_bytes() == (other.adapter_dir / "chain.safetensors").read_bytes()
+        assert (run.adapter_dir / "chain.safetensors").read_bytes() == (
+            other.adapter_dir / "chain.safetensors"
+        ).read_bytes()
 
 
 def test_an_arm_that_fails_does_not_end_the_others(recipe_path, tmp_path, monkeypatch):
@@ -165,7 +183,9 @@ def test_an_arm_that_fails_does_not_end_the_others(recipe_path, tmp_path, monkey
         return train(recipe, **options)
 
     monkeypatch.setattr(runner, "run_training", failing)
-    with pytest.raises(LinchainError, match="1 of 3 runs failed:\ndepth-1-kaiming_seed-1: step 3: the loss is nan") as error:
+    with pytest.raises(
+        LinchainError, match="1 of 3 runs failed:\ndepth-1-kaiming_seed-1: step 3: the loss is nan"
+    ) as error:
         run_comparison(expand(recipe_path, ["adapter.depth=0,1,3", "training.max_steps=1"]), [1])
     assert error.value.exit_code == 1
     results = json.loads((tmp_path / "tiny" / "results.json").read_bytes())
@@ -185,7 +205,11 @@ def test_other_rows_are_no_continuation(recipe_path, rows_path, tmp_path):
 @pytest.mark.parametrize(
     ("words", "options", "message"),
     [
-        (["adapter.depth=0,3", "training.warmup_steps=2"], {}, "another recipe; it differs in training.warmup_steps"),
+        (
+            ["adapter.depth=0,3", "training.warmup_steps=2"],
+            {},
+            "another recipe; it differs in training.warmup_steps",
+        ),
         (WORDS, {"equal_parameters": True}, "a comparison without --equal-parameters"),
         (["adapter.depth=0,3", "adapter.rank=2,4"], {"equal_parameters": True}, "do not vary adapter.rank"),
     ],
@@ -230,7 +254,9 @@ def test_a_damaged_definition_is_told(recipe_path, tmp_path):
 
 def test_equal_parameters(recipe_path):
     results = run_comparison(
-        expand(recipe_path, ["adapter.depth=0,8", "adapter.rank=8", "training.max_steps=1"]), [1], equal_parameters=True
+        expand(recipe_path, ["adapter.depth=0,8", "adapter.rank=8", "training.max_steps=1"]),
+        [1],
+        equal_parameters=True,
     )
     rows = {row["depth"]: row for row in results["tables"]["recipe_rate"]}
     assert rows[0]["rank"] == 8 > rows[8]["rank"]
@@ -243,8 +269,15 @@ def test_equal_parameters(recipe_path):
 def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonsense_rows, loads):
     task = tmp_path / "tasks" / "boolq" / "test.json"
     task.parent.mkdir(parents=True)
-    task.write_text(json.dumps([row for row in commonsense_rows(60, seed=5) if row["answer"] in ("true", "false")]))
-    words = ["adapter.depth=0,1", "training.max_steps=1", "evaluation.tasks=[boolq]", f"evaluation.data_dir={task.parents[1]}"]
+    task.write_text(
+        json.dumps([row for row in commonsense_rows(60, seed=5) if row["answer"] in ("true", "false")])
+    )
+    words = [
+        "adapter.depth=0,1",
+        "training.max_steps=1",
+        "evaluation.tasks=[boolq]",
+        f"evaluation.data_dir={task.parents[1]}",
+    ]
     results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=6"]), [1])
     for run in results["runs"]:
         found = json.loads((tmp_path / "tiny" / run["directory"] / "eval" / "likelihood.json").read_bytes())
@@ -255,7 +288,9 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
     # Other rows of the task: evaluated again, not trained again.
     before = metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"]))
     results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=8"]), [1])
-    found = json.loads((tmp_path / "tiny" / results["runs"][0]["directory"] / "eval" / "likelihood.json").read_bytes())
+    found = json.loads(
+        (tmp_path / "tiny" / results["runs"][0]["directory"] / "eval" / "likelihood.json").read_bytes()
+    )
     assert found["tasks"]["boolq"]["n"] == 8
     assert metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"])) == before
     assert len(loads) == 2

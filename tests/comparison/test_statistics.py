@@ -10,7 +10,18 @@ import pytest
 from linchain_cli.comparison.statistics import Estimate, estimate, interval, student_t, t_quantile
 
 # Two-sided 95 % quantiles of Student's t, from printed tables.
-TABLE = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 9: 2.262, 10: 2.228, 29: 2.045, 30: 2.042, 120: 1.980}
+TABLE = {
+    1: 12.706,
+    2: 4.303,
+    3: 3.182,
+    4: 2.776,
+    5: 2.571,
+    9: 2.262,
+    10: 2.228,
+    29: 2.045,
+    30: 2.042,
+    120: 1.980,
+}
 
 
 @pytest.mark.parametrize(("df", "value"), TABLE.items())

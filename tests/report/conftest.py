@@ -1,5 +1,5 @@
-"""A finished run with hostile text in its rows, made once for all tests; and pages read back: their elements as a parser
-sees them, their layout as a browser sees it."""
+"""A finished run with hostile text in its rows, made once for all tests; and pages read back: their elements
+as a parser sees them, their layout as a browser sees it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pathlib import Path
 import pytest
 
 # What must come out as text and never as markup, in the shapes that break careless pages.
-HOSTILE = "</pre></mark><script>alert('x')</script><img src=x onerror=\"alert(1)\">&lt;b&gt;\u202egnp.exe\x07 \U0001f9ea"
+HOSTILE = (
+    "</pre></mark><script>alert('x')</script><img src=x onerror=\"alert(1)\">"
+    "&lt;b&gt;\u202egnp.exe\x07 \U0001f9ea"
+)
 
 RECIPE = """
 name: tiny
@@ -53,16 +56,30 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path)
     from linchain_cli.training.runner import run_training
 
     root = tmp_path_factory.mktemp("runs")
-    rows = [{"instruction": f"{i}: {HOSTILE}", "input": "", "output": f"answer {i} <u>{HOSTILE}"} for i in range(20)]
+    rows = [
+        {"instruction": f"{i}: {HOSTILE}", "input": "", "output": f"answer {i} <u>{HOSTILE}"}
+        for i in range(20)
+    ]
     (root / "rows.json").write_text(json.dumps(rows))
     (root / "recipe.yaml").write_text(RECIPE.format(root=root, model=tiny_llama_dir, rows=root / "rows.json"))
     recipe = load_recipe(root / "recipe.yaml")
     run_training(recipe, quiet=True)
     run = recipe.run_path
     (run / "eval").mkdir()
-    task = {"accuracy": 0.625, "stderr": 0.1, "interval": [0.41, 0.8], "n": 24, "unparsable": 1, "majority": 0.5}
+    task = {
+        "accuracy": 0.625,
+        "stderr": 0.1,
+        "interval": [0.41, 0.8],
+        "n": 24,
+        "unparsable": 1,
+        "majority": 0.5,
+    }
     summary = {"model": "x", "protocol": "likelihood", "template": "alpaca", "dtype": "float32"}
-    summary |= {"tasks": {"<b>boolq</b>": task, "piqa": task}, "average": 0.625, "average_interval": [0.5, 0.75]}
+    summary |= {
+        "tasks": {"<b>boolq</b>": task, "piqa": task},
+        "average": 0.625,
+        "average_interval": [0.5, 0.75],
+    }
     (run / "eval" / "likelihood.json").write_text(json.dumps(summary))
     return run
 
@@ -75,7 +92,8 @@ def run_path(finished_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def comparison_path(tmp_path: Path, finished_run: Path, tiny_llama_dir: Path) -> Path:
-    """A comparison's directory with made-up results, one arm with a hostile label; its one adapter is a real one."""
+    """A comparison's directory with made-up results, one arm with a hostile label; its one adapter is a real
+    one."""
     from linchain_cli.recipe import load_recipe
 
     path = tmp_path / "comparison"
@@ -83,33 +101,74 @@ def comparison_path(tmp_path: Path, finished_run: Path, tiny_llama_dir: Path) ->
     label = f"depth 3, target_modules {HOSTILE} $\\frac"
     estimate = {"mean": 0.5, "sd": 0.01, "n": 2}
     row = {
-        "arm": "depth-3", "label": label, "reference": "LoRA", "depth": 3, "rank": 4, "alpha": 8.0, "learning_rate": 3e-4,
-        "seeds": [1, 2], "trainable_parameters": 1234, "validation_loss": estimate, "area": estimate,
-        "tokens_to_reference": {"mean": 150.0, "reached": 1, "of": 2}, "step_seconds": estimate,
-        "tokens_per_second": estimate, "peak_memory_bytes": 10**9, "accuracy": None,
+        "arm": "depth-3",
+        "label": label,
+        "reference": "LoRA",
+        "depth": 3,
+        "rank": 4,
+        "alpha": 8.0,
+        "learning_rate": 3e-4,
+        "seeds": [1, 2],
+        "trainable_parameters": 1234,
+        "validation_loss": estimate,
+        "area": estimate,
+        "tokens_to_reference": {"mean": 150.0, "reached": 1, "of": 2},
+        "step_seconds": estimate,
+        "tokens_per_second": estimate,
+        "peak_memory_bytes": 10**9,
+        "accuracy": None,
         "difference": {
-            "validation_loss": {"mean": -0.1, "sd": 0.1, "n": 2, "interval": [-0.3, 0.1], "verdict": "within the spread"},
+            "validation_loss": {
+                "mean": -0.1,
+                "sd": 0.1,
+                "n": 2,
+                "interval": [-0.3, 0.1],
+                "verdict": "within the spread",
+            },
             "area": {"mean": -0.1, "sd": 0.01, "n": 2, "interval": [-0.2, -0.05], "verdict": "lower"},
             "accuracy": None,
         },
-    }  # fmt: skip
-    lora = {**row, "arm": "depth-0", "label": "LoRA", "difference": dict.fromkeys(row["difference"], {"verdict": "reference"})}
+    }
+    lora = {
+        **row,
+        "arm": "depth-0",
+        "label": "LoRA",
+        "difference": dict.fromkeys(row["difference"], {"verdict": "reference"}),
+    }
     runs = [
         {
-            "arm": one["arm"], "label": one["label"], "seed": seed, "directory": f"arms/{one['arm']}_seed-{seed}",
-            "status": "finished", "learning_rate": 3e-4, "depth": 3, "rank": 4, "validation_loss": 0.5, "area": 0.6,
-            "step_seconds": 0.1, "tokens_per_second": 9.0, "accuracy": None, "accuracies": {},
+            "arm": one["arm"],
+            "label": one["label"],
+            "seed": seed,
+            "directory": f"arms/{one['arm']}_seed-{seed}",
+            "status": "finished",
+            "learning_rate": 3e-4,
+            "depth": 3,
+            "rank": 4,
+            "validation_loss": 0.5,
+            "area": 0.6,
+            "step_seconds": 0.1,
+            "tokens_per_second": 9.0,
+            "accuracy": None,
+            "accuracies": {},
             "training": [[step, 3 / step + seed] for step in range(1, 9)],
             "validation": [[step, 100.0 * step, 3 / step + seed] for step in (2, 4, 8)],
         }
-        for one in (row, lora) for seed in (1, 2)
-    ]  # fmt: skip
+        for one in (row, lora)
+        for seed in (1, 2)
+    ]
     results = {
-        "format": 1, "name": "figure", "recipe": load_recipe(finished_run / "recipe.yaml").model_dump(mode="json"),
-        "equal_parameters": False, "commands": [["adapter.depth=0,3", "--seeds", "1,2"]], "learning_rate": 3e-4,
-        "hashes": {"data": "d" * 64, "base": "b" * 64}, "tables": {"recipe_rate": [lora, row], "best_rate": [lora, row]},
-        "runs": runs, "notes": [f"a note {HOSTILE}"],
-    }  # fmt: skip
+        "format": 1,
+        "name": "figure",
+        "recipe": load_recipe(finished_run / "recipe.yaml").model_dump(mode="json"),
+        "equal_parameters": False,
+        "commands": [["adapter.depth=0,3", "--seeds", "1,2"]],
+        "learning_rate": 3e-4,
+        "hashes": {"data": "d" * 64, "base": "b" * 64},
+        "tables": {"recipe_rate": [lora, row], "best_rate": [lora, row]},
+        "runs": runs,
+        "notes": [f"a note {HOSTILE}"],
+    }
     (path / "comparison.json").write_text("{}")
     (path / "results.json").write_text(json.dumps(results))
     return path
@@ -117,10 +176,40 @@ def comparison_path(tmp_path: Path, finished_run: Path, tiny_llama_dir: Path) ->
 
 # What a page consists of; anything else came out of the data.
 ELEMENTS = {
-    "html", "head", "meta", "title", "style", "body", "main", "section", "div", "figure", "figcaption", "img", "h1", "h2",
-    "h3", "p", "ul", "li", "dl", "dt", "dd", "pre", "code", "mark", "table", "caption", "thead", "tbody", "tr", "th", "td",
-    "details", "summary",
-}  # fmt: skip
+    "html",
+    "head",
+    "meta",
+    "title",
+    "style",
+    "body",
+    "main",
+    "section",
+    "div",
+    "figure",
+    "figcaption",
+    "img",
+    "h1",
+    "h2",
+    "h3",
+    "p",
+    "ul",
+    "li",
+    "dl",
+    "dt",
+    "dd",
+    "pre",
+    "code",
+    "mark",
+    "table",
+    "caption",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "details",
+    "summary",
+}
 _VOID = {"meta", "img", "br"}
 
 
@@ -186,21 +275,26 @@ def _chromium() -> str | None:
 
 
 def _overflow(source: str, width: int, directory: Path) -> tuple[int, list[str]]:
-    """(width that the page takes, elements that reach beyond it) in a frame of `width` CSS pixels, details open."""
+    """(width that the page takes, elements that reach beyond it), in a frame of `width` CSS pixels."""
     script = """
     addEventListener('load', () => {
       const page = document.getElementById('page').contentDocument, root = page.documentElement;
       page.querySelectorAll('details').forEach(one => one.open = true);
-      const hidden = one => one.closest('thead') && page.defaultView.getComputedStyle(one.closest('thead')).position == 'absolute';
-      const wide = [...page.querySelectorAll('body *')].filter(one => !hidden(one)
-        && (one.getBoundingClientRect().right > root.clientWidth + .5 || one.scrollWidth > one.clientWidth + 1 && one.clientWidth));
-      document.getElementById('found').textContent = root.scrollWidth + '\\n' + wide.map(one => one.outerHTML.slice(0, 99)).join('\\n');
+      const position = one => one && page.defaultView.getComputedStyle(one).position;
+      const hidden = one => position(one.closest('thead')) == 'absolute';
+      const reaches = one => one.getBoundingClientRect().right > root.clientWidth + .5;
+      const holds = one => one.clientWidth > 0 && one.scrollWidth > one.clientWidth + 1;
+      const wide = [...page.querySelectorAll('body *')]
+        .filter(one => !hidden(one) && (reaches(one) || holds(one)));
+      const found = [root.scrollWidth, ...wide.map(one => one.outerHTML.slice(0, 99))];
+      document.getElementById('found').textContent = found.join('\\n');
     });
     """
     frame = directory / "frame.html"
     frame.write_text(
-        f'<!DOCTYPE html><meta charset="utf-8"><iframe id="page" style="border:0;width:{width}px;height:900px"'
-        f' srcdoc="{html.escape(source)}"></iframe><pre id="found"></pre><script>{script}</script>'
+        f'<!DOCTYPE html><meta charset="utf-8"><iframe id="page"'
+        f' style="border:0;width:{width}px;height:900px" srcdoc="{html.escape(source)}"></iframe>'
+        f'<pre id="found"></pre><script>{script}</script>'
     )
     options = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"

@@ -25,7 +25,11 @@ def layer(path: str, *values: float) -> LayerNumbers:
     return LayerNumbers(path, values, 2.0, 1.5, 0.5, (1.0,))
 
 
-LAYERS = [layer(f"model.layers.{i}.{kind}", 1.0 + i, 0.5) for i in range(3) for kind in ("attn.q_proj", "mlp.up_proj")]
+LAYERS = [
+    layer(f"model.layers.{i}.{kind}", 1.0 + i, 0.5)
+    for i in range(3)
+    for kind in ("attn.q_proj", "mlp.up_proj")
+]
 
 
 def test_a_running_mean_is_centred_and_shorter_at_the_ends():
@@ -41,7 +45,9 @@ def test_a_curve_over_seeds():
     assert seed_curve("arm", []) is None
 
 
-@pytest.mark.parametrize("draw", [lambda: loss_curves([(1, 2.0), (2, 1.0)], [(2, 1.5)]), lambda: spectrum_lines(LAYERS)])
+@pytest.mark.parametrize(
+    "draw", [lambda: loss_curves([(1, 2.0), (2, 1.0)], [(2, 1.5)]), lambda: spectrum_lines(LAYERS)]
+)
 def test_the_same_numbers_give_the_same_bytes(draw):
     assert draw().svg == draw().svg
 

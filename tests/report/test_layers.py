@@ -38,9 +38,13 @@ def test_numbers_are_those_of_the_matrices(adapted):
 
 def test_without_the_base_there_is_no_relative_norm(adapted):
     _, model, _ = adapted
-    assert all(one.relative_norm is None for one in layer_numbers(adapter_of(model, ChainConfig(rank=4, depth=2))))
+    assert all(
+        one.relative_norm is None for one in layer_numbers(adapter_of(model, ChainConfig(rank=4, depth=2)))
+    )
 
 
 def test_modules_that_the_base_lacks_are_left_out(tiny_llama_dir):
-    found = base_norms(tiny_llama_dir, ["model.layers.0.self_attn.q_proj", "model.layers.9.self_attn.q_proj", "model.norm"])
+    found = base_norms(
+        tiny_llama_dir, ["model.layers.0.self_attn.q_proj", "model.layers.9.self_attn.q_proj", "model.norm"]
+    )
     assert list(found) == ["model.layers.0.self_attn.q_proj"]

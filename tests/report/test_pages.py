@@ -31,11 +31,21 @@ def test_a_run_on_one_page(check_page, run_page, finished_run):
     page = check_page(run_page)
     status = json.loads((finished_run / "run.json").read_text())
     assert page.texts[0].strip() == "" and "tiny: a chain of 2 links of rank 4" in page.text
-    for title in ("Loss", "Evaluation", "Speed and memory", "What was learned", "Rows", "How to repeat it", "Recipe"):
+    for title in (
+        "Loss",
+        "Evaluation",
+        "Speed and memory",
+        "What was learned",
+        "Rows",
+        "How to repeat it",
+        "Recipe",
+    ):
         assert title in page.text
     assert f"{status['trainable_parameters']:,}" in page.text
     assert status["versions"]["torch"] in page.text and status["hashes"]["base"] in page.text
-    assert "41.0% to 80.0%" in page.text and "50.0% to 75.0%" in page.text  # intervals of a task and of the average
+    assert (
+        "41.0% to 80.0%" in page.text and "50.0% to 75.0%" in page.text
+    )  # intervals of a task and of the average
     assert "lr_scheduler: linear" in page.text  # the recipe with its defaults
     # loss, ‖ΔW‖/‖W0‖, entropy rank, first direction, spectra
     assert len(page.all("img")) == 5
