@@ -31,10 +31,10 @@ def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 tokenizer = load_tokenizer(Path(sys.argv[1]))
-imported, libraries = time.perf_counter(), peak()
+imported, libraries, computed = time.perf_counter(), peak(), time.process_time()
 config = DataConfig(train=sys.argv[2], template=sys.argv[3])
 data = prepare_data(config, tokenizer, cache_dir=Path(sys.argv[4]))
-prepared, opened = time.perf_counter(), peak()
+prepared, opened, computed = time.perf_counter(), peak(), time.process_time() - computed
 for step in range(200):
     rows = step_rows(len(data.train), 42, 16, step)
     for part in micro_batches(rows, data.train.lengths, 4):
@@ -44,6 +44,7 @@ plan = epoch_plan(data.train.lengths, data.train.supervised_counts, seed=42, glo
 print(json.dumps({
     "rows": data.report.kept, "tokens": data.report.tokens, "cached": data.report.cached,
     "import_seconds": imported - started, "prepare_seconds": prepared - imported,
+    "cpu_seconds": computed,
     "ms_per_step": (batched - prepared) / 200 * 1e3,
     "libraries_mib": libraries, "prepare_mib": opened, "batches_mib": after,
     "padding": plan.padding, "padding_unsorted": plan.padding_unsorted,
@@ -85,6 +86,7 @@ def main() -> None:
         "start",
         "file MB",
         "prepare s",
+        "CPU s",
         "MiB before",
         "MiB prepared",
         "MiB 200 steps",
@@ -103,6 +105,7 @@ def main() -> None:
                     "cached" if found["cached"] else "encode",
                     f"{path.stat().st_size / 1e6:.0f}",
                     f"{found['prepare_seconds']:.2f}",
+                    f"{found['cpu_seconds']:.2f}",
                     f"{found['libraries_mib']:.0f}",
                     f"{found['prepare_mib']:.0f}",
                     f"{found['batches_mib']:.0f}",
