@@ -51,6 +51,10 @@ def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
             del module.forward
     if not (recompute or compiled):
         return
+    if compiled:
+        # All blocks share one code object, of which a program is made per case: with and without gradients, for one
+        # row and for several. Beyond the limit torch would run it uncompiled, and only warn.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in decoder_blocks(model):
         forward = block.forward
         if compiled:

@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import gather_object
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import collate
+from linchain_cli.data.batches import Batch, collate
 from linchain_cli.errors import LinchainError
 from linchain_cli.machine import available_memory
 from linchain_cli.recipe import Recipe
@@ -26,42 +26,45 @@ from linchain_cli.training.job import Job
 USABLE = 0.9
 GIB = 2**30
 _POLL_SECONDS = 0.001
+_FEW = 8  # tokens
 
 
 def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
     """The largest number of rows per micro-batch that fits, up to a process's share of the global batch.
 
-    It is measured on the longest rows, in doubling sizes; each next size is tried only where twice the memory of the
-    last one is there, so nothing runs out. All processes find the same.
+    It is measured on the longest rows: first what a few tokens cost, then one row, then twice as many each time, as
+    long as the two measurements before say that there is room. So nothing runs out. All processes find the same.
     """
     data, world = job.data.train, job.accelerator.num_processes
     share = math.ceil(min(job.recipe.training.global_batch_size, len(data)) / world)
     longest = np.argsort(-data.lengths.astype(np.int64), kind="stable")[:share]
-    before, room = _in_use(job.device), _room(job)
+    before, room = _in_use(job.device), USABLE * _room(job)
 
     def measured(size: int) -> tuple[float, float]:
-        """Bytes that `size` rows need, and those that may be planned with: the worst process's."""
-        need = max(1, _peak_of(job, longest[:size]) - before)
-        found = gather_object([(need, room)])
-        return max(need for need, _ in found), USABLE * min(room for _, room in found)
+        """Bytes that `size` rows need (0: a few tokens), and those there are: the worst process's."""
+        batch = collate(data, longest[: max(1, size)], job.base.pad_id)
+        if size == 0:
+            batch = Batch(*(t[:, :_FEW] for t in (batch.input_ids, batch.attention_mask, batch.labels)))
+        found = gather_object([(_peak_of(job, batch) - before, room)])
+        return max(need for need, _ in found), min(room for _, room in found)
 
-    size = 1
-    need, limit = measured(size)
-    while size < share and need * min(2, share / size) <= limit:
-        size = min(2 * size, share)
-        need, limit = measured(size)
-    # Costs that do not grow with the rows make this an underestimate, never more than fits.
-    size = max(1, min(share, int(size * limit / need)))
+    size, (last, _), (need, limit) = 1, measured(0), measured(1)
+    per_row = max(1.0, need - last)
+    while size < share and need + per_row * (min(2 * size, share) - size) <= limit:
+        bigger = min(2 * size, share)
+        last, (need, limit) = need, measured(bigger)
+        per_row = max(1.0, (need - last) / (bigger - size))
+        size = bigger
+    size = min(share, max(1, size + math.floor((limit - need) / per_row)))
     note(
-        f"training.micro_batch_size: auto is {size} of {share} rows per step and process"
-        f" (about {need / GIB:.2f} of {limit / GIB:.2f} GiB)"
+        f"training.micro_batch_size: auto is {size} of {share} rows per step and process (each takes about"
+        f" {per_row / GIB:.2f} of {limit / GIB:.2f} GiB)"
     )
     return size
 
 
-def _peak_of(job: Job, rows: np.ndarray) -> int:
-    """The most memory in use during a forward and a backward pass over `rows`. No gradient is left."""
-    batch = collate(job.data.train, rows, job.base.pad_id)
+def _peak_of(job: Job, batch: Batch) -> int:
+    """The most memory in use during a forward and a backward pass. No gradient is left."""
     with _peak(job.device) as peak, folded(job.model):
         loss.backward(job.model, batch, 1.0, job.device)
     job.optimizer.zero_grad(set_to_none=True)

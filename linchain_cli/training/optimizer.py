@@ -13,6 +13,8 @@ from linchain_cli.errors import InputError
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 KINDS = ("A", "links", "B")
+# The tables that 8-bit values are looked up in: constants, which all states of an optimizer share.
+_TABLES = ("qmap1", "qmap2")
 
 
 def trained_parameters(layers: Mapping[str, ChainLinear]) -> dict[str, nn.Parameter]:
@@ -38,7 +40,8 @@ def build_optimizer(
     options = {"lr": 0.0, "betas": BETAS, "eps": EPSILON, "weight_decay": weight_decay}
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
-    return _eight_bit_class()(groups, is_paged=name == "paged_adamw_8bit", **options)
+    device = next(iter(parameters.values())).device
+    return _eight_bit_class()(groups, is_paged=name == "paged_adamw_8bit" and not is_unpaged(name, device), **options)
 
 
 def _eight_bit_class() -> type[torch.optim.Optimizer]:
@@ -71,6 +74,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, n
         f"{name}/{key}": value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in parameters.items()
         for key, value in optimizer.state[parameter].items()
+        if key not in _TABLES
     }
 
 
@@ -105,9 +109,10 @@ def load_optimizer_state(
 
 def _fill(fresh: dict, saved: Mapping[str, Tensor], name: str) -> None:
     """Copies saved values into a fresh state, whose tensors may lie in memory of their own kind (paged)."""
-    if fresh.keys() != saved.keys():
+    if fresh.keys() - set(_TABLES) != saved.keys():
         raise InputError(f"the checkpoint's optimizer state for '{name}' is another optimizer's")
-    for key, value in fresh.items():
+    for key in saved:
+        value = fresh[key]
         if isinstance(value, Tensor):
             value.copy_(saved[key])
         else:

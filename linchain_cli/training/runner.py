@@ -175,9 +175,12 @@ def _plainly(job: Job) -> Iterator[None]:
             " with --resume."
         ) from error
     except RuntimeError as error:
-        if job.accelerator.num_processes == 1 or not is_lost_connection(error):
-            raise
-        raise LinchainError("another process of this run ended while this one waited for it") from error
+        if job.recipe.training.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = " ".join(str(error).split())[:200]
+            raise LinchainError(f"training.compile: torch cannot compile the blocks here ({reason}); set it to false") from error
+        if job.accelerator.num_processes > 1 and is_lost_connection(error):
+            raise LinchainError("another process of this run ended while this one waited for it") from error
+        raise
 
 
 @contextlib.contextmanager

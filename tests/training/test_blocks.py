@@ -1,0 +1,150 @@
+"""Recomputed and compiled blocks: the same gradients as without; and quantised bases."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
+from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.training import blocks, loop, loss
+from linchain_cli.training.signals import StopRequest
+
+CPU = torch.device("cpu")
+
+
+def one_step(job) -> dict[str, torch.Tensor]:
+    """The gradients that the optimizer gets in one step."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for layer in chain_layers(job.model).values():
+            layer.B.normal_(0.0, 0.1, generator=generator)
+    captured: dict[str, torch.Tensor] = {}
+    job.optimizer.register_step_pre_hook(
+        lambda *_: captured.update({name: parameter.grad.clone() for name, parameter in job.parameters.items()})
+    )
+    loop.optimizer_step(job, np.arange(4), 0.0, StopRequest())
+    return captured
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputed_gradients_are_bitwise_those_of_kept_activations(job_of, dropout):
+    plain = one_step(job_of({"adapter.dropout": dropout}))
+    job = job_of({"adapter.dropout": dropout, "training.gradient_checkpointing": True})
+    calls = []
+    layer = chain_layers(job.model)["model.layers.0.self_attn.q_proj"]
+    layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    recomputed = one_step(job)
+    assert len(calls) == 4, "two micro-batches, each forward twice"
+    assert all(torch.equal(recomputed[name], gradient) for name, gradient in plain.items())
+    blocks.set_up_blocks(job.model, recompute=False, compiled=False)
+
+
+def saved_bytes(model: nn.Module, ids: torch.Tensor) -> int:
+    """Bytes that autograd keeps from the forward pass, parameters apart."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    assert hidden.requires_grad
+    return sum(kept.values())
+
+
+def test_recomputed_blocks_keep_less(job_of):
+    ids = torch.arange(3, 103)[None].repeat(4, 1)
+    plain = saved_bytes(job_of().model, ids)
+    job = job_of({"training.gradient_checkpointing": True})
+    assert saved_bytes(job.model, ids) < plain / 4
+    blocks.set_up_blocks(job.model, recompute=False, compiled=False)
+    assert saved_bytes(job.model, ids) == plain
+
+
+def test_blocks_are_as_they_were_after_switching_back(job_of):
+    job = job_of({"training.gradient_checkpointing": True})
+    assert all("forward" in vars(block) for block in blocks.decoder_blocks(job.model))
+    job = job_of()
+    assert not any("forward" in vars(module) for module in job.model.modules())
+
+
+def test_dropout_of_the_base_stays_off_when_blocks_are_recomputed():
+    """OPT's blocks apply dropout whenever they are in training mode, which transformers' own recomputation needs."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, dropout=0.5,
+        max_position_embeddings=32, word_embed_proj_dim=16,
+    )  # fmt: skip
+    model = OPTForCausalLM(config).eval().requires_grad_(False)
+    inject(model, ChainConfig(rank=2, depth=1, alpha=2, target_modules=["q_proj"]))
+    blocks.set_up_blocks(model, recompute=True, compiled=False)
+    ids = torch.arange(3, 13)[None]
+    first, second = (model(input_ids=ids).logits for _ in range(2))
+    assert first.requires_grad and torch.equal(first, second)
+
+
+@pytest.mark.parametrize(("dropout", "recompute"), [(0.0, False), (0.3, True)])
+def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(job_of, monkeypatch, dropout, recompute):
+    """Traced with autograd but without generated code, which takes half a minute; see the slow test for that."""
+    compile = torch.compile
+    graphs = []
+
+    def traced(forward, **options):
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph
+
+        return compile(forward, backend=backend, fullgraph=True, **options)
+
+    changes = {"adapter.dropout": dropout, "training.gradient_checkpointing": recompute}
+    plain = one_step(job_of(changes))
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    job = job_of({**changes, "training.compile": True})
+    compiled = one_step(job)
+    assert 1 <= len(graphs) <= 2, "the first block's input needs no gradient, the others' does; no other recompilation"
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+    blocks.set_up_blocks(job.model, recompute=False, compiled=False)
+
+
+@pytest.mark.skipif("LINCHAIN_TEST_SLOW" not in os.environ, reason="compiles for a minute; LINCHAIN_TEST_SLOW=1 runs it")
+def test_generated_code_gives_the_same_gradients(job_of):
+    plain = one_step(job_of())
+    torch._dynamo.reset()
+    compiled = one_step(job_of({"training.compile": True}))
+    for name, gradient in plain.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_that_cannot_be_compiled_are_told_in_a_sentence(run_tiny, monkeypatch):
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    def fails(*args):
+        raise BackendCompilerFailed(print, RuntimeError("no C++ compiler"), None)
+
+    monkeypatch.setattr(loop, "optimizer_step", fails)
+    with pytest.raises(LinchainError, match="training.compile: torch cannot compile the blocks here .*no C.. compiler.*false"):
+        run_tiny({"training.compile": True})
+
+
+def test_models_without_blocks_are_told_apart():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(2, 2)
+
+    model = Flat()
+    model.config = type("Config", (), {"get_text_config": lambda self, decoder: self})()
+    with pytest.raises(InputError, match="is not made of blocks, which training.gradient_checkpointing"):
+        blocks.decoder_blocks(model)

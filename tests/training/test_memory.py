@@ -1,0 +1,148 @@
+"""The largest micro-batch that fits, and what is said when memory runs out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linchain_cli.data.batches import collate
+from linchain_cli.errors import LinchainError
+from linchain_cli.run import read_jsonl
+from linchain_cli.training import loop, memory
+
+GIB = memory.GIB
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """machine(free, fixed, per_row): a made-up machine on which a probe over n rows takes fixed + n · per_row bytes.
+
+    The sizes that were tried are collected in `.tried`.
+    """
+
+    def make(free: float, fixed: float, per_row: float):
+        tried = []
+
+        def peak(job, batch):
+            rows, length = batch.input_ids.shape
+            tried.append(rows if length > 8 else 0)
+            return int(fixed + per_row * tried[-1])
+
+        monkeypatch.setattr(memory, "_free", lambda device: int(free))
+        monkeypatch.setattr(memory, "_in_use", lambda device: 0)
+        monkeypatch.setattr(memory, "_peak_of", peak)
+        return tried
+
+    return make
+
+
+CHANGES = {"training.micro_batch_size": "auto", "training.global_batch_size": 24}
+
+
+@pytest.mark.parametrize(
+    ("free", "fixed", "per_row", "expected"),
+    [
+        (100 * GIB, 0, GIB, 24),  # more than enough: the whole share of the global batch
+        (10.1 * GIB, 0, GIB, 9),  # 9.09 GiB may be planned with
+        (10.1 * GIB, 4 * GIB, GIB, 5),  # a cost that does not grow with the rows
+        (10 * GIB, 0, 0, 24),  # rows that cost nothing
+        (GIB / 2, 0, GIB, 1),  # not even one: left to fail with its message
+    ],
+)
+def test_the_largest_that_fits(job_of, machine, free, fixed, per_row, expected):
+    tried = machine(free, fixed, per_row)
+    notes = []
+    size = memory.find_micro_batch(job_of(CHANGES), notes.append)
+    assert size == expected
+    assert all(fixed + count * per_row <= free for count in tried[2:]), "nothing is tried that cannot fit"
+    assert f"micro_batch_size: auto is {expected} of 24 rows" in notes[0]
+
+
+def test_a_share_of_the_global_batch_is_the_most(job_of, machine):
+    machine(1000 * GIB, 0, GIB)
+    assert memory.find_micro_batch(job_of({**CHANGES, "training.global_batch_size": 500}), print) == 40  # all rows
+
+
+def test_the_probe_measures_and_leaves_nothing_behind(job_of):
+    job = job_of(CHANGES)
+    batch = collate(job.data.train, job.data.train.lengths.argsort()[::-1][:32], 0)
+    before = memory._in_use(CPU)
+    values = {name: parameter.detach().clone() for name, parameter in job.parameters.items()}
+    peak = memory._peak_of(job, batch)
+    assert peak > before + 4_000_000, "32 rows of 190 tokens keep megabytes of attention weights alone"
+    assert all(parameter.grad is None for parameter in job.parameters.values())
+    assert all(torch.equal(parameter, values[name]) for name, parameter in job.parameters.items())
+
+
+def test_a_run_with_auto_trains_as_with_any_other_size_and_keeps_it(run_tiny, monkeypatch, capfd):
+    fixed = run_tiny({"name": "fixed", "training.micro_batch_size": 4})
+    auto = run_tiny({"name": "auto", "training.micro_batch_size": "auto"})
+    assert auto.state.micro_batch_size == 4 == auto.run.read_status()["micro_batch_size"]
+    assert "micro_batch_size: auto is 4 of 4 rows" in capfd.readouterr().err
+    assert (auto.run.adapter_dir / "chain.safetensors").read_bytes() == (fixed.run.adapter_dir / "chain.safetensors").read_bytes()
+
+    original = loop.optimizer_step
+
+    def dies(job, *args):
+        if job.state.step == 3:
+            raise LinchainError("pulled the plug")
+        return original(job, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "optimizer_step", dies)
+        with pytest.raises(LinchainError, match="pulled the plug"):
+            run_tiny({"name": "auto", "training.micro_batch_size": "auto"}, fresh=True)
+    # With less memory at hand than at the first start, the size stays what it was: the sums must not change.
+    monkeypatch.setattr(memory, "_free", lambda device: 1)
+    job = run_tiny({"name": "auto", "training.micro_batch_size": "auto"}, resume=True)
+    assert job.state.micro_batch_size == 4
+    assert (job.run.adapter_dir / "chain.safetensors").read_bytes() == (fixed.run.adapter_dir / "chain.safetensors").read_bytes()
+
+
+def test_a_real_allocation_failure_tells_numbers_and_keys(recipe_of):
+    recipe = recipe_of()
+    with pytest.raises(LinchainError) as caught, memory.explained(recipe, CPU):
+        torch.empty(1 << 50, dtype=torch.uint8)
+    message = str(caught.value)
+    assert message.startswith("out of memory: 1048576.00 GiB were asked for on cpu, where ")
+    assert "GiB were free" in message
+    for key in (
+        "a smaller training.micro_batch_size (now 2; the result stays the same)", "training.gradient_checkpointing=true",
+        "a smaller data.max_length (now 192)", "model.quantization=nf4", "model.dtype=bfloat16",
+        "training.optimizer=adamw_8bit",
+    ):  # fmt: skip
+        assert key in message
+    assert caught.value.exit_code == 1
+
+
+def test_what_is_used_already_is_not_recommended(recipe_of):
+    changes = {
+        "training.micro_batch_size": 1, "training.gradient_checkpointing": True, "model.quantization": "nf4",
+        "model.dtype": "bfloat16", "training.optimizer": "paged_adamw_8bit",
+    }  # fmt: skip
+    with pytest.raises(LinchainError) as caught, memory.explained(recipe_of(changes), CPU):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.44 GiB is"
+            " free. Including non-PyTorch memory, this process has 77.70 GiB memory in use."
+        )
+    assert str(caught.value) == (
+        "out of memory: 2.50 GiB were asked for on cpu, where 1.44 GiB were free."
+        " What needs less: a smaller data.max_length (now 192)."
+    )
+
+
+def test_other_errors_pass(recipe_of):
+    with pytest.raises(RuntimeError, match="^shapes$"), memory.explained(recipe_of(), CPU):
+        raise RuntimeError("shapes")
+
+
+def test_a_run_that_runs_out_of_memory_fails_with_a_reason(run_tiny, recipe_of, monkeypatch):
+    monkeypatch.setattr(loop.loss, "backward", lambda *args: torch.empty(1 << 50))
+    with pytest.raises(LinchainError, match="out of memory: .* training.micro_batch_size"):
+        run_tiny()
+    from linchain_cli.run import RunDirectory
+
+    status = RunDirectory(recipe_of().run_path).read_status()
+    assert status["status"] == "failed" and status["reason"].startswith("out of memory: ")
+    assert read_jsonl(RunDirectory(recipe_of().run_path).rows_path) == []

@@ -1,0 +1,286 @@
+"""One run from its start to its end: what is refused, continued, recorded and kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from safetensors.torch import load_file
+
+from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.training import loop
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(step): the run dies when it begins the step behind that one; stop_after(None): no more."""
+    original = loop.optimizer_step
+
+    def set_up(step: int | None) -> None:
+        def step_or_die(job, *args):
+            if job.state.step == step:
+                raise LinchainError("pulled the plug")
+            return original(job, *args)
+
+        monkeypatch.setattr(loop, "optimizer_step", step_or_die)
+
+    return set_up
+
+
+def adapter_bytes(run: RunDirectory) -> bytes:
+    return (run.adapter_dir / "chain.safetensors").read_bytes()
+
+
+def test_a_finished_run(run_tiny, recipe_of):
+    job = run_tiny()
+    run, status = job.run, job.run.read_status()
+    assert sorted(path.name for path in run.path.iterdir()) == [
+        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "rows.jsonl", "run.json",
+    ]  # fmt: skip
+    assert status["status"] == "finished" and status["step"] == 6 and status["total_steps"] == 6
+    assert set(status["versions"]) == {"linchain", "python", "torch", "transformers", "accelerate"}
+    assert all(len(status["hashes"][name]) == 64 for name in ("recipe", "base")) and status["hashes"]["data"]
+    assert status["seed"] == 42 and status["machine"]["threads"] == 1 and status["machine"]["processes"] == 1
+    assert status["trainable_parameters"] == sum(p.numel() for p in job.parameters.values())
+    assert status["rows"]["kept"] == 46 and status["rows"]["skipped"] == 0
+    assert status["adapter"] == {"step": 6, "kept": "best"}
+    assert status["timings"]["prepare_seconds"] > 0 and status["timings"]["train_seconds"] > 0
+    assert run.recipe_path.read_text() == recipe_of().to_yaml()
+
+    rows = read_jsonl(run.metrics_path)
+    logged = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
+    assert set(logged[0]) >= {
+        "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
+        "step_seconds", "peak_memory_bytes",
+    }  # fmt: skip
+    assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
+    lengths, labels = job.data.train.lengths, job.data.train.supervised_counts
+    consumed = [index for row in read_jsonl(run.rows_path) for index in row["rows"]]
+    assert len(consumed) == len(set(consumed)) == 24
+    assert logged[-1]["tokens"] == status["tokens"] == lengths[consumed].sum()
+    assert logged[-1]["supervised_tokens"] == status["supervised_tokens"] == labels[consumed].sum()
+    assert logged[-1]["epoch"] == pytest.approx(0.6)
+
+
+def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, stop_after, capfd):
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny()
+    run = RunDirectory(recipe_of().run_path)
+    assert run.read_status()["status"] == "failed" and run.read_status()["reason"] == "pulled the plug"
+    with pytest.raises(InputError, match="holds a run that failed. Use --resume to continue it or --fresh to start over."):
+        run_tiny()
+    stop_after(None)
+    capfd.readouterr()
+    run_tiny(resume=True)
+    assert "resuming" in (printed := capfd.readouterr().err) and "after step 2 of 6" in printed
+    status = run.read_status()
+    assert status["status"] == "finished" and status["reason"] is None and status["resumed_from"] == 2
+    resumed = adapter_bytes(run)
+
+    assert run_tiny(resume=True) is None
+    assert "finished already; nothing to resume" in capfd.readouterr().err
+    with pytest.raises(InputError, match="holds a finished run. Use --fresh to replace it, or another name"):
+        run_tiny()
+    (run.path / "mine.txt").write_text("note")
+    run_tiny(fresh=True)
+    assert not (run.path / "mine.txt").exists()
+    assert adapter_bytes(run) == resumed
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_tiny, stop_after, capfd, exists):
+    if exists:
+        stop_after(1)
+        with pytest.raises(LinchainError, match="pulled the plug"):
+            run_tiny()
+        stop_after(None)
+    job = run_tiny(resume=True)
+    assert "has no checkpoint yet: starting at step 0" in capfd.readouterr().err
+    assert [row["step"] for row in read_jsonl(job.run.rows_path)] == [1, 2, 3, 4, 5, 6]
+    assert job.run.read_status()["status"] == "finished"
+
+
+def test_a_directory_that_is_no_run_is_left_alone(run_tiny, recipe_of):
+    path = recipe_of().run_path
+    path.mkdir(parents=True)
+    (path / "thesis.tex").write_text("years of work")
+    for options in ({}, {"fresh": True}, {"resume": True}):
+        with pytest.raises(InputError, match="is not a run directory; it is left alone"):
+            run_tiny(**options)
+    assert (path / "thesis.tex").read_text() == "years of work"
+
+
+def test_what_is_wrong_with_the_recipe_costs_no_earlier_run(run_tiny, tmp_path):
+    job = run_tiny()
+    before = adapter_bytes(job.run)
+    with pytest.raises(InputError):
+        run_tiny({"data.train": str(tmp_path / "missing.json")}, fresh=True)
+    with pytest.raises(InputError, match="matches no linear module"):
+        run_tiny({"adapter.target_modules": ["nothing"]}, fresh=True)
+    assert adapter_bytes(job.run) == before and job.run.read_status()["status"] == "finished"
+
+
+def test_a_second_start_is_refused_while_the_first_one_lives(run_tiny, recipe_of):
+    run = RunDirectory(recipe_of().run_path)
+    with run.lock():
+        for options in ({}, {"fresh": True}, {"resume": True}):
+            with pytest.raises(InputError, match="in use by another linchain process"):
+                run_tiny(**options)
+    assert not run.path.exists()
+    run_tiny()
+
+
+DIFFERENCES = [
+    ({"seed": 7}, "seed: 42 in the checkpoint, 7 now"),
+    ({"training.learning_rate": 0.02}, "training.learning_rate: 0.01 in the checkpoint, 0.02 now"),
+    ({"training.micro_batch_size": 4}, "training.micro_batch_size: 2 in the checkpoint, 4 now"),
+    ({"adapter.rank": 8}, "adapter.rank: 4 in the checkpoint, 8 now"),
+    ({"data.validation": 5}, "data.validation: 6 in the checkpoint, 5 now"),
+    ({"data.max_length": 190}, "data.max_length: 192 in the checkpoint, 190 now"),
+    ({"training.keep": "last"}, "training.keep: 'best' in the checkpoint, 'last' now"),
+]
+
+
+def test_a_resume_that_would_be_another_run_is_refused_with_each_difference(run_tiny, recipe_of, stop_after):
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny()
+    stop_after(None)
+    run = RunDirectory(recipe_of().run_path)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    for changes, message in DIFFERENCES:
+        with pytest.raises(InputError, match="cannot be resumed as it is") as caught:
+            run_tiny(changes, resume=True)
+        assert message in str(caught.value)
+    with pytest.raises(InputError) as caught:
+        run_tiny({key: value for changes, _ in DIFFERENCES for key, value in changes.items()}, resume=True)
+    assert all(message in str(caught.value) for _, message in DIFFERENCES), "all differences in one message"
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_other_rows_another_base_or_more_threads_are_refused(
+    run_tiny, stop_after, tmp_path, commonsense_rows, base, monkeypatch
+):
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny()
+    stop_after(None)
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(commonsense_rows(46, seed=5)))
+    with pytest.raises(InputError, match=r"data: \w+ in the checkpoint, \w+ now: the rows or their tokens are others"):
+        run_tiny({"data.train": str(other)}, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "hash", "0" * 64)
+        with pytest.raises(InputError, match="base: .* now: the base model's weights are others"):
+            run_tiny(resume=True)
+    import torch
+
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InputError, match="threads: 1 in the checkpoint, 2 now: sums would be formed in another order"):
+            run_tiny(resume=True)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_the_same_rows_and_base_in_another_place_are_no_difference(run_tiny, stop_after, tmp_path, rows_file):
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny()
+    stop_after(None)
+    moved = tmp_path / "moved.json"
+    moved.write_bytes(rows_file.read_bytes())
+    assert run_tiny({"data.train": str(moved)}, resume=True).state.step == 6
+
+
+def test_length_and_intervals_may_change_and_the_schedule_follows(run_tiny, stop_after, capfd):
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny()
+    stop_after(None)
+    changes = {
+        "training.max_steps": 8, "training.log_every": 2, "training.save_every": 4, "training.eval_every": 4,
+        "training.keep_checkpoints": 1,
+    }  # fmt: skip
+    job = run_tiny(changes, resume=True)
+    assert "the run now ends at step 8 instead of 6: the learning rate follows the new length" in capfd.readouterr().err
+    rates = {row["step"]: row["learning_rate"] for row in read_jsonl(job.run.metrics_path) if "loss" in row}
+    assert rates[2] == 0.01 and rates[4] == pytest.approx(0.01 * (1 - 1 / 6)) and rates[8] == pytest.approx(0.01 / 6)
+    assert job.run.read_status()["total_steps"] == 8
+    assert [path.name for path in job.run.checkpoints_dir.iterdir()] == ["step-000008"]
+
+
+def test_an_epoch_is_every_row_once(run_tiny):
+    job = run_tiny({"training.max_steps": None, "training.epochs": 1.5, "training.global_batch_size": 16})
+    rows = read_jsonl(job.run.rows_path)
+    assert [len(row["rows"]) for row in rows] == [16, 16, 8, 16, 16]  # 1.5 epochs of 3 steps
+    assert sorted(index for row in rows[:3] for index in row["rows"]) == list(range(40))
+
+
+def worsening(monkeypatch, losses: list[float]) -> None:
+    values = iter(losses)
+    monkeypatch.setattr(loop, "validation_loss", lambda job: next(values))
+
+
+def test_keep_best_and_last(run_tiny, monkeypatch):
+    losses = [3.0, 1.0, 2.0]
+    changes = {"training.eval_every": 2, "training.save_every": 1, "training.keep_checkpoints": 9}
+    worsening(monkeypatch, losses)
+    best = run_tiny({**changes, "name": "best"})
+    worsening(monkeypatch, losses)
+    last = run_tiny({**changes, "name": "last", "training.keep": "last"})
+    saved = {step: (best.run.checkpoints_dir / f"step-{step:06d}" / "chain.safetensors").read_bytes() for step in (4, 6)}
+    assert adapter_bytes(best.run) == saved[4] and best.run.read_status()["adapter"] == {"step": 4, "kept": "best"}
+    assert adapter_bytes(last.run) == saved[6] and last.run.read_status()["adapter"] == {"step": 6, "kept": "last"}
+    assert best.run.read_status()["validation_loss"] == 1.0
+    # The model carries what adapter/ holds.
+    values = load_file(best.run.adapter_dir / "chain.safetensors")
+    assert all((parameter == values[name]).all() for name, parameter in best.parameters.items() if name in values)
+
+
+def test_the_best_adapter_survives_a_resume(run_tiny, monkeypatch, stop_after):
+    changes = {"training.eval_every": 1, "training.save_every": 1, "training.keep_checkpoints": 9}
+    worsening(monkeypatch, [3.0, 1.0, 2.0, 2.5, 4.0, 5.0])
+    untouched = run_tiny({**changes, "name": "untouched"})
+    stop_after(4)
+    worsening(monkeypatch, [3.0, 1.0, 2.0, 2.5])
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny(changes)
+    stop_after(None)
+    worsening(monkeypatch, [4.0, 5.0])
+    job = run_tiny(changes, resume=True)
+    assert job.state.best_step == 2
+    assert adapter_bytes(job.run) == adapter_bytes(untouched.run)
+
+
+def test_early_stopping(run_tiny, monkeypatch, stop_after, capfd):
+    changes = {"training.eval_every": 1, "training.early_stopping": 2, "training.save_every": 100}
+    worsening(monkeypatch, [3.0, 1.0, 2.0, 1.0])  # as low as the best is not lower
+    job = run_tiny(changes)
+    assert "stopped early at step 4: 2 validations without a lower loss" in capfd.readouterr().err
+    status = job.run.read_status()
+    assert status["status"] == "finished" and status["step"] == 4 and status["adapter"]["step"] == 2
+    assert [row["step"] for row in read_jsonl(job.run.rows_path)] == [1, 2, 3, 4]
+
+    # Killed between the early stop's checkpoint and the end: it does not train on.
+    job.run.update_status(status="running")
+    before = adapter_bytes(job.run)
+    stop_after(4)
+    again = run_tiny(changes, resume=True)
+    assert again.state.step == 4 and adapter_bytes(job.run) == before
+
+
+def test_no_validation_rows(run_tiny):
+    job = run_tiny({"data.validation": 0, "training.keep": "last"})
+    assert job.run.read_status()["validation_loss"] is None
+    assert not [row for row in read_jsonl(job.run.metrics_path) if "eval_loss" in row]
+
+
+def test_warnings_of_the_data_are_shown(run_tiny, tmp_path, commonsense_rows, capfd):
+    path = tmp_path / "twice.json"
+    path.write_text(json.dumps(commonsense_rows(30) * 2))
+    run_tiny({"data.train": str(path), "training.max_steps": 1})
+    assert "warning: " in (printed := capfd.readouterr().err) and "also occur among the training rows" in printed
