@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from linchain_cli import logits
 from linchain_cli.errors import LinchainError
 from linchain_cli.logits import last_logits, logits_at
 
@@ -76,3 +77,22 @@ def test_a_forward_that_never_reaches_the_projection_is_an_error(model):
     with pytest.raises(LinchainError, match="never called its output projection"):
         with logits_at(model, torch.ones(1, 6, dtype=torch.bool)):
             pass
+
+
+def test_half_precision_is_projected_in_float32(monkeypatch):
+    monkeypatch.setattr(logits, "VOCABULARY_BLOCK", 16)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gemma2", **{**SIZES, **ARCHITECTURES["gemma2"]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    ids, positions = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
+    seen = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.no_grad(), logits_at(model, positions, float32=True):
+        found = model(input_ids=ids).logits[0]
+    handle.remove()
+    assert found.dtype == torch.float32
+    expected = seen[0][0].double() @ model.get_output_embeddings().weight.double().T
+    expected = 5.0 * torch.tanh(expected / 5.0)  # the model's own soft-capping still follows
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), logits_at(model, positions):
+        assert model(input_ids=ids).logits.dtype == torch.bfloat16

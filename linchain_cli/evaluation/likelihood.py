@@ -82,7 +82,7 @@ class OptionScorer:
             for at in tree.reads:
                 positions[number, at - self.prefix] = True
                 place[number, at] = len(place)
-        with logits_at(self.model, positions.to(self.device)):
+        with logits_at(self.model, positions.to(self.device), float32=True):
             logits = self.model(**inputs).logits
         log_probs = torch.log_softmax(logits[0].float(), dim=-1)
         steps = [
