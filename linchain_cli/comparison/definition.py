@@ -106,8 +106,8 @@ def open_definition(directory: ComparisonDirectory, grid: Grid, equal_parameters
     if saved.equal_parameters != equal_parameters:
         had = "with" if saved.equal_parameters else "without"
         raise InputError(
-            f"{directory.path} holds a comparison {had} --equal-parameters."
-            " Give this one another name (name=NEW), or replace the old one with --fresh."
+            f"{directory.path} holds a comparison {had} --equal-parameters. Give this one another name"
+            " (name=NEW), or replace the old one with --fresh."
         )
     return Definition(grid.base, equal_parameters, saved.arms, saved.seeds, saved.commands)
 

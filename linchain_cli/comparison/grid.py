@@ -140,8 +140,7 @@ def _refuse_unlike(recipe: Recipe, base: Recipe) -> None:
         if _within(key, HELD):
             raise InputError(
                 f"{key} cannot be varied: arms see the same rows in the same order, for as long, and are"
-                " measured alike."
-                " Compare such runs by hand, or make two comparisons."
+                " measured alike. Compare such runs by hand, or make two comparisons."
             )
 
 
@@ -187,8 +186,8 @@ def refuse_other_base(base: Recipe, saved: Recipe, place: Path) -> None:
     keys = [key for key in differences(base, saved) if not _within(key, FREE)]
     if keys:
         raise InputError(
-            f"{place} holds a comparison of another recipe; it differs in {', '.join(keys)}."
-            " Give this one another name (name=NEW), or replace the old one with --fresh."
+            f"{place} holds a comparison of another recipe; it differs in {', '.join(keys)}. Give this one"
+            " another name (name=NEW), or replace the old one with --fresh."
         )
 
 

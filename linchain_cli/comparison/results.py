@@ -61,8 +61,7 @@ def _refuse_mixture(measurements: Sequence[Measurement]) -> None:
         if len(found) > 1:
             raise InputError(
                 f"the {word} changed between the runs {' and '.join(list(found.values())[:2])}, so they"
-                " cannot be"
-                " compared: put back what there was, or start over with --fresh"
+                " cannot be compared: put back what there was, or start over with --fresh"
             )
 
 
@@ -89,35 +88,29 @@ def notes(
     """What a reader must know to read the tables right."""
     base = definition.base
     found = [
-        "Validation loss is the one after the last step. Area is that under its curve over tokens, divided by"
-        " their range:"
-        " the mean loss from the first validation to the last."
+        "Validation loss is the one after the last step. Area is that under its curve over tokens, divided"
+        " by their range: the mean loss from the first validation to the last."
     ]
     seeds = sorted({one.seed for one in measurements if one.finished})
     if len(seeds) > 1:
         found.append(
             "± is the standard deviation over seeds. Differences are paired by seed; their 95 % intervals"
-            " (Student's t)"
-            " cover what the seed changes (initial values, row order, dropout), not the choice of validation"
-            " rows."
-            " An interval that holds 0 is called within the spread. Each stands alone: of twenty arms without"
-            " any effect,"
-            " one would be expected to fall outside."
+            " (Student's t) cover what the seed changes (initial values, row order, dropout), not the"
+            " choice of validation rows. An interval that holds 0 is called within the spread. Each stands"
+            " alone: of twenty arms without any effect, one would be expected to fall outside."
         )
     else:
         found.append("One seed: there is no spread to judge a difference by. Use --seeds 1,2,3.")
     if not any(one.arm.recipe.training.learning_rate == base.training.learning_rate for one in arms):
         found.append(
-            f"No arm was trained at the recipe's learning rate {base.training.learning_rate:g}; add it to the"
-            " rates to see that table."
+            f"No arm was trained at the recipe's learning rate {base.training.learning_rate:g}; add it to"
+            " the rates to see that table."
         )
     if len({one.rate for one in arms}) > 1:
         found.append(
             "Best learning rates were chosen by the validation loss that is shown, so these losses are a"
-            " little too good;"
-            " every arm had its choice among the rates it was trained at. (edge): the best rate is the lowest"
-            " or the"
-            " highest one tried, so a better one may lie beyond."
+            " little too good; every arm had its choice among the rates it was trained at. (edge): the best"
+            " rate is the lowest or the highest one tried, so a better one may lie beyond."
         )
     if definition.equal_parameters:
         found.append(_parameter_note(arms))
@@ -142,8 +135,7 @@ def _parameter_note(arms: Sequence[Candidate]) -> str:
     low, high = min(counts.values()), max(counts.values())
     return (
         "Ranks are chosen so that all arms have about as many trained parameters as LoRA at the recipe's"
-        " rank:"
-        f" {low:,} to {high:,}, a difference of {(high - low) / low:.1%} that remains."
+        f" rank: {low:,} to {high:,}, a difference of {(high - low) / low:.1%} that remains."
     )
 
 

@@ -179,10 +179,9 @@ class _Runner:
             changed = [name for name in now if before.get(name, now[name]) != now[name]]
             if changed:
                 raise InputError(
-                    f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not be"
-                    " compared"
-                    " with it: put back what there was, give this comparison another name (name=NEW), or use"
-                    " --fresh"
+                    f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not"
+                    " be compared with it: put back what there was, give this comparison another name"
+                    " (name=NEW), or use --fresh"
                 )
         self._note_sparse_validation(data)
 
@@ -195,8 +194,8 @@ class _Runner:
         if steps / training.eval_every < 5:
             note(
                 f"only {steps // training.eval_every + (steps % training.eval_every > 0)} validation(s) in"
-                f" {steps} steps:"
-                f" the loss curves will be coarse; training.eval_every={max(1, steps // 10)} would give ten"
+                f" {steps} steps: the loss curves will be coarse; training.eval_every={max(1, steps // 10)}"
+                " would give ten"
             )
 
     def _is_evaluated(self, run: RunDirectory) -> bool:

@@ -127,8 +127,8 @@ def _learned(directory: ComparisonDirectory, results: Mapping[str, Any]) -> Mark
             row[name] = f"{statistics.fmean(map(read, layers)):.3g}"
         rows.append(row)
     note = (
-        "Means over all adapted modules and seeds. No depth can raise the rank of ΔW beyond r;"
-        " compare arms of like loss."
+        "Means over all adapted modules and seeds. No depth can raise the rank of ΔW beyond r; compare arms"
+        " of like loss."
     )
     return section(
         "What was learned", tag("p", note) if rows else None, table(rows, "Spectra of ΔW"), problems

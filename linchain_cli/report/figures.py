@@ -289,8 +289,8 @@ def layer_map_plot(
     flat = {key: statistics.fmean(values) for key, values in cells.items()}
     low, high = min(flat, key=flat.__getitem__), max(flat, key=flat.__getitem__)
     alt = (
-        f"Heat map of {title} by layer and module: lowest {flat[low]:.4g} in layer {low[1]} {low[0]}, highest"
-        f" {flat[high]:.4g} in layer {high[1]} {high[0]}."
+        f"Heat map of {title} by layer and module: lowest {flat[low]:.4g} in layer {low[1]} {low[0]},"
+        f" highest {flat[high]:.4g} in layer {high[1]} {high[0]}."
     )
     return figure, alt
 

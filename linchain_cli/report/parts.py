@@ -45,8 +45,7 @@ def layers_section(run: RunDirectory, status: Mapping[str, Any]) -> Markup:
     most = max(len(one.singular_values) for one in layers)
     note = (
         f"ΔW = (α/r)·B·Wn…W1·A has at most rank {most} here, whatever its depth. Entropy rank is exp(−Σ p ln"
-        " p) with"
-        " p = σ/Σσ: how many directions share the spectrum."
+        " p) with p = σ/Σσ: how many directions share the spectrum."
     )
     drawn = [figure(one) for one in (relative or absolute, ranks, top, spectrum_lines(layers))]
     return section(
@@ -129,8 +128,7 @@ def origin_section(status: Mapping[str, Any], command: str) -> Markup:
     ]
     note = (
         "Save the recipe of this page as recipe.yaml. With the same versions, hashes, device and number of"
-        " threads the"
-        " losses are the same to the last digit; with others they differ by rounding."
+        " threads the losses are the same to the last digit; with others they differ by rounding."
     )
     return section(
         "How to repeat it",
