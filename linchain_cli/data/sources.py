@@ -236,7 +236,7 @@ class Rows:
 
     def _missing(self, found: Mapping[str, Any] | Sequence[str]) -> str:
         """What is missing for the layout that comes closest, and which column may be meant."""
-        layout = min(self._layouts, key=lambda layout: len(layout.missing(found)))
+        layout = max(self._layouts, key=lambda layout: layout.likeness(found))
         theirs = layout.missing(found)[0]
         names = [readers.shown(name) for name in found]
         others = [name for name in names if name not in layout.theirs]
@@ -263,6 +263,10 @@ class _MappedLayout:
 
     def missing(self, found: Mapping[str, Any] | Sequence[str]) -> list[str]:
         return [theirs for _, theirs in self._required if theirs not in found]
+
+    def likeness(self, found: Mapping[str, Any] | Sequence[str]) -> int:
+        """How many required columns are there, less those that are not."""
+        return len(self._required) - 2 * len(self.missing(found))
 
     def ours_of(self, theirs: str) -> str:
         return next(ours for ours, name in self._required if name == theirs)

@@ -93,6 +93,13 @@ def test_misspelt_headers_are_told_of_the_file(write, source, tmp_path):
         list(rows_of(source(path)))
 
 
+def test_the_message_is_about_the_layout_that_comes_closest(write, source, byte_level):
+    chat = get_template("chat", byte_level)
+    for columns, missing in [("instruction,ouput", "output"), ("mesages,id", "messages")]:
+        with pytest.raises(InputError, match=f"there is no column '{missing}'"):
+            list(load_rows(source(write("x.csv", f"{columns}\na,b\n")), chat))
+
+
 def test_parquet_cells_are_checked_too(tmp_path, source):
     import pyarrow as pa
     import pyarrow.parquet as pq
