@@ -123,7 +123,12 @@ class _Runner:
             recipe = arm_recipe(arm, seed, self.directory)
             try:
                 self._bring_to_end(recipe, arm, f"run {number} of {len(wanted)}: {recipe.name}")
-            except (InputError, Stopped):
+            except Stopped as stop:
+                raise Stopped(
+                    f"stopped during {recipe.name}, whose state is saved: the same command continues",
+                    stop.exit_code - 128,
+                ) from stop
+            except InputError:
                 raise
             except LinchainError as error:
                 failures.append(f"{recipe.name}: {error}")

@@ -157,6 +157,7 @@ def test_an_interrupted_comparison_continues(finished, write_recipe, tmp_path, m
     with pytest.raises(Stopped) as stop:
         run_comparison(grid, [1, 2])
     assert stop.value.exit_code == 143
+    assert "stopped during depth-3-kaiming_seed-1" in str(stop.value)
     directory = ComparisonDirectory(tmp_path / "tiny")
     statuses = {name: run.read_status()["status"] for name, run in runs_of(directory).items()}
     assert statuses == {"depth-0_seed-1": "finished", "depth-3-kaiming_seed-1": "stopped"}
