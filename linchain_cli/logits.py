@@ -16,7 +16,6 @@ from torch import nn
 
 from linchain_cli.errors import LinchainError
 
-
 VOCABULARY_BLOCK = 16384
 
 
@@ -29,12 +28,14 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
     `positions.nonzero()`. The hidden states are gathered in front of the output projection, so
     everything a model does behind it (scaling, soft-capping) still happens, and gradients flow as usual.
 
-    With `float32` the projection of a model in half precision multiplies and returns in float32. A logit of 20 in
-    bfloat16 is a multiple of 0.125: on SmolLM2-135M every tenth row's two best answers tied.
+    With `float32` the projection of a model in half precision multiplies and returns in float32. A logit of
+    20 in bfloat16 is a multiple of 0.125: on SmolLM2-135M every tenth row's two best answers tied.
     """
     head = model.get_output_embeddings()
     if head is None:
-        raise LinchainError(f"{type(model).__name__} has no output projection, so it cannot be read at single positions")
+        raise LinchainError(
+            f"{type(model).__name__} has no output projection, so it cannot be read at single positions"
+        )
     calls = 0
 
     def gather(_module, inputs):
@@ -43,20 +44,25 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
         hidden = inputs[0]
         if hidden.shape[:2] != positions.shape:
             raise LinchainError(
-                f"positions to read are {tuple(positions.shape)}, the output projection got {tuple(hidden.shape)}"
+                f"positions to read are {tuple(positions.shape)},"
+                f" the output projection got {tuple(hidden.shape)}"
             )
         return (hidden[positions.to(hidden.device)].unsqueeze(0), *inputs[1:])
 
     handles = [head.register_forward_pre_hook(gather)]
     if float32 and isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16):
-        handles.append(head.register_forward_hook(lambda module, inputs, _: _project_in_float32(module, inputs[0])))
+        handles.append(
+            head.register_forward_hook(lambda module, inputs, _: _project_in_float32(module, inputs[0]))
+        )
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
     if calls == 0:
-        raise LinchainError(f"{type(model).__name__} never called its output projection, so its logits were not gathered")
+        raise LinchainError(
+            f"{type(model).__name__} never called its output projection, so its logits were not gathered"
+        )
 
 
 def _project_in_float32(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
@@ -68,7 +74,7 @@ def _project_in_float32(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def last_logits(model, input_ids: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Logits (batch, vocabulary) behind the last of `input_ids` (batch, length), and the cache that goes on from there."""
+    """Logits (batch, vocabulary) behind the last token of `input_ids` (batch, length), and the cache."""
     positions = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
     positions[:, -1] = True
     with logits_at(model, positions):

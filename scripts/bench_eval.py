@@ -1,15 +1,15 @@
 """Rows per second of evaluating the same rows in five ways, in interleaved rounds.
 
-    lm-eval       lm-evaluation-harness: log-likelihoods through a local task file; only its model calls are timed
-    per-option    each option's text read alone, all logits: what the fast way is held to
-    transformers  4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like length
-    generate      the same protocol by linchain
-    likelihood    linchain's scoring, tokenising included
+    lm-eval       lm-evaluation-harness: log-likelihoods through a local task file; only its model calls are
+    timed per-option    each option's text read alone, all logits: what the fast way is held to transformers
+    4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like length generate
+    the same protocol by linchain likelihood    linchain's scoring, tokenising included
 
     python scripts/bench_eval.py MODEL --data-dir DIR [--tasks boolq,openbookqa] [--rows 32] [--rounds 3]
 
-A table comes first; the last line is JSON. Needs `lm-eval` (the `bench` extra). Everything runs in float32; with
-`--bfloat16` predictions are also made in bfloat16, and the share that flips with the batches is reported.
+A table comes first; the last line is JSON. Needs `lm-eval` (the `bench` extra). Everything runs in float32;
+with `--bfloat16` predictions are also made in bfloat16, and the share that flips with the batches is
+reported.
 """
 
 from __future__ import annotations
@@ -76,9 +76,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-dir", default=os.environ.get("LINCHAIN_DATA_DIR"))
     parser.add_argument("--tasks", default="boolq,openbookqa")
     parser.add_argument("--rows", type=int, default=32, help="rows of each task")
-    parser.add_argument("--generated-rows", type=int, default=8, help="rows of each task for the generating arms")
+    parser.add_argument(
+        "--generated-rows", type=int, default=8, help="rows of each task for the generating arms"
+    )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows of a batch for lm-eval and transformers")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, help="rows of a batch for lm-eval and transformers"
+    )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--bfloat16", action="store_true", help="also count flips in bfloat16")
     return parser.parse_args()
@@ -102,8 +106,12 @@ class Bench:
 
     def _linchain(self, tasks: Sequence[Task], protocol: Any) -> tuple[float, Predictions]:
         start = time.perf_counter()
-        results = evaluate(self.model, self.tokenizer, self.template, tasks, name="bench", protocol=protocol, beams=BEAMS)
-        return time.perf_counter() - start, {(row["task"], row["index"]): row["prediction"] for row in results.predictions}
+        results = evaluate(
+            self.model, self.tokenizer, self.template, tasks, name="bench", protocol=protocol, beams=BEAMS
+        )
+        return time.perf_counter() - start, {
+            (row["task"], row["index"]): row["prediction"] for row in results.predictions
+        }
 
     @torch.inference_mode()
     def per_option(self) -> tuple[float, Predictions]:
@@ -129,9 +137,17 @@ class Bench:
         start, found = time.perf_counter(), {}
         ends = end_tokens(self.model, self.tokenizer)
         config = GenerationConfig(
-            num_beams=BEAMS, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ends, pad_token_id=ends[0]
+            num_beams=BEAMS,
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=ends[0],
         )
-        rows = [(task, row, encode_prompt(self.tokenizer, self.template, row.fields)) for task in self.few for row in task.rows]
+        rows = [
+            (task, row, encode_prompt(self.tokenizer, self.template, row.fields))
+            for task in self.few
+            for row in task.rows
+        ]
         rows.sort(key=lambda item: len(item[2]))
         for at in range(0, len(rows), self.batch_size):
             batch = rows[at : at + self.batch_size]
@@ -139,7 +155,9 @@ class Bench:
             ids = torch.tensor([[ends[0]] * (longest - len(prompt)) + prompt for _, _, prompt in batch])
             mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for _, _, prompt in batch])
             device = self.model.device
-            written = self.model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            written = self.model.generate(
+                ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
             for (task, row, _), tokens in zip(batch, written[:, longest:], strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 found[task.name, row.index] = task.rule.extract(text, row.options)
@@ -153,7 +171,9 @@ class Bench:
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        model = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size, max_length=2048)
+        model = HFLM(
+            pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size, max_length=2048
+        )
         seconds = [0.0]
         inner = model.loglikelihood
 
@@ -168,7 +188,9 @@ class Bench:
             os.environ["HF_DATASETS_CACHE"] = folder
             names = {self._write_task(task, Path(folder)): task for task in self.tasks}
             manager = TaskManager(include_path=folder, include_defaults=False)
-            output = simple_evaluate(model, tasks=list(names), task_manager=manager, bootstrap_iters=0, verbosity=None)
+            output = simple_evaluate(
+                model, tasks=list(names), task_manager=manager, bootstrap_iters=0, verbosity=None
+            )
         found = {}
         for name, task in names.items():
             for sample in output["samples"][name]:
@@ -184,7 +206,7 @@ class Bench:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / f"{name}.yaml").write_text(
             f"task: {name}\ndataset_path: json\n"
-            f"dataset_kwargs: {{data_files: {{test: {json.dumps(str(folder / name))[:-1]}.jsonl\"}}}}\n"
+            f'dataset_kwargs: {{data_files: {{test: {json.dumps(str(folder / name))[:-1]}.jsonl"}}}}\n'
             "test_split: test\noutput_type: multiple_choice\ndoc_to_text: context\ndoc_to_choice: choices\n"
             "doc_to_target: gold\ntarget_delimiter: ''\nmetric_list: [{metric: acc}]\n"
         )
@@ -197,7 +219,9 @@ class Bench:
         return {"context": context.rstrip(), "choices": choices, "gold": row.options.index(row.answer)}
 
 
-def summary(arguments: argparse.Namespace, speeds: dict[str, list[float]], found: dict[str, Predictions]) -> dict[str, Any]:
+def summary(
+    arguments: argparse.Namespace, speeds: dict[str, list[float]], found: dict[str, Predictions]
+) -> dict[str, Any]:
     ours = speeds["likelihood"]
     ratios = {
         name: statistics.median(one / other for one, other in zip(ours, theirs, strict=True))
@@ -213,7 +237,9 @@ def summary(arguments: argparse.Namespace, speeds: dict[str, list[float]], found
         "rows_per_second": {name: statistics.median(values) for name, values in speeds.items()},
         "spread": {name: [min(values), max(values)] for name, values in speeds.items()},
         "likelihood_is_faster_by": ratios,
-        "same_predictions": {name: same(found["likelihood"], found[name]) for name in ("per-option", "lm-eval")},
+        "same_predictions": {
+            name: same(found["likelihood"], found[name]) for name in ("per-option", "lm-eval")
+        },
         "same_generated": same(found["generate"], found["transformers"]),
     }
 
@@ -237,7 +263,8 @@ def flips(directory: Path, tasks: Sequence[Task], reference: Predictions) -> dic
     return {
         "rows": len(reference),
         "change_with_batches": changed / len(reference),
-        "differ_from_float32": sum(runs[-1][key] != value for key, value in reference.items()) / len(reference),
+        "differ_from_float32": sum(runs[-1][key] != value for key, value in reference.items())
+        / len(reference),
         f"within_{NEAR_TIE:g}": ties,
     }
 
@@ -249,7 +276,10 @@ def print_table(report: dict[str, Any]) -> None:
         ratio = report["likelihood_is_faster_by"].get(name)
         shown = f"{ratio:25.1f}x" if ratio else ""
         print(f"{name:14}{report['rows'][name]:6}{speed:9.2f}{low:8.2f}{high:8.2f}{shown}")
-    print(f"predictions as likelihood: {report['same_predictions']}; generated as transformers: {report['same_generated']}")
+    print(
+        f"predictions as likelihood: {report['same_predictions']};"
+        f" generated as transformers: {report['same_generated']}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Logits at chosen positions are those of the whole, on models that do something behind the output projection too."""
+"""Logits at chosen positions are those of the whole, on models that do something behind the output projection
+too.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def run(
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="Task names, such as boolq,piqa, the groups commonsense and arithmetic, or a task's .yaml file; "
+            help="Task names, such as boolq,piqa; the groups commonsense, arithmetic; a task's .yaml file; "
             "left out, those of the run's recipe.",
             show_default=False,
         ),
@@ -55,7 +55,9 @@ def run(
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False),
+        typer.Option(
+            metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -67,10 +69,15 @@ def run(
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tokens of a batch; left out, what suits the device.", show_default=False),
+        typer.Option(
+            min=1, metavar="N", help="Tokens of a batch; left out, what suits the device.", show_default=False
+        ),
     ] = None,
     references: Annotated[
-        bool, typer.Option("--references", help="Also show published accuracies of the same tasks, with their source.")
+        bool,
+        typer.Option(
+            "--references", help="Also show published accuracies of the same tasks, with their source."
+        ),
     ] = False,
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""

@@ -34,7 +34,9 @@ def run(
 ) -> None:
     """Answer one prompt, through the run's template."""
     if len(model_and_prompt) > 2:
-        raise InputError(f"expected [MODEL] PROMPT, got {len(model_and_prompt)} words: put the prompt in quotes.")
+        raise InputError(
+            f"expected [MODEL] PROMPT, got {len(model_and_prompt)} words: put the prompt in quotes."
+        )
     prompt = model_and_prompt[-1]
     if not prompt.strip():
         raise InputError("the prompt is empty.")

@@ -1,4 +1,4 @@
-"""MODEL, as several commands take it: a run (its adapter on its base), a checkpoint directory, a hub id or a .gguf file."""
+"""MODEL, as several commands take it: a run (adapter on base), a checkpoint, a hub id or a .gguf file."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     if adapter is not None and adapter.base.get("hash") not in (None, weights):
         raise InputError(
             f"{subject.name} was trained on other weights than {directory} now holds (base hash"
-            f" {str(adapter.base['hash'])[:12]}… and {weights[:12]}…). Put the original base back, or name it in"
-            f" {subject.run.recipe_path}."
+            f" {str(adapter.base['hash'])[:12]}… and {weights[:12]}…). Put the original base back, or name it"
+            f" in {subject.run.recipe_path}."
         )
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtype=dtype, device=device, **options)
@@ -96,7 +96,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
 
 
 def process_device():
-    """The device of this process; of several started by torchrun or `accelerate launch`, each has its own GPU."""
+    """This process's device: of several processes on a machine, each has a GPU of its own."""
     import os
 
     import torch

@@ -127,13 +127,14 @@ def evaluate(
 
     Args:
         name: how the result names the model.
-        identity: what else tells this model from others (hashes, quantisation): it goes into the result and decides
-            whether an interrupted evaluation can be continued.
+        identity: what else tells this model from others (hashes, quantisation): it goes into the result and
+            decides whether an interrupted evaluation can be continued.
         out: where the result goes. With it, finished rows are kept on disk from batch to batch, a stopped
             evaluation of the same model, rows and settings continues, and the result is written at the end.
         on_progress: called with the task's name, the rows done and all rows, after each batch.
-        share: under torch.distributed the processes share the batches, each returns all results, and the first one
-            writes. Otherwise each process runs all batches, which a model that is spread over them needs.
+        share: under torch.distributed the processes share the batches, each returns all results, and the
+            first one writes. Otherwise each process runs all batches, which a model that is spread over
+            them needs; then `out` must be None.
 
     Raises:
         InputError: a task cannot be evaluated under this protocol, or a row cannot be encoded.
@@ -165,7 +166,9 @@ def evaluate(
     return results
 
 
-def answer(model, tokenizer, template: Template, prompt: str, *, beams: int = 1, max_new_tokens: int = 256) -> str:
+def answer(
+    model, tokenizer, template: Template, prompt: str, *, beams: int = 1, max_new_tokens: int = 256
+) -> str:
     """What the model writes when `prompt` goes through the template as an instruction."""
     from linchain_cli.evaluation.generation import Generator
 
@@ -187,7 +190,9 @@ def _evaluating(model) -> Iterator[None]:
         model.train(was_training)
 
 
-def _batches(model, tokenizer, template, tasks, settings, batch_tokens) -> Iterator[tuple[int, Any, list[int]]]:
+def _batches(
+    model, tokenizer, template, tasks, settings, batch_tokens
+) -> Iterator[tuple[int, Any, list[int]]]:
     """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(model.get_input_embeddings().weight.device.type, BATCH_TOKENS["cuda"])
@@ -206,8 +211,15 @@ def _batches(model, tokenizer, template, tasks, settings, batch_tokens) -> Itera
 def _settings(model, template, tasks, name, protocol, beams, identity) -> dict[str, Any]:
     for task in tasks:
         if protocol == "likelihood" and task.rule.kind != "options":
-            raise InputError(f"{task.name} has no options whose likelihood could be compared: use --protocol generate")
-    settings = {"model": name, "protocol": protocol, "template": template.name, "dtype": str(model.dtype).split(".")[-1]}
+            raise InputError(
+                f"{task.name} has no options whose likelihood could be compared: use --protocol generate"
+            )
+    settings = {
+        "model": name,
+        "protocol": protocol,
+        "template": template.name,
+        "dtype": str(model.dtype).split(".")[-1],
+    }
     if protocol == "generate":
         settings["beams"] = beams
     return {**settings, **(identity or {}), "adapter_sha256": _adapter_hash(model)}
@@ -215,7 +227,11 @@ def _settings(model, template, tasks, name, protocol, beams, identity) -> dict[s
 
 def _adapter_hash(model) -> str | None:
     """SHA-256 over the values of the model's chains; None without chains."""
-    chains = {f"{path}.{name}": value for path, chain in chain_layers(model).items() for name, value in chain.named_parameters(recurse=False)}
+    chains = {
+        f"{path}.{name}": value
+        for path, chain in chain_layers(model).items()
+        for name, value in chain.named_parameters(recurse=False)
+    }
     return sha256_bytes(tensor_bytes(chains)) if chains else None
 
 

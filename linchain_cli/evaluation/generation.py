@@ -1,9 +1,9 @@
 """Beam search for many prompts: finished rows leave the batch, prompts are read once and not once per beam.
 
 The search is that of transformers' `generate` (length penalty 1, `early_stopping=False`, no sampling, no
-processors), which the tests hold it to. There every beam reads the whole prompt, and a batch runs until its last
-row is done; here the prompt's keys and values are computed once and spread over the beams, and a row is dropped as soon
-as none of its beams can improve on what it has finished. One beam is greedy search.
+processors), which the tests hold it to. There every beam reads the whole prompt, and a batch runs until its
+last row is done; here the prompt's keys and values are computed once and spread over the beams, and a row is
+dropped as soon as none of its beams can improve on what it has finished. One beam is greedy search.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ import torch
 
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.likelihood import plan_batches
-from linchain_cli.evaluation.tryout import attention_window, continues_from_cache, ignores_padding, takes_positions
+from linchain_cli.evaluation.tryout import (
+    attention_window,
+    continues_from_cache,
+    ignores_padding,
+    takes_positions,
+)
 from linchain_cli.logits import last_logits
 
 PAD = 0
@@ -34,7 +39,13 @@ class Generator:
     """Continues prompts (lists of tokens) by at most `max_new_tokens` tokens with `beams` beams."""
 
     def __init__(
-        self, model, tokenizer, prompts: Sequence[Sequence[int]], beams: int, max_new_tokens: int, batch_tokens: int
+        self,
+        model,
+        tokenizer,
+        prompts: Sequence[Sequence[int]],
+        beams: int,
+        max_new_tokens: int,
+        batch_tokens: int,
     ):
         self.model, self.prompts, self.beams, self.max_new_tokens = model, prompts, beams, max_new_tokens
         self.device = model.get_input_embeddings().weight.device
@@ -65,7 +76,7 @@ class Generator:
         return list(answer[:end])
 
     def _transformers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """transformers' own search, for models whose caches cannot be spread over beams. Prompts are of one length."""
+        """transformers' own search, for caches that cannot be spread over beams; prompts of one length."""
         from transformers import GenerationConfig
 
         ids = torch.tensor(prompts, device=self.device)
@@ -79,7 +90,9 @@ class Generator:
         try:
             found = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
         except ValueError as error:
-            raise InputError(f"{type(self.model).__name__} cannot generate with {self.beams} beams: {error}") from error
+            raise InputError(
+                f"{type(self.model).__name__} cannot generate with {self.beams} beams: {error}"
+            ) from error
         return found[:, ids.shape[1] :].tolist()
 
     def _search(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
@@ -108,7 +121,9 @@ class _Reader:
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
         self._prompts = ids.to(self.device)
-        self._mask = (torch.arange(longest, device=self.device) >= longest - self._lengths.unsqueeze(1)).long()
+        self._mask = (
+            torch.arange(longest, device=self.device) >= longest - self._lengths.unsqueeze(1)
+        ).long()
         self._cache: Any = None
 
     def read_prompts(self) -> torch.Tensor:
@@ -129,16 +144,18 @@ class _Reader:
         inputs = {"position_ids": positions} if self._takes_positions else {}
         # Without padding no mask is needed, and without one attention takes its faster path.
         mask = None if bool(self._mask.all()) else self._mask
-        logits, self._cache = last_logits(self.model, ids, attention_mask=mask, past_key_values=self._cache, **inputs)
+        logits, self._cache = last_logits(
+            self.model, ids, attention_mask=mask, past_key_values=self._cache, **inputs
+        )
         return logits
 
 
 class BeamSearch:
     """The bookkeeping of beam search over rows that leave when they are done. It never sees the model.
 
-    A finished answer's score is its log-probability over its length, its end token counted. A row is done when it has
-    `beams` finished answers and its best running beam, at its present length, scores no better than the worst of
-    them; with one beam, when that is finished.
+    A finished answer's score is its log-probability over its length, its end token counted. A row is done
+    when it has `beams` finished answers and its best running beam, at its present length, scores no better
+    than the worst of them; with one beam, when that is finished.
     """
 
     def __init__(self, rows: int, beams: int, max_new_tokens: int, ends: Sequence[int], device: torch.device):

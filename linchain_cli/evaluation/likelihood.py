@@ -1,9 +1,9 @@
 """Scores of answer options: the log-probability of each option's tokens behind the prompt.
 
 A score is the sum over the option's tokens, without normalisation by length: the probability that the model
-would go on with exactly this option. Rows are sorted by length and batched by token count, padded on the right
-(behind everything a causal model reads, so padding cannot change a score), and begin with a cache of the keys and values
-that all rows of a task have in common.
+would go on with exactly this option. Rows are sorted by length and batched by token count, padded on the
+right (behind everything a causal model reads, so padding cannot change a score), and begin with a cache of
+the keys and values that all rows of a task have in common.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ MIN_PREFIX = 4
 PAD = 0
 
 
-def plan_batches(lengths: Sequence[int], max_tokens: int, copies: Sequence[int] | None = None) -> list[list[int]]:
+def plan_batches(
+    lengths: Sequence[int], max_tokens: int, copies: Sequence[int] | None = None
+) -> list[list[int]]:
     """Indices cut into batches of like length, longest first, of at most `max_tokens` tokens with padding.
 
     `copies` says how many sequences of that length an index stands for (default 1). The plan depends on these
@@ -41,7 +43,7 @@ def plan_batches(lengths: Sequence[int], max_tokens: int, copies: Sequence[int] 
 
 
 class OptionScorer:
-    """Scores the rows of one task. What the model can do with masks and caches is tried out, not looked up."""
+    """Scores the rows of one task, with the masks and caches that the model turns out to support."""
 
     def __init__(self, model, trees: Sequence[OptionTree], max_tokens: int):
         self.model = model
@@ -104,7 +106,7 @@ class OptionScorer:
         return result
 
     def _inputs(self, trees: Sequence[OptionTree]) -> dict[str, Any]:
-        """Tokens behind the cached prefix, padded on the right; a mask and positions only where a tree branches."""
+        """Tokens behind the cached prefix, padded on the right; mask and positions where a tree branches."""
         prefix, rows = self.prefix, len(trees)
         longest = max(len(tree.tokens) for tree in trees) - prefix
         input_ids = torch.full((rows, longest), PAD)

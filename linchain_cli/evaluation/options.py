@@ -1,9 +1,9 @@
 """A row's options as one tree of tokens, so that one forward pass scores all of them.
 
-Every option is tokenised as a whole text (prompt, answer prefix, option), exactly as training would
-tokenise it: nothing is assumed about where a token ends. What the token sequences begin with in common
-is read once; behind it they branch. The last token of an option is only predicted, never read, so options that
-differ in their last token alone need no token beyond the common ones.
+Every option is tokenised as a whole text (prompt, answer prefix, option), exactly as training would tokenise
+it: nothing is assumed about where a token ends. What the token sequences begin with in common is read once;
+behind it they branch. The last token of an option is only predicted, never read, so options that differ in
+their last token alone need no token beyond the common ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class OptionTree:
         return depths
 
     def paths(self) -> list[tuple[OptionTree, list[int]]]:
-        """The tree as plain sequences, each with the numbers of the options it scores: for models without tree masks."""
+        """The tree as plain sequences, for models without tree masks, each with the options it scores."""
         by_end: dict[int, list[int]] = {}
         for number, steps in enumerate(self.options):
             by_end.setdefault(steps[-1][0], []).append(number)
@@ -78,12 +78,12 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
 def build_tree(sequences: Sequence[Sequence[int]], end_token: int | None = None) -> OptionTree:
     """The tree of a row's options, given the tokens of each option's whole text.
 
-    Where one option's tokens are the beginning of another's, the shorter would win always; in such a row every
-    option is scored with `end_token` behind it.
+    Where one option's tokens are the beginning of another's, the shorter would win always; in such a row
+    every option is scored with `end_token` behind it.
 
     Raises:
-        ValueError: two options have the same tokens, one begins another and there is no end token, or the texts
-            begin with no common token (nothing to condition on).
+        ValueError: two options have the same tokens, one begins another and there is no end token, or the
+            texts begin with no common token (nothing to condition on).
     """
     sequences = [tuple(sequence) for sequence in sequences]
     if len(set(sequences)) < len(sequences):
@@ -135,5 +135,5 @@ def tree_mask(trees: Sequence[OptionTree], start: int, length: int) -> tuple[tor
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A boolean mask as the numbers that attention adds: every attention implementation that takes masks takes these."""
+    """A boolean mask as the numbers that attention adds, whatever its implementation."""
     return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)

@@ -1,8 +1,8 @@
 """The rows an evaluation has finished so far, on disk, so that it continues where it stopped.
 
-Every process appends to a file of its own beside the result: a header that fingerprints the evaluation (model,
-protocol, template, dtype, rows), then finished rows. All of them are read at the start, whatever number of processes wrote
-them, and removed once the result is written.
+Every process appends to a file of its own beside the result: a header that fingerprints the evaluation
+(model, protocol, template, dtype, rows), then finished rows. All of them are read at the start, whatever
+number of processes wrote them, and removed once the result is written.
 """
 
 from __future__ import annotations
@@ -27,14 +27,18 @@ class Progress:
         self._handle: Any = None
 
     def _parts(self) -> Iterator[Path]:
-        escaped = "".join(f"[{character}]" if character in "*?[" else character for character in self._path.stem)
+        escaped = "".join(
+            f"[{character}]" if character in "*?[" else character for character in self._path.stem
+        )
         return self._path.parent.glob(f".{escaped}.part-*.jsonl")
 
     def append(self, rows: Sequence[Prediction]) -> None:
         """Adds the rows of one batch in one write."""
         if self._handle is None:
             self._handle = self._open()
-        self._handle.write("".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode())
+        self._handle.write(
+            "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
+        )
         self._handle.flush()
 
     def _open(self) -> Any:

@@ -1,7 +1,8 @@
 """Numbers that others published, to stand beside ours: clearly apart, and with their source.
 
 They are other people's runs, with their prompts, data order and decoding. Public re-runs of one such number
-(LLaMA-7B, LoRA rank 16, published 77.5) gave 53.6 and 60.1, so a difference to them of a few points says nothing.
+(LLaMA-7B, LoRA rank 16, published 77.5) gave 53.6 and 60.1, so a difference to them of a few points says
+nothing.
 """
 
 from __future__ import annotations

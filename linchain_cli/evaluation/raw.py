@@ -90,7 +90,9 @@ def _multiple_choice(question: str, choices: Mapping[str, Sequence[str]], key: s
     names = _numbered("answer", len(choices["text"]))
     if key not in choices["label"]:
         raise ValueError(f"its answerKey {key!r} is none of its labels {list(choices['label'])}")
-    text = f"Please choose the correct answer to the question: {question}\n\n{_listed(names, choices['text'])}"
+    text = (
+        f"Please choose the correct answer to the question: {question}\n\n{_listed(names, choices['text'])}"
+    )
     return _choice_row(text, names, names[list(choices["label"]).index(key)])
 
 
@@ -100,7 +102,12 @@ def gsm8k(raw: Mapping[str, Any]) -> Row:
     if not rationale:
         raise ValueError("its answer has no '####' before the result")
     number = number.strip().replace(",", "")
-    return {"instruction": raw["question"], "input": "", "output": rationale.strip(), "answer": str(float(number))}
+    return {
+        "instruction": raw["question"],
+        "input": "",
+        "output": rationale.strip(),
+        "answer": str(float(number)),
+    }
 
 
 def svamp(raw: Mapping[str, Any]) -> Row:
@@ -115,15 +122,20 @@ def multi_arith(raw: Mapping[str, Any]) -> Row:
 
 
 def aqua(raw: Mapping[str, Any]) -> Row:
-    """question, options ("A)21", ...), correct (a letter). Every bracket gets a blank outside it, as in the files."""
+    """question, options ("A)21", ...), correct (a letter). The files have a blank outside every bracket."""
     listed = f"({'('.join(raw['options'])}".replace("(", " (").replace(")", ") ")
     question = f"{raw['question'].strip()} Answer Choices:{listed}"
-    return {"instruction": question, "input": "", "output": raw.get("rationale", ""), "answer": raw["correct"]}
+    return {
+        "instruction": question,
+        "input": "",
+        "output": raw.get("rationale", ""),
+        "answer": raw["correct"],
+    }
 
 
 @dataclass(frozen=True)
 class RawSource:
-    """A hub data set and how its rows become prompts. With two splits the order differs from the LLM-Adapters file."""
+    """A hub data set and how its rows become prompts. Of two splits joined, the order is the hub's."""
 
     path: str
     build: Callable[[Mapping[str, Any]], Row]

@@ -46,7 +46,9 @@ def predictions_path(path: Path) -> Path:
     return path.with_name(f"{path.stem}.predictions.jsonl")
 
 
-def summarise(tasks: Sequence[Task], predictions: Sequence[Prediction], settings: Mapping[str, Any]) -> Results:
+def summarise(
+    tasks: Sequence[Task], predictions: Sequence[Prediction], settings: Mapping[str, Any]
+) -> Results:
     """Accuracies with standard errors and intervals, per task and on average.
 
     `predictions` may come in any order; there is one for each row of each task.
@@ -55,7 +57,9 @@ def summarise(tasks: Sequence[Task], predictions: Sequence[Prediction], settings
     for prediction in predictions:
         by_task[prediction["task"]][prediction["index"]] = prediction
     rows = [by_task[task.name][row.index] for task in tasks for row in task.rows]
-    entries = {task.name: _task_entry(task, [by_task[task.name][row.index] for row in task.rows]) for task in tasks}
+    entries = {
+        task.name: _task_entry(task, [by_task[task.name][row.index] for row in task.rows]) for task in tasks
+    }
     accuracies = [entry["accuracy"] for entry in entries.values()]
     average, error = macro_average(accuracies, [entry["stderr"] for entry in entries.values()])
     summary = {
@@ -106,7 +110,10 @@ def compare(first: Results, second: Results) -> dict[str, Any]:
     Raises:
         InputError: the two did not answer the same rows.
     """
-    answers = [{(row["task"], row["index"]): row["correct"] for row in results.predictions} for results in (first, second)]
+    answers = [
+        {(row["task"], row["index"]): row["correct"] for row in results.predictions}
+        for results in (first, second)
+    ]
     if answers[0].keys() != answers[1].keys() or _rows_hashes(first) != _rows_hashes(second):
         raise InputError("the two results are not of the same rows, so they cannot be compared")
     tasks: dict[str, Paired] = {}

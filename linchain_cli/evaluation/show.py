@@ -22,15 +22,28 @@ def print_results(results: Results, console: Console | None = None) -> None:
     for heading in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     counted = {"unparsable": "no answer", "near_ties": "near ties"}
-    counted = {key: heading for key, heading in counted.items() if any(e.get(key) for e in summary["tasks"].values())}
+    counted = {
+        key: heading for key, heading in counted.items() if any(e.get(key) for e in summary["tasks"].values())
+    }
     for heading in counted.values():
         table.add_column(heading, justify="right")
     for name, entry in summary["tasks"].items():
-        numbers = [str(entry["n"]), percent(entry["accuracy"]), percent(entry["stderr"]), span(entry["interval"])]
-        table.add_row(name, *numbers, percent(entry["majority"]), *(str(entry.get(key, 0)) for key in counted))
+        numbers = [
+            str(entry["n"]),
+            percent(entry["accuracy"]),
+            percent(entry["stderr"]),
+            span(entry["interval"]),
+        ]
+        table.add_row(
+            name, *numbers, percent(entry["majority"]), *(str(entry.get(key, 0)) for key in counted)
+        )
     if len(summary["tasks"]) > 1:
         table.add_section()
-        average = [percent(summary["average"]), percent(summary["average_stderr"]), span(summary["average_interval"])]
+        average = [
+            percent(summary["average"]),
+            percent(summary["average_stderr"]),
+            span(summary["average_interval"]),
+        ]
         table.add_row("average", "", *average)
     console.print(table)
 
@@ -40,9 +53,18 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     console = console or Console()
     for difference in comparison["differences_in_settings"]:
         console.print(f"[bold yellow]not evaluated alike[/] — {difference}", highlight=False)
-    table = Table(title=f"{first.summary['model']} minus {comparison['model']}, same rows", title_justify="left")
+    table = Table(
+        title=f"{first.summary['model']} minus {comparison['model']}, same rows", title_justify="left"
+    )
     table.add_column("task")
-    for heading in ("rows", "difference", "95 % interval", "only first right", "only second right", "McNemar p"):
+    for heading in (
+        "rows",
+        "difference",
+        "95 % interval",
+        "only first right",
+        "only second right",
+        "McNemar p",
+    ):
         table.add_column(heading, justify="right")
     for name, entry in comparison["tasks"].items():
         table.add_row(name, *_paired_cells(entry))
@@ -56,7 +78,13 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
 
 def _paired_cells(entry: dict[str, Any]) -> list[str]:
     counts = [str(entry["gained"]), str(entry["lost"])]
-    return [str(entry["n"]), points(entry["difference"]), span(entry["interval"], points), *counts, f"{entry['p']:.2g}"]
+    return [
+        str(entry["n"]),
+        points(entry["difference"]),
+        span(entry["interval"], points),
+        *counts,
+        f"{entry['p']:.2g}",
+    ]
 
 
 def print_published(results: Results, console: Console | None = None) -> None:
@@ -67,7 +95,9 @@ def print_published(results: Results, console: Console | None = None) -> None:
         groups = {len(row.tasks): ", ".join(row.tasks) for row in PUBLISHED}
         console.print(f"No published rows for these tasks; there are some for {'; '.join(groups.values())}.")
         return
-    table = Table(title="Published by others: other runs, prompts and decoding; no comparison", title_justify="left")
+    table = Table(
+        title="Published by others: other runs, prompts and decoding; no comparison", title_justify="left"
+    )
     for heading in ("model", "method", "average", "protocol", "source"):
         table.add_column(heading)
     for row in rows:
@@ -102,7 +132,7 @@ def span(interval: Sequence[float] | None, number=None) -> str:
 
 
 def write_chart(results: Sequence[Results], path: Path) -> None:
-    """A PNG with one group of bars per task and one bar per result, 95 % intervals, and the majority class as a line."""
+    """A PNG: a group of bars per task, a bar per result, 95 % intervals, the majority class as a line."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -121,12 +151,23 @@ def write_chart(results: Sequence[Results], path: Path) -> None:
         places = [task - 0.4 + (number + 0.5) * width for task in range(len(tasks))]
         axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=title(result.summary))
     known = [(place, results[0].summary["tasks"][task]["majority"]) for place, task in enumerate(tasks)]
-    for label, (place, majority) in zip(["majority class"] + [None] * len(tasks), [k for k in known if k[1] is not None], strict=False):
-        axes.hlines(100 * majority, place - 0.45, place + 0.45, colors="black", linestyles="dashed", label=label)
-    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if len(tasks) > 3 else 0, ha="right" if len(tasks) > 3 else "center")
+    for label, (place, majority) in zip(
+        ["majority class"] + [None] * len(tasks), [k for k in known if k[1] is not None], strict=False
+    ):
+        axes.hlines(
+            100 * majority, place - 0.45, place + 0.45, colors="black", linestyles="dashed", label=label
+        )
+    axes.set_xticks(
+        range(len(tasks)),
+        tasks,
+        rotation=30 if len(tasks) > 3 else 0,
+        ha="right" if len(tasks) > 3 else "center",
+    )
     axes.set_ylabel("accuracy, % (95 % interval)")
     axes.set_ylim(0, 100)
-    axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(tasks) > 3 else -0.12))
+    axes.legend(
+        fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(tasks) > 3 else -0.12)
+    )
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     storage.write_atomic(path, buffer.getvalue())

@@ -41,12 +41,14 @@ def normal_interval(value: float, error: float | None) -> tuple[float, float] | 
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """Exact two-sided p-value: how likely a split at least this uneven is, were gains and losses equally likely."""
+    """Exact two-sided p: how likely so uneven a split is, were gains and losses equally likely."""
     n, k = gained + lost, min(gained, lost)
     if n == 0:
         return 1.0
     tail = term = 1
-    for i in range(k):  # binomial coefficients, each from the one before; whole numbers, so nothing is rounded
+    for i in range(
+        k
+    ):  # binomial coefficients, each from the one before; whole numbers, so nothing is rounded
         term = term * (n - i) // (i + 1)
         tail += term
     return min(1.0, 2 * tail / (1 << n))
@@ -69,7 +71,7 @@ class Paired:
     def error(self) -> float:
         """Standard error of the difference, with half a row added to each cell of the two-by-two table."""
         n, gained, lost = self.n + 2, self.gained + 0.5, self.lost + 0.5
-        return math.sqrt((gained + lost - (gained - lost) ** 2 / n)) / n
+        return math.sqrt(gained + lost - (gained - lost) ** 2 / n) / n
 
     @property
     def interval(self) -> tuple[float, float]:

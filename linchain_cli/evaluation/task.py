@@ -66,7 +66,7 @@ def read_row(
     required: Sequence[str] = ("instruction",),
     optional: Sequence[str] = ("input",),
 ) -> TaskRow:
-    """Checks one row. Its options are those given, else its column `options`, else those its own last line names.
+    """Checks one row. Its options are those given, else those of its column `options` or of its last line.
 
     `required` and `optional` are the columns that the template asks for.
 
@@ -75,7 +75,9 @@ def read_row(
     """
     place = f"{source}, row {index + 1}"
     if not isinstance(row, Mapping):
-        raise InputError(f"{place}: expected a mapping with {', '.join(required)} and answer, got {row!r:.60}")
+        raise InputError(
+            f"{place}: expected a mapping with {', '.join(required)} and answer, got {row!r:.60}"
+        )
     fields = {name: row.get(name) for name in required}
     fields |= {name: row[name] if row.get(name) is not None else "" for name in optional}
     for name, value in fields.items():
@@ -100,7 +102,9 @@ def _own_options(row: Mapping[str, Any], place: str) -> Sequence[str]:
     listed = row.get("options")
     if listed is None:
         return row_options(str(row.get("instruction") or ""))
-    if not isinstance(listed, (list, tuple)) or not all(isinstance(option, str) and option for option in listed):
+    if not isinstance(listed, (list, tuple)) or not all(
+        isinstance(option, str) and option for option in listed
+    ):
         raise InputError(f"{place}: 'options' is not a list of texts")
     return listed
 
@@ -112,7 +116,7 @@ def row_options(instruction: str) -> tuple[str, ...]:
 
 
 def _plain_answer(answer: Any) -> str | None:
-    """Some LLM-Adapters files hold `[14.0]` or `["C"]`, of which the last counts, some a number, most text."""
+    """Most files hold text, some a number, some a list like `[14.0]` or `["C"]`, of which the last counts."""
     if isinstance(answer, list) and answer:
         answer = answer[-1]
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):

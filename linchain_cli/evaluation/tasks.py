@@ -74,7 +74,7 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
         InputError: a name that is neither.
     """
     expanded: dict[str, None] = {}
-    for name in (part.strip() for name in names for part in name.split(",")):
+    for name in (part.strip() for listed in names for part in listed.split(",")):
         if name in GROUPS:
             expanded.update(dict.fromkeys(task for task, spec in SPECS.items() if spec.group == name))
         elif name in SPECS or name.endswith((".yaml", ".yml")):
@@ -89,16 +89,18 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
     return list(expanded)
 
 
-def load_tasks(names: Iterable[str], data_dir: Path | str | None = None, limit: int | None = None) -> list[Task]:
+def load_tasks(
+    names: Iterable[str], data_dir: Path | str | None = None, limit: int | None = None
+) -> list[Task]:
     """The named tasks and groups, each cut to its first `limit` rows.
 
     Raises:
         InputError: an unknown task, rows that cannot be found or used, or two tasks of one name.
     """
     tasks = [load_task(name, data_dir, limit) for name in expand_tasks(names)]
-    for name, count in Counter(task.name for task in tasks).items():
+    for own, count in Counter(task.name for task in tasks).items():
         if count > 1:
-            raise InputError(f"two tasks are named '{name}': give yours another `name` in its file")
+            raise InputError(f"two tasks are named '{own}': give yours another `name` in its file")
     return tasks
 
 
@@ -177,5 +179,6 @@ def _not_found(name: str, tried: Sequence[str], hub: str = "no hub data set with
     local = [f"no file {path}" for path in tried] or [f"neither --data-dir nor {DATA_DIR_VARIABLE} is given"]
     return (
         f"the rows of {name} cannot be found: {'; '.join([*local, hub.rstrip('.')])}. To have them, put"
-        f" dataset/{name}/test.json of github.com/AGI-Edgerunners/LLM-Adapters at DIR/{name}/test.json and give --data-dir DIR."
+        f" dataset/{name}/test.json of github.com/AGI-Edgerunners/LLM-Adapters at DIR/{name}/test.json"
+        " and give --data-dir DIR."
     )

@@ -1,7 +1,7 @@
-"""What a model can do with caches, masks and padding: tried out on a few tokens, for no list of architectures stays true.
+"""What a model can do with caches, masks and padding, tried out on a few tokens: no list stays true.
 
-Each function runs the model two or three times. A model that refuses does so in a way of its own, so any failure
-means no; every caller has a slower way that needs nothing of the kind.
+Each function runs the model two or three times. A model that refuses does so in a way of its own, so any
+failure means no; every caller has a slower way that needs nothing of the kind.
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ SPLIT = 4
 def attention_window(model) -> float:
     """Tokens up to which the model's attention is plain: behind it a sliding window or a chunk ends."""
     config = model.config.get_text_config()
-    limits = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "attention_window_size"))
+    limits = (
+        getattr(config, name, None)
+        for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
+    )
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=float("inf"))
 
 
 def continues_from_cache(model) -> bool:
-    """Whether texts read in two parts have the logits of the whole, their caches copied, repeated and reordered between."""
+    """Whether texts read in two parts, their caches copied and reordered, have the logits of the whole."""
 
     def attempt(device: torch.device) -> bool:
         texts = torch.tensor([TEXT, OTHER], device=device)
@@ -59,7 +62,10 @@ def reads_tree_masks(model) -> bool:
         parents = (*range(-1, trunk - 1), trunk - 1, trunk, trunk - 1, trunk + 2)
         tree = OptionTree((*TEXT, *first, *second), parents, ())
         mask, positions = tree_mask([tree], 0, len(tree.tokens))
-        inputs = {"attention_mask": additive(mask, model.dtype).to(device), "position_ids": positions.to(device)}
+        inputs = {
+            "attention_mask": additive(mask, model.dtype).to(device),
+            "position_ids": positions.to(device),
+        }
         return last_logits(model, torch.tensor([tree.tokens], device=device), **inputs)[0][0]
 
     def attempt(device: torch.device) -> bool:

@@ -1,10 +1,10 @@
 """Tasks of the user's own: a YAML file that names rows, a prompt, and how answers are read.
 
-    name: colours                       # how results name it; left out, the file's name
-    path: colours.jsonl                 # beside this file; .json, .jsonl, .csv, .parquet or a hub id
-    columns: {instruction: question}    # ours to theirs, where the rows' columns have other names
-    options: [red, green, blue]         # or a column `options`, or lines "Answer format: ..." in the rows
-    template: alpaca                    # a name or {prompt, response}; left out, the model's own
+name: colours                       # how results name it; left out, the file's name
+path: colours.jsonl                 # beside this file; .json, .jsonl, .csv, .parquet or a hub id
+columns: {instruction: question}    # ours to theirs, where the rows' columns have other names
+options: [red, green, blue]         # or a column `options`, or lines "Answer format: ..." in the rows
+template: alpaca                    # a name or {prompt, response}; left out, the model's own
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class TaskFile(StrictModel):
     options: Annotated[list[Text] | None, Field(min_length=2), Expected("a list of two or more texts")] = None
     """The options of every row; null takes each row's own."""
     answer: Literal["options", "pattern", "number", "letter"] = "options"
-    """How an answer is read: the first of the options, the first match of answer_pattern, the last number, or the
-    last letter from A to E. Only options can be scored by likelihood."""
+    """How an answer is read: the first of the options, the first match of answer_pattern, the last number, or
+    the last letter from A to E. Only options can be scored by likelihood.
+    """
     answer_pattern: Text | None = None
     """A regular expression whose first match (or its first group) is the answer a model wrote."""
     prefix: Annotated[str, Field(max_length=1000)] = ANSWER_PREFIX
@@ -55,9 +56,14 @@ class TaskFile(StrictModel):
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.answer != "options" and self.options:
-            yield Conflict(("options", "answer"), f"options are given, but the answer is read as a {self.answer}.")
+            yield Conflict(
+                ("options", "answer"), f"options are given, but the answer is read as a {self.answer}."
+            )
         if self.answer in ("number", "letter") and self.answer_pattern:
-            yield Conflict(("answer_pattern", "answer"), f"a pattern is given, but the answer is read as a {self.answer}.")
+            yield Conflict(
+                ("answer_pattern", "answer"),
+                f"a pattern is given, but the answer is read as a {self.answer}.",
+            )
         if self.answer == "pattern" and not self.answer_pattern:
             yield Conflict(("answer", "answer_pattern"), "an answer_pattern is missing.")
         if self.answer_pattern is not None:
@@ -103,7 +109,9 @@ def _read(path: Path) -> TaskFile:
     if not isinstance(document.value, dict):
         raise InputError(f"{path}: expected a mapping with path, and options or answer_pattern")
     file, problems = check(TaskFile, document.value)
-    complaints = [(problem.line, f"{path}:{problem.line}: {problem.message}") for problem in document.problems]
+    complaints = [
+        (problem.line, f"{path}:{problem.line}: {problem.message}") for problem in document.problems
+    ]
     for problem in problems:
         line = next((document.lines[key] for key in _outwards(problem.key) if key in document.lines), 1)
         complaints.append((line, f"{path}:{line}: {'.'.join(map(str, problem.key))}: {problem.message}"))
@@ -143,7 +151,9 @@ def _raw_rows(file: TaskFile, path: Path) -> Iterator[Any]:
     from linchain_cli.data.templates import RowError
 
     beside = path.parent / file.path
-    source = resolve_source(SourceRequest(str(beside) if beside.is_file() else file.path, file.split, file.revision))
+    source = resolve_source(
+        SourceRequest(str(beside) if beside.is_file() else file.path, file.split, file.revision)
+    )
     if source.kind == "hub":
         yield from hub_rows(load_hub_dataset(source.location, source.split, source.revision), set())
         return

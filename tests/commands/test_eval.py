@@ -50,7 +50,9 @@ def make_run(name, status="finished", template="plain"):
     generator = torch.Generator().manual_seed(1)
     for layer in layers.values():
         torch.nn.init.normal_(layer.B, std=0.3, generator=generator)
-    save_adapter(adapter_of(model, config, {"path": "base", "hash": base_hash(Path("base"))}), run.adapter_dir)
+    save_adapter(
+        adapter_of(model, config, {"path": "base", "hash": base_hash(Path("base"))}), run.adapter_dir
+    )
     return run
 
 
@@ -87,7 +89,21 @@ def test_a_checkpoint_gets_alpaca_and_a_file_beside(workplace):
     assert linchain("eval", "base/", "--tasks", "boolq", "--data-dir", "data") == 0
     result = read("eval-base.json")
     assert (result["model"], result["template"], result["adapter_sha256"]) == ("base", "alpaca", None)
-    assert linchain("eval", "base", "--tasks", "boolq", "--data-dir", "data", "--out", "deep/er.json", "--template", "plain") == 0
+    assert (
+        linchain(
+            "eval",
+            "base",
+            "--tasks",
+            "boolq",
+            "--data-dir",
+            "data",
+            "--out",
+            "deep/er.json",
+            "--template",
+            "plain",
+        )
+        == 0
+    )
     assert read("deep/er.json")["template"] == "plain"
 
 
@@ -130,7 +146,10 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
         (["eval", "base", "--tasks", "bolq"], "Did you mean 'boolq'?"),
         (["eval", "base", "--tasks", "boolq", "--data-dir", "nowhere"], "there is no such directory"),
         (["eval", "base", "--tasks", "mawps", "--data-dir", "data"], "data/mawps/test.json"),
-        (["eval", "base", "--tasks", "boolq", "--data-dir", "data", "--template", "alpacca"], "Did you mean 'alpaca'?"),
+        (
+            ["eval", "base", "--tasks", "boolq", "--data-dir", "data", "--template", "alpacca"],
+            "Did you mean 'alpaca'?",
+        ),
         (["eval", "runs/nothing", "--tasks", "boolq", "--data-dir", "data"], "runs/nothing"),
         (["eval", "runs/unfinished"], "is running, not finished"),
         (["generate", "base", "a", "b"], "put the prompt in quotes"),
@@ -155,6 +174,9 @@ def test_another_base_is_refused(workplace, capsys):
 def test_generate_answers_through_the_runs_template(workplace, capsys):
     assert linchain("generate", "Is an apple a fruit?", "--max-new-tokens", 6) == 0
     adapted = capsys.readouterr().out
-    assert linchain("generate", "base", "Is an apple a fruit?", "--max-new-tokens", 6, "--template", "plain") == 0
+    assert (
+        linchain("generate", "base", "Is an apple a fruit?", "--max-new-tokens", 6, "--template", "plain")
+        == 0
+    )
     base = capsys.readouterr().out
     assert adapted.strip() and adapted != base

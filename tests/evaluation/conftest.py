@@ -63,7 +63,9 @@ def tiny_model() -> Callable[..., object]:
 
 
 def naive_scores(model, sequences: Sequence[Sequence[int]], start: int) -> list[float]:
-    """Each sequence read alone, from its first token to its last: the log-probability of its tokens from `start` on."""
+    """Each sequence read alone, from its first token to its last: the log-probability of its tokens from
+    `start` on.
+    """
     import torch
 
     scores = []

@@ -32,7 +32,9 @@ def test_extracts_as_the_protocol_says(task, text, expected):
 
 def test_what_the_model_asks_itself_next_does_not_count():
     text = "The answer is 7.\n\n### Instruction:\nWhat is 2 + 2?\n\n### Response:\nThe answer is 4."
-    assert SPECS["gsm8k"].rule.extract(text) == "2"  # what stands before the next response counts, its prompt too
+    assert (
+        SPECS["gsm8k"].rule.extract(text) == "2"
+    )  # what stands before the next response counts, its prompt too
     assert SPECS["boolq"].rule.extract("### Response: true") is None
 
 

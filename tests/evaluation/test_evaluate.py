@@ -20,6 +20,7 @@ from linchain_cli.model import load_model, load_tokenizer
 
 from .conftest import naive_scores
 
+
 @pytest.fixture(scope="module")
 def tokenizer(tiny_llama_dir):
     return load_tokenizer(tiny_llama_dir)
@@ -59,7 +60,12 @@ def test_the_result_has_what_the_contract_says(model, tokenizer, template, tasks
     results = run(model, tokenizer, template, tasks, out=out, identity={"quantization": "none"})
     written = json.loads(out.read_text())
     assert written == json.loads(json.dumps(results.summary))
-    assert {"model": "tiny", "protocol": "likelihood", "template": "alpaca", "dtype": "float32"}.items() <= written.items()
+    assert {
+        "model": "tiny",
+        "protocol": "likelihood",
+        "template": "alpaca",
+        "dtype": "float32",
+    }.items() <= written.items()
     assert list(written["tasks"]) == ["yes-no", "two", "many"]
     for task in tasks:
         entry = written["tasks"][task.name]
@@ -68,11 +74,16 @@ def test_the_result_has_what_the_contract_says(model, tokenizer, template, tasks
         assert entry["n"] == 12 and entry["unparsable"] == 0
         assert entry["accuracy"] == sum(row["correct"] for row in rows) / 12
         assert entry["interval"][0] <= entry["accuracy"] <= entry["interval"][1]
-    assert written["average"] == pytest.approx(sum(entry["accuracy"] for entry in written["tasks"].values()) / 3)
+    assert written["average"] == pytest.approx(
+        sum(entry["accuracy"] for entry in written["tasks"].values()) / 3
+    )
     lines = [json.loads(line) for line in predictions_path(out).read_text().splitlines()]
     assert lines == results.predictions
     assert set(lines[0]) == {"index", "task", "prediction", "answer", "correct", "scores"}
-    assert sorted(path.name for path in out.parent.iterdir()) == ["likelihood.json", "likelihood.predictions.jsonl"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "likelihood.json",
+        "likelihood.predictions.jsonl",
+    ]
 
 
 def test_predictions_are_those_of_scoring_every_text_alone(model, tokenizer, template, tasks):
@@ -102,7 +113,9 @@ def test_batch_size_changes_no_prediction(model, tokenizer, template, tasks, bat
     reference = run(model, tokenizer, template, tasks)
     results = run(model, tokenizer, template, tasks, batch_tokens=batch_tokens)
     assert sum(entry["near_ties"] for entry in reference.summary["tasks"].values()) == 0
-    assert [row["prediction"] for row in results.predictions] == [row["prediction"] for row in reference.predictions]
+    assert [row["prediction"] for row in results.predictions] == [
+        row["prediction"] for row in reference.predictions
+    ]
 
 
 def test_generated_answers_are_read_and_unparsable_ones_counted(model, tokenizer, template, tasks):
@@ -117,10 +130,15 @@ def test_generated_answers_are_read_and_unparsable_ones_counted(model, tokenizer
 
 def test_free_answers_have_no_likelihood(model, tokenizer, template):
     rule = AnswerRule("number")
-    task = Task("sums", (read_row({"instruction": "1 + 1?", "answer": "2"}, 0, rule, "sums"),), "sums", rule, 4)
+    task = Task(
+        "sums", (read_row({"instruction": "1 + 1?", "answer": "2"}, 0, rule, "sums"),), "sums", rule, 4
+    )
     with pytest.raises(InputError, match="--protocol generate"):
         run(model, tokenizer, template, [task])
-    assert run(model, tokenizer, template, [task], protocol="generate").summary["tasks"]["sums"]["majority"] is None
+    assert (
+        run(model, tokenizer, template, [task], protocol="generate").summary["tasks"]["sums"]["majority"]
+        is None
+    )
 
 
 def test_dropout_is_off_and_the_mode_comes_back(tiny_llama_dir, tokenizer, template, tasks, monkeypatch):
@@ -141,7 +159,9 @@ def test_dropout_is_off_and_the_mode_comes_back(tiny_llama_dir, tokenizer, templ
 def test_a_task_brings_its_own_template(model, tokenizer, template, tasks):
     own = Task(**{**vars(tasks[0]), "template": {"prompt": "{instruction} ->", "response": "{output}"}})
     other = run(model, tokenizer, template, [own])
-    assert other.predictions[0]["scores"] != run(model, tokenizer, template, tasks[:1]).predictions[0]["scores"]
+    assert (
+        other.predictions[0]["scores"] != run(model, tokenizer, template, tasks[:1]).predictions[0]["scores"]
+    )
     missing = Task(**{**vars(tasks[0]), "template": {"prompt": "{question}", "response": "{output}"}})
     with pytest.raises(InputError, match=r"yes-no\.json, row 1: the template wants a column 'question'"):
         run(model, tokenizer, template, [missing])
@@ -178,7 +198,9 @@ def test_a_stopped_evaluation_continues(model, tokenizer, template, tasks, tmp_p
     with open(part, "ab") as handle:
         handle.write(b'{"index": 5, "task": "ma')  # what a killed process leaves
     seen = []
-    results = run(model, tokenizer, template, tasks, out=out, on_progress=lambda *args: seen.append(args), **options)
+    results = run(
+        model, tokenizer, template, tasks, out=out, on_progress=lambda *args: seen.append(args), **options
+    )
     assert results == complete
     assert seen[0][1] > 3 and seen[-1][1:] == (36, 36)
     whole = []
@@ -188,7 +210,9 @@ def test_a_stopped_evaluation_continues(model, tokenizer, template, tasks, tmp_p
 
 
 @pytest.mark.parametrize("change", ["adapter", "dtype", "template", "rows", "protocol"])
-def test_another_evaluation_does_not_continue_it(tiny_llama_dir, tokenizer, template, tasks, tmp_path, change):
+def test_another_evaluation_does_not_continue_it(
+    tiny_llama_dir, tokenizer, template, tasks, tmp_path, change
+):
     model = load_model(tiny_llama_dir, dtype="float32", device="cpu")
     out = tmp_path / "likelihood.json"
     with pytest.raises(Interrupted):
@@ -205,7 +229,9 @@ def test_another_evaluation_does_not_continue_it(tiny_llama_dir, tokenizer, temp
     elif change == "protocol":
         options["protocol"] = "generate"
     done = []
-    results = run(model, tokenizer, template, tasks, out=out, on_progress=lambda *args: done.append(args[1]), **options)
+    results = run(
+        model, tokenizer, template, tasks, out=out, on_progress=lambda *args: done.append(args[1]), **options
+    )
     assert results == run(model, tokenizer, template, tasks, **options)
     assert done[0] <= 12  # nothing was there at the start
 
@@ -227,12 +253,16 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
 
     def run_one():
         own = []
-        results = run(model, tokenizer, template, tasks, out=two, on_progress=lambda *args: own.append(args), **options)
+        results = run(
+            model, tokenizer, template, tasks, out=two, on_progress=lambda *args: own.append(args), **options
+        )
         assert len(results.predictions) == 36  # each process has all rows in the end
         assert 0 < len(own) < len(batches)  # and did its share
 
     context = multiprocessing.get_context("fork")  # nothing to import again, and the parent runs one thread
-    processes = [context.Process(target=_work, args=(rank, 2, tmp_path / "store", run_one)) for rank in range(2)]
+    processes = [
+        context.Process(target=_work, args=(rank, 2, tmp_path / "store", run_one)) for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -246,4 +276,7 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
 
 def test_one_answer(model, tokenizer, template):
     text = answer(model, tokenizer, template, "Is an apple a fruit?", max_new_tokens=5)
-    assert isinstance(text, str) and answer(model, tokenizer, template, "Is an apple a fruit?", max_new_tokens=5) == text
+    assert (
+        isinstance(text, str)
+        and answer(model, tokenizer, template, "Is an apple a fruit?", max_new_tokens=5) == text
+    )

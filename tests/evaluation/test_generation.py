@@ -36,7 +36,9 @@ def theirs(model, prompt, beams, new):
     config = GenerationConfig(
         num_beams=beams, max_new_tokens=new, do_sample=False, eos_token_id=END, pad_token_id=END
     )
-    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, len(prompt) :].tolist()
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+        0, len(prompt) :
+    ].tolist()
     return found[: found.index(END)] if END in found else found
 
 
@@ -58,7 +60,9 @@ def eager_to_end(tiny_model):
 def test_answers_are_those_of_transformers(tiny_model, name, beams):
     model, asked = tiny_model(name), prompts(5)
     found = ours(model, asked, beams, 8)
-    assert [found[index] for index in range(len(asked))] == [theirs(model, prompt, beams, 8) for prompt in asked]
+    assert [found[index] for index in range(len(asked))] == [
+        theirs(model, prompt, beams, 8) for prompt in asked
+    ]
 
 
 @pytest.mark.parametrize("beams", [1, 2, 4])

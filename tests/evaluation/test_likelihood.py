@@ -1,4 +1,4 @@
-"""Option scores, held to reading every option's text alone, on architectures that differ in what they can do."""
+"""Option scores, held to reading every text alone, on architectures that differ in what they can do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ import torch
 from linchain_cli.evaluation import tryout
 from linchain_cli.evaluation.likelihood import OptionScorer, plan_batches
 from linchain_cli.evaluation.options import build_tree, tree_mask
-from linchain_cli.evaluation.tryout import attention_window, continues_from_cache, ignores_padding, reads_tree_masks
+from linchain_cli.evaluation.tryout import (
+    attention_window,
+    continues_from_cache,
+    ignores_padding,
+    reads_tree_masks,
+)
 
 from .conftest import ARCHITECTURES, END, VOCABULARY, naive_scores
 
@@ -43,7 +48,11 @@ def expected(model, sequences):
 
 def all_scores(model, made, max_tokens=200):
     scorer = OptionScorer(model, [build_tree(sequences, END) for sequences in made], max_tokens)
-    return {row: scores for batch in scorer.batches for row, scores in zip(batch, scorer.scores(batch), strict=True)}
+    return {
+        row: scores
+        for batch in scorer.batches
+        for row, scores in zip(batch, scorer.scores(batch), strict=True)
+    }
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -57,7 +66,9 @@ def test_scores_are_those_of_each_text_alone(tiny_model, name):
 
 def test_architectures_differ_in_what_they_can_do(tiny_model):
     """Otherwise the tests above would not try the ways around."""
-    assert all(trial(tiny_model("llama")) for trial in (continues_from_cache, reads_tree_masks, ignores_padding))
+    assert all(
+        trial(tiny_model("llama")) for trial in (continues_from_cache, reads_tree_masks, ignores_padding)
+    )
     assert not reads_tree_masks(tiny_model("bloom")) and continues_from_cache(tiny_model("bloom"))
     assert not continues_from_cache(tiny_model("mamba")) and not reads_tree_masks(tiny_model("mamba"))
     assert attention_window(tiny_model("gemma2")) == 8 and attention_window(tiny_model("mistral")) == 400
@@ -75,7 +86,9 @@ def test_neither_batch_size_nor_order_changes_a_score(tiny_model, name, max_toke
 
 
 def test_one_pass_per_batch_reads_each_shared_token_once(tiny_model, monkeypatch):
-    """Prompts are read without their common beginning and without the options' last tokens, logits only where read."""
+    """Prompts are read without their common beginning and without the options' last tokens, logits only where
+    read.
+    """
     model, shapes = tiny_model("llama"), []
     made = [sequences for sequences in rows(30) if len({tuple(s[:-1]) for s in sequences}) == 1]
     scorer = OptionScorer(model, [build_tree(sequences, END) for sequences in made], 10_000)
@@ -90,7 +103,9 @@ def test_one_pass_per_batch_reads_each_shared_token_once(tiny_model, monkeypatch
     scorer.scores(scorer.batches[0])  # reads the prefix
     monkeypatch.setattr(torch.nn.Linear, "forward", spy)
     tokens = []
-    handle = model.register_forward_pre_hook(lambda _, args, kwargs: tokens.append(kwargs["input_ids"].shape), with_kwargs=True)
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: tokens.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
     scorer.scores(scorer.batches[0])
     handle.remove()
     longest = max(len(sequences[0]) - 1 for sequences in made)

@@ -1,4 +1,6 @@
-"""The tree of a row's options: what is shared, what is read, and what happens where one option begins another."""
+"""The tree of a row's options: what is shared, what is read, and what happens where one option begins
+another.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def test_an_option_that_begins_another_is_scored_to_its_end():
         build_tree([[5, 1], [5, 1, 0]])
 
 
-@pytest.mark.parametrize(("sequences", "reason"), [([[5, 1], [5, 1]], "same tokens"), ([[1, 2], [3, 2]], "empty")])
+@pytest.mark.parametrize(
+    ("sequences", "reason"), [([[5, 1], [5, 1]], "same tokens"), ([[1, 2], [3, 2]], "empty")]
+)
 def test_trees_that_cannot_be_built(sequences, reason):
     with pytest.raises(ValueError, match=reason):
         build_tree(sequences, END)

@@ -18,8 +18,8 @@ EXAMPLES = {
     ),
     "piqa": (
         {"goal": "dry a plate", "sol1": "wipe it ", "sol2": "wet it", "label": 0},
-        "Please choose the correct solution to the question: dry a plate\n\nSolution1: wipe it \n\nSolution2: wet it\n\n"
-        "Answer format: solution1/solution2",
+        "Please choose the correct solution to the question: dry a plate\n\nSolution1: wipe it \n\n"
+        "Solution2: wet it\n\nAnswer format: solution1/solution2",
         "solution1",
     ),
     "social_i_qa": (
@@ -44,15 +44,22 @@ EXAMPLES = {
             "endings": ["sings.", "puts it in the oven.", "sleeps.", "runs away."],
             "label": "1",
         },
-        "Please choose the correct ending to complete the given sentence: Baking bread: A man kneads dough. he\n\n"
+        "Please choose the correct ending to complete the given sentence: "
+        "Baking bread: A man kneads dough. he\n\n"
         "Ending1: sings. Ending2: puts it in the oven. Ending3: sleeps. Ending4: runs away.\n\n"
         "Answer format: ending1/ending2/ending3/ending4",
         "ending2",
     ),
     "winogrande": (
-        {"sentence": "The cup fell off the shelf, so _ broke.", "option1": "cup", "option2": "shelf", "answer": "1"},
+        {
+            "sentence": "The cup fell off the shelf, so _ broke.",
+            "option1": "cup",
+            "option2": "shelf",
+            "answer": "1",
+        },
         "Please choose the correct answer to fill in the blank to complete the given sentence: "
-        "The cup fell off the shelf, so _ broke.\n\nOption1: cup Option2: shelf Answer format: option1/option2",
+        "The cup fell off the shelf, so _ broke.\n\n"
+        "Option1: cup Option2: shelf Answer format: option1/option2",
         "option1",
     ),
     "ARC-Easy": (
@@ -89,7 +96,12 @@ EXAMPLES = {
         "1072.0",
     ),
     "SVAMP": (
-        {"Body": "Tom has 3 cats ", "Question": "How many legs have they?", "Answer": "12.0", "Type": "Multiplication"},
+        {
+            "Body": "Tom has 3 cats ",
+            "Question": "How many legs have they?",
+            "Answer": "12.0",
+            "Type": "Multiplication",
+        },
         "Tom has 3 cats How many legs have they?",
         "12.0",
     ),

@@ -14,19 +14,34 @@ from linchain_cli.evaluation.results import compare, summarise
 from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
 from linchain_cli.evaluation.task import Task, TaskRow
 
-SETTINGS = {"model": "one", "protocol": "likelihood", "template": "alpaca", "dtype": "float32", "quantization": "none"}
+SETTINGS = {
+    "model": "one",
+    "protocol": "likelihood",
+    "template": "alpaca",
+    "dtype": "float32",
+    "quantization": "none",
+}
 
 
 def make(correct, names=("boolq", "piqa"), margin=1.0, **settings):
     """Results in which the given rows (per task) are right; the right answer is always `a`."""
     tasks, predictions = [], []
     for name in names:
-        rows = tuple(TaskRow(index, {"instruction": f"Q{index}"}, "a", ("a", "b")) for index in range(len(correct)))
+        rows = tuple(
+            TaskRow(index, {"instruction": f"Q{index}"}, "a", ("a", "b")) for index in range(len(correct))
+        )
         tasks.append(Task(name, rows, f"{name}.json", AnswerRule("options"), 8))
         for index, right in enumerate(correct):
             prediction = "a" if right else "b"
             scores = {prediction: -1.0, "b" if right else "a": -1.0 - margin}
-            row = {"index": index, "task": name, "prediction": prediction, "answer": "a", "correct": right, "scores": scores}
+            row = {
+                "index": index,
+                "task": name,
+                "prediction": prediction,
+                "answer": "a",
+                "correct": right,
+                "scores": scores,
+            }
             predictions.append(row)
     return summarise(tasks, list(reversed(predictions)), {**SETTINGS, **settings})
 
@@ -63,7 +78,10 @@ def test_two_models_are_compared_row_by_row():
 
 def test_different_settings_are_said():
     comparison = compare(make([True] * 4), make([True] * 4, model="two", dtype="bfloat16", template="plain"))
-    assert comparison["differences_in_settings"] == ["template: alpaca and plain", "dtype: float32 and bfloat16"]
+    assert comparison["differences_in_settings"] == [
+        "template: alpaca and plain",
+        "dtype: float32 and bfloat16",
+    ]
     text = shown(print_comparison, make([True] * 4), comparison)
     assert text.count("not evaluated alike") == 2 and "float32 and bfloat16" in text
 

@@ -49,7 +49,9 @@ def test_mcnemar_is_the_exact_binomial_test():
         outcomes = [sum(coins) for coins in itertools.product([0, 1], repeat=n)]
         as_uneven = sum(abs(heads - n / 2) >= abs(gained - n / 2) for heads in outcomes)
         assert mcnemar(gained, lost) == pytest.approx(as_uneven / len(outcomes))
-    assert mcnemar(3000, 2800) == pytest.approx(0.00897, abs=1e-5)  # far beyond what a float can hold on the way
+    assert mcnemar(3000, 2800) == pytest.approx(
+        0.00897, abs=1e-5
+    )  # far beyond what a float can hold on the way
 
 
 def test_pairs_are_counted_by_row():

@@ -1,4 +1,4 @@
-"""Finding and checking a task's rows: local files first, then the hub; wrong input says where and what to do."""
+"""Finding and checking rows: local files first, then the hub; wrong input says where and what to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ def test_each_row_has_the_options_it_names_itself(data_dir):
 
 
 def test_majority_is_the_most_frequent_answer(tmp_path):
-    rows = [{"instruction": "Q\n\nAnswer format: true/false", "answer": answer} for answer in ["true"] * 3 + ["false"]]
+    rows = [
+        {"instruction": "Q\n\nAnswer format: true/false", "answer": answer}
+        for answer in ["true"] * 3 + ["false"]
+    ]
     write(tmp_path, "boolq", rows)
     assert load_task("boolq", tmp_path).majority == 0.75
     write(tmp_path, "gsm8k", [{"instruction": "1 + 1?", "answer": 2}])
@@ -63,7 +66,9 @@ def test_fingerprint_follows_the_rows(data_dir):
 
 @pytest.mark.parametrize("answer", [[14.0], ["14"], "14.0", 14, 14.0])
 def test_numbers_as_the_files_hold_them(tmp_path, answer):
-    write(tmp_path, "MultiArith", [{"instruction": " How many? ", "input": "", "output": "", "answer": answer}])
+    write(
+        tmp_path, "MultiArith", [{"instruction": " How many? ", "input": "", "output": "", "answer": answer}]
+    )
     row = load_task("MultiArith", tmp_path).rows[0]
     assert float(row.answer) == 14 and row.options == ()
 
@@ -77,7 +82,11 @@ def test_groups_and_names():
 
 @pytest.mark.parametrize(
     ("names", "expected"),
-    [(["bolq"], "unknown task 'bolq'. Did you mean 'boolq'?"), (["arc-easy"], "Did you mean 'ARC-Easy'?"), ([" ,"], "no task")],
+    [
+        (["bolq"], "unknown task 'bolq'. Did you mean 'boolq'?"),
+        (["arc-easy"], "Did you mean 'ARC-Easy'?"),
+        ([" ,"], "no task"),
+    ],
 )
 def test_unknown_tasks_list_the_nearest(names, expected):
     with pytest.raises(InputError) as error:
@@ -91,7 +100,10 @@ BAD_ROWS = [
     ({"instruction": 3, "answer": "true"}, "'instruction' is missing or is not text"),
     ({"instruction": "Q\n\nAnswer format: true/false"}, "'answer' is missing"),
     ({"instruction": "Q\n\nAnswer format: true/false", "answer": True}, "'answer' is missing or is not text"),
-    ({"instruction": "Q\n\nAnswer format: true/false", "answer": "maybe"}, "'maybe' is none of its options true/false"),
+    (
+        {"instruction": "Q\n\nAnswer format: true/false", "answer": "maybe"},
+        "'maybe' is none of its options true/false",
+    ),
     ({"instruction": "Q?", "answer": "true"}, "two or more different options"),
     ({"instruction": "Q\n\nAnswer format: true/true", "answer": "true"}, "two or more different options"),
     ({"instruction": "Q", "input": 3, "answer": "true"}, "'input' is missing or is not text"),
@@ -150,7 +162,9 @@ def test_without_local_files_rows_are_built_from_the_hub(tmp_path, monkeypatch):
 
     def load(name, split, revision):
         asked.append((name, split, revision))
-        return [{"goal": "dry a plate", "sol1": "wipe it", "sol2": "wet it", "label": label} for label in (0, 1)]
+        return [
+            {"goal": "dry a plate", "sol1": "wipe it", "sol2": "wet it", "label": label} for label in (0, 1)
+        ]
 
     monkeypatch.setattr(hub, "load_hub_dataset", load)
     task = load_task("piqa", tmp_path)

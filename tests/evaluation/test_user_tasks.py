@@ -19,7 +19,9 @@ def task_file(folder, text, rows=({"q": "The sky?", "a": "blue"}, {"q": "Grass?"
 
 def test_options_and_columns(tmp_path):
     task = load_task(
-        task_file(tmp_path, "path: rows.jsonl\ncolumns: {instruction: q, answer: a}\noptions: [red, green, blue]\n")
+        task_file(
+            tmp_path, "path: rows.jsonl\ncolumns: {instruction: q, answer: a}\noptions: [red, green, blue]\n"
+        )
     )
     assert task.name == "colours" and task.rule.kind == "options" and task.template is None
     assert [row.fields for row in task.rows] == [
@@ -35,7 +37,9 @@ def test_each_row_may_bring_its_options(tmp_path):
     task = load_task(task_file(tmp_path, "path: rows.jsonl\ncolumns: {options: choices}\nprefix: ''\n", rows))
     assert task.rows[0].options == ("a dog", "a cat") and task.prefix == ""
     with pytest.raises(InputError, match="row 1: 'options' is not a list of texts"):
-        load_task(task_file(tmp_path, "path: rows.jsonl\n", [{"instruction": "Q", "options": "x", "answer": "x"}]))
+        load_task(
+            task_file(tmp_path, "path: rows.jsonl\n", [{"instruction": "Q", "options": "x", "answer": "x"}])
+        )
 
 
 def test_a_prompt_of_its_own_names_its_columns(tmp_path):
@@ -63,7 +67,8 @@ def test_all_problems_of_a_file_are_told_with_their_lines(tmp_path):
     assert lines == [
         f"{path}:1: pth: unknown key. Did you mean 'path'?",
         f"{path}:2: options: expected a list of two or more texts, got ['red'].",
-        f"{path}:3: answer: expected one of options, pattern, number, letter, got 'numbr'. Did you mean 'number'?",
+        f"{path}:3: answer: expected one of options, pattern, number, letter, got 'numbr'."
+        " Did you mean 'number'?",
     ]
 
 
@@ -92,7 +97,9 @@ def test_a_missing_task_file(tmp_path):
 
 
 def test_a_torn_row_names_its_line(tmp_path):
-    path = task_file(tmp_path, "path: rows.jsonl\ncolumns: {instruction: q, answer: a}\noptions: [red, blue]\n")
+    path = task_file(
+        tmp_path, "path: rows.jsonl\ncolumns: {instruction: q, answer: a}\noptions: [red, blue]\n"
+    )
     with open(tmp_path / "rows.jsonl", "a") as handle:
         handle.write('{"q": \n')
     with pytest.raises(InputError, match=r"rows\.jsonl"):
