@@ -61,6 +61,31 @@ def slow_steps(seconds: float) -> None:
     loop.optimizer_step = slow
 
 
+def record_gradients(step: int, path: str) -> None:
+    """Writes the summed gradients of a step (counted from 0) to a file, and how many of the base's values lie here."""
+    from safetensors.torch import save_file
+
+    original = loop.sum_over_processes
+
+    def summed(accelerator, parameters, extras):
+        result = original(accelerator, parameters, extras)
+        nonlocal step
+        if step == 0 and accelerator.is_main_process:
+            gradients = {str(number): parameter.grad.clone() for number, parameter in enumerate(parameters)}
+            save_file({**gradients, "base values": torch.tensor(float(base_values()))}, path)
+        step -= 1
+        return result
+
+    def base_values() -> int:
+        frozen = [parameter for parameter in models[0].parameters() if not parameter.requires_grad]
+        return sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in frozen)
+
+    models = []
+    put_in_chains = job.put_in_chains
+    job.put_in_chains = lambda model, recipe: models.append(model) or put_in_chains(model, recipe)
+    loop.sum_over_processes = summed
+
+
 def fail_on_rank(rank: int, where: str, kind: str) -> None:
     """An error on one rank: `where` names what raises it."""
     if os.environ["RANK"] != str(rank):

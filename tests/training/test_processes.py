@@ -1,0 +1,174 @@
+"""Several processes (gloo, on the CPU) against one: gradients, adapters, row order, signals and errors.
+
+The ranks are forked processes that get the environment a launcher would give them; see test_launch.py for launchers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from linchain_cli.run import RunDirectory, read_jsonl
+
+
+def wait_for_step(run: RunDirectory, step: int, process) -> None:
+    """Until the run has recorded the step."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if len(read_jsonl(run.rows_path)) >= step:
+            return
+        assert process.handle.is_alive(), process.log
+        time.sleep(0.01)
+    pytest.fail(f"no step {step} within 90 s: {process.log}")
+
+
+def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() <= tolerance * tensor.abs().max(), name
+
+
+# The sums of a step are formed in another order, in float32; Adam's division makes the most of it.
+GRADIENT_TOLERANCE = 1e-4
+ADAPTER_TOLERANCE = 2e-3
+
+
+@pytest.fixture
+def compared(starter, recipe_file, recipe_of, tmp_path):
+    """compared(world, *overrides): a run of `world` processes; its directory, and its gradients of the third step."""
+    recipe = recipe_file({"training.global_batch_size": 6, "training.max_steps": 4, "training.save_every": 4})
+
+    def run(world: int, *overrides: str):
+        name = f"world-{world}-{len(starter.started)}"
+        gradients = tmp_path / f"{name}.safetensors"
+        options = {"hook": "record_gradients", "step": 2, "path": str(gradients)}
+        arguments = ("train", recipe, f"name={name}", *overrides)
+        ranks = [starter.start(*arguments, **options)] if world == 1 else starter.ranks(world, *arguments, **options)
+        assert [rank.wait(120) for rank in ranks] == [0] * world, "".join(rank.log for rank in ranks)
+        assert all(rank.log == "" for rank in ranks[1:]), "one process speaks for all"
+        return RunDirectory(recipe_of({"name": name}).run_path), load_file(gradients)
+
+    return run
+
+
+def test_two_and_four_processes_train_as_one_does(compared):
+    one, gradients = compared(1)
+    losses = [row["loss"] for row in read_jsonl(one.metrics_path) if "loss" in row]
+    validation = one.read_status()["validation_loss"]
+    for world in (2, 4):
+        # Of four processes, two get one row of six and the others two: the micro-batches do not go round.
+        several, their_gradients = compared(world)
+        close(their_gradients, gradients, GRADIENT_TOLERANCE)
+        close(load_file(several.adapter_dir / "chain.safetensors"), load_file(one.adapter_dir / "chain.safetensors"), ADAPTER_TOLERANCE)
+        assert several.rows_path.read_bytes() == one.rows_path.read_bytes()
+        assert [row["loss"] for row in read_jsonl(several.metrics_path) if "loss" in row] == pytest.approx(losses, rel=1e-5)
+        status = several.read_status()
+        assert status["validation_loss"] == pytest.approx(validation, rel=1e-5)
+        assert status["machine"]["processes"] == world and not status["machine"]["sharded"]
+        for key in ("tokens", "supervised_tokens", "step"):
+            assert status[key] == one.read_status()[key]
+
+
+def test_a_sharded_base_trains_as_a_whole_one_does(compared, starter):
+    """Micro-batches of one row in six: with two processes their numbers of head passes differ."""
+    changes = ("training.micro_batch_size=1", "adapter.dropout=0.1", "training.eval_every=2")
+    tasks = ("evaluation.tasks=[everyday]", "evaluation.limit=3")
+    whole, gradients = compared(2, *changes)
+    sharded, their_gradients = compared(2, *changes, *tasks, "training.parallel=shard")
+    embeddings = 2 * 64 * 600  # in and out, which stay whole
+    values = [found.pop("base values").item() - embeddings for found in (gradients, their_gradients)]
+    assert values[1] == pytest.approx(values[0] / 2, rel=0.2)
+    assert json.loads((sharded.eval_dir / "likelihood.json").read_bytes())["tasks"]["everyday"]["n"] == 3
+    close(their_gradients, gradients, GRADIENT_TOLERANCE)
+    close(load_file(sharded.adapter_dir / "chain.safetensors"), load_file(whole.adapter_dir / "chain.safetensors"), ADAPTER_TOLERANCE)
+    assert sharded.rows_path.read_bytes() == whole.rows_path.read_bytes()
+    assert sharded.read_status()["machine"]["sharded"]
+
+
+def test_several_processes_resume_bit_for_bit(starter, recipe_file, recipe_of):
+    recipe = recipe_file({"adapter.dropout": 0.1})
+    for rank in starter.ranks(2, "train", recipe, "name=whole"):
+        assert rank.wait(120) == 0, rank.log
+    run = RunDirectory(recipe_of({"name": "killed"}).run_path)
+    ranks = starter.ranks(2, "train", recipe, "name=killed", hook="slow_steps", seconds=0.1)
+    wait_for_step(run, 3, ranks[0])
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [-9, -9]
+    for rank in starter.ranks(2, "train", recipe, "name=killed", "--resume"):
+        assert rank.wait(120) == 0, rank.log
+    whole = RunDirectory(recipe_of({"name": "whole"}).run_path)
+    for path in ("adapter/chain.safetensors", "checkpoints/step-000006/optimizer.safetensors", "rows.jsonl"):
+        assert (run.path / path).read_bytes() == (whole.path / path).read_bytes()
+    alone = starter.start("train", recipe, "name=killed", "--resume")
+    assert alone.wait() == 0 and "finished already" in alone.log
+
+
+def test_another_number_of_processes_does_not_resume(starter, recipe_file, recipe_of):
+    recipe = recipe_file({"training.max_steps": 500, "training.save_every": 2})
+    run = RunDirectory(recipe_of().run_path)
+    process = starter.start("train", recipe)
+    wait_for_step(run, 3, process)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 143
+    ranks = starter.ranks(2, "train", recipe, "--resume")
+    assert [rank.wait(120) for rank in ranks] == [2, 2]
+    assert "world_size: 1 in the checkpoint, 2 now: rows would be shared out otherwise" in ranks[0].log
+    assert ranks[1].log == ""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_any_one_process_stops_all_of_them(starter, recipe_file, recipe_of, number, code):
+    recipe = recipe_file({"training.max_steps": 500, "training.save_every": 500, "training.eval_every": 500})
+    run = RunDirectory(recipe_of().run_path)
+    ranks = starter.ranks(3, "train", recipe, hook="slow_steps", seconds=0.02)
+    wait_for_step(run, 2, ranks[0])
+    os.kill(ranks[2].pid, number)
+    assert [rank.wait() for rank in ranks] == [code] * 3
+    step = run.read_status()["step"]
+    assert run.read_status()["status"] == "stopped"
+    assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{step:06d}"]
+    assert f"stopped at step {step} of 500" in ranks[0].log and ranks[1].log == ranks[2].log == ""
+
+
+@pytest.mark.parametrize(
+    ("where", "kind", "codes", "message"),
+    [
+        ("prepare", "bug", [1, 1], "ValueError: a bug"),
+        ("step", "memory", [1, 1], "out of memory: 2.00 GiB were asked for on cpu"),
+        ("step", "exit", [1, 7], ""),
+    ],
+)
+def test_an_error_on_one_process_ends_all_of_them(starter, recipe_file, recipe_of, where, kind, codes, message):
+    began = time.monotonic()
+    ranks = starter.ranks(2, "train", recipe_file(), hook="fail_on_rank", rank=1, where=where, kind=kind)
+    assert [rank.wait(90) for rank in ranks] == codes, ranks[0].log + ranks[1].log
+    assert message in ranks[1].log
+    run = RunDirectory(recipe_of().run_path)
+    if where == "prepare":
+        assert ranks[0].log == "" and not run.path.exists()
+    else:
+        assert "error: another process of this run ended while this one waited for it" in ranks[0].log
+        assert run.read_status()["status"] == "failed"
+    assert time.monotonic() - began < 90
+    assert all("Traceback" not in rank.log for rank in ranks)
+
+
+def test_wrong_input_is_told_once(starter, recipe_file):
+    ranks = starter.ranks(2, "train", recipe_file({"model.path": "/nowhere"}))
+    assert [rank.wait(90) for rank in ranks] == [2, 2]
+    assert ranks[0].log.startswith("error: ") and ranks[1].log == ""
+
+
+def test_sharding_is_refused_where_it_cannot_be(starter, recipe_file):
+    alone = starter.start("train", recipe_file({"training.parallel": "shard"}))
+    ranks = starter.ranks(2, "train", recipe_file({"training.parallel": "shard", "model.quantization": "nf4"}))
+    assert alone.wait() == 2 and "shard needs several processes (--nproc)" in alone.log
+    assert [rank.wait(90) for rank in ranks] == [2, 2]
+    assert "shard spreads unquantised bases only" in ranks[0].log
