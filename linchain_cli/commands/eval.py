@@ -83,10 +83,12 @@ def run(
     """Measure a model's accuracy on benchmark tasks."""
     subject = find_subject(model)
     other = find_subject(against) if against is not None else None
-    if model is None:
+    if model is None and _is_first_process():
         print(f"evaluating {subject.name}")
     from linchain_cli.evaluation.tasks import load_tasks
 
+    if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
+        data_dir = Path(subject.recipe.evaluation.data_dir)
     loaded_tasks = load_tasks(_task_names(tasks, subject), data_dir, limit)
     path = out if out is not None else subject.result_path(protocol)
     settings = _Settings(protocol, beams, dtype, batch_tokens)
@@ -129,7 +131,7 @@ class _Settings:
 
         loaded = load_subject(subject, self.dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=_stderr(), transient=True) as bar:
+        with Progress(*columns, console=_stderr(), transient=True, disable=not _is_first_process()) as bar:
             handle = bar.add_task(subject.name, total=sum(len(task.rows) for task in tasks))
             return evaluate(
                 loaded.model,
@@ -146,6 +148,12 @@ class _Settings:
             )
 
 
+def _is_first_process() -> bool:
+    import os
+
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _stderr():
     from rich.console import Console
 
@@ -154,9 +162,7 @@ def _stderr():
 
 def _show(first: Results, path: Path, references: bool, second: tuple[Results, Path] | None = None) -> None:
     """Tables, the chart and where everything lies; of several processes the first one does it."""
-    import os
-
-    if os.environ.get("RANK", "0") != "0":
+    if not _is_first_process():
         return
     from linchain_cli import storage
     from linchain_cli.evaluation.results import compare

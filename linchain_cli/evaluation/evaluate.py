@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+import transformers
 
+from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.encoding import encode_prompt, encode_responses
 from linchain_cli.data.templates import RowError, Template, get_template
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import OptionTree, build_tree
 from linchain_cli.evaluation.progress import Progress
@@ -30,6 +32,7 @@ BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 class Job(Protocol):
     """The rows of one task under one protocol: batches of row positions, and the predictions of one batch."""
 
+    task: Task
     batches: list[list[int]]
 
     def run(self, batch: Sequence[int]) -> list[Prediction]: ...
@@ -144,13 +147,15 @@ def evaluate(
     progress = Progress(out, _fingerprint(settings, template, tasks), rank) if out is not None else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
+    if done and on_progress:
+        on_progress("continuing", len(done), total)
     try:
         with _evaluating(model):
             for turn, job, batch in _batches(model, tokenizer, template, tasks, settings, batch_tokens):
                 keys = [(job.task.name, job.task.rows[position].index) for position in batch]
                 if turn % world != rank or all(key in done for key in keys):
                     continue
-                predictions = job.run(batch)
+                predictions = _run(job, batch)
                 done.update(zip(keys, predictions, strict=True))
                 if progress:
                     progress.append(predictions)
@@ -164,6 +169,18 @@ def evaluate(
         results.write(out)
         progress.remove()
     return results
+
+
+def _run(job: Job, batch: Sequence[int]) -> list[Prediction]:
+    """A batch's predictions; one that does not fit into the GPU's memory is halved until it does."""
+    try:
+        return job.run(batch)
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise LinchainError(f"a single row does not fit into the GPU's memory: {error}") from error
+    torch.cuda.empty_cache()
+    middle = len(batch) // 2
+    return _run(job, batch[:middle]) + _run(job, batch[middle:])
 
 
 def answer(
@@ -192,7 +209,7 @@ def _evaluating(model) -> Iterator[None]:
 
 def _batches(
     model, tokenizer, template, tasks, settings, batch_tokens
-) -> Iterator[tuple[int, Any, list[int]]]:
+) -> Iterator[tuple[int, Job, list[int]]]:
     """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
     if batch_tokens is None:
         batch_tokens = BATCH_TOKENS.get(model.get_input_embeddings().weight.device.type, BATCH_TOKENS["cuda"])
@@ -200,7 +217,7 @@ def _batches(
     for task in tasks:
         own = template if task.template is None else get_template(task.template, tokenizer)
         if settings["protocol"] == "likelihood":
-            job: Any = LikelihoodJob(model, tokenizer, own, task, batch_tokens)
+            job: Job = LikelihoodJob(model, tokenizer, own, task, batch_tokens)
         else:
             job = GenerationJob(model, tokenizer, own, task, batch_tokens, settings["beams"])
         for batch in job.batches:
@@ -222,7 +239,8 @@ def _settings(model, template, tasks, name, protocol, beams, identity) -> dict[s
     }
     if protocol == "generate":
         settings["beams"] = beams
-    return {**settings, **(identity or {}), "adapter_sha256": _adapter_hash(model)}
+    versions = {"linchain": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {**settings, **(identity or {}), "adapter_sha256": _adapter_hash(model), "versions": versions}
 
 
 def _adapter_hash(model) -> str | None:

@@ -25,7 +25,7 @@ from linchain_cli.logits import last_logits
 
 PAD = 0
 # Cached tokens (prompt and answer of every beam) for each token that a batch may read at once.
-CACHED_PER_TOKEN = 8
+CACHED_PER_TOKEN = 4
 
 
 def end_tokens(model, tokenizer) -> list[int]:

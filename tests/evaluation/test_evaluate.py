@@ -11,9 +11,9 @@ import torch
 
 from linchain_cli.chain import ChainConfig, inject
 from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.answers import AnswerRule
-from linchain_cli.evaluation.evaluate import answer, evaluate
+from linchain_cli.evaluation.evaluate import LikelihoodJob, answer, evaluate
 from linchain_cli.evaluation.results import predictions_path
 from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model import load_model, load_tokenizer
@@ -202,10 +202,10 @@ def test_a_stopped_evaluation_continues(model, tokenizer, template, tasks, tmp_p
         model, tokenizer, template, tasks, out=out, on_progress=lambda *args: seen.append(args), **options
     )
     assert results == complete
-    assert seen[0][1] > 3 and seen[-1][1:] == (36, 36)
+    assert seen[0][0] == "continuing" and 0 < seen[0][1] < 36 and seen[-1][1:] == (36, 36)
     whole = []
     run(model, tokenizer, template, tasks, on_progress=lambda *args: whole.append(args), **options)
-    assert len(seen) == len(whole) - 3
+    assert len(seen) == len(whole) - 3 + 1
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
@@ -233,7 +233,7 @@ def test_another_evaluation_does_not_continue_it(
         model, tokenizer, template, tasks, out=out, on_progress=lambda *args: done.append(args[1]), **options
     )
     assert results == run(model, tokenizer, template, tasks, **options)
-    assert done[0] <= 12  # nothing was there at the start
+    assert done[0] <= 12 and done[-1] == sum(len(task.rows) for task in tasks)  # nothing was there
 
 
 def _work(rank, world, store, run_one):
@@ -272,6 +272,31 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
     assert two.read_bytes() == one.read_bytes()
     assert predictions_path(two).read_bytes() == predictions_path(one).read_bytes()
     assert [path.name for path in two.parent.glob(".*")] == []
+
+
+def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, template, tasks, monkeypatch):
+    reference = run(model, tokenizer, template, tasks)
+    original, sizes = LikelihoodJob.run, []
+
+    def small_memory(job, batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(job, batch)
+
+    monkeypatch.setattr(LikelihoodJob, "run", small_memory)
+    results = run(model, tokenizer, template, tasks)
+    assert max(sizes) > 3
+    assert [row["prediction"] for row in results.predictions] == [
+        row["prediction"] for row in reference.predictions
+    ]
+
+    def no_memory(job, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LikelihoodJob, "run", no_memory)
+    with pytest.raises(LinchainError, match="a single row does not fit"):
+        run(model, tokenizer, template, tasks)
 
 
 def test_one_answer(model, tokenizer, template):
