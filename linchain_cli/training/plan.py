@@ -122,6 +122,7 @@ def predict(
     validation: EncodedRows | None,
     device: torch.device,
     process_bytes: int | None = None,
+    world: int = 1,
 ) -> Plan:
     """Predicts memory and time of a recipe on `device`.
 
@@ -130,10 +131,11 @@ def predict(
         directory: the base model's checkpoint directory, of which only the configuration is read.
         train, validation: the encoded rows.
         process_bytes: `resident_bytes()` before a model was loaded; None takes it now.
+        world: processes that share the rows, each with the whole base.
     """
     process = resident_bytes() if process_bytes is None else process_bytes
     model = planned_model(recipe, config, directory, device)
-    epoch = recipe_epoch(recipe, train)
+    epoch = recipe_epoch(recipe, train, world)
     steps = total_steps(recipe, epoch.steps)
     base, trained = _parameters(model)
     notes: list[str] = []
@@ -156,7 +158,7 @@ def predict(
     )
     timed = None
     try:
-        timed = _time(recipe, model, epoch, steps, validation, device)
+        timed = _time(recipe, model, epoch, steps, validation, device, world)
         if recipe.model.quantization != "none":
             notes.append("the time is without that of restoring quantised weights")
     except _UNSUPPORTED as error:
@@ -281,6 +283,7 @@ def _time(
     steps: int,
     validation: EncodedRows | None,
     device: torch.device,
+    world: int,
 ) -> TimePlan:
     batch = min(_micro_batch(recipe), epoch.rows)
     length = max(1, round(epoch.computed / epoch.rows))
@@ -289,13 +292,13 @@ def _time(
     each_label = label_seconds(model, labels, device)
     if recipe.training.gradient_checkpointing:
         both += forward
-    epoch_seconds = both * epoch.computed + 2 * each_label * epoch.supervised_tokens
+    epoch_seconds = (both * epoch.computed + 2 * each_label * epoch.supervised_tokens) / world
     train = epoch_seconds * steps / epoch.steps
     validate = 0.0
     if validation is not None:
-        rows = recipe_epoch(recipe, validation)
+        rows = recipe_epoch(recipe, validation, world)
         times = math.ceil(steps / recipe.training.eval_every)
-        validate = times * (forward * rows.computed + each_label * rows.supervised_tokens)
+        validate = times * (forward * rows.computed + each_label * rows.supervised_tokens) / world
     return TimePlan(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2))
 
 
@@ -316,13 +319,13 @@ def position_seconds(
     decoder.config.num_hidden_layers = len(taken)
     width = decoder.get_input_embeddings().weight.shape[1]
     dtype = decoder.get_input_embeddings().weight.dtype
-    decoder.set_input_embeddings(nn.Embedding(1, width))
+    decoder.set_input_embeddings(nn.Embedding(1, width, device="meta"))
     if attention := resolve_attention(recipe.model.attention, device):
         decoder.set_attn_implementation(attention)
     else:
         decoder.set_attn_implementation("sdpa")
     _fill(decoder, device)
-    inputs = torch.randn(batch, length, width, device=device, dtype=dtype)
+    inputs = torch.randn(batch, length, width, device=device, dtype=dtype, generator=_generator(device))
 
     def forward() -> Tensor:
         return decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
@@ -344,20 +347,27 @@ def position_seconds(
 def _fill(module: nn.Module, device: torch.device) -> None:
     """Puts a module from the meta device on `device`, with small random weights."""
     module.to_empty(device=device)
+    generator = _generator(device)
     with torch.no_grad():
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point():
-                tensor.normal_(0.0, 0.02)
+                tensor.normal_(0.0, 0.02, generator=generator)
             else:
                 tensor.zero_()
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    """Random numbers of our own: a run that is planned must not differ from one that is not."""
+    return torch.Generator(device).manual_seed(0)
 
 
 def label_seconds(model: nn.Module, labelled: int, device: torch.device) -> float:
     """Seconds per labelled position of the head's forward pass, measured on `labelled` positions at once."""
     weight = model.get_output_embeddings().weight
     rows = min(weight.shape[0], 16384)
-    head = torch.randn(rows, weight.shape[1], device=device, dtype=weight.dtype)
-    hidden = torch.randn(labelled, weight.shape[1], device=device, dtype=weight.dtype)
+    like = {"device": device, "dtype": weight.dtype, "generator": _generator(device)}
+    head = torch.randn(rows, weight.shape[1], **like)
+    hidden = torch.randn(labelled, weight.shape[1], **like)
     return (
         _seconds(lambda: torch.log_softmax((hidden @ head.T).float(), -1), device)
         * weight.shape[0]

@@ -23,6 +23,8 @@ from linchain_cli.training.base import Base
 from linchain_cli.training.job import Job, elapsed
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch
+from linchain_cli.training.metrics import peak_memory_bytes
+from linchain_cli.training.plan import predict, resident_bytes
 from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main
 from linchain_cli.training.progress import Display, note
 from linchain_cli.training.signals import stop_requests
@@ -62,7 +64,7 @@ def run_training(
         held.enter_context(_deterministic(recipe.training.deterministic))
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
-        began = time.perf_counter()
+        began, process_bytes = time.perf_counter(), resident_bytes()
         plan = from_main(accelerator, on_main(accelerator, lambda: _claim(run, resume, fresh, held)))
         if plan == FINISHED:
             say(f"{run.path} is finished already; nothing to resume")
@@ -74,6 +76,8 @@ def run_training(
             jobs.resume(job, say)
         with explained(recipe, job.device):
             _settle_micro_batch(job, say)
+        if base is None and not job.base.sharded:
+            labels = {"plan": on_main(accelerator, lambda: _predict(job, process_bytes)), **(labels or {})}
         on_main(accelerator, lambda: _open(job, plan, labels or {}, elapsed(began)))
         with _told_in_status(job):
             start_trackers(job)
@@ -100,6 +104,17 @@ def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
     if job.state.micro_batch_size is None:
         wanted = job.recipe.training.micro_batch_size
         job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
+
+
+def _predict(job: Job, process_bytes: int) -> dict[str, Any]:
+    """What the run should cost, to stand in run.json beside what it did."""
+    settled = job.recipe.training.model_copy(update={"micro_batch_size": job.state.micro_batch_size})
+    recipe = job.recipe.model_copy(update={"training": settled})
+    data, world = job.data, job.accelerator.num_processes
+    config = jobs.chain_config(recipe)
+    return predict(
+        recipe, config, job.base.directory, data.train, data.validation, job.device, process_bytes, world
+    ).to_dict()
 
 
 def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -> None:
@@ -131,8 +146,16 @@ def _finish(job: Job) -> None:
     if keep == "best":
         states.restore(job.parameters, job.best)
     save_adapter(job.adapter(), run.adapter_dir)
-    timings = run.read_status()["timings"] | {"train_seconds": round(state.seconds, 3)}
+    status = run.read_status()
+    timings = status["timings"] | {"train_seconds": round(state.seconds, 3)}
+    if plan := status.get("plan"):
+        plan["measured"] = {
+            "peak_memory_bytes": peak_memory_bytes(job.device),
+            "train_seconds": round(state.seconds, 2),
+            "tokens_per_second": round(state.tokens / state.seconds, 2) if state.seconds else None,
+        }
     run.update_status(
+        plan=plan,
         status="finished",
         finished_at=runs.now(),
         step=state.step,

@@ -181,3 +181,39 @@ def test_the_planned_model_has_the_recipe_s_chains(make_recipe, tiny_llama_dir):
     model = planned_model(make_recipe(tiny_llama_dir), CHAINS, tiny_llama_dir, CPU)
     assert len(chain_layers(model)) == 4
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_planning_leaves_the_random_state_alone(plan_of, tiny_llama_dir):
+    before = torch.get_rng_state()
+    plan_of(tiny_llama_dir)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_processes_share_the_time(make_recipe, tiny_llama_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(plans, "_seconds", lambda run, device: (run(), 1.0)[1])
+    recipe = make_recipe(tiny_llama_dir)
+    data = prepare_data(recipe.data, load_tokenizer(tiny_llama_dir), cache_dir=tmp_path / "cache")
+
+    def seconds(world: int) -> float:
+        plan = predict(recipe, CHAINS, tiny_llama_dir, data.train, data.validation, CPU, world=world)
+        return plan.time.train_seconds
+
+    assert seconds(2) == pytest.approx(seconds(1) / 2, rel=0.1)
+
+
+def test_a_run_records_the_prediction_beside_what_it_measured(
+    make_recipe, tiny_llama_dir, tmp_path, monkeypatch
+):
+    from linchain_cli.training.runner import run_training
+
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    recipe = make_recipe(tiny_llama_dir, epochs=None, max_steps=3, warmup_steps=1)
+    recipe = recipe.model_copy(update={"output_dir": str(tmp_path / "runs")})
+    job = run_training(recipe, quiet=True)
+    plan = json.loads((tmp_path / "runs" / "x" / "run.json").read_text())["plan"]
+    assert plan["total_steps"] == 3 and plan["memory"]["total"] > plan["memory"]["base"] > 0
+    assert plan["time"]["train_seconds"] > 0
+    measured = plan["measured"]
+    assert measured["train_seconds"] == pytest.approx(job.state.seconds, abs=0.01)
+    assert measured["peak_memory_bytes"] > plan["memory"]["base"]
+    assert measured["tokens_per_second"] > 0
