@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_limit
 
+COMMAND = [sys.executable, "-m", "linchain_cli"]
 POLL_SECONDS = 0.1
 # After one process has failed, the others may still be waiting for it in a collective: they get this long to end.
 GRACE_SECONDS = 15.0
@@ -58,7 +59,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
     }  # fmt: skip
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, cpu_limit() // nproc))
-    command = [sys.executable, "-m", "linchain_cli", *arguments]
+    command = [*COMMAND, *arguments]
     children = [
         subprocess.Popen(
             command,
@@ -98,17 +99,20 @@ def end_with_launcher() -> None:
 
 def _wait(children: list[subprocess.Popen]) -> int:
     failed, deadline = 0, None
-    while any(child.poll() is None for child in children):
-        codes = [child.returncode for child in children if child.returncode]
-        if codes and deadline is None:
-            failed, deadline = codes[0], time.monotonic() + GRACE_SECONDS
+    while None in (codes := [child.poll() for child in children]):
+        if deadline is None and any(codes):
+            failed, deadline = _first_failure(codes), time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
-    code = failed or next((child.returncode for child in children if child.returncode), 0)
+    code = failed or _first_failure(codes)
     if code == -signal.SIGKILL:
         print("error: a process was killed from outside (when memory runs out, the kernel does so)", file=sys.stderr)
     return 128 - code if code < 0 else code
+
+
+def _first_failure(codes: list[int | None]) -> int:
+    return next((code for code in codes if code), 0)
 
 
 def _free_port() -> int:
