@@ -5,12 +5,14 @@ another.
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linchain_cli.evaluation.options import build_tree, common_prefix, tree_mask
 
 END = 99
+# The same examples every time, however slow the machine is.
+STEADY = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOKENS = st.lists(st.integers(0, 3), min_size=1, max_size=6)
 
 
@@ -59,6 +61,7 @@ def test_trees_that_cannot_be_built(sequences, reason):
         build_tree(sequences, END)
 
 
+@STEADY
 @given(TOKENS, st.lists(TOKENS, min_size=2, max_size=5, unique_by=tuple))
 def test_steps_spell_the_options_and_paths_cover_them(prompt, answers):
     sequences = [[7, *prompt, *answer] for answer in answers]
@@ -75,6 +78,7 @@ def test_steps_spell_the_options_and_paths_cover_them(prompt, answers):
     assert sorted(covered) == list(range(len(sequences)))
 
 
+@STEADY
 @given(st.lists(TOKENS, min_size=1, max_size=5))
 def test_common_prefix_is_the_longest_one(sequences):
     length = common_prefix(sequences)
