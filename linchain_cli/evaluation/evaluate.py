@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -51,6 +52,11 @@ class LikelihoodJob:
         predictions = []
         for position, scores in zip(batch, self._scorer.scores(batch), strict=True):
             row = self.task.rows[position]
+            if not all(map(math.isfinite, scores)):
+                raise LinchainError(
+                    f"{self.task.name}, row {row.index + 1}: the model's scores are {scores}:"
+                    " its weights are damaged or its precision is too low"
+                )
             by_option = dict(zip(row.options, scores, strict=True))
             prediction = max(by_option, key=by_option.__getitem__)
             predictions.append(_prediction(self.task, row, prediction, {"scores": by_option}))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.likelihood import plan_batches
 from linchain_cli.evaluation.tryout import (
     attention_window,
@@ -178,7 +178,12 @@ class BeamSearch:
         Returns which of these sequences go on and with which token, both (n,), or (None, None) at the end.
         """
         rows, beams, step = self._tokens.shape
-        totals = torch.log_softmax(logits.float(), dim=-1).view(rows, beams, -1) + self._scores.unsqueeze(-1)
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        if log_probs[:, 0].isnan().any():  # one of a row's logits is enough
+            raise LinchainError(
+                "the model's logits are not numbers: its weights are damaged or its precision is too low"
+            )
+        totals = log_probs.view(rows, beams, -1) + self._scores.unsqueeze(-1)
         vocabulary = totals.shape[-1]
         totals, picked = totals.view(rows, -1).topk(min(self._width, beams * vocabulary), dim=-1)
         parents, tokens = picked // vocabulary, picked % vocabulary

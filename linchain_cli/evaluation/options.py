@@ -16,8 +16,11 @@ import torch
 
 @dataclass(frozen=True)
 class OptionTree:
-    """Token `i` follows token `parents[i]` (-1: nothing). An option's score is the sum, over its steps
-    (position, token), of the log-probability of `token` behind the token at `position`."""
+    """Token `i` follows token `parents[i]` (-1: nothing).
+
+    An option's score is the sum, over its steps (position, token), of the log-probability of `token` behind
+    the token at `position`.
+    """
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from linchain_cli import storage
 from linchain_cli.evaluation.published import PUBLISHED, published_beside
@@ -18,7 +19,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     """One row per task: accuracy, 95 % interval, what always giving the most frequent answer would get."""
     console = console or Console()
     summary = results.summary
-    table = Table(title=title(summary), title_justify="left")
+    table = Table(title=Text(title(summary)), title_justify="left")
     for heading in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
     counted = {"unparsable": "no answer", "near_ties": "near ties"}
@@ -52,10 +53,9 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     """Paired differences on the same rows, after a warning if the two were not evaluated in the same way."""
     console = console or Console()
     for difference in comparison["differences_in_settings"]:
-        console.print(f"[bold yellow]not evaluated alike[/] — {difference}", highlight=False)
-    table = Table(
-        title=f"{first.summary['model']} minus {comparison['model']}, same rows", title_justify="left"
-    )
+        console.print(Text.assemble(("not evaluated alike", "bold yellow"), f" — {difference}"))
+    heading = f"{first.summary['model']} minus {comparison['model']}, same rows"
+    table = Table(title=Text(heading), title_justify="left")
     table.add_column("task")
     for heading in (
         "rows",
@@ -139,7 +139,7 @@ def write_chart(results: Sequence[Results], path: Path) -> None:
     from matplotlib.figure import Figure
 
     tasks = list(results[0].summary["tasks"])
-    figure = Figure(figsize=(max(5.0, 1.1 * len(tasks) * len(results) ** 0.5 + 2), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.1 * len(tasks) * len(results) ** 0.5 + 2), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(results)
@@ -150,24 +150,17 @@ def write_chart(results: Sequence[Results], path: Path) -> None:
         above = [100 * (entry["interval"][1] - entry["accuracy"]) for entry in entries]
         places = [task - 0.4 + (number + 0.5) * width for task in range(len(tasks))]
         axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=title(result.summary))
-    known = [(place, results[0].summary["tasks"][task]["majority"]) for place, task in enumerate(tasks)]
-    for label, (place, majority) in zip(
-        ["majority class"] + [None] * len(tasks), [k for k in known if k[1] is not None], strict=False
-    ):
-        axes.hlines(
-            100 * majority, place - 0.45, place + 0.45, colors="black", linestyles="dashed", label=label
-        )
-    axes.set_xticks(
-        range(len(tasks)),
-        tasks,
-        rotation=30 if len(tasks) > 3 else 0,
-        ha="right" if len(tasks) > 3 else "center",
-    )
+    majority = {place: results[0].summary["tasks"][task]["majority"] for place, task in enumerate(tasks)}
+    known = [place for place, share in majority.items() if share is not None]
+    if known:
+        levels = [100 * majority[place] for place in known]
+        ends = [place - 0.45 for place in known], [place + 0.45 for place in known]
+        axes.hlines(levels, *ends, colors="black", linestyles="dashed", label="majority class")
+    slanted = {"rotation": 30, "ha": "right"} if len(tasks) > 3 else {}
+    axes.set_xticks(range(len(tasks)), tasks, **slanted)
     axes.set_ylabel("accuracy, % (95 % interval)")
     axes.set_ylim(0, 100)
-    axes.legend(
-        fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25 if len(tasks) > 3 else -0.12)
-    )
+    figure.legend(fontsize="small", loc="outside lower center")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
     storage.write_atomic(path, buffer.getvalue())

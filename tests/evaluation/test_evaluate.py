@@ -299,6 +299,13 @@ def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, template, tasks, 
         run(model, tokenizer, template, tasks)
 
 
+@pytest.mark.parametrize("protocol", ["likelihood", "generate"])
+def test_a_broken_model_is_no_result(model, tokenizer, template, tasks, protocol):
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    with pytest.raises(LinchainError, match="damaged"):
+        run(model, tokenizer, template, tasks, protocol=protocol)
+
+
 def test_one_answer(model, tokenizer, template):
     text = answer(model, tokenizer, template, "Is an apple a fruit?", max_new_tokens=5)
     assert (

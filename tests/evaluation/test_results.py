@@ -120,3 +120,12 @@ def test_the_chart_depends_on_the_results_alone(tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     write_chart(results[:1], tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+
+
+def test_names_are_shown_as_they_are():
+    """Square brackets are markup to the table's library, and were swallowed."""
+    results = make([True, False], model="runs/[red]one")
+    assert "runs/[red]one · likelihood" in shown(print_results, results)
+    assert "runs/[red]one minus two" in shown(
+        print_comparison, results, compare(results, make([True, True], model="two"))
+    )
