@@ -157,19 +157,21 @@ def _sync_tree(root: Path) -> None:
 
 
 def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
-    if not (overwrite and target.exists()):
-        _rename(staging, target)
-        fsync_directory(target.parent)
-        return
     aside = target.with_name(f"{STAGING_PREFIX}old-{target.name}-{os.getpid()}")
-    _rename(target, aside)
+    replaces = overwrite and target.exists()
+    if replaces:
+        _rename(target, aside)
     try:
         _rename(staging, target)
+        fsync_directory(target.parent)
     except BaseException:
-        _rename(aside, target)
+        if not staging.exists():
+            _rename(target, staging)
+        if replaces:
+            _rename(aside, target)
         raise
-    fsync_directory(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
