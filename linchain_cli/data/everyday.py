@@ -29,15 +29,17 @@ from linchain_cli.errors import InputError
 T = TypeVar("T")
 
 SEED = 20241105
-ROWS = {"train": 2000, "test": 480}
-TEST_SHARE = 0.4  # of each kind's words
-# How styles take turns: half of the rows are true/false, a fifth has two solutions, the rest three to five answers.
-STYLES = ("boolq", "piqa", "boolq", "answers3", "boolq", "piqa", "boolq", "answers4", "boolq", "answers5")
+TEST_SHARE = 1 / 3  # of each kind's words
+# Rows of each style. A small model learns true/false first, and from many rows, so training has most of those.
+STYLES = {
+    "train": {"boolq": 1340, "piqa": 30, "answers3": 10, "answers4": 10, "answers5": 10},
+    "test": {"boolq": 300, "piqa": 90, "answers3": 30, "answers4": 30, "answers5": 30},
+}
 
 
 def words(split: str) -> dict[str, tuple[str, ...]]:
     """The words of each kind that rows of `split` (train or test) may contain; the two splits share none."""
-    if split not in ROWS:
+    if split not in STYLES:
         raise InputError(f"the data set 'everyday' has the splits train and test, not '{split}'.")
     parts = {}
     for kind, all_words in KINDS.items():
@@ -51,9 +53,9 @@ def words(split: str) -> dict[str, tuple[str, ...]]:
 def everyday_rows(split: str) -> list[dict[str, str]]:
     """All rows of a split, always the same: dicts with instruction, input (empty), output and answer."""
     writer = _Writer(split)
-    styles = [STYLES[index % len(STYLES)] for index in range(ROWS[split])]
-    made = {style: iter(writer.rows(style, styles.count(style))) for style in dict.fromkeys(STYLES)}
-    return [next(made[style]) for style in styles]
+    rows = [row for style, count in STYLES[split].items() for row in writer.rows(style, count)]
+    random.Random(f"{SEED} order of {split}").shuffle(rows)
+    return rows
 
 
 class _Writer:
@@ -66,7 +68,7 @@ class _Writer:
         self._seen: set[str] = set()
 
     def rows(self, style: str, count: int) -> list[dict[str, str]]:
-        """`count` rows of a style, in random order."""
+        """`count` rows of a style."""
         made: list[dict[str, str]] = []
         while len(made) < count:
             drawn = self._true_and_false() if style == "boolq" else [self._choice(style)]
@@ -74,8 +76,7 @@ class _Writer:
             if len(texts) == len(drawn) and not texts & self._seen:
                 self._seen |= texts
                 made += drawn
-        self._random.shuffle(made)
-        return made[:count]
+        return made
 
     def _deal(self, name: object, cards: Iterable[T]) -> T:
         """The next card of the deck called `name`; an empty deck is filled with `cards` and shuffled."""
@@ -90,14 +91,19 @@ class _Writer:
 
     def _asked(self, about: Sequence[Fact]) -> tuple[Fact, str]:
         """A fact and a kind of which it is true: each kind as often as any other, then each of its facts."""
-        kind = self._deal(("kind", len(about)), [kind for kind in KINDS if any(kind in fact.yes for fact in about)])
+        kind = self._deal(
+            ("kind", len(about)), [kind for kind in KINDS if any(kind in fact.yes for fact in about)]
+        )
         return self._deal(("fact", len(about), kind), [fact for fact in about if kind in fact.yes]), kind
 
     def _true_and_false(self) -> list[dict[str, str]]:
         """Two questions of one property, so that neither the property nor the kind of thing tells the label."""
         if self._deal("comparison", [True] + 9 * [False]):
             small, large = sorted(self._random.sample(range(len(SIZES)), 2))
-            x, y = (_phrase(kind, self._word(kind)) for kind in map(self._random.choice, (SIZES[small], SIZES[large])))
+            x, y = (
+                _phrase(kind, self._word(kind))
+                for kind in map(self._random.choice, (SIZES[small], SIZES[large]))
+            )
             questions = [f"is {x} smaller than {y}?", f"is {x} bigger than {y}?"]
             if self._deal("order", [True, False]):
                 questions = [f"is {y} bigger than {x}?", f"is {y} smaller than {x}?"]
@@ -106,7 +112,11 @@ class _Writer:
             other = self._deal(("no", fact), fact.no)
             questions = [fact.question.format(x=_phrase(kind, self._word(kind))) for kind in (kind, other)]
         return [
-            _row(f"Please answer the following question with true or false, question: {question}", ["true", "false"], answer)
+            _row(
+                f"Please answer the following question with true or false, question: {question}",
+                ["true", "false"],
+                answer,
+            )
             for question, answer in zip(questions, ["true", "false"], strict=True)
         ]
 
@@ -121,7 +131,9 @@ class _Writer:
         kinds.insert(place, kind)
         if style == "piqa":
             solutions = [fact.solution.format(x=_phrase(kind, self._word(kind))) for kind in kinds]
-            listed = "\n\n".join(f"Solution{number}: {text}" for number, text in enumerate(solutions, start=1))
+            listed = "\n\n".join(
+                f"Solution{number}: {text}" for number, text in enumerate(solutions, start=1)
+            )
             text = f"Please choose the correct solution to the question: How can you {fact.wish}?\n\n{listed}"
             return _row(text, ["solution1", "solution2"], f"solution{place + 1}")
         listed = " ".join(f"Answer{number}: {self._word(kind)}" for number, kind in enumerate(kinds, start=1))

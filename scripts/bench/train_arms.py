@@ -1,0 +1,303 @@
+"""One arm of the training benchmark, in a process of its own: reads `go` lines, runs a round for each, prints JSON.
+
+Called by scripts/bench_train.py as `python train_arms.py ARM SETTINGS.json`. All arms see the same rows in the same
+steps, start from the same A and links (B = 0), and use AdamW at one constant rate, so that their losses can be compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+RATE = 3e-4
+ALPHA_PER_RANK = 2
+
+
+def announce(**values) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def wait_for_go() -> None:
+    if not sys.stdin.readline():
+        sys.exit(0)
+
+
+def reset_peak_memory(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb(device: str) -> float:
+    """On CUDA what the allocator held at most; on a CPU the process's largest resident set since the last reset."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
+
+
+class Rows:
+    """The rows of step after step, encoded once by linchain's own data room and shared by every arm."""
+
+    def __init__(self, job):
+        from linchain_cli.data import step_rows
+
+        self.data, self.pad_id = job.data.train, job.base.pad_id
+        self.by_step = lambda step: step_rows(len(self.data), job.recipe.seed, 16, step)
+
+    def examples(self, steps: int) -> list[dict[str, list[int]]]:
+        """Rows in training order as the Hugging Face trainers take them."""
+        examples = []
+        for row in np.concatenate([self.by_step(step) for step in range(steps)]):
+            ids, supervised = self.data[int(row)]
+            labels = np.where(supervised, ids, -100)
+            examples.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()})
+        return examples
+
+    def tokens(self, step: int) -> int:
+        return int(self.data.lengths[self.by_step(step)].sum())
+
+
+def make_job(settings: dict, depth: int, compiled: bool = False, attention: str = "auto"):
+    """A linchain job on the benchmark's rows; other arms take model, rows and initial values from it."""
+    from linchain_cli.recipe import Recipe
+    from linchain_cli.run import RunDirectory
+    from linchain_cli.training.job import prepare
+    from linchain_cli.training.processes import connect
+
+    recipe = Recipe.model_validate({
+        "name": "bench",
+        "output_dir": settings["scratch"],
+        "model": {"path": settings["model"], "dtype": settings["dtype"], "quantization": settings["quantization"], "attention": attention},
+        "adapter": {"rank": settings["rank"], "depth": depth, "alpha": ALPHA_PER_RANK * settings["rank"], "target_modules": TARGETS},
+        "data": {"train": settings["data"], "validation": 0, "max_length": settings["max_length"], "train_on_inputs": settings["train_on_inputs"]},
+        "training": {
+            "max_steps": settings["rounds"] * settings["steps"], "global_batch_size": 16,
+            "micro_batch_size": settings["micro"], "learning_rate": RATE, "lr_scheduler": "constant", "warmup_steps": 0,
+            "keep": "last", "compile": compiled,
+        },
+    })  # fmt: skip
+    job = prepare(recipe, RunDirectory(recipe.run_path), connect())
+    job.state.micro_batch_size = settings["micro"]
+    return job
+
+
+def serve(settings: dict, job, rows: Rows, step) -> None:
+    """Runs `settings["steps"]` calls of `step(number) -> loss` for each `go`."""
+    announce(ready=True)
+    reset_peak_memory(settings["device"])
+    for number in range(settings["rounds"]):
+        wait_for_go()
+        losses = []
+        began = time.perf_counter()
+        steps = range(number * settings["steps"], (number + 1) * settings["steps"])
+        for index in steps:
+            losses.append(step(index))
+        if settings["device"] == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+        announce(
+            seconds=seconds, tokens=sum(rows.tokens(index) for index in steps), losses=losses,
+            peak_mb=peak_memory_mb(settings["device"]),
+        )  # fmt: skip
+
+
+def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
+    """linchain's own optimizer step."""
+    from linchain_cli.training.loop import optimizer_step
+    from linchain_cli.training.signals import StopRequest
+
+    job = make_job(settings, depth, compiled)
+    rows, stop = Rows(job), StopRequest()
+
+    def step(index: int) -> float:
+        return optimizer_step(job, rows.by_step(index), RATE, stop).loss
+
+    serve(settings, job, rows, step)
+
+
+def limit_arm(settings: dict) -> None:
+    """The frozen base's forward and the backward of its activations, in the same batches: no adapter, no loss head."""
+    from linchain_cli.chain import detach
+    from linchain_cli.data import collate, micro_batches
+
+    job = make_job(settings, 0)
+    detach(job.model)
+    rows = Rows(job)
+    embed, device = job.model.get_input_embeddings(), job.device
+
+    def step(index: int) -> float:
+        for part in micro_batches(rows.by_step(index), rows.data.lengths, settings["micro"]):
+            batch = collate(rows.data, part, rows.pad_id)
+            inputs = embed(batch.input_ids.to(device)).detach().requires_grad_()
+            hidden = job.model.base_model(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            hidden.backward(torch.ones_like(hidden))
+        return math.nan
+
+    serve(settings, job, rows, step)
+
+
+class UncollapsedChain(nn.Module):
+    """The authors' way: a base and nn.Linear modules A, W1 … Wn, B run one after another on every token."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.base, self.scaling = layer.base, layer.scaling
+
+        def linear(weight: torch.Tensor) -> nn.Linear:
+            module = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device)
+            module.weight = nn.Parameter(weight.detach().clone())
+            return module
+
+        self.chain = nn.Sequential(*(linear(weight) for weight in (layer.A, *layer.links, layer.B)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.scaling * self.chain(x.to(torch.float32)).to(x.dtype)
+
+
+def hugging_face_arm(settings: dict, adapter: str, trainer: str, attention: str = "sdpa") -> None:
+    """An adapter (PEFT's LoRA, or the uncollapsed chain) under transformers' Trainer or TRL's SFTTrainer.
+
+    SDPA is what `from_pretrained` takes by default; TRL, which is to run at its best setting, gets linchain's choice.
+    """
+    from linchain_cli.chain import chain_layers, detach
+
+    job = make_job(settings, 3 if adapter == "uncollapsed" else 0, attention=attention)
+    rows, model = Rows(job), job.model
+    layers = chain_layers(model)
+    detach(model)
+    if adapter == "uncollapsed":
+        for path, layer in layers.items():
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, UncollapsedChain(layer))
+    else:
+        model = with_peft(model, layers, settings["rank"])
+    run = {"trainer": run_trainer, "sft": run_sft}[trainer.partition("+")[0]]
+    run(settings, model, job, rows, packing=trainer.endswith("+packing"))
+
+
+def with_peft(model: nn.Module, layers: dict, rank: int) -> nn.Module:
+    """PEFT's LoRA with the same initial A."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config)
+    with torch.no_grad():
+        for path, layer in layers.items():
+            model.get_submodule(f"base_model.model.{path}").lora_A["default"].weight.copy_(layer.A)
+    return model
+
+
+def clocked(settings: dict, tokens_of):
+    """A trainer callback that waits for `go` before each round and reports it afterwards.
+
+    `tokens_of(step)` counts the unpadded tokens of a step.
+    """
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        began = 0.0
+        losses: list[float] = []
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step % settings["steps"] == 0:
+                if state.global_step == 0:
+                    announce(ready=True)
+                    reset_peak_memory(settings["device"])
+                wait_for_go()
+                self.losses = []
+                self.began = time.perf_counter()
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if not logs or "loss" not in logs:
+                return
+            self.losses.append(logs["loss"])
+            if state.global_step % settings["steps"]:
+                return
+            if settings["device"] == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - self.began
+            tokens = sum(tokens_of(state.global_step - back) for back in range(1, settings["steps"] + 1))
+            announce(seconds=seconds, tokens=tokens, losses=self.losses, peak_mb=peak_memory_mb(settings["device"]))
+
+    return Clock()
+
+
+def trainer_arguments(settings: dict) -> dict:
+    """Trainer's defaults but for what every arm shares: batches, rate, no warm-up. Rows come shuffled already."""
+    return {
+        "output_dir": settings["scratch"], "max_steps": settings["rounds"] * settings["steps"],
+        "per_device_train_batch_size": settings["micro"], "gradient_accumulation_steps": 16 // settings["micro"],
+        "learning_rate": RATE, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
+        "report_to": [], "train_sampling_strategy": "sequential", "disable_tqdm": True,
+        "use_cpu": settings["device"] == "cpu", "bf16": False, "fp16": False,
+    }  # fmt: skip
+
+
+def run_trainer(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = False) -> None:
+    from datasets import Dataset
+    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers.trainer_callback import PrinterCallback
+
+    job.base.tokenizer.pad_token_id = rows.pad_id
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(**trainer_arguments(settings)),
+        train_dataset=Dataset.from_list(rows.examples(settings["rounds"] * settings["steps"])),
+        data_collator=DataCollatorForSeq2Seq(job.base.tokenizer, padding=True),
+        callbacks=[clocked(settings, rows.tokens)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def run_sft(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = False) -> None:
+    from datasets import Dataset
+    from transformers.trainer_callback import PrinterCallback
+    from trl import SFTConfig, SFTTrainer
+
+    job.base.tokenizer.pad_token_id = rows.pad_id
+    examples = [
+        {"input_ids": example["input_ids"], "completion_mask": [int(label != -100) for label in example["labels"]]}
+        # Packing makes fewer rows of them, so it starts from more.
+        for example in rows.examples((4 if packing else 1) * settings["rounds"] * settings["steps"])
+    ]
+    arguments = trainer_arguments(settings) | {
+        "max_length": settings["max_length"], "completion_only_loss": not settings["train_on_inputs"],
+        "gradient_checkpointing": False, "packing": packing,
+    }  # fmt: skip
+    trainer = SFTTrainer(
+        model=model, args=SFTConfig(**arguments), train_dataset=Dataset.from_list(examples),
+        processing_class=job.base.tokenizer,
+    )  # fmt: skip
+    # Packing makes other rows of the given ones, so a step's tokens are counted in what it really trains on.
+    lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
+    trainer.add_callback(clocked(settings, lambda step: sum(lengths[16 * step : 16 * step + 16])))
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+ARMS = {
+    "limit": limit_arm,
+    "peft": lambda settings: hugging_face_arm(settings, "lora", "trainer"),
+    "trl": lambda settings: hugging_face_arm(settings, "lora", "sft", "auto"),
+    "trl-packing": lambda settings: hugging_face_arm(settings, "lora", "sft+packing", "auto"),
+    "uncollapsed": lambda settings: hugging_face_arm(settings, "uncollapsed", "trainer"),
+    **{f"linchain-{depth}": (lambda settings, depth=depth: linchain_arm(settings, depth)) for depth in (0, 1, 3, 8)},
+    "linchain-3-compiled": lambda settings: linchain_arm(settings, 3, compiled=True),
+}
+
+if __name__ == "__main__":
+    ARMS[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
