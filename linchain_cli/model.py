@@ -261,7 +261,16 @@ def load_model(
         )
     _refuse_incomplete(directory, loading)
     _refuse_rounded_head(model, quantization)
+    _keep_differentiable(model)
     return model.eval().requires_grad_(False)
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward in eval mode, for a kernel that
+    has no backward: the gradient would end there, with no more than a warning."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization_config(name: str, dtype: torch.dtype):
