@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import InputError
 from linchain_cli.evaluation.likelihood import plan_batches
 from linchain_cli.evaluation.tryout import (
     attention_window,
     continues_from_cache,
     ignores_padding,
+    refuse_broken,
     takes_positions,
 )
 from linchain_cli.logits import last_logits
@@ -50,6 +51,7 @@ class Generator:
         self.model, self.prompts, self.beams, self.max_new_tokens = model, prompts, beams, max_new_tokens
         self.device = model.get_input_embeddings().weight.device
         self.ends = end_tokens(model, tokenizer)
+        refuse_broken(model)
         self._own_search = continues_from_cache(model)
         # What a batch holds in its caches is the prompt and the answer, once per beam.
         lengths = [beams * (len(prompt) + max_new_tokens) for prompt in prompts]
@@ -178,12 +180,7 @@ class BeamSearch:
         Returns which of these sequences go on and with which token, both (n,), or (None, None) at the end.
         """
         rows, beams, step = self._tokens.shape
-        log_probs = torch.log_softmax(logits.float(), dim=-1)
-        if log_probs[:, 0].isnan().any():  # one of a row's logits is enough
-            raise LinchainError(
-                "the model's logits are not numbers: its weights are damaged or its precision is too low"
-            )
-        totals = log_probs.view(rows, beams, -1) + self._scores.unsqueeze(-1)
+        totals = torch.log_softmax(logits.float(), dim=-1).view(rows, beams, -1) + self._scores.unsqueeze(-1)
         vocabulary = totals.shape[-1]
         totals, picked = totals.view(rows, -1).topk(min(self._width, beams * vocabulary), dim=-1)
         parents, tokens = picked // vocabulary, picked % vocabulary

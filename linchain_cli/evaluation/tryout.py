@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.options import OptionTree, additive, tree_mask
 from linchain_cli.logits import last_logits
 
@@ -28,6 +29,18 @@ def attention_window(model) -> float:
         for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
     )
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=float("inf"))
+
+
+def refuse_broken(model) -> None:
+    """Raises LinchainError for a model that computes NaN or infinities: no result of it means anything."""
+    with torch.inference_mode():
+        logits, _ = last_logits(
+            model, torch.tensor([TEXT], device=model.get_input_embeddings().weight.device)
+        )
+    if not logits.isfinite().all():
+        raise LinchainError(
+            "the model's logits are not finite numbers: its weights are damaged or its precision is too low"
+        )
 
 
 def continues_from_cache(model) -> bool:
