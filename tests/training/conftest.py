@@ -150,7 +150,7 @@ class Process:
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def wait(self, timeout: float = 60) -> int:
+    def wait(self, timeout: float = 180) -> int:
         """The exit code, negative for a signal that killed it."""
         self.handle.join(timeout)
         if self.handle.exitcode is None:

@@ -1,38 +1,86 @@
-"""Signals to real processes."""
+"""Signals to real processes: one finishes the step and saves, a second one ends it at once."""
 
 from __future__ import annotations
 
-import json
+import os
 import signal
 import time
 
 import pytest
 
-from linchain_cli.run import RunDirectory
+from linchain_cli.errors import Stopped
+from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.training.signals import stop_requests
+
+SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+LONG = {"training.max_steps": 500, "training.save_every": 500, "training.eval_every": 500}
 
 
-def wait_for_step(run: RunDirectory, step: int, process) -> None:
-    """Until the run has logged the step."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if run.rows_path.exists() and run.rows_path.read_text().count("\n") >= step:
-            return
-        assert process.handle.is_alive(), process.log
+def wait_until(condition, process, what: str) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.handle.is_alive() and time.monotonic() < deadline, f"no {what}: {process.log}"
         time.sleep(0.01)
-    pytest.fail(f"no step {step} within a minute: {process.log}")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits(starter, recipe_file, recipe_of, number, code):
-    changes = {"training.max_steps": 500, "training.save_every": 500, "training.eval_every": 500}
-    run = RunDirectory(recipe_of(changes).run_path)
-    process = starter.start("train", recipe_file(changes), hook="slow_steps", seconds=0.02)
-    wait_for_step(run, 2, process)
-    process.handle.is_alive() and __import__("os").kill(process.pid, number)
+    recipe = recipe_file(LONG)
+    run = RunDirectory(recipe_of().run_path)
+    process = starter.start("train", recipe, hook="slow_steps", seconds=0.02)
+    wait_until(lambda: len(read_jsonl(run.rows_path)) >= 2, process, "second step")
+    os.kill(process.pid, number)
     assert process.wait() == code
-    steps = [json.loads(line)["step"] for line in run.rows_path.read_text().splitlines()]
-    assert run.read_status()["status"] == "stopped"
-    assert run.read_status()["step"] == steps[-1] < 500
-    assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{steps[-1]:06d}"]
-    assert f"stopped at step {steps[-1]} of 500; continue with --resume" in process.log
+    step = read_jsonl(run.rows_path)[-1]["step"]
+    status = run.read_status()
+    assert status["status"] == "stopped" and status["step"] == step < 500
+    assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{step:06d}"]
+    assert f"error: stopped at step {step} of 500; continue with --resume" in process.log
     assert "Traceback" not in process.log
+
+    again = starter.start("train", recipe, f"training.max_steps={step + 1}", "--resume")
+    assert again.wait() == 0 and f"after step {step} of {step + 1}" in again.log
+    assert [row["step"] for row in read_jsonl(run.rows_path)] == list(range(1, step + 2))
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_second_signal_exits_at_once(starter, recipe_file, recipe_of, number, code):
+    run = RunDirectory(recipe_of().run_path)
+    process = starter.start("train", recipe_file(LONG), hook="slow_steps", seconds=60)
+    wait_until(run.exists, process, "run directory")
+    time.sleep(0.3)  # into the step
+    os.kill(process.pid, number)
+    process.handle.join(0.5)
+    assert process.handle.is_alive(), "the first signal lets the step go on"
+    began = time.monotonic()
+    os.kill(process.pid, number)
+    assert process.wait() == code
+    assert time.monotonic() - began < 20
+    assert not run.checkpoints_dir.exists()
+    again = starter.start("train", recipe_file({"training.max_steps": 1}), "--resume")
+    assert again.wait() == 0, "the lock is gone with the process"
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_before_the_first_step_there_is_nothing_to_wait_for(starter, recipe_file, recipe_of, tmp_path, number, code):
+    marker = tmp_path / "loading"
+    process = starter.start("train", recipe_file(), hook="slow_loading", seconds=60, marker=str(marker))
+    wait_until(marker.exists, process, "loading")
+    os.kill(process.pid, number)
+    assert process.wait(30) == code
+    assert "error: stopped before the first step" in process.log
+    assert not recipe_of().run_path.exists()
+
+
+def test_handlers_are_put_back():
+    before = [signal.getsignal(number) for number, _ in SIGNALS]
+    with stop_requests() as request:
+        assert [signal.getsignal(number) for number, _ in SIGNALS] != before
+        request.deferred = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert request.signum == signal.SIGTERM
+    assert [signal.getsignal(number) for number, _ in SIGNALS] == before
+    with pytest.raises(Stopped, match="before the first step") as caught, stop_requests():
+        os.kill(os.getpid(), signal.SIGINT)
+    assert caught.value.exit_code == 130
+    assert [signal.getsignal(number) for number, _ in SIGNALS] == before

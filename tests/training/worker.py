@@ -61,6 +61,18 @@ def slow_steps(seconds: float) -> None:
     loop.optimizer_step = slow
 
 
+def slow_loading(seconds: float, marker: str) -> None:
+    """Loading the model takes so long; `marker` is a file that tells when it has begun."""
+    put_in_chains = job.put_in_chains
+
+    def slow(*args):
+        open(marker, "w").close()
+        time.sleep(seconds)
+        return put_in_chains(*args)
+
+    job.put_in_chains = slow
+
+
 def record_gradients(step: int, path: str) -> None:
     """Writes the summed gradients of a step (counted from 0) to a file, and how many of the base's values lie here."""
     from safetensors.torch import save_file

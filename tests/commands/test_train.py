@@ -1,0 +1,124 @@
+"""`linchain train` from its arguments to its exit code, in this process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from linchain_cli import cli
+from linchain_cli.run import RunDirectory, read_jsonl
+
+RECIPE = """
+name: tiny
+output_dir: {runs}
+model:
+  path: {model}
+  dtype: float32
+adapter: {{rank: 4, depth: 2, alpha: 8, target_modules: [q_proj, v_proj]}}
+data:
+  train: {rows}
+  validation: 4
+  max_length: 192
+training:
+  max_steps: 4
+  global_batch_size: 4
+  micro_batch_size: 2
+  learning_rate: 0.01
+  warmup_steps: 1
+  log_every: 2
+  eval_every: 2
+  save_every: 2
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_llama_dir: Path, commonsense_rows, monkeypatch) -> Path:
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps(commonsense_rows(24)))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(runs=tmp_path / "runs", model=tiny_llama_dir, rows=rows))
+    return path
+
+
+@pytest.fixture
+def linchain(capfd):
+    """linchain(*arguments): exit code, what went to stdout, what went to stderr."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        return (end.value.code, *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory(tmp_path / "runs" / "tiny")
+
+
+def test_from_a_recipe_to_a_finished_run(linchain, recipe, run):
+    code, out, err = linchain("train", recipe)
+    assert code == 0 and out == f"finished: {run.path} (adapter in {run.adapter_dir})\n"
+    lines = err.splitlines()
+    assert lines[0].startswith("step 2/4  loss ") and "tokens/s" in lines[0] and lines[0].endswith("left")
+    assert lines[1].startswith("step 2: validation loss ") and lines[1].endswith("(best so far)")
+    assert run.read_status()["status"] == "finished"
+    assert run.loss_plot_path.read_bytes().startswith(b"\x89PNG")
+    assert [row["step"] for row in read_jsonl(run.rows_path)] == [1, 2, 3, 4]
+    assert "links" in (run.adapter_dir / "chain.json").read_text() or (run.adapter_dir / "chain.safetensors").exists()
+
+
+def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
+    assert linchain("train", recipe, "training.max_steps=1")[0] == 0
+    code, _, err = linchain("train", recipe)
+    assert code == 2 and err == f"error: {run.path} holds a finished run. Use --fresh to replace it, or another name (name=NEW).\n"
+    code, _, err = linchain("train", recipe, "--resume")
+    assert code == 0 and err == f"{run.path} is finished already; nothing to resume\n"
+    code, _, err = linchain("train", recipe, "--resume", "--fresh")
+    assert code == 2 and "give one of them" in err
+    assert linchain("train", recipe, "--fresh")[0] == 0
+    assert run.read_status()["step"] == 4
+    assert linchain("train", recipe, "name=new")[0] == 0
+
+
+def test_tasks_are_evaluated_at_the_end(linchain, recipe, run):
+    code, out, _ = linchain("train", recipe, "training.max_steps=1", "evaluation.tasks=[everyday]", "evaluation.limit=4")
+    assert code == 0 and "everyday" in out
+    results = json.loads((run.eval_dir / "likelihood.json").read_bytes())
+    assert results["tasks"]["everyday"]["n"] == 4 and results["model"] == str(run.path)
+    assert len(read_jsonl(run.eval_dir / "likelihood.predictions.jsonl")) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluation.tasks=[everday]"], "everyday"),
+        (["model.path=/nowhere/model"], "/nowhere/model"),
+        (["data.train=/nowhere/rows.json"], "/nowhere/rows.json"),
+        (["adapter.target_modules=[k_prj]"], "Did you mean 'k_proj'?"),
+        (["training.trackers=[aim]"], "training.trackers: aim cannot be used"),
+        (["training.parallel=shard"], "shard needs several processes"),
+        (["data.validation=24"], "data.validation: 24 rows cannot be held out of 24"),
+        (["learning_rate=1"], "training.learning_rate"),
+    ],
+)
+def test_wrong_input_is_one_message_and_leaves_no_run(linchain, recipe, run, overrides, message):
+    code, out, err = linchain("train", recipe, *overrides)
+    assert code == 2 and out == ""
+    assert err.startswith("error: ") and message in err and "Traceback" not in err
+    assert not run.path.exists()
+
+
+def test_a_run_that_fails_says_why_and_exits_1(linchain, recipe, run, monkeypatch):
+    from linchain_cli.training import loop
+
+    monkeypatch.setattr(loop.loss, "backward", lambda model, batch, scale, device: scale * float("nan"))
+    code, out, err = linchain("train", recipe)
+    assert code == 1 and out == ""
+    assert err.startswith("error: step 1: the loss is nan") and "Its rows" not in err and "The step's rows are [" in err
+    assert run.read_status()["status"] == "failed"
