@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from linchain_cli.data.everyday_facts import (
+    ASKED,
     GOALS,
     KINDS,
     PROPERTIES,
@@ -32,8 +33,8 @@ SEED = 20241105
 TEST_SHARE = 1 / 3  # of each kind's words
 # Rows of each style. A small model learns true/false first, and from many rows, so training has most of those.
 STYLES = {
-    "train": {"boolq": 1340, "piqa": 30, "answers3": 10, "answers4": 10, "answers5": 10},
-    "test": {"boolq": 300, "piqa": 90, "answers3": 30, "answers4": 30, "answers5": 30},
+    "train": {"boolq": 800, "piqa": 30, "answers3": 9, "answers4": 8, "answers5": 10},
+    "test": {"boolq": 260, "piqa": 70, "answers3": 30, "answers4": 30, "answers5": 30},
 }
 
 
@@ -98,7 +99,7 @@ class _Writer:
 
     def _true_and_false(self) -> list[dict[str, str]]:
         """Two questions of one property, so that neither the property nor the kind of thing tells the label."""
-        if self._deal("comparison", [True] + 9 * [False]):
+        if self._deal("comparison", [True] + 19 * [False]):
             small, large = sorted(self._random.sample(range(len(SIZES)), 2))
             x, y = (
                 _phrase(kind, self._word(kind))
@@ -108,7 +109,7 @@ class _Writer:
             if self._deal("order", [True, False]):
                 questions = [f"is {y} bigger than {x}?", f"is {y} smaller than {x}?"]
         else:
-            fact, kind = self._asked(PROPERTIES)
+            fact, kind = self._asked(ASKED)
             other = self._deal(("no", fact), fact.no)
             questions = [fact.question.format(x=_phrase(kind, self._word(kind))) for kind in (kind, other)]
         return [

