@@ -32,7 +32,7 @@ AGAINST = Path(f"eval-{MODEL.name}.json")  # where `linchain eval` writes what i
 BASE_RESULTS = Path(f"eval-{MODEL.name}.json")  # where `linchain eval` writes those of a model that is no run
 MERGED = RUN / "merged"
 EXAMPLE = "Please answer the following question with true or false, question: is a piano a kind of animal?"
-VERIFIED_ROWS = 48
+VERIFIED_ROWS = 32
 
 
 class Failed(Exception):
@@ -164,17 +164,17 @@ def verify() -> int:
 
 
 def best_option(model, tokenizer, template, row: dict) -> str:
-    """The option that the model finds likeliest behind the prompt, each in a forward pass of its own."""
+    """The option that the model finds likeliest behind the row's prompt; one forward pass for all of them."""
     import torch
 
-    scores = {}
-    for option in row["instruction"].rpartition("Answer format: ")[2].split("/"):
-        text = template.prompt(row) + f"the correct answer is {option}"
-        tokens = tokenizer(text, return_tensors="pt").input_ids
-        with torch.inference_mode():
-            log_probabilities = model(tokens).logits[0, :-1].log_softmax(-1)
-        scores[option] = log_probabilities.gather(1, tokens[0, 1:, None]).sum().item()
-    return max(scores, key=scores.__getitem__)
+    options = row["instruction"].rpartition("Answer format: ")[2].split("/")
+    texts = [template.prompt(row) + f"the correct answer is {option}" for option in options]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    with torch.inference_mode():
+        log_probabilities = model(**batch).logits[:, :-1].log_softmax(-1)
+    tokens = log_probabilities.gather(2, batch.input_ids[:, 1:, None])[..., 0]
+    scores = (tokens * batch.attention_mask[:, 1:]).sum(-1)
+    return options[int(scores.argmax())]
 
 
 def print_table(agreeing: int, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""scripts/quickstart.py: what it fetches and runs again, what it says when it cannot, and how it checks the merge."""
+"""scripts/quickstart.py: what it fetches and runs again, what it says if it cannot, how it checks a merge."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_failing_command_ends_it_with_its_name(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def evaluated(quickstart, tiny_llama_dir, monkeypatch):
-    """A run whose merged checkpoint is the tiny model, with the results that linchain's own evaluation gives it."""
+    """A run whose merged checkpoint is the tiny model, with the results of linchain's own evaluation."""
     from linchain_cli.data.templates import get_template
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.results import compare
