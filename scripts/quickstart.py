@@ -29,7 +29,6 @@ RECIPE = Path("configs/quickstart.yaml")
 RUN = Path("runs/quickstart")
 RESULTS = RUN / "eval" / "likelihood.json"
 AGAINST = Path(f"eval-{MODEL.name}.json")  # where `linchain eval` writes what is no run's
-BASE_RESULTS = Path(f"eval-{MODEL.name}.json")  # where `linchain eval` writes those of a model that is no run
 MERGED = RUN / "merged"
 EXAMPLE = "Please answer the following question with true or false, question: is a piano a kind of animal?"
 VERIFIED_ROWS = 32
