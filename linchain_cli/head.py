@@ -1,8 +1,10 @@
-"""The model in two halves: everything up to the last hidden states, and the head that turns those into logits.
+"""The model in two halves: everything up to the last hidden states, and the head that turns those into
+logits.
 
-Only labelled positions need logits, and with a large vocabulary not all of them at once. transformers' models apply
-head, scaling and soft-capping in one `forward`; to run just that part, for any architecture, the real forward is called
-with its backbone replaced for the length of the call by one that returns given hidden states.
+Only labelled positions need logits, and with a large vocabulary not all of them at once. transformers' models
+apply head, scaling and soft-capping in one `forward`; to run just that part, for any architecture, the real
+forward is called with its backbone replaced for the length of the call by one that returns given hidden
+states.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from linchain_cli.errors import InputError
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output the model's forward turns into logits: embeddings, blocks and final norm.
 
-    In a multimodal model that is all of it but the head; OPT's forward calls the decoder within its base model.
+    In a multimodal model that is all of it but the head; OPT's forward calls the decoder within its base
+    model.
     """
     multimodal = model.config.get_text_config(decoder=True) is not model.config
     return model.base_model if multimodal else model.get_decoder()
@@ -29,13 +32,16 @@ def backbone(model: nn.Module) -> nn.Module:
 def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The backbone's last hidden states (batch, length, d) for right-padded rows (batch, length).
 
-    No attention mask is needed: with causal attention a row's own tokens come before its padding and never see it.
+    No attention mask is needed: with causal attention a row's own tokens come before its padding and never
+    see it.
     """
     return backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 class _GivenHiddenStates:
-    """Stands for a backbone's output, of which architectures read different fields: the ones it lacks are None."""
+    """Stands for a backbone's output, of which architectures read different fields: the ones it lacks are
+    None.
+    """
 
     def __init__(self, hidden: Tensor):
         self.last_hidden_state = hidden
@@ -67,7 +73,9 @@ def _backbone_returns(model: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Logits (n, vocabulary) of hidden states (n, d), with whatever scaling and capping the model's forward applies."""
+    """Logits (n, vocabulary) of hidden states (n, d), with whatever scaling and capping the model's forward
+    applies.
+    """
     placeholder = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
     with _backbone_returns(model, hidden[None]):
         return model(input_ids=placeholder, use_cache=False).logits[0]
@@ -86,10 +94,12 @@ def check_split(model: nn.Module) -> None:
     try:
         split = head_logits(model, hidden_states(model, ids)[0]).float()
     except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{type(model).__name__} cannot be split into backbone and head ({error})") from error
+        raise InputError(
+            f"{type(model).__name__} cannot be split into backbone and head ({error})"
+        ) from error
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     if not torch.allclose(whole, split, rtol=tolerance, atol=tolerance * whole.abs().max().item()):
         raise InputError(
-            f"{type(model).__name__} computes more between its hidden states and its logits than linchain can follow;"
-            " this architecture is not supported"
+            f"{type(model).__name__} computes more between its hidden states and its logits than linchain can"
+            " follow; this architecture is not supported"
         )

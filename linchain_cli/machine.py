@@ -20,7 +20,9 @@ def cpu_limit() -> int:
 
 
 def limit_threads() -> None:
-    """Keeps torch's thread count within `cpu_limit`, which its default does not know; OMP_NUM_THREADS overrules it."""
+    """Keeps torch's thread count within `cpu_limit`, which its default does not know; OMP_NUM_THREADS
+    overrules it.
+    """
     if "OMP_NUM_THREADS" in os.environ:
         return
     import torch
@@ -40,7 +42,7 @@ def available_memory() -> int:
 
 
 def _cpu_quotas() -> Iterator[float]:
-    """Quotas, in CPUs, of this process's control groups (version 2, then version 1) and of those above them."""
+    """Quotas, in CPUs, of this process's control groups (versions 2 and 1) and of those above them."""
     for group in _groups(""):
         with contextlib.suppress(OSError, ValueError):
             quota, period = (group / "cpu.max").read_text().split()

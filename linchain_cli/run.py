@@ -1,6 +1,7 @@
-"""The run directory: where everything of one training run lives, its status, and the lock that keeps it to one process.
+"""The run directory: where everything of one training run lives, its status, and the lock that keeps it to
+one process.
 
-    recipe.yaml  run.json  metrics.jsonl  rows.jsonl  loss.png  checkpoints/  adapter/  eval/  merged/
+recipe.yaml  run.json  metrics.jsonl  rows.jsonl  loss.png  checkpoints/  adapter/  eval/  merged/
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import contextlib
 import fcntl
 import json
 from collections.abc import Iterator
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ Status = Literal["running", "stopped", "failed", "finished"]
 
 def now() -> str:
     """The present moment in UTC, ISO 8601 to the millisecond."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 class RunDirectory:
@@ -65,8 +66,8 @@ class RunDirectory:
         storage.write_json(self.status_path, {**status, **fields})
 
     def check_free(self, *, replace: bool = False) -> None:
-        """Raises InputError when a run may not be written here: one exists (and is not to be replaced), or a directory
-        that is no run, which is never touched."""
+        """Raises InputError when a run may not be written here: one exists (and is not to be replaced), or a
+        directory that is no run, which is never touched."""
         if not self.path.exists():
             return
         if self.exists():
@@ -79,7 +80,8 @@ class RunDirectory:
             )
 
     def create(self, recipe_yaml: str, *, replace: bool = False) -> None:
-        """Makes the directory with recipe.yaml and run.json in it, as one step; with `replace`, in an existing run's place.
+        """Makes the directory with recipe.yaml and run.json in it, as one step; with `replace`, in an
+        existing run's place.
 
         Call it with the lock held: what a killed process left beside the directory is removed.
 
@@ -116,7 +118,9 @@ class RunDirectory:
 
 
 class ComparisonDirectory:
-    """Paths of one comparison; its arms are run directories below arms/. Creating the object touches nothing on disk."""
+    """Paths of one comparison; its arms are run directories below arms/. Creating the object touches nothing
+    on disk.
+    """
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
@@ -143,7 +147,9 @@ def locked(path: Path) -> Iterator[None]:
         storage.make_directory(path.parent)
         lock = open(_lock_path(path), "a")
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(f"{path.parent} cannot be written to ({error.strerror}); choose another output_dir") from error
+        raise InputError(
+            f"{path.parent} cannot be written to ({error.strerror}); choose another output_dir"
+        ) from error
     with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -192,7 +198,9 @@ def newest_finished_run(root: Path | str = "runs") -> RunDirectory:
             if status["status"] == "finished" and not status.get("comparison"):
                 candidates.append((status.get("finished_at", ""), path.name, run))
     if not candidates:
-        raise InputError(f"no finished run below {root}/: name a run directory, or train one with 'linchain train RECIPE'")
+        raise InputError(
+            f"no finished run below {root}/: name a run directory, or train one with 'linchain train RECIPE'"
+        )
     return max(candidates)[2]
 
 
@@ -207,18 +215,26 @@ def find_run(path: Path | str | None, *, finished: bool = True) -> RunDirectory:
     run = RunDirectory(path)
     if not run.exists():
         if (comparison := ComparisonDirectory(path)).exists():
-            raise InputError(f"{path} is a comparison: name one of its runs, which lie in {comparison.arms_dir}/")
+            raise InputError(
+                f"{path} is a comparison: name one of its runs, which lie in {comparison.arms_dir}/"
+            )
         parent = run.path.parent
         names = [entry.name for entry in parent.iterdir() if is_run(entry)] if parent.is_dir() else []
-        raise InputError(f"{path} is not a run directory: it has no run.json." + did_you_mean(run.path.name, names))
+        raise InputError(
+            f"{path} is not a run directory: it has no run.json." + did_you_mean(run.path.name, names)
+        )
     status = run.read_status()["status"]
     if finished and status != "finished":
-        raise InputError(f"{path} is {status}, not finished: continue it with 'linchain train RECIPE --resume'")
+        raise InputError(
+            f"{path} is {status}, not finished: continue it with 'linchain train RECIPE --resume'"
+        )
     return run
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, up to the first line that a killed process or a lost disk block left damaged."""
+    """The rows of a JSON-lines file, up to the first line that a killed process or a lost disk block left
+    damaged.
+    """
     if not path.is_file():
         return []
     rows = []
@@ -246,4 +262,6 @@ def append_jsonl(path: Path, row: dict[str, Any]) -> None:
 def cut_jsonl(path: Path, last_step: int) -> None:
     """Drops the rows of steps after `last_step`, and what is damaged."""
     if path.is_file():
-        storage.write_atomic(path, jsonl_bytes([row for row in read_jsonl(path) if row.get("step", 0) <= last_step]))
+        storage.write_atomic(
+            path, jsonl_bytes([row for row in read_jsonl(path) if row.get("step", 0) <= last_step])
+        )

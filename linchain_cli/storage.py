@@ -183,7 +183,8 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_staging(directory: Path, name: str | None = None) -> None:
-    """Removes what a killed process left half-written in `directory`: of everything, or of the target `name` only.
+    """Removes what a killed process left half-written in `directory`: of everything, or of the target `name`
+    only.
 
     The caller sees to it that no other process writes there now.
     """

@@ -9,9 +9,17 @@ from linchain_cli.errors import InputError
 from linchain_cli.head import check_split, head_logits, hidden_states
 
 SMALL = {
-    "vocab_size": 120, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 HEADS = {"head_dim": 8}
 # Model type, and what its configuration needs besides SMALL (or in its place).
 ARCHITECTURES = {
@@ -31,13 +39,22 @@ ARCHITECTURES = {
     "olmo2": {},
     "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
     "cohere": {"logit_scale": 0.5},
-    "cohere2": {"logit_scale": 0.5, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
+    "cohere2": {
+        "logit_scale": 0.5,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "stablelm": {},
     "starcoder2": {"sliding_window": 8},
     "nemotron": {},
     "smollm3": {},
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
     "gpt_neox": {},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
@@ -53,7 +70,11 @@ def small_model(kind: str):
 
     fields = ARCHITECTURES[kind]
     names = set(AutoConfig.for_model(kind).to_dict()) | set(fields)
-    known = {name: value for name, value in {**SMALL, **fields}.items() if name in names or name == "num_key_value_heads"}
+    known = {
+        name: value
+        for name, value in {**SMALL, **fields}.items()
+        if name in names or name == "num_key_value_heads"
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known), dtype=torch.float32)
@@ -80,7 +101,9 @@ def test_the_heads_gradient_reaches_the_hidden_states(kind):
     hidden = hidden_states(model, ids)[0].requires_grad_()
     head_logits(model, hidden)[4, 7].backward()
     captured = []
-    handle = model.base_model.register_forward_hook(lambda *args: captured.append(args[2].last_hidden_state.requires_grad_()))
+    handle = model.base_model.register_forward_hook(
+        lambda *args: captured.append(args[2].last_hidden_state.requires_grad_())
+    )
     model(input_ids=ids, use_cache=False).logits[0, 4, 7].backward()
     handle.remove()
     torch.testing.assert_close(hidden.grad, captured[0].grad[0])
@@ -103,7 +126,9 @@ def test_a_model_that_does_more_between_the_halves_is_refused():
     class Odd(type(model)):
         def forward(self, input_ids=None, **kwargs):
             output = super().forward(input_ids=input_ids, **kwargs)
-            output.logits = output.logits + 0.1 * self.model.embed_tokens(input_ids).sum(-1, keepdim=True).cos()
+            output.logits = (
+                output.logits + 0.1 * self.model.embed_tokens(input_ids).sum(-1, keepdim=True).cos()
+            )
             return output
 
     model.__class__ = Odd

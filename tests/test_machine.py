@@ -32,7 +32,10 @@ def test_without_control_groups_the_affinity_decides(box):
     assert machine.available_memory() == 32 * GIB
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8)])
+@pytest.mark.parametrize(
+    ("quota", "expected"),
+    [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", 8)],
+)
 def test_version_two_quota(box, quota, expected):
     box("proc/self/cgroup", "0::/pod/container\n")
     box("cgroup/pod/container/cpu.max", quota)

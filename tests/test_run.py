@@ -74,7 +74,10 @@ def test_an_existing_run_is_refused_with_the_way_on(tmp_path, status, message):
 def test_a_run_that_is_going_on_is_said_to_be(tmp_path):
     run = RunDirectory(tmp_path / "a")
     run.create("name: a\n")
-    with run.lock(), pytest.raises(InputError, match="in use by another linchain process; wait for it or stop it"):
+    with (
+        run.lock(),
+        pytest.raises(InputError, match="in use by another linchain process; wait for it or stop it"),
+    ):
         run.check_free()
 
 
@@ -166,7 +169,9 @@ def test_find_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = finished(Path("runs") / "llama", "2026-01-01")
     assert find_run("runs/llama").path == run.path == find_run(None).path
-    with pytest.raises(InputError, match=r"runs/lama is not a run directory: it has no run.json. Did you mean 'llama'\?"):
+    with pytest.raises(
+        InputError, match=r"runs/lama is not a run directory: it has no run.json. Did you mean 'llama'\?"
+    ):
         find_run("runs/lama")
     run.update_status(status="stopped")
     with pytest.raises(InputError, match="runs/llama is stopped, not finished: continue it with .*--resume"):
@@ -186,7 +191,9 @@ def test_rows_go_through_their_file(tmp_path):
     assert read_jsonl(path) == rows
 
 
-@pytest.mark.parametrize("damage", [b'{"step": 3, "ro', b"\x00\x00\x00\x00\n", b'{"step": 3\n', b"[3]\n", b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "damage", [b'{"step": 3, "ro', b"\x00\x00\x00\x00\n", b'{"step": 3\n', b"[3]\n", b"\xff\xfe\n"]
+)
 def test_damaged_rows_and_those_behind_them_are_dropped(tmp_path, damage):
     path = tmp_path / "rows.jsonl"
     for step in (1, 2):

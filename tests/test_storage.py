@@ -1,4 +1,6 @@
-"""Atomic files, staged directories, hashes. What happens when the disk fails stands in training/test_faults.py."""
+"""Atomic files, staged directories, hashes. What happens when the disk fails stands in
+training/test_faults.py.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,10 @@ def test_a_rename_that_fails_puts_the_old_directory_back(tmp_path, monkeypatch):
         rename(source, destination)
 
     monkeypatch.setattr(storage, "_rename", fails)
-    with pytest.raises(OSError, match="Input/output"), storage.staged_directory(target, overwrite=True) as staging:
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        storage.staged_directory(target, overwrite=True) as staging,
+    ):
         (staging / "new").touch()
     assert os.listdir(target) == ["old"] and os.listdir(tmp_path) == ["target"]
 
@@ -139,4 +144,8 @@ def test_file_systems_that_cannot_sync_directories_are_lived_with(tmp_path, monk
 def test_hashes(tmp_path):
     data = bytes(range(256)) * 5000
     (tmp_path / "file").write_bytes(data)
-    assert storage.sha256_file(tmp_path / "file") == storage.sha256_bytes(data) == hashlib.sha256(data).hexdigest()
+    assert (
+        storage.sha256_file(tmp_path / "file")
+        == storage.sha256_bytes(data)
+        == hashlib.sha256(data).hexdigest()
+    )

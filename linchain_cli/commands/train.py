@@ -21,10 +21,13 @@ if TYPE_CHECKING:
 def run(
     recipe: RecipePath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Replace an existing run directory.")] = False,
     nproc: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; left out, one per visible GPU.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Number of processes; left out, one per visible GPU.", show_default=False),
     ] = None,
 ) -> None:
     """Fine-tune a model as a recipe says."""

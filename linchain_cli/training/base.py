@@ -17,7 +17,7 @@ from linchain_cli.recipe import Recipe
 from linchain_cli.training.blocks import shard
 from linchain_cli.training.processes import from_main, on_main, together
 
-# `parallel: auto` shards a base that takes more than this share of a GPU's memory; the rest is for activations.
+# `parallel: auto` shards a base that takes more than this share of a GPU; the rest is for activations.
 WHOLE_SHARE = 0.6
 
 
@@ -33,7 +33,7 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """What fills short rows. No loss ever reads it, so any token does where a tokenizer has none for it."""
+        """What fills short rows. No loss reads it, so any token does where a tokenizer has none for it."""
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in candidates if token is not None)
 
@@ -72,11 +72,13 @@ def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:
     """Whether the base is spread over the processes."""
     wanted, quantised = recipe.training.parallel, recipe.model.quantization != "none"
     if wanted == "shard" and accelerator.num_processes == 1:
-        raise InputError("training.parallel: shard needs several processes (--nproc); one alone cannot share the base")
+        raise InputError(
+            "training.parallel: shard needs several processes (--nproc); one alone cannot share the base"
+        )
     if wanted == "shard" and quantised:
         raise InputError(
-            "training.parallel: shard spreads unquantised bases only; set model.quantization to none, or parallel to"
-            " replicate, which holds the quantised base whole on every process"
+            "training.parallel: shard spreads unquantised bases only; set model.quantization to none, or"
+            " parallel to replicate, which holds the quantised base whole on every process"
         )
     if wanted != "auto":
         return wanted == "shard"

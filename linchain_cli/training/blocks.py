@@ -1,4 +1,4 @@
-"""What is done to a model's blocks as units: recompute their activations, compile them, spread them over processes."""
+"""What is done to a model's blocks as units: recompute, compile, spread them over processes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _REPLACED = "_linchain_replaced_forward"  # marks a block whose `forward` is our
 def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The text decoder's repeated blocks, in order.
 
-    They are the outermost modules that transformers marks as units of recomputation; where it marks none, the members
-    of the decoder's longest list of modules.
+    They are the outermost modules that transformers marks as units of recomputation; where it marks none, the
+    members of the decoder's longest list of modules.
 
     Raises:
         InputError: the model has no such blocks.
@@ -27,24 +27,26 @@ def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     decoder = text_decoder(model)
-    marked = [path for path, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    marked = [
+        path for path, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
     outermost = [path for path in marked if not any(path.startswith(other + ".") for other in marked)]
     if outermost:
         return [decoder.get_submodule(path) for path in outermost]
     lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
     if not lists:
         raise InputError(
-            f"{type(model).__name__} is not made of blocks, which training.gradient_checkpointing, training.compile and"
-            " training.parallel=shard need: switch them off."
+            f"{type(model).__name__} is not made of blocks, which training.gradient_checkpointing,"
+            " training.compile and training.parallel=shard need: switch them off."
         )
     return list(max(lists, key=len))
 
 
 def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
-    """Makes the blocks keep their input only and compute the rest again in the backward pass, and compiles them.
+    """Makes the blocks compute their activations again in the backward pass, and compiles them, as asked for.
 
-    The base stays in eval mode, which transformers' own recomputation does not allow for. Calling it again replaces
-    what an earlier call did.
+    The base stays in eval mode, which transformers' own recomputation does not allow for. Calling it again
+    replaces what an earlier call did.
     """
     for module in model.modules():
         if module.__dict__.pop(_REPLACED, False):
@@ -52,8 +54,8 @@ def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
     if not (recompute or compiled):
         return
     if compiled:
-        # All blocks share one code object, of which a program is made per case: with and without gradients, for one
-        # row and for several. Beyond the limit torch would run it uncompiled, and only warn.
+        # All blocks share one code object, of which a program is made per case: with and without gradients,
+        # for one row and for several. Beyond the limit torch would run it uncompiled, and only warn.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     for block in decoder_blocks(model):
         forward = block.forward
@@ -76,8 +78,9 @@ def _recomputed(forward: Callable) -> Callable:
 def shard(model: nn.Module, device: torch.device) -> None:
     """Spreads the frozen blocks over all processes (FSDP2); each is gathered for as long as it computes.
 
-    Embeddings, final norm and head stay whole on every process: how often the head runs differs between them. Chains
-    that are put in later are not part of it. The model may lie on the CPU; afterwards it is on `device`.
+    Embeddings, final norm and head stay whole on every process: how often the head runs differs between them.
+    Chains that are put in later are not part of it. The model may lie on the CPU; afterwards it is on
+    `device`.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -7,8 +7,8 @@
         state.json                        step, tokens, best loss, fingerprints
         manifest.json                     size and SHA-256 of all of them, written last
 
-A checkpoint is staged in a sibling directory, fsynced and renamed (storage.staged_directory), so a kill at any instant
-leaves the earlier ones as they were. Nothing is pickled.
+A checkpoint is staged in a sibling directory, fsynced and renamed (storage.staged_directory), so a kill at
+any instant leaves the earlier ones as they were. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class CheckpointStore:
         with storage.staged_directory(target) as staging:
             for name, data in files.items():
                 storage.write_durable(staging / name, data)
-            listing = {name: {"bytes": len(data), "sha256": storage.sha256_bytes(data)} for name, data in files.items()}
+            listing = {
+                name: {"bytes": len(data), "sha256": storage.sha256_bytes(data)}
+                for name, data in files.items()
+            }
             storage.write_durable(staging / MANIFEST, storage.json_bytes({"step": step, "files": listing}))
         for old in self.steps()[: -self.keep]:
             storage.remove_directory(self.path(old))
@@ -106,7 +109,8 @@ class CheckpointStore:
             return step, files
         if problems:
             raise InputError(
-                f"no checkpoint below {self.directory} can be used: {'; '.join(problems)}. Start over with --fresh."
+                f"no checkpoint below {self.directory} can be used: {'; '.join(problems)}."
+                " Start over with --fresh."
             )
         return None
 

@@ -1,4 +1,6 @@
-"""What decides a run's result, apart from its state: a checkpoint is continued only where all of it is the same."""
+"""What decides a run's result, apart from its state: a checkpoint is continued only where all of it is the
+same.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,15 @@ from linchain_cli.errors import InputError
 if TYPE_CHECKING:
     from linchain_cli.recipe import Recipe
 
-# A recipe's keys that may differ between a checkpoint and the run that continues it: names, lengths, intervals. Which
-# model and data it is shows in their hashes, wherever they lie.
+# A recipe's keys that may differ between a checkpoint and the run that continues it: names, lengths,
+# intervals. Which model and data it is shows in their hashes, wherever they lie.
 FREE_KEYS = (
-    "name", "output_dir", "model.path", "model.revision", "model.dtype", "data.train", "data.split", "data.revision",
-    "data.columns", "training.epochs", "training.max_steps", "training.log_every", "training.eval_every",
-    "training.save_every", "training.keep_checkpoints", "training.early_stopping", "training.trackers", "evaluation",
-)  # fmt: skip
+    *("name", "output_dir", "model.path", "model.revision", "model.dtype"),
+    *("data.train", "data.split", "data.revision", "data.columns"),
+    *("training.epochs", "training.max_steps", "training.early_stopping"),
+    *("training.log_every", "training.eval_every", "training.save_every"),
+    *("training.keep_checkpoints", "training.trackers", "training.parallel", "evaluation"),
+)
 
 _MEANING = {
     "data": "the rows or their tokens are others",
@@ -30,18 +34,13 @@ _MEANING = {
 }
 
 
-def fingerprints(
-    recipe: Recipe, *, data: str, validation: str | None, base: str, dtype: str, device: str, threads: int | None,
-    world_size: int, sharded: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """What a checkpoint stores beside its state. `threads` counts on a CPU only."""
+def fingerprints(recipe: Recipe, **others: Any) -> dict[str, Any]:
+    """What a checkpoint stores beside its state: the recipe's values and the `others`, those of _MEANING."""
+    assert others.keys() == _MEANING.keys()
     values = dict(_flat(recipe.model_dump(mode="json")))
     if isinstance(recipe.data.validation, str):
         del values["data.validation"]  # a path; its rows' hash is `validation`
-    return {
-        "recipe": values, "data": data, "validation": validation, "base": base, "dtype": dtype, "device": device,
-        "threads": threads, "world_size": world_size, "sharded": sharded,
-    }  # fmt: skip
+    return {"recipe": values, **others}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -73,5 +72,7 @@ def refuse_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> 
             lines.append(f"  {key}: {before} in the checkpoint, {after} now: {meaning}")
     if lines:
         raise InputError(
-            "this run cannot be resumed as it is:\n" + "\n".join(lines) + "\nRestore what differs, or start over with --fresh."
+            "this run cannot be resumed as it is:\n"
+            + "\n".join(lines)
+            + "\nRestore what differs, or start over with --fresh."
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import platform
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,9 +115,13 @@ def chain_config(recipe: Recipe) -> ChainConfig:
     """The adapter section as the chain package takes it."""
     adapter = recipe.adapter
     return ChainConfig(
-        rank=adapter.rank, depth=adapter.depth, alpha=adapter.alpha, dropout=adapter.dropout,
-        init=adapter.init, target_modules=adapter.target_modules,
-    )  # fmt: skip
+        rank=adapter.rank,
+        depth=adapter.depth,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        init=adapter.init,
+        target_modules=adapter.target_modules,
+    )
 
 
 def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, ChainLinear]:
@@ -137,7 +140,9 @@ def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, ChainLinear]:
     wanted = {path: [layer.A.shape, layer.links.shape, layer.B.shape] for path, layer in layers.items()}
     different = sorted(path for path in shapes.keys() | wanted.keys() if shapes.get(path) != wanted.get(path))
     if different:
-        raise InputError(f"adapter.init_from: {source} adapts other modules than the recipe does (e.g. {different[0]})")
+        raise InputError(
+            f"adapter.init_from: {source} adapts other modules than the recipe does (e.g. {different[0]})"
+        )
     for path, layer in layers.items():
         load_tensors(layer, adapter.tensors[path])
     return layers
@@ -170,7 +175,7 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
         base=base.hash,
         dtype=_name(base.model.dtype),
         device=accelerator.device.type,
-        threads=torch.get_num_threads() if accelerator.device.type == "cpu" else None,
+        threads=torch.get_num_threads() if accelerator.device.type == "cpu" else None,  # a GPU has its own
         world_size=accelerator.num_processes,
         sharded=base.sharded,
     )
@@ -187,7 +192,9 @@ def warnings(job: Job) -> list[str]:
         if trained_on not in (None, job.base.hash):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
     if optimizers.is_unpaged(recipe.training.optimizer, job.device):
-        found.append("training.optimizer: the CPU has nothing to page to, so paged_adamw_8bit runs as adamw_8bit")
+        found.append(
+            "training.optimizer: the CPU has nothing to page to, so paged_adamw_8bit runs as adamw_8bit"
+        )
     return found
 
 
@@ -211,9 +218,13 @@ def resume(job: Job, note: Callable[[str], None]) -> None:
             f"the run now ends at step {job.total_steps} instead of {about['total_steps']}:"
             " the learning rate follows the new length"
         )
-    changed = {name: version for name, version in versions().items() if about["versions"].get(name) != version}
+    changed = {
+        name: version for name, version in versions().items() if about["versions"].get(name) != version
+    }
     if changed:
-        listing = ", ".join(f"{name} {version} (was {about['versions'].get(name)})" for name, version in changed.items())
+        listing = ", ".join(
+            f"{name} {version} (was {about['versions'].get(name)})" for name, version in changed.items()
+        )
         note(f"this is {listing}: the end may differ in its last bits")
     note(f"resuming {run.path} after step {step} of {job.total_steps}")
 
@@ -224,9 +235,12 @@ def versions() -> dict[str, str]:
     import transformers
 
     return {
-        "linchain": __version__, "python": platform.python_version(), "torch": torch.__version__,
-        "transformers": transformers.__version__, "accelerate": accelerate.__version__,
-    }  # fmt: skip
+        "linchain": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+    }
 
 
 def description(job: Job) -> dict[str, Any]:
@@ -235,21 +249,30 @@ def description(job: Job) -> dict[str, Any]:
     return {
         "versions": versions(),
         "hashes": {
-            "recipe": storage.sha256_bytes(recipe.to_yaml().encode()), "data": data.fingerprint, "base": job.base.hash,
+            "recipe": storage.sha256_bytes(recipe.to_yaml().encode()),
+            "data": data.fingerprint,
+            "base": job.base.hash,
         },
-        "base": {"path": recipe.model.path, "directory": str(job.base.directory), "dtype": _name(job.model.dtype)},
+        "base": {
+            "path": recipe.model.path,
+            "directory": str(job.base.directory),
+            "dtype": _name(job.model.dtype),
+        },
         "seed": recipe.seed,
         "split_seed": recipe.data.split_seed,
         "machine": {
-            "device": str(job.device), "processor": _processor(job.device), "threads": torch.get_num_threads(),
-            "processes": job.accelerator.num_processes, "sharded": job.base.sharded,
+            "device": str(job.device),
+            "processor": _processor(job.device),
+            "threads": torch.get_num_threads(),
+            "processes": job.accelerator.num_processes,
+            "sharded": job.base.sharded,
         },
         "total_steps": job.total_steps,
         "micro_batch_size": job.state.micro_batch_size,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "adapted_modules": len(job.layers),
         "rows": data.counts(),
-    }  # fmt: skip
+    }
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -264,8 +287,3 @@ def _processor(device: torch.device) -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def elapsed(since: float) -> float:
-    """Seconds since a `time.perf_counter()` reading, to the millisecond."""
-    return round(time.perf_counter() - since, 3)

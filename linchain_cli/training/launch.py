@@ -1,8 +1,8 @@
 """Several processes on this machine, started by `linchain train` itself.
 
-Each child is the same command with the environment variables that torch.distributed reads. The parent passes signals
-on and waits: children finish their optimizer step and save, and the parent exits as they did. Under torchrun or
-`accelerate launch` those variables are there already and nothing is started here.
+Each child is the same command with the environment variables that torch.distributed reads. The parent passes
+signals on and waits: children finish their optimizer step and save, and the parent exits as they did. Under
+torchrun or `accelerate launch` those variables are there already and nothing is started here.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from linchain_cli.machine import cpu_limit
 
 COMMAND = [sys.executable, "-m", "linchain_cli"]
 POLL_SECONDS = 0.1
-# After one process has failed, the others may still be waiting for it in a collective: they get this long to end.
+# After one process has failed, the others may wait for it in a collective. They get this long to end.
 GRACE_SECONDS = 15.0
 PARENT = "LINCHAIN_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, accelerate launch, or this module) started this process as one of several."""
+    """Whether a launcher (torchrun, accelerate launch, this module) started this process among others."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -43,7 +43,7 @@ def wanted_processes(nproc: int | None) -> int:
     gpus = torch.cuda.device_count()
     if nproc is not None and gpus and nproc > gpus:
         raise InputError(
-            f"--nproc {nproc}: only {gpus} GPU{'s are' if gpus > 1 else ' is'} visible, and each process needs one."
+            f"--nproc {nproc}: each process needs a GPU, and {gpus} {'are' if gpus > 1 else 'is'} visible."
             " Set CUDA_VISIBLE_DEVICES= (to nothing) to train on the CPU."
         )
     return nproc or max(1, gpus)
@@ -55,15 +55,19 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
     The first process that fails decides the code; 130 or 143 when a signal stopped them.
     """
     environment = os.environ | {
-        "WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), PARENT: str(os.getpid()),
-    }  # fmt: skip
+        "WORLD_SIZE": str(nproc),
+        "LOCAL_WORLD_SIZE": str(nproc),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        PARENT: str(os.getpid()),
+    }
     if "OMP_NUM_THREADS" not in os.environ:
         environment["OMP_NUM_THREADS"] = str(max(1, cpu_limit() // nproc))
     command = [*COMMAND, *arguments]
     children = [
         subprocess.Popen(
             command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(nproc)},
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             # A terminal's Ctrl-C would reach every child by itself and once more through the parent.
             start_new_session=True,
         )
@@ -88,7 +92,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
 
 
 def end_with_launcher() -> None:
-    """Asks the kernel to send this process SIGTERM when the `run_processes` that started it dies, however it dies."""
+    """Asks the kernel for SIGTERM when the `run_processes` that started this process dies in any way."""
     parent = os.environ.get(PARENT)
     if parent is None or not sys.platform.startswith("linux"):
         return
@@ -107,7 +111,10 @@ def _wait(children: list[subprocess.Popen]) -> int:
         time.sleep(POLL_SECONDS)
     code = failed or _first_failure(codes)
     if code == -signal.SIGKILL:
-        print("error: a process was killed from outside (when memory runs out, the kernel does so)", file=sys.stderr)
+        print(
+            "error: a process was killed from outside (when memory runs out, the kernel does so)",
+            file=sys.stderr,
+        )
     return 128 - code if code < 0 else code
 
 

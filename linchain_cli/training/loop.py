@@ -57,21 +57,8 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
         _record_rows(job, rows)
         last = state.step == job.total_steps
         if state.step % training.log_every == 0 or last:
-            row = {
-                "step": state.step,
-                "epoch": round(state.step / job.steps_per_epoch, 4),
-                "loss": step.loss,
-                "learning_rate": rate,
-                "grad_norm": step.grad_norm,
-                "tokens": state.tokens,
-                "supervised_tokens": state.supervised_tokens,
-                **interval.row(),
-                "peak_memory_bytes": peak_memory_bytes(job.device),
-            }
-            _record(job, row)
-            display.row(row)
+            display.row(_record(job, _measures(job, step, rate, interval)))
             interval = Interval()
-
         if job.data.validation is not None and (state.step % training.eval_every == 0 or last):
             validate(job, display)
         if state.step % training.save_every == 0 or last or step.signum or stops_early(job):
@@ -89,11 +76,23 @@ def stops_early(job: Job) -> bool:
     return patience is not None and job.state.stale >= patience
 
 
+def _measures(job: Job, step: Step, rate: float, interval: Interval) -> dict[str, Any]:
+    return {
+        "loss": step.loss,
+        "learning_rate": rate,
+        "grad_norm": step.grad_norm,
+        "tokens": job.state.tokens,
+        "supervised_tokens": job.state.supervised_tokens,
+        **interval.row(),
+        "peak_memory_bytes": peak_memory_bytes(job.device),
+    }
+
+
 class Step(NamedTuple):
     """What one optimizer step was, over all processes.
 
-    `loss` is the mean over its supervised tokens, `grad_norm` the gradient's norm before clipping, `slots` the tokens
-    computed, padding included, and `signum` the signal that asked any process to stop, 0 for none.
+    `loss` is the mean over its supervised tokens, `grad_norm` the gradient's norm before clipping, `slots`
+    the tokens computed, padding included, and `signum` the signal that asked any process to stop, 0 for none.
     """
 
     loss: float
@@ -103,7 +102,7 @@ class Step(NamedTuple):
 
 
 def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -> Step:
-    """One step over `rows` (global row numbers): forward and backward of all micro-batches, one sum, one update.
+    """One step over these training rows: forward and backward of all micro-batches, one sum, one update.
 
     Raises:
         LinchainError: loss or gradient norm is not finite. Nothing is updated then, on any process.
@@ -155,13 +154,13 @@ def _flags(signum: int) -> list[float]:
 
 
 def _signum(flags: list[float]) -> int:
-    return int(next((number for number, flag in zip(_SIGNALS, flags) if flag), 0))
+    return int(next((number for number, flag in zip(_SIGNALS, flags, strict=True) if flag), 0))
 
 
 def _not_finite(job: Job, rows: np.ndarray, value: float, norm: float) -> LinchainError:
     return LinchainError(
-        f"step {job.state.step + 1}: the loss is {value} and the gradient norm {norm}; nothing was updated, the"
-        f" checkpoints are kept. The step's rows are {rows.tolist()}. A lower training.learning_rate or"
+        f"step {job.state.step + 1}: the loss is {value} and the gradient norm {norm}; nothing was updated,"
+        f" the checkpoints are kept. The step's rows are {rows.tolist()}. A lower training.learning_rate or"
         " model.dtype=float32 may help."
     )
 
@@ -183,18 +182,16 @@ def validate(job: Job, display: Display) -> None:
             job.best = states.snapshot(job.parameters)
     else:
         state.stale += 1
-    _record(job, {"step": state.step, "epoch": round(state.step / job.steps_per_epoch, 4), "eval_loss": value})
+    _record(job, {"eval_loss": value})
     display.validation(state.step, value, better)
 
 
 @torch.no_grad()
 def validation_loss(job: Job) -> float:
     """Mean loss over all supervised tokens of the validation rows, shared over the processes."""
-    accelerator, data = job.accelerator, job.data.validation
-    everything = np.arange(len(data))
-    parts = micro_batches(
-        everything, data.lengths, job.state.micro_batch_size, accelerator.process_index, accelerator.num_processes
-    )
+    accelerator, data, rank = job.accelerator, job.data.validation, job.accelerator.process_index
+    rows, size = np.arange(len(data)), job.state.micro_batch_size
+    parts = micro_batches(rows, data.lengths, size, rank, accelerator.num_processes)
     total = torch.zeros((), dtype=torch.float64, device=job.device)
     with folded(job.model):
         for part in parts:
@@ -218,11 +215,14 @@ def save(job: Job) -> None:
     on_main(job.accelerator, write)
 
 
-def _record(job: Job, row: dict[str, Any]) -> None:
+def _record(job: Job, values: dict[str, Any]) -> dict[str, Any]:
+    """Adds a row to metrics.jsonl, tells the trackers, and returns the row."""
+    values = {"epoch": round(job.state.step / job.steps_per_epoch, 4), **values}
+    row = {"step": job.state.step, **values}
     if job.accelerator.is_main_process:
         runs.append_jsonl(job.run.metrics_path, row)
-        values = {key: value for key, value in row.items() if key != "step"}
-        job.accelerator.log(values, step=row["step"])
+        job.accelerator.log(values, step=job.state.step)
+    return row
 
 
 def _record_rows(job: Job, rows: np.ndarray) -> None:

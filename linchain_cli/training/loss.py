@@ -1,4 +1,6 @@
-"""The training loss: cross-entropy at labelled positions only, the vocabulary's logits a bounded piece at a time."""
+"""The training loss: cross-entropy at labelled positions only, the vocabulary's logits a bounded piece at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ LOGITS_BUDGET = 2**25
 def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     """Hidden states (n, d) of the positions whose next token is labelled, and those n labels.
 
-    Which positions these are is worked out where the batch lies, on the CPU: a GPU would have to be waited for.
+    Which positions these are is worked out where the batch lies, on the CPU: a GPU would have to be waited
+    for.
     """
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
     positions = (targets != IGNORED).nonzero()[:, 0]
@@ -34,13 +37,14 @@ def _pieces(model: nn.Module, count: int) -> list[slice]:
 def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device) -> Tensor:
     """Adds the gradient of `scale` · (summed cross-entropy of this micro-batch) to every trained tensor.
 
-    The head runs forward and backward piece by piece, which leaves the gradient of the hidden states; that one then
-    goes through the backbone. So logits of at most `LOGITS_BUDGET` values exist at a time, and none is computed twice.
+    The head runs forward and backward piece by piece, which leaves the gradient of the hidden states; that
+    one then goes through the backbone. So logits of at most `LOGITS_BUDGET` values exist at a time, and none
+    is computed twice.
 
     Args:
         batch: right-padded rows on the CPU; one without labels takes part, with a gradient of zero.
-        scale: 1 / (supervised tokens of the whole optimizer step), so that the step's loss is the mean over its
-            tokens however they are split into micro-batches and processes.
+        scale: 1 / (supervised tokens of the whole optimizer step), so that the step's loss is the mean over
+            its tokens however they are split into micro-batches and processes.
         device: the model's.
 
     Returns:

@@ -32,8 +32,9 @@ _FEW = 8  # tokens
 def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
     """The largest number of rows per micro-batch that fits, up to a process's share of the global batch.
 
-    It is measured on the longest rows: first what a few tokens cost, then one row, then twice as many each time, as
-    long as the two measurements before say that there is room. So nothing runs out. All processes find the same.
+    It is measured on the longest rows: first what a few tokens cost, then one row, then twice as many each
+    time, as long as the two measurements before say that there is room. So nothing runs out. All processes
+    find the same.
     """
     data, world = job.data.train, job.accelerator.num_processes
     share = math.ceil(min(job.recipe.training.global_batch_size, len(data)) / world)
@@ -77,7 +78,7 @@ class _Peak:
 
 @contextlib.contextmanager
 def _peak(device: torch.device) -> Iterator[_Peak]:
-    """Measures the most memory in use within the block: the allocator's on CUDA, else the process's, polled."""
+    """Measures the most memory in use in the block: the allocator's on CUDA, else the process's, polled."""
     peak = _Peak()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -108,7 +109,9 @@ def _in_use(device: torch.device) -> int:
 
 def _room(job: Job) -> int:
     """Bytes free for activations, once the optimizer's state is there."""
-    optimizer = 0 if job.state.step else 2 * 4 * sum(parameter.numel() for parameter in job.parameters.values())
+    optimizer = (
+        0 if job.state.step else 2 * 4 * sum(parameter.numel() for parameter in job.parameters.values())
+    )
     return _free(job.device) - optimizer
 
 
@@ -157,7 +160,10 @@ def _remedies(recipe: Recipe) -> str:
     training = recipe.training
     size = training.micro_batch_size
     options = [
-        (size == "auto" or size > 1, f"a smaller training.micro_batch_size (now {size}; the result stays the same)"),
+        (
+            size == "auto" or size > 1,
+            f"a smaller training.micro_batch_size (now {size}; the result stays the same)",
+        ),
         (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
         (True, f"a smaller data.max_length (now {recipe.data.max_length})"),
         (recipe.model.quantization == "none", "model.quantization=nf4"),

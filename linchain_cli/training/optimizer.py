@@ -1,4 +1,4 @@
-"""The optimizer over a model's chains, and its state as named tensors (so that checkpoints need no pickle)."""
+"""The optimizer over a model's chains, and its state as named tensors, so that checkpoints need no pickle."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TABLES = ("qmap1", "qmap2")
 
 
 def trained_parameters(layers: Mapping[str, ChainLinear]) -> dict[str, nn.Parameter]:
-    """A, links and B of every layer by the names the adapter file uses; empty links (depth 0) are left out."""
+    """A, links and B of every layer by the adapter file's names; empty links (depth 0) are left out."""
     named = {f"{path}.{name}": getattr(layer, name) for path, layer in layers.items() for name in KINDS}
     return {name: parameter for name, parameter in named.items() if parameter.numel()}
 
@@ -26,11 +26,13 @@ def trained_parameters(layers: Mapping[str, ChainLinear]) -> dict[str, nn.Parame
 def build_optimizer(
     name: str, parameters: Mapping[str, nn.Parameter], weight_decay: float, multipliers: Mapping[str, float]
 ) -> torch.optim.Optimizer:
-    """AdamW with one parameter group per kind of tensor; the group's `rate_scale` holds the kind's multiplier.
+    """AdamW with one parameter group per kind of tensor; the group's `rate_scale` holds the kind's
+    multiplier.
 
     Args:
-        name: adamw (state in 32 bit), adamw_8bit or paged_adamw_8bit (bitsandbytes: A's and B's state in 8 bit from
-            4,096 elements on, the links' always in 32 bit; paged, the GPU may move it to main memory).
+        name: adamw (state in 32 bit), adamw_8bit or paged_adamw_8bit (bitsandbytes: A's and B's state in 8
+            bit from 4,096 elements on, the links' always in 32 bit; paged, the GPU may move it to main
+            memory).
     """
     groups = []
     for kind in KINDS:
@@ -41,7 +43,9 @@ def build_optimizer(
     if name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)
     device = next(iter(parameters.values())).device
-    return _eight_bit_class()(groups, is_paged=name == "paged_adamw_8bit" and not is_unpaged(name, device), **options)
+    return _eight_bit_class()(
+        groups, is_paged=name == "paged_adamw_8bit" and not is_unpaged(name, device), **options
+    )
 
 
 def _eight_bit_class() -> type[torch.optim.Optimizer]:
@@ -68,8 +72,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group["rate_scale"]
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter name>/<state name>` tensors on the CPU (numbers become 0-d tensors)."""
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter name>/<state name>` tensors on the CPU (numbers become 0-d
+    tensors).
+    """
     return {
         f"{name}/{key}": value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
         for name, parameter in parameters.items()
@@ -91,7 +99,9 @@ def load_optimizer_state(
     for key, tensor in state.items():
         name, _, entry = key.rpartition("/")
         if name not in by_parameter:
-            raise InputError(f"the checkpoint's optimizer state names '{name}', which this run does not train")
+            raise InputError(
+                f"the checkpoint's optimizer state names '{name}', which this run does not train"
+            )
         by_parameter[name][entry] = tensor
     names = {id(parameter): name for name, parameter in parameters.items()}
     for group_index, group in enumerate(optimizer.param_groups):
@@ -100,7 +110,10 @@ def load_optimizer_state(
             if not by_parameter[name]:
                 raise InputError(f"the checkpoint holds no optimizer state for '{name}'")
             if isinstance(optimizer, torch.optim.AdamW):
-                entries = {entry: tensor.to(parameter.device, copy=True) for entry, tensor in by_parameter[name].items()}
+                entries = {
+                    entry: tensor.to(parameter.device, copy=True)
+                    for entry, tensor in by_parameter[name].items()
+                }
                 optimizer.state[parameter] = entries
             else:
                 optimizer.init_state(group, parameter, group_index, index)

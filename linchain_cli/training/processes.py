@@ -1,7 +1,7 @@
-"""What several processes need of each other: to start together, to fail together, and one sum per optimizer step.
+"""What several processes need of each other: to start and fail together, and one sum per optimizer step.
 
-Every process holds the adapters whole and steps its own optimizer on the same summed gradient, so they stay equal
-without being sent around.
+Every process holds the adapters whole and steps its own optimizer on the same summed gradient, so they stay
+equal without being sent around.
 """
 
 from __future__ import annotations
@@ -14,27 +14,34 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import Tensor, nn
 
 from linchain_cli.errors import LinchainError
 
 Result = TypeVar("Result")
 
-# How long processes wait for each other. The first one may encode a large data set or write to a slow disk meanwhile;
-# a process that has died is noticed by its connection or its launcher, not by this.
+# How long processes wait for each other. The first one may encode a large data set or write to a slow disk
+# meanwhile; a process that has died is noticed by its connection or its launcher, not by this.
 PATIENCE = timedelta(hours=6)
+# What gloo says when a process at the other end is gone.
+_LOST = ("connection closed", "connection reset", "broken pipe", "socket closed")
 
 
 def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Accelerator:
-    """Joins the processes that the environment describes (see launch.py), or stands alone; CUDA if there is any, else the CPU.
+    """Joins the processes that the environment describes (see launch.py), or stands alone. CUDA, else CPU.
 
     Raises:
         LinchainError: the processes do not find each other.
     """
     try:
         return Accelerator(
-            # Without it, Accelerate overlooks that there are several CPU processes, and each trains by itself.
+            # Without it Accelerate overlooks that there are several CPU processes: each would train alone.
             cpu=not torch.cuda.is_available(),
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(logging_dir) if logging_dir else None),
@@ -51,7 +58,7 @@ def disconnect() -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one that writes and speaks, also before and after it is connected to others."""
+    """Whether this process is the one that writes and speaks; it need not be connected to the others."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -86,7 +93,7 @@ def on_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result | No
 
 
 def raise_on_all(accelerator: Accelerator, error: LinchainError) -> None:
-    """Ends all processes with an error that each of them found: the first one raises it, the others exit quietly."""
+    """Ends all processes with an error that each of them found: the first raises it, the others just exit."""
     if accelerator.is_main_process:
         raise error
     raise SystemExit(error.exit_code)
@@ -99,11 +106,14 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
 
 def is_lost_connection(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone."""
-    words = ("connection closed by peer", "connection reset by peer", "broken pipe", "socket closed", "remote process exited")
-    return isinstance(error, torch.distributed.DistError) or any(word in str(error).lower() for word in words)
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return any(words in str(error).lower() for words in _LOST)
 
 
-def sum_over_processes(accelerator: Accelerator, parameters: Iterable[nn.Parameter], extras: Tensor) -> Tensor:
+def sum_over_processes(
+    accelerator: Accelerator, parameters: Iterable[nn.Parameter], extras: Tensor
+) -> Tensor:
     """Sums gradients, and a few numbers that travel with them, over all processes in one all-reduce.
 
     Args:
@@ -123,6 +133,6 @@ def sum_over_processes(accelerator: Accelerator, parameters: Iterable[nn.Paramet
     flat = accelerator.reduce(flat, reduction="sum")
     sizes = [extras.numel(), *(parameter.numel() for parameter in parameters)]
     summed, *gradients = flat.split(sizes)
-    for parameter, gradient in zip(parameters, gradients):
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad.copy_(gradient.view_as(parameter))
     return summed

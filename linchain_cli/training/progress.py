@@ -1,4 +1,6 @@
-"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere. All of it goes to stderr."""
+"""What a person sees while a run trains: a bar on a terminal, plain lines elsewhere. All of it goes to
+stderr.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,12 @@ class Display:
         self.bar = None
         if self.console.is_terminal and not quiet:
             self.bar = Progress(
-                TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"),
-                TimeRemainingColumn(), console=self.console,
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeRemainingColumn(),
+                console=self.console,
             )
             self.task = self.bar.add_task("", total=total_steps, completed=done, status="")
 
@@ -42,15 +48,19 @@ class Display:
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
         """After every optimizer step; moves the bar."""
         if self.bar:
-            self.bar.update(self.task, completed=step, status=f"loss {loss:.4f} · {tokens_per_second:,.0f} tokens/s")
+            self.bar.update(
+                self.task, completed=step, status=f"loss {loss:.4f} · {tokens_per_second:,.0f} tokens/s"
+            )
 
     def row(self, row: dict[str, Any]) -> None:
         """After a step whose metrics were logged; a line where there is no bar."""
         if not self.bar:
-            left = (self.total_steps - row["step"]) * (time.monotonic() - self.started) / (row["step"] - self.first_step)
+            step = row["step"]
+            step_seconds = (time.monotonic() - self.started) / (step - self.first_step)
+            left = _clock(step_seconds * (self.total_steps - step))
+            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
             self.console.print(
-                f"step {row['step']}/{self.total_steps}  loss {row['loss']:.4f}  {row['tokens_per_second']:,.0f} tokens/s"
-                f"  {_clock(left)} left"
+                f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  {speed}  {left} left"
             )
 
     def validation(self, step: int, loss: float, best: bool) -> None:

@@ -20,7 +20,7 @@ from linchain_cli.run import RunDirectory
 from linchain_cli.training import job as jobs
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base
-from linchain_cli.training.job import Job, elapsed
+from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch
 from linchain_cli.training.metrics import peak_memory_bytes
@@ -49,7 +49,7 @@ def run_training(
         quiet: show nothing but notes.
 
     Returns:
-        The finished job, its model carrying the adapter that adapter/ holds; None when the run had finished before.
+        The finished job, its model carrying what adapter/ holds; None when the run had finished before.
 
     Raises:
         InputError: the recipe, what it names, or the run directory does not allow it.
@@ -76,12 +76,14 @@ def run_training(
             jobs.resume(job, say)
         with explained(recipe, job.device):
             _settle_micro_batch(job, say)
-        if base is None and not job.base.sharded:
+        if plan == NEW and base is None:
             labels = {"plan": on_main(accelerator, lambda: _predict(job, process_bytes)), **(labels or {})}
-        on_main(accelerator, lambda: _open(job, plan, labels or {}, elapsed(began)))
+        seconds = round(time.perf_counter() - began, 3)
+        on_main(accelerator, lambda: _open(job, plan, labels or {}, seconds))
         with _told_in_status(job):
             start_trackers(job)
-            with Display(job.total_steps, job.state.step, quiet or not accelerator.is_main_process) as display:
+            quiet = quiet or not accelerator.is_main_process
+            with Display(job.total_steps, job.state.step, quiet) as display:
                 train(job, display, stop)
             on_main(accelerator, lambda: _finish(job))
     return job
@@ -106,15 +108,22 @@ def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
         job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
 
 
-def _predict(job: Job, process_bytes: int) -> dict[str, Any]:
-    """What the run should cost, to stand in run.json beside what it did."""
+def _predict(job: Job, process_bytes: int) -> dict[str, Any] | None:
+    """What the run should cost, to stand in run.json beside what it did; None where that cannot be told."""
+    if job.base.sharded:
+        return None
     settled = job.recipe.training.model_copy(update={"micro_batch_size": job.state.micro_batch_size})
     recipe = job.recipe.model_copy(update={"training": settled})
-    data, world = job.data, job.accelerator.num_processes
-    config = jobs.chain_config(recipe)
-    return predict(
-        recipe, config, job.base.directory, data.train, data.validation, job.device, process_bytes, world
-    ).to_dict()
+    data, world, config = job.data, job.accelerator.num_processes, jobs.chain_config(recipe)
+    try:
+        plan = predict(
+            recipe, config, job.base.directory, data.train, data.validation, job.device, process_bytes, world
+        )
+    except (
+        Exception
+    ):  # a run does not fail for its forecast, whatever an architecture or a full GPU does to it
+        return None
+    return plan.to_dict()
 
 
 def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -> None:
@@ -170,7 +179,7 @@ def _finish(job: Job) -> None:
 
 @contextlib.contextmanager
 def _told_in_status(job: Job) -> Iterator[None]:
-    """Writes into run.json how the block ended if it raised, and puts what can be expected to fail in plain words."""
+    """Writes into run.json how the block ended if it raised, with the expected failures in plain words."""
     try:
         with explained(job.recipe, job.device), _plainly(job):
             yield
@@ -194,13 +203,15 @@ def _plainly(job: Job) -> Iterator[None]:
         yield
     except OSError as error:
         raise LinchainError(
-            f"{error.filename or job.run.path}: {error.strerror or error}. The checkpoints up to here are kept; continue"
-            " with --resume."
+            f"{error.filename or job.run.path}: {error.strerror or error}."
+            " The checkpoints up to here are kept; continue with --resume."
         ) from error
     except RuntimeError as error:
-        if job.recipe.training.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = " ".join(str(error).split())[:200]
-            raise LinchainError(f"training.compile: torch cannot compile the blocks here ({reason}); set it to false") from error
+            raise LinchainError(
+                f"training.compile: torch cannot compile the blocks here ({reason}); set it to false"
+            ) from error
         if job.accelerator.num_processes > 1 and is_lost_connection(error):
             raise LinchainError("another process of this run ended while this one waited for it") from error
         raise
@@ -208,7 +219,7 @@ def _plainly(job: Job) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deterministic(wanted: bool) -> Iterator[None]:
-    """Algorithms that give the same bits again, on CUDA as well; the CPU's do so with a fixed number of threads."""
+    """Algorithms that give the same bits again on CUDA too; the CPU's do with a fixed number of threads."""
     if not wanted:
         yield
         return

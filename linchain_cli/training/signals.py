@@ -14,8 +14,8 @@ from linchain_cli.errors import Stopped
 class StopRequest:
     """`signum` is the signal that asked for the stop, 0 while none has.
 
-    `deferred` says that somebody looks at it from step to step. Until then, a signal stops what is going on (loading,
-    encoding) on the spot.
+    `deferred` says that somebody looks at it from step to step. Until then, a signal stops what is going on
+    (loading, encoding) on the spot.
     """
 
     signum = 0

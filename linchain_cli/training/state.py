@@ -22,9 +22,9 @@ STATE_FILE = "state.json"
 class TrainingState:
     """Counters of a run. Row order and dropout are functions of the step, so no random state belongs here.
 
-    `rows`, `tokens` and `supervised_tokens` are what was consumed so far, unpadded, over all processes; `seconds` is
-    time spent in steps. `best_step` and `best_loss` are those of the lowest validation loss; `stale` counts the
-    validations since. `micro_batch_size` is the one in use, which `auto` found.
+    `rows`, `tokens` and `supervised_tokens` are what was consumed so far, unpadded, over all processes;
+    `seconds` is time spent in steps. `best_step` and `best_loss` are those of the lowest validation loss;
+    `stale` counts the validations since. `micro_batch_size` is the one in use, which `auto` found.
     """
 
     step: int = 0

@@ -1,4 +1,6 @@
-"""Experiment trackers, started through Accelerate by their names. metrics.jsonl is written with or without them."""
+"""Experiment trackers, started through Accelerate by their names. metrics.jsonl is written with or without
+them.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +19,15 @@ def check_trackers(recipe: Recipe) -> None:
     missing = [name for name in recipe.training.trackers if name not in available]
     if missing:
         raise InputError(
-            f"training.trackers: {', '.join(missing)} cannot be used: its Python package is not installed (pip install"
-            f" {missing[0].replace('_', '-')})."
+            f"training.trackers: {', '.join(missing)} cannot be used: its Python package is not installed"
+            f" (pip install {missing[0].replace('_', '-')})."
         )
 
 
 def start_trackers(job: Job) -> None:
-    """Starts the recipe's trackers with the recipe as their configuration. Nothing of the environment is passed on."""
+    """Starts the recipe's trackers with the recipe as their configuration. Nothing of the environment is
+    passed on.
+    """
     if not job.recipe.training.trackers:
         return
     options = {
@@ -31,7 +35,9 @@ def start_trackers(job: Job) -> None:
         # What a killed run had logged after the checkpoint is logged again.
         "tensorboard": {"purge_step": job.state.step + 1} if job.state.step else {},
     }
-    job.accelerator.init_trackers("linchain", config=_flat(job.recipe.model_dump(mode="json")), init_kwargs=options)
+    job.accelerator.init_trackers(
+        "linchain", config=_flat(job.recipe.model_dump(mode="json")), init_kwargs=options
+    )
 
 
 def _flat(section: dict, prefix: str = "") -> dict[str, str | int | float | bool]:

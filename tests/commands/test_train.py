@@ -70,13 +70,20 @@ def test_from_a_recipe_to_a_finished_run(linchain, recipe, run):
     assert run.read_status()["status"] == "finished"
     assert run.loss_plot_path.read_bytes().startswith(b"\x89PNG")
     assert [row["step"] for row in read_jsonl(run.rows_path)] == [1, 2, 3, 4]
-    assert "links" in (run.adapter_dir / "chain.json").read_text() or (run.adapter_dir / "chain.safetensors").exists()
+    assert (
+        "links" in (run.adapter_dir / "chain.json").read_text()
+        or (run.adapter_dir / "chain.safetensors").exists()
+    )
 
 
 def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
     assert linchain("train", recipe, "training.max_steps=1")[0] == 0
     code, _, err = linchain("train", recipe)
-    assert code == 2 and err == f"error: {run.path} holds a finished run. Use --fresh to replace it, or another name (name=NEW).\n"
+    assert (
+        code == 2
+        and err
+        == f"error: {run.path} holds a finished run. Use --fresh to replace it, or another name (name=NEW).\n"
+    )
     code, _, err = linchain("train", recipe, "--resume")
     assert code == 0 and err == f"{run.path} is finished already; nothing to resume\n"
     code, _, err = linchain("train", recipe, "--resume", "--fresh")
@@ -87,7 +94,9 @@ def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
 
 
 def test_tasks_are_evaluated_at_the_end(linchain, recipe, run):
-    code, out, _ = linchain("train", recipe, "training.max_steps=1", "evaluation.tasks=[everyday]", "evaluation.limit=4")
+    code, out, _ = linchain(
+        "train", recipe, "training.max_steps=1", "evaluation.tasks=[everyday]", "evaluation.limit=4"
+    )
     assert code == 0 and "everyday" in out
     results = json.loads((run.eval_dir / "likelihood.json").read_bytes())
     assert results["tasks"]["everyday"]["n"] == 4 and results["model"] == str(run.path)
@@ -120,5 +129,9 @@ def test_a_run_that_fails_says_why_and_exits_1(linchain, recipe, run, monkeypatc
     monkeypatch.setattr(loop.loss, "backward", lambda model, batch, scale, device: scale * float("nan"))
     code, out, err = linchain("train", recipe)
     assert code == 1 and out == ""
-    assert err.startswith("error: step 1: the loss is nan") and "Its rows" not in err and "The step's rows are [" in err
+    assert (
+        err.startswith("error: step 1: the loss is nan")
+        and "Its rows" not in err
+        and "The step's rows are [" in err
+    )
     assert run.read_status()["status"] == "failed"

@@ -1,4 +1,6 @@
-"""Small runs: a tiny model and a few dozen rows, in this process or in processes forked from one that has imported all."""
+"""Small runs: a tiny model and a few dozen rows, in this process or in processes forked from one that has
+imported all.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,14 @@ WORKER = Path(__file__).with_name("worker.py")
 
 # Imports cost a process five seconds, of which it trains for one.
 PRELOADED = [
-    "linchain_cli.commands.train", "linchain_cli.training.runner", "linchain_cli.report.plots",
-    "transformers.models.llama.modeling_llama", "transformers.models.auto.tokenization_auto",
-    "matplotlib.figure", "matplotlib.backends.backend_agg",
-]  # fmt: skip
+    "linchain_cli.commands.train",
+    "linchain_cli.training.runner",
+    "linchain_cli.report.plots",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+]
 
 DEFAULTS = {
     "name": "run",
@@ -67,7 +73,11 @@ def recipe_of(tmp_path: Path, tiny_llama_dir: Path, rows_file: Path) -> Callable
     from linchain_cli.recipe import Recipe
 
     def build(changes: Mapping[str, Any] | None = None):
-        places = {"output_dir": str(tmp_path / "runs"), "model.path": str(tiny_llama_dir), "data.train": str(rows_file)}
+        places = {
+            "output_dir": str(tmp_path / "runs"),
+            "model.path": str(tiny_llama_dir),
+            "data.train": str(rows_file),
+        }
         return Recipe.model_validate(_nested({**DEFAULTS, **places, **(changes or {})}))
 
     return build
@@ -168,26 +178,42 @@ class Starter:
     context: Any
     started: list[Process] = field(default_factory=list)
 
-    def start(self, *arguments: str, environment: Mapping[str, str] | None = None, hook: str = "", **values: Any) -> Process:
+    def start(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, hook: str = "", **values: Any
+    ) -> Process:
         """`linchain ARGUMENTS`. `hook` names a function of worker.py that is called first, with `values`."""
         log = self.directory / f"process-{len(self.started)}.log"
         setting = {
-            "ARGUMENTS": [str(argument) for argument in arguments], "LOG": str(log), "HOOK": hook, "VALUES": values,
+            "ARGUMENTS": [str(argument) for argument in arguments],
+            "LOG": str(log),
+            "HOOK": hook,
+            "VALUES": values,
             "ENVIRONMENT": {**os.environ, **(environment or {})},
-        }  # fmt: skip
+        }
         handle = self.context.Process(target=runpy.run_path, args=(str(WORKER), setting, "__main__"))
         handle.start()
         self.started.append(Process(handle, log))
         return self.started[-1]
 
-    def ranks(self, world: int, *arguments: str, environment: Mapping[str, str] | None = None, **options: Any) -> list[Process]:
+    def ranks(
+        self, world: int, *arguments: str, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> list[Process]:
         """`world` processes of one run, as a launcher would start them."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        common = {
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         return [
-            self.start(*arguments, environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})}, **options)
+            self.start(
+                *arguments,
+                environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})},
+                **options,
+            )
             for rank in range(world)
         ]
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.training import blocks, loop, loss
+from linchain_cli.training import blocks, loop
 from linchain_cli.training.signals import StopRequest
 
 CPU = torch.device("cpu")
@@ -25,7 +25,9 @@ def one_step(job) -> dict[str, torch.Tensor]:
             layer.B.normal_(0.0, 0.1, generator=generator)
     captured: dict[str, torch.Tensor] = {}
     job.optimizer.register_step_pre_hook(
-        lambda *_: captured.update({name: parameter.grad.clone() for name, parameter in job.parameters.items()})
+        lambda *_: captured.update(
+            {name: parameter.grad.clone() for name, parameter in job.parameters.items()}
+        )
     )
     loop.optimizer_step(job, np.arange(4), 0.0, StopRequest())
     return captured
@@ -78,13 +80,21 @@ def test_blocks_are_as_they_were_after_switching_back(job_of):
 
 
 def test_dropout_of_the_base_stays_off_when_blocks_are_recomputed():
-    """OPT's blocks apply dropout whenever they are in training mode, which transformers' own recomputation needs."""
+    """OPT's blocks apply dropout whenever they are in training mode, which transformers' own recomputation
+    needs.
+    """
     from transformers import OPTConfig, OPTForCausalLM
 
     config = OPTConfig(
-        vocab_size=50, hidden_size=16, ffn_dim=16, num_hidden_layers=2, num_attention_heads=2, dropout=0.5,
-        max_position_embeddings=32, word_embed_proj_dim=16,
-    )  # fmt: skip
+        vocab_size=50,
+        hidden_size=16,
+        ffn_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dropout=0.5,
+        max_position_embeddings=32,
+        word_embed_proj_dim=16,
+    )
     model = OPTForCausalLM(config).eval().requires_grad_(False)
     inject(model, ChainConfig(rank=2, depth=1, alpha=2, target_modules=["q_proj"]))
     blocks.set_up_blocks(model, recompute=True, compiled=False)
@@ -95,7 +105,7 @@ def test_dropout_of_the_base_stays_off_when_blocks_are_recomputed():
 
 @pytest.mark.parametrize(("dropout", "recompute"), [(0.0, False), (0.3, True)])
 def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(job_of, monkeypatch, dropout, recompute):
-    """Traced with autograd but without generated code, which takes half a minute; see the slow test for that."""
+    """Traced with autograd, without generated code: that takes a minute, see the slow test."""
     compile = torch.compile
     graphs = []
 
@@ -112,13 +122,17 @@ def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(job_of, monke
     torch._dynamo.reset()
     job = job_of({**changes, "training.compile": True})
     compiled = one_step(job)
-    assert 1 <= len(graphs) <= 2, "the first block's input needs no gradient, the others' does; no other recompilation"
+    assert 1 <= len(graphs) <= 2, (
+        "the first block's input needs no gradient, the others' does; no other recompilation"
+    )
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
     blocks.set_up_blocks(job.model, recompute=False, compiled=False)
 
 
-@pytest.mark.skipif("LINCHAIN_TEST_SLOW" not in os.environ, reason="compiles for a minute; LINCHAIN_TEST_SLOW=1 runs it")
+@pytest.mark.skipif(
+    "LINCHAIN_TEST_SLOW" not in os.environ, reason="compiles for a minute; LINCHAIN_TEST_SLOW=1 runs it"
+)
 def test_generated_code_gives_the_same_gradients(job_of):
     plain = one_step(job_of())
     torch._dynamo.reset()
@@ -134,7 +148,9 @@ def test_blocks_that_cannot_be_compiled_are_told_in_a_sentence(run_tiny, monkeyp
         raise BackendCompilerFailed(print, RuntimeError("no C++ compiler"), None)
 
     monkeypatch.setattr(loop, "optimizer_step", fails)
-    with pytest.raises(LinchainError, match="training.compile: torch cannot compile the blocks here .*no C.. compiler.*false"):
+    with pytest.raises(
+        LinchainError, match="training.compile: torch cannot compile the blocks here .*no C.. compiler.*false"
+    ):
         run_tiny({"training.compile": True})
 
 

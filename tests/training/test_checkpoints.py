@@ -62,7 +62,9 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_taken(stopped, run
     notes = []
     step, files = store.read_latest(notes.append)
     assert step == 2 and set(files) >= set(FILES) - {"manifest.json"}
-    assert len(notes) == 1 and str(damaged) in notes[0] and "falling back to the checkpoint before" in notes[0]
+    assert (
+        len(notes) == 1 and str(damaged) in notes[0] and "falling back to the checkpoint before" in notes[0]
+    )
 
 
 def test_a_resume_falls_back_and_ends_as_it_would_have(stopped, run_tiny, capfd):
@@ -82,7 +84,9 @@ def test_when_all_are_damaged_nothing_is_trained_over(stopped, run_tiny):
     for step in (2, 4):
         truncate(stopped.checkpoints_dir / f"step-{step:06d}" / "state.json")
     before = stopped.rows_path.read_bytes()
-    with pytest.raises(InputError, match="no checkpoint below .* can be used: .*step-000004.*step-000002.*--fresh"):
+    with pytest.raises(
+        InputError, match="no checkpoint below .* can be used: .*step-000004.*step-000002.*--fresh"
+    ):
         run_tiny(resume=True)
     assert stopped.rows_path.read_bytes() == before
 

@@ -1,7 +1,7 @@
 """Disks that fail: an error, a crash or a power cut at every single write, sync, rename and mkdir.
 
-Everything that must survive goes through four functions of linchain_cli/storage.py. `Disk` stands between them and
-the real file system, under a directory that plays the disk.
+Everything that must survive goes through four functions of linchain_cli/storage.py. `Disk` stands between
+them and the real file system, under a directory that plays the disk.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ PRIMITIVES = ("_write", "_fsync", "_rename", "_mkdir")
 
 
 class Disk:
-    """Counts operations below `root`, makes one of them fail, or takes pictures of what a crash would leave behind.
+    """Counts operations below `root`, makes one of them fail, or takes pictures of what a crash would leave
+    behind.
 
-    `crashes`: copies of the tree as they are just before each operation, and within each write, half of it done.
-    `power_cuts`: what is certain to be left at those moments: a file has the content of its last sync, a directory the
-    entries of its last sync, whatever has been written, renamed or removed since.
+    `crashes`: copies of the tree as they are just before each operation, and within each write, half of it
+    done. `power_cuts`: what is certain to be left at those moments: a file has the content of its last sync,
+    a directory the entries of its last sync, whatever has been written, renamed or removed since.
     """
 
     def __init__(self, root: Path, pictures: Path, patch: pytest.MonkeyPatch):
@@ -57,7 +58,9 @@ class Disk:
                 args = (handle, data[len(data) // 2 :])
             self.operations.append(name)
             if len(self.operations) - 1 == self.fail_at:
-                named = [str(args[0])] if isinstance(args[0], Path) else []  # the system names paths, not open files
+                named = (
+                    [str(args[0])] if isinstance(args[0], Path) else []
+                )  # the system names paths, not open files
                 raise OSError(self.error, os.strerror(self.error), *named)
             result = original(*args)
             if name == "_fsync":
@@ -125,7 +128,10 @@ def disk_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def checkpoint(step: int) -> dict[str, bytes]:
-    return {"chain.safetensors": f"chain of step {step}".encode() * 20, "state.json": f'{{"step": {step}}}'.encode()}
+    return {
+        "chain.safetensors": f"chain of step {step}".encode() * 20,
+        "state.json": f'{{"step": {step}}}'.encode(),
+    }
 
 
 def newest(store: CheckpointStore) -> tuple[int, dict[str, bytes]] | None:
@@ -182,12 +188,19 @@ def test_an_error_at_any_operation_of_a_save_leaves_a_checkpoint_and_no_rubbish(
     assert store.steps() == [step + 1]
 
 
-def test_a_power_cut_after_a_save_loses_nothing_of_the_run(tmp_path, run_tiny, recipe_of, disk_at, monkeypatch):
-    """Neither the checkpoint nor a row that was logged before it, also where a file has only just been made."""
+def test_a_power_cut_after_a_save_loses_nothing_of_the_run(
+    tmp_path, run_tiny, recipe_of, disk_at, monkeypatch
+):
+    """Neither the checkpoint nor a row that was logged before it, also where a file is quite new."""
     root = tmp_path / "runs"
     root.mkdir()
     disk = disk_at(root)
-    changes = {"training.max_steps": 3, "training.save_every": 1, "training.log_every": 2, "training.eval_every": 3}
+    changes = {
+        "training.max_steps": 3,
+        "training.save_every": 1,
+        "training.log_every": 2,
+        "training.eval_every": 3,
+    }
     pictures = []
     save = CheckpointStore.save
 
@@ -273,7 +286,9 @@ def test_the_disk_notices_what_was_not_synced(tmp_path, disk_at):
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_a_run_whose_disk_fails_says_so_and_resumes_to_the_same_end(run_tiny, recipe_of, disk_at, tmp_path, error):
+def test_a_run_whose_disk_fails_says_so_and_resumes_to_the_same_end(
+    run_tiny, recipe_of, disk_at, tmp_path, error
+):
     """The whole of a run's writing, each tenth operation failing once; what is there then is continued."""
     changes = {"training.max_steps": 4, "training.save_every": 1, "adapter.dropout": 0.1}
     whole = run_tiny({**changes, "name": "whole"})

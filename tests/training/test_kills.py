@@ -1,7 +1,8 @@
-"""SIGKILL to real processes, again and again, until the run is done: its end must be that of a run nobody touched.
+"""SIGKILL to real processes, again and again, until the run is done: its end must be that of a run nobody
+touched.
 
-Half of the kills come at random instants, half at a random operation on the disk within a save. LINCHAIN_TEST_KILLS
-sets how many there are (20); `pytest -s` shows where they struck.
+Half of the kills come at random instants, half at a random operation on the disk within a save.
+LINCHAIN_TEST_KILLS sets how many there are (20); `pytest -s` shows where they struck.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ def state_of(run: RunDirectory) -> dict[str, bytes | list]:
     }
     found: dict[str, bytes | list] = {name: path.read_bytes() for name, path in files.items()}
     timings = {"tokens_per_second", "step_seconds", "peak_memory_bytes", "padding_share"}
-    found["metrics"] = [{k: v for k, v in row.items() if k not in timings} for row in read_jsonl(run.metrics_path)]
+    found["metrics"] = [
+        {k: v for k, v in row.items() if k not in timings} for row in read_jsonl(run.metrics_path)
+    ]
     return found
 
 
@@ -74,12 +77,15 @@ def test_killed_runs_end_as_untouched_ones(starter, recipe_of, recipe_file):
             struck[kind] += 1
             if run.exists():
                 json.loads(run.status_path.read_bytes())
-                CheckpointStore(run.checkpoints_dir, 2).read_latest(lambda problem: None)  # all that is there is whole
+                CheckpointStore(run.checkpoints_dir, 2).read_latest(
+                    lambda problem: None
+                )  # all that is there is whole
             continue
         assert code == 0, process.log
         assert run.read_status()["status"] == "finished"
         assert state_of(run) == expected, f"{run.path.name} ended differently: {process.log}"
         assert not [path for path in run.checkpoints_dir.iterdir() if not path.name.startswith("step-")]
         run = None
-    print(f"\n{struck.total()} kills ({dict(struck)}) in {runs} runs and {lives} lives: all ended bit for bit the same")
+    where = ", ".join(f"{count} {kind}" for kind, count in struck.items())
+    print(f"\n{struck.total()} kills ({where}) in {runs} runs and {lives} lives: the same bits at every end")
     assert struck.total() >= KILLS and runs >= 2

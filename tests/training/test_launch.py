@@ -1,4 +1,6 @@
-"""Launchers: linchain's own, torchrun on two machines (as scripts/slurm_train.sh starts it), accelerate launch."""
+"""Launchers: linchain's own, torchrun on two machines (as scripts/slurm_train.sh starts it), accelerate
+launch.
+"""
 
 from __future__ import annotations
 
@@ -53,20 +55,39 @@ def executable(path: Path, text: str) -> None:
 
 
 def test_two_machines_under_slurm(tmp_path, recipe_file, recipe_of, alone, environment):
-    """The script with a stand-in for srun that starts its command twice, as two machines would: two torchrun agents."""
+    """The script with a stand-in for srun that starts its command twice, as two machines would: two torchrun
+    agents.
+    """
     commands = tmp_path / "bin"
     commands.mkdir()
-    executable(commands / "scontrol", '#!/bin/sh\ntest "$*" = "show hostnames machine[1-2]" && printf "127.0.0.1\\nmachine2\\n"\n')
-    executable(commands / "srun", '#!/bin/sh\nshift\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n')
-    executable(commands / "torchrun", f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run --local-addr 127.0.0.1 "$@"\n')
+    executable(
+        commands / "scontrol",
+        '#!/bin/sh\ntest "$*" = "show hostnames machine[1-2]" && printf "127.0.0.1\\nmachine2\\n"\n',
+    )
+    executable(
+        commands / "srun",
+        '#!/bin/sh\nshift\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n',
+    )
+    executable(
+        commands / "torchrun",
+        f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run --local-addr 127.0.0.1 "$@"\n',
+    )
     slurm = {
-        "SLURM_JOB_NODELIST": "machine[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_ID": "7",
-        "MASTER_PORT": str(free_port()), "PATH": f"{commands}:{os.environ['PATH']}",
-    }  # fmt: skip
+        "SLURM_JOB_NODELIST": "machine[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": "7",
+        "MASTER_PORT": str(free_port()),
+        "PATH": f"{commands}:{os.environ['PATH']}",
+    }
     done = subprocess.run(
         [REPOSITORY / "scripts" / "slurm_train.sh", recipe_file(CHANGES), "name=two"],
-        env={**environment, **slurm}, capture_output=True, text=True, timeout=240, cwd=tmp_path,
-    )  # fmt: skip
+        env={**environment, **slurm},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     assert "has no checkpoint yet: starting at step 0" in done.stderr
     assert done.stdout.count("finished: ") == 1
@@ -80,11 +101,22 @@ def test_the_slurm_script_tells_how_to_use_it():
     assert done.returncode == 2 and "sbatch --nodes 2" in done.stderr
 
 
-@pytest.mark.skipif("LINCHAIN_TEST_SLOW" not in os.environ, reason="starts five interpreters; LINCHAIN_TEST_SLOW=1 runs it")
+@pytest.mark.skipif(
+    "LINCHAIN_TEST_SLOW" not in os.environ, reason="starts five interpreters; LINCHAIN_TEST_SLOW=1 runs it"
+)
 def test_accelerate_launch(tmp_path, recipe_file, recipe_of, alone, environment):
-    """Its launcher for several processes is called --multi_gpu, and starts CPU processes where there is no GPU. Its --cpu
-    wants MPI, and without it starts a single process."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    """Its launcher for several processes is called --multi_gpu, and starts CPU processes where there is no
+    GPU. Its --cpu wants MPI, and without it starts a single process."""
+    launcher = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     options = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port())]
     command = [*launcher, *options, "--module", "linchain_cli", "train", recipe_file(CHANGES), "name=two"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
@@ -96,7 +128,9 @@ def test_accelerate_launch(tmp_path, recipe_file, recipe_of, alone, environment)
 
 def test_nproc_and_a_signal_to_the_launcher(recipe_file, recipe_of, environment):
     run = RunDirectory(recipe_of().run_path)
-    recipe = recipe_file({"training.max_steps": 100_000, "training.save_every": 100_000, "training.eval_every": 100_000})
+    recipe = recipe_file(
+        {"training.max_steps": 100_000, "training.save_every": 100_000, "training.eval_every": 100_000}
+    )
     command = [sys.executable, "-m", "linchain_cli", "train", recipe, "--nproc", "2"]
     launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
@@ -107,14 +141,20 @@ def test_nproc_and_a_signal_to_the_launcher(recipe_file, recipe_of, environment)
     _, printed = launcher.communicate(timeout=60)
     assert launcher.returncode == 143
     status = run.read_status()
-    assert status["status"] == "stopped" and status["machine"]["processes"] == 2 and status["machine"]["threads"] == 1
+    assert (
+        status["status"] == "stopped"
+        and status["machine"]["processes"] == 2
+        and status["machine"]["threads"] == 1
+    )
     assert printed.count("continue with --resume") == 1 and "Traceback" not in printed
     assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{status['step']:06d}"]
 
 
 def children(monkeypatch, script: str) -> None:
     """Lets the launcher start this instead of linchain."""
-    monkeypatch.setattr(launch, "COMMAND", [sys.executable, "-S", "-c", "import os, sys, time, signal\n" + script])
+    monkeypatch.setattr(
+        launch, "COMMAND", [sys.executable, "-S", "-c", "import os, sys, time, signal\n" + script]
+    )
 
 
 def test_ranks_and_arguments_reach_the_children(monkeypatch, tmp_path):
@@ -122,8 +162,8 @@ def test_ranks_and_arguments_reach_the_children(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "cpu_limit", lambda: 7)
     children(
         monkeypatch,
-        "e = os.environ\nopen(f'{sys.argv[-1]}/{e[\"RANK\"]}', 'w').write(' '.join([e['LOCAL_RANK'], e['WORLD_SIZE'],"
-        " e['LOCAL_WORLD_SIZE'], e['OMP_NUM_THREADS'], e['MASTER_ADDR'], *sys.argv[1:-1]]))",
+        "e = os.environ\nopen(sys.argv[-1] + '/' + e['RANK'], 'w').write(' '.join([e['LOCAL_RANK'],"
+        " e['WORLD_SIZE'], e['LOCAL_WORLD_SIZE'], e['OMP_NUM_THREADS'], e['MASTER_ADDR'], *sys.argv[1:-1]]))",
     )
     assert launch.run_processes(["train", "recipe.yaml", str(tmp_path)], 3) == 0
     assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == [
@@ -173,10 +213,14 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize(("number", "passed_on"), [(signal.SIGINT, 2), (signal.SIGTERM, 15), (signal.SIGKILL, 15)])
+@pytest.mark.parametrize(
+    ("number", "passed_on"), [(signal.SIGINT, 2), (signal.SIGTERM, 15), (signal.SIGKILL, 15)]
+)
 def test_signals_are_passed_on_and_a_dead_launcher_leaves_no_process_behind(tmp_path, number, passed_on):
     child = CHILD.format(repository=str(REPOSITORY), directory=str(tmp_path))
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(repository=str(REPOSITORY), child=child)])
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER.format(repository=str(REPOSITORY), child=child)]
+    )
     wait_for(lambda: len(list(tmp_path.glob("started-*"))) == 2)
     launcher.send_signal(number)
     wait_for(lambda: [path.read_text() for path in tmp_path.glob("ended-*")] == [str(passed_on)] * 2)

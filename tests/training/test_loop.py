@@ -1,4 +1,6 @@
-"""The optimizer step against plain references: how rows are cut, and which path computes them, changes nothing."""
+"""The optimizer step against plain references: how rows are cut, and which path computes them, changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_model(chained):
     batch = batch_of([20, 13, 7], chained.config.vocab_size)
     count = int((batch.labels[:, 1:] != IGNORED).sum())
     logits = chained(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED)
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+    )
     expected.backward()
     plain = gradients(chained)
     with folded(chained):
@@ -118,7 +122,9 @@ def test_what_stands_behind_a_row_does_not_reach_it(chained):
 
 @pytest.mark.parametrize(("fixture", "tolerance"), [("tiny_gpt2_dir", 1e-12), ("tiny_llama_dir", 1e-6)])
 def test_micro_batches_do_not_change_the_gradient(request, fixture, tolerance):
-    """Eight rows cut into 1, 2, 3 or 8 micro-batches, in float64 (of which Llama's norms compute a part in float32)."""
+    """Eight rows cut into 1, 2, 3 or 8 micro-batches, in float64 (of which Llama's norms compute a part in
+    float32).
+    """
     model = load(request.getfixturevalue(fixture))
     inject(model, ChainConfig(rank=4, depth=2, alpha=8, target_modules="all-linear"))
     make_different_from_base(model)
@@ -134,7 +140,12 @@ def test_micro_batches_do_not_change_the_gradient(request, fixture, tolerance):
         with folded(model):
             for part in parts:
                 longest = int(lengths[part].max())
-                cut = Batch(*(tensor[part][:, :longest] for tensor in (batch.input_ids, batch.attention_mask, batch.labels)))
+                cut = Batch(
+                    *(
+                        tensor[part][:, :longest]
+                        for tensor in (batch.input_ids, batch.attention_mask, batch.labels)
+                    )
+                )
                 total += loss.backward(model, cut, scale, CPU).item()
         result = gradients(model)
         reference = reference or (total, result)
@@ -150,7 +161,9 @@ def test_a_step_is_adamw_on_that_gradient(job_of):
     start = {name: parameter.detach().clone() for name, parameter in job.parameters.items()}
     rows = step_rows(len(job.data.train), job.recipe.seed, 6, 0)
     batch = collate(job.data.train, rows, job.base.pad_id)
-    job.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss.backward()
+    job.model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss.backward()
     expected_gradients = {name: parameter.grad.clone() for name, parameter in job.parameters.items()}
     reference = {name: torch.nn.Parameter(value.clone()) for name, value in start.items()}
     for name, parameter in reference.items():
@@ -162,7 +175,8 @@ def test_a_step_is_adamw_on_that_gradient(job_of):
     step = loop.optimizer_step(job, rows, 0.01, StopRequest())
     assert step.grad_norm == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
     for name, parameter in job.parameters.items():
-        # Adam divides by the gradient's size: where it is nearly zero, its sign alone decides. Float32 on both sides.
+        # Adam divides by the gradient's size: where it is nearly zero, its sign alone decides. Float32 on
+        # both sides.
         big = expected_gradients[name].abs() > 1e-5
         torch.testing.assert_close(parameter[big], reference[name][big], rtol=1e-4, atol=1e-5)
         assert parameter.grad is None
@@ -189,7 +203,9 @@ def test_dropout_is_on_in_steps_alone_and_a_function_of_the_step(job_of):
     def gradient_of(step: int) -> torch.Tensor:
         job.state.step = step
         captured = []
-        job.optimizer.register_step_pre_hook(lambda *_: captured.append(next(iter(job.parameters.values())).grad.clone()))
+        job.optimizer.register_step_pre_hook(
+            lambda *_: captured.append(next(iter(job.parameters.values())).grad.clone())
+        )
         loop.optimizer_step(job, rows, 0.0, StopRequest())
         return captured[0]
 
@@ -202,7 +218,10 @@ def test_dropout_is_on_in_steps_alone_and_a_function_of_the_step(job_of):
 
 
 def test_dropout_streams_differ_in_all_they_depend_on():
-    seeds = {loop.dropout_seed(*values) for values in ((1, 2, 3, 0), (2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1))}
+    seeds = {
+        loop.dropout_seed(*values)
+        for values in ((1, 2, 3, 0), (2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1))
+    }
     assert len(seeds) == 5
 
 
@@ -210,7 +229,10 @@ def test_the_first_step_uses_dropout(run_tiny):
     """It once came on with the first validation only."""
     with_dropout = run_tiny({"name": "with", "adapter.dropout": 0.5, "training.max_steps": 2})
     without = run_tiny({"name": "without", "training.max_steps": 2})
-    losses = [[row["loss"] for row in read_jsonl(job.run.metrics_path) if "loss" in row] for job in (with_dropout, without)]
+    losses = [
+        [row["loss"] for row in read_jsonl(job.run.metrics_path) if "loss" in row]
+        for job in (with_dropout, without)
+    ]
     assert losses[0][0] == losses[1][0]  # B is zero
     assert losses[0][1] != losses[1][1]
 
@@ -229,7 +251,9 @@ def test_validation_is_the_mean_over_supervised_tokens(job_of):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(run_tiny, recipe_of, monkeypatch, value, where):
+def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
+    run_tiny, recipe_of, monkeypatch, value, where
+):
     original = loss.backward
     calls = 0
 

@@ -16,7 +16,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(monkeypatch):
-    """machine(free, fixed, per_row): a made-up machine on which a probe over n rows takes fixed + n · per_row bytes.
+    """machine(free, fixed, per_row): a made-up machine on which a probe over n rows takes fixed + n · per_row
+    bytes.
 
     The sizes that were tried are collected in `.tried`.
     """
@@ -61,7 +62,9 @@ def test_the_largest_that_fits(job_of, machine, free, fixed, per_row, expected):
 
 def test_a_share_of_the_global_batch_is_the_most(job_of, machine):
     machine(1000 * GIB, 0, GIB)
-    assert memory.find_micro_batch(job_of({**CHANGES, "training.global_batch_size": 500}), print) == 40  # all rows
+    assert (
+        memory.find_micro_batch(job_of({**CHANGES, "training.global_batch_size": 500}), print) == 40
+    )  # all rows
 
 
 def test_the_probe_measures_and_leaves_nothing_behind(job_of):
@@ -80,7 +83,9 @@ def test_a_run_with_auto_trains_as_with_any_other_size_and_keeps_it(run_tiny, mo
     auto = run_tiny({"name": "auto", "training.micro_batch_size": "auto"})
     assert auto.state.micro_batch_size == 4 == auto.run.read_status()["micro_batch_size"]
     assert "micro_batch_size: auto is 4 of 4 rows" in capfd.readouterr().err
-    assert (auto.run.adapter_dir / "chain.safetensors").read_bytes() == (fixed.run.adapter_dir / "chain.safetensors").read_bytes()
+    assert (auto.run.adapter_dir / "chain.safetensors").read_bytes() == (
+        fixed.run.adapter_dir / "chain.safetensors"
+    ).read_bytes()
 
     original = loop.optimizer_step
 
@@ -97,7 +102,9 @@ def test_a_run_with_auto_trains_as_with_any_other_size_and_keeps_it(run_tiny, mo
     monkeypatch.setattr(memory, "_free", lambda device: 1)
     job = run_tiny({"name": "auto", "training.micro_batch_size": "auto"}, resume=True)
     assert job.state.micro_batch_size == 4
-    assert (job.run.adapter_dir / "chain.safetensors").read_bytes() == (fixed.run.adapter_dir / "chain.safetensors").read_bytes()
+    assert (job.run.adapter_dir / "chain.safetensors").read_bytes() == (
+        fixed.run.adapter_dir / "chain.safetensors"
+    ).read_bytes()
 
 
 def test_a_real_allocation_failure_tells_numbers_and_keys(recipe_of):
@@ -108,23 +115,29 @@ def test_a_real_allocation_failure_tells_numbers_and_keys(recipe_of):
     assert message.startswith("out of memory: 1048576.00 GiB were asked for on cpu, where ")
     assert "GiB were free" in message
     for key in (
-        "a smaller training.micro_batch_size (now 2; the result stays the same)", "training.gradient_checkpointing=true",
-        "a smaller data.max_length (now 192)", "model.quantization=nf4", "model.dtype=bfloat16",
+        "a smaller training.micro_batch_size (now 2; the result stays the same)",
+        "training.gradient_checkpointing=true",
+        "a smaller data.max_length (now 192)",
+        "model.quantization=nf4",
+        "model.dtype=bfloat16",
         "training.optimizer=adamw_8bit",
-    ):  # fmt: skip
+    ):
         assert key in message
     assert caught.value.exit_code == 1
 
 
 def test_what_is_used_already_is_not_recommended(recipe_of):
     changes = {
-        "training.micro_batch_size": 1, "training.gradient_checkpointing": True, "model.quantization": "nf4",
-        "model.dtype": "bfloat16", "training.optimizer": "paged_adamw_8bit",
-    }  # fmt: skip
+        "training.micro_batch_size": 1,
+        "training.gradient_checkpointing": True,
+        "model.quantization": "nf4",
+        "model.dtype": "bfloat16",
+        "training.optimizer": "paged_adamw_8bit",
+    }
     with pytest.raises(LinchainError) as caught, memory.explained(recipe_of(changes), CPU):
         raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which 1.44 GiB is"
-            " free. Including non-PyTorch memory, this process has 77.70 GiB memory in use."
+            "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.15 GiB of which"
+            " 1.44 GiB is free. Including non-PyTorch memory, this process has 77.70 GiB memory in use."
         )
     assert str(caught.value) == (
         "out of memory: 2.50 GiB were asked for on cpu, where 1.44 GiB were free."

@@ -37,9 +37,13 @@ def test_multipliers_scale_each_kinds_rate():
     optimizer = build("adamw", values, links=3.0, B=0.5)
     optimizers.set_learning_rate(optimizer, 0.1)
     assert [(group["kind"], group["lr"]) for group in optimizer.param_groups] == [
-        ("A", 0.1), ("links", pytest.approx(0.3)), ("B", 0.05),
-    ]  # fmt: skip
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in values.values()}
+        ("A", 0.1),
+        ("links", pytest.approx(0.3)),
+        ("B", 0.05),
+    ]
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in values.values()
+    }
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +101,9 @@ def test_state_goes_through_a_checkpoint_bit_for_bit(name):
     for seed in range(3, 5):
         step(third, continued, seed)
     assert all(torch.equal(continued[key], whole[key]) for key in whole)
-    assert tensor_bytes(optimizers.optimizer_state(third, continued)) == tensor_bytes(optimizers.optimizer_state(first, whole))
+    assert tensor_bytes(optimizers.optimizer_state(third, continued)) == tensor_bytes(
+        optimizers.optimizer_state(first, whole)
+    )
 
 
 def test_state_of_other_parameters_or_another_optimizer_is_refused():
@@ -120,7 +126,12 @@ def test_training_and_exact_resume(run_tiny, monkeypatch, capfd, name):
     from linchain_cli.errors import LinchainError
     from linchain_cli.training import loop
 
-    changes = {"training.optimizer": name, "adapter.rank": 64, "adapter.dropout": 0.1, "training.max_steps": 4}
+    changes = {
+        "training.optimizer": name,
+        "adapter.rank": 64,
+        "adapter.dropout": 0.1,
+        "training.max_steps": 4,
+    }
     whole = run_tiny({**changes, "name": "whole"})
     losses = [row["loss"] for row in read_jsonl(whole.run.metrics_path) if "loss" in row]
     assert losses[-1] < losses[0]

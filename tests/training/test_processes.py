@@ -1,6 +1,7 @@
 """Several processes (gloo, on the CPU) against one: gradients, adapters, row order, signals and errors.
 
-The ranks are forked processes that get the environment a launcher would give them; see test_launch.py for launchers.
+The ranks are forked processes that get the environment a launcher would give them; see test_launch.py for
+launchers.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ ADAPTER_TOLERANCE = 2e-3
 
 @pytest.fixture
 def compared(starter, recipe_file, recipe_of, tmp_path):
-    """compared(world, *overrides): a run of `world` processes; its directory, and its gradients of the third step."""
+    """compared(world, *overrides): a run of `world` processes; its directory, and its gradients of the third
+    step.
+    """
     recipe = recipe_file({"training.global_batch_size": 6, "training.max_steps": 4, "training.save_every": 4})
 
     def run(world: int, *overrides: str):
@@ -49,7 +52,11 @@ def compared(starter, recipe_file, recipe_of, tmp_path):
         gradients = tmp_path / f"{name}.safetensors"
         options = {"hook": "record_gradients", "step": 2, "path": str(gradients)}
         arguments = ("train", recipe, f"name={name}", *overrides)
-        ranks = [starter.start(*arguments, **options)] if world == 1 else starter.ranks(world, *arguments, **options)
+        ranks = (
+            [starter.start(*arguments, **options)]
+            if world == 1
+            else starter.ranks(world, *arguments, **options)
+        )
         assert [rank.wait(120) for rank in ranks] == [0] * world, "".join(rank.log for rank in ranks)
         assert all(rank.log == "" for rank in ranks[1:]), "one process speaks for all"
         return RunDirectory(recipe_of({"name": name}).run_path), load_file(gradients)
@@ -65,9 +72,15 @@ def test_two_and_four_processes_train_as_one_does(compared):
         # Of four processes, two get one row of six and the others two: the micro-batches do not go round.
         several, their_gradients = compared(world)
         close(their_gradients, gradients, GRADIENT_TOLERANCE)
-        close(load_file(several.adapter_dir / "chain.safetensors"), load_file(one.adapter_dir / "chain.safetensors"), ADAPTER_TOLERANCE)
+        close(
+            load_file(several.adapter_dir / "chain.safetensors"),
+            load_file(one.adapter_dir / "chain.safetensors"),
+            ADAPTER_TOLERANCE,
+        )
         assert several.rows_path.read_bytes() == one.rows_path.read_bytes()
-        assert [row["loss"] for row in read_jsonl(several.metrics_path) if "loss" in row] == pytest.approx(losses, rel=1e-5)
+        assert [row["loss"] for row in read_jsonl(several.metrics_path) if "loss" in row] == pytest.approx(
+            losses, rel=1e-5
+        )
         status = several.read_status()
         assert status["validation_loss"] == pytest.approx(validation, rel=1e-5)
         assert status["machine"]["processes"] == world and not status["machine"]["sharded"]
@@ -86,7 +99,11 @@ def test_a_sharded_base_trains_as_a_whole_one_does(compared, starter):
     assert values[1] == pytest.approx(values[0] / 2, rel=0.2)
     assert json.loads((sharded.eval_dir / "likelihood.json").read_bytes())["tasks"]["everyday"]["n"] == 3
     close(their_gradients, gradients, GRADIENT_TOLERANCE)
-    close(load_file(sharded.adapter_dir / "chain.safetensors"), load_file(whole.adapter_dir / "chain.safetensors"), ADAPTER_TOLERANCE)
+    close(
+        load_file(sharded.adapter_dir / "chain.safetensors"),
+        load_file(whole.adapter_dir / "chain.safetensors"),
+        ADAPTER_TOLERANCE,
+    )
     assert sharded.rows_path.read_bytes() == whole.rows_path.read_bytes()
     assert sharded.read_status()["machine"]["sharded"]
 
@@ -145,7 +162,9 @@ def test_a_signal_to_any_one_process_stops_all_of_them(starter, recipe_file, rec
         ("step", "exit", [1, 7], ""),
     ],
 )
-def test_an_error_on_one_process_ends_all_of_them(starter, recipe_file, recipe_of, where, kind, codes, message):
+def test_an_error_on_one_process_ends_all_of_them(
+    starter, recipe_file, recipe_of, where, kind, codes, message
+):
     began = time.monotonic()
     ranks = starter.ranks(2, "train", recipe_file(), hook="fail_on_rank", rank=1, where=where, kind=kind)
     assert [rank.wait(90) for rank in ranks] == codes, ranks[0].log + ranks[1].log
@@ -168,7 +187,9 @@ def test_wrong_input_is_told_once(starter, recipe_file):
 
 def test_sharding_is_refused_where_it_cannot_be(starter, recipe_file):
     alone = starter.start("train", recipe_file({"training.parallel": "shard"}))
-    ranks = starter.ranks(2, "train", recipe_file({"training.parallel": "shard", "model.quantization": "nf4"}))
+    ranks = starter.ranks(
+        2, "train", recipe_file({"training.parallel": "shard", "model.quantization": "nf4"})
+    )
     assert alone.wait() == 2 and "shard needs several processes (--nproc)" in alone.log
     assert [rank.wait(90) for rank in ranks] == [2, 2]
     assert "shard spreads unquantised bases only" in ranks[0].log

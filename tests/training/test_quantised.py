@@ -15,7 +15,12 @@ from linchain_cli.training.runner import run_training
 
 @pytest.mark.parametrize(("quantization", "kind"), [("nf4", "Linear4bit"), ("int8", "Linear8bitLt")])
 def test_a_quantised_base_trains_and_resumes_exactly(recipe_of, monkeypatch, quantization, kind):
-    changes = {"model.quantization": quantization, "adapter.dropout": 0.1, "training.optimizer": "adamw_8bit", "adapter.rank": 64}
+    changes = {
+        "model.quantization": quantization,
+        "adapter.dropout": 0.1,
+        "training.optimizer": "adamw_8bit",
+        "adapter.rank": 64,
+    }
     whole = run_training(recipe_of({**changes, "name": "whole"}))
     layers = chain_layers(whole.model)
     assert {type(layer.base).__name__ for layer in layers.values()} == {kind}
@@ -46,22 +51,30 @@ def test_a_quantised_base_trains_and_resumes_exactly(recipe_of, monkeypatch, qua
 
 
 def test_gradients_go_through_a_4_bit_base_exactly(tiny_llama_dir):
-    """Against ordinary layers that hold the rounded weights. bitsandbytes has a path on CPUs whose gradient ends early."""
+    """Against ordinary layers that hold the rounded weights. bitsandbytes has a path on CPUs whose gradient
+    ends early.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     from linchain_cli.chain import ChainConfig, inject
     from linchain_cli.head import check_split
     from linchain_cli.model import load_model
 
-    rounded, plain = (load_model(tiny_llama_dir, dtype="float32", device="cpu", quantization=q) for q in ("nf4", "none"))
+    rounded, plain = (
+        load_model(tiny_llama_dir, dtype="float32", device="cpu", quantization=q) for q in ("nf4", "none")
+    )
     for path, module in rounded.named_modules():
         if type(module).__name__ == "Linear4bit":
-            plain.get_submodule(path).weight.copy_(dequantize_4bit(module.weight.data, module.weight.quant_state))
+            plain.get_submodule(path).weight.copy_(
+                dequantize_4bit(module.weight.data, module.weight.quant_state)
+            )
     ids = torch.arange(3, 63).view(2, 30)
     batch = Batch(ids, torch.ones_like(ids), ids)
     found = []
     for model in (plain, rounded):
-        check_split(model)  # a forward pass without gradients, after which everything must still be differentiable
+        check_split(
+            model
+        )  # a forward pass without gradients, after which everything must still be differentiable
         layers = inject(model, ChainConfig(rank=4, depth=1, alpha=4, target_modules=["q_proj", "down_proj"]))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -85,7 +98,15 @@ def test_a_quantised_step_goes_the_way_of_the_unrounded_one(recipe_of, run_tiny,
     assert norms[1]["loss"] == pytest.approx(norms[0]["loss"], rel=0.02)
     assert norms[1]["grad_norm"] == pytest.approx(norms[0]["grad_norm"], rel=0.2)
     first, second = (
-        torch.cat([(parameter.detach()).flatten() for name, parameter in job.parameters.items() if name.endswith(".B")])
+        torch.cat(
+            [
+                (parameter.detach()).flatten()
+                for name, parameter in job.parameters.items()
+                if name.endswith(".B")
+            ]
+        )
         for job in (exact, rounded)
     )
-    assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.6  # of signs, after Adam's first step
+    assert (
+        torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.6
+    )  # of signs, after Adam's first step

@@ -36,8 +36,13 @@ def test_a_finished_run(run_tiny, recipe_of):
     job = run_tiny()
     run, status = job.run, job.run.read_status()
     assert sorted(path.name for path in run.path.iterdir()) == [
-        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "rows.jsonl", "run.json",
-    ]  # fmt: skip
+        "adapter",
+        "checkpoints",
+        "metrics.jsonl",
+        "recipe.yaml",
+        "rows.jsonl",
+        "run.json",
+    ]
     assert status["status"] == "finished" and status["step"] == 6 and status["total_steps"] == 6
     assert set(status["versions"]) == {"linchain", "python", "torch", "transformers", "accelerate"}
     assert all(len(status["hashes"][name]) == 64 for name in ("recipe", "base")) and status["hashes"]["data"]
@@ -52,9 +57,17 @@ def test_a_finished_run(run_tiny, recipe_of):
     logged = [row for row in rows if "loss" in row]
     assert [row["step"] for row in logged] == [1, 2, 3, 4, 5, 6]
     assert set(logged[0]) >= {
-        "step", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "supervised_tokens", "tokens_per_second",
-        "step_seconds", "peak_memory_bytes",
-    }  # fmt: skip
+        "step",
+        "epoch",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "supervised_tokens",
+        "tokens_per_second",
+        "step_seconds",
+        "peak_memory_bytes",
+    }
     assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6]
     lengths, labels = job.data.train.lengths, job.data.train.supervised_counts
     consumed = [index for row in read_jsonl(run.rows_path) for index in row["rows"]]
@@ -70,7 +83,9 @@ def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, sto
         run_tiny()
     run = RunDirectory(recipe_of().run_path)
     assert run.read_status()["status"] == "failed" and run.read_status()["reason"] == "pulled the plug"
-    with pytest.raises(InputError, match="holds a run that failed. Use --resume to continue it or --fresh to start over."):
+    with pytest.raises(
+        InputError, match="holds a run that failed. Use --resume to continue it or --fresh to start over."
+    ):
         run_tiny()
     stop_after(None)
     capfd.readouterr()
@@ -170,7 +185,9 @@ def test_other_rows_another_base_or_more_threads_are_refused(
     stop_after(None)
     other = tmp_path / "other.json"
     other.write_text(json.dumps(commonsense_rows(46, seed=5)))
-    with pytest.raises(InputError, match=r"data: \w+ in the checkpoint, \w+ now: the rows or their tokens are others"):
+    with pytest.raises(
+        InputError, match=r"data: \w+ in the checkpoint, \w+ now: the rows or their tokens are others"
+    ):
         run_tiny({"data.train": str(other)}, resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(base, "hash", "0" * 64)
@@ -180,7 +197,9 @@ def test_other_rows_another_base_or_more_threads_are_refused(
 
     torch.set_num_threads(2)
     try:
-        with pytest.raises(InputError, match="threads: 1 in the checkpoint, 2 now: sums would be formed in another order"):
+        with pytest.raises(
+            InputError, match="threads: 1 in the checkpoint, 2 now: sums would be formed in another order"
+        ):
             run_tiny(resume=True)
     finally:
         torch.set_num_threads(1)
@@ -202,13 +221,23 @@ def test_length_and_intervals_may_change_and_the_schedule_follows(run_tiny, stop
         run_tiny()
     stop_after(None)
     changes = {
-        "training.max_steps": 8, "training.log_every": 2, "training.save_every": 4, "training.eval_every": 4,
+        "training.max_steps": 8,
+        "training.log_every": 2,
+        "training.save_every": 4,
+        "training.eval_every": 4,
         "training.keep_checkpoints": 1,
-    }  # fmt: skip
+    }
     job = run_tiny(changes, resume=True)
-    assert "the run now ends at step 8 instead of 6: the learning rate follows the new length" in capfd.readouterr().err
+    assert (
+        "the run now ends at step 8 instead of 6: the learning rate follows the new length"
+        in capfd.readouterr().err
+    )
     rates = {row["step"]: row["learning_rate"] for row in read_jsonl(job.run.metrics_path) if "loss" in row}
-    assert rates[2] == 0.01 and rates[4] == pytest.approx(0.01 * (1 - 1 / 6)) and rates[8] == pytest.approx(0.01 / 6)
+    assert (
+        rates[2] == 0.01
+        and rates[4] == pytest.approx(0.01 * (1 - 1 / 6))
+        and rates[8] == pytest.approx(0.01 / 6)
+    )
     assert job.run.read_status()["total_steps"] == 8
     assert [path.name for path in job.run.checkpoints_dir.iterdir()] == ["step-000008"]
 
@@ -232,13 +261,24 @@ def test_keep_best_and_last(run_tiny, monkeypatch):
     best = run_tiny({**changes, "name": "best"})
     worsening(monkeypatch, losses)
     last = run_tiny({**changes, "name": "last", "training.keep": "last"})
-    saved = {step: (best.run.checkpoints_dir / f"step-{step:06d}" / "chain.safetensors").read_bytes() for step in (4, 6)}
-    assert adapter_bytes(best.run) == saved[4] and best.run.read_status()["adapter"] == {"step": 4, "kept": "best"}
-    assert adapter_bytes(last.run) == saved[6] and last.run.read_status()["adapter"] == {"step": 6, "kept": "last"}
+    saved = {
+        step: (best.run.checkpoints_dir / f"step-{step:06d}" / "chain.safetensors").read_bytes()
+        for step in (4, 6)
+    }
+    assert adapter_bytes(best.run) == saved[4] and best.run.read_status()["adapter"] == {
+        "step": 4,
+        "kept": "best",
+    }
+    assert adapter_bytes(last.run) == saved[6] and last.run.read_status()["adapter"] == {
+        "step": 6,
+        "kept": "last",
+    }
     assert best.run.read_status()["validation_loss"] == 1.0
     # The model carries what adapter/ holds.
     values = load_file(best.run.adapter_dir / "chain.safetensors")
-    assert all((parameter == values[name]).all() for name, parameter in best.parameters.items() if name in values)
+    assert all(
+        (parameter == values[name]).all() for name, parameter in best.parameters.items() if name in values
+    )
 
 
 def test_the_best_adapter_survives_a_resume(run_tiny, monkeypatch, stop_after):
@@ -283,4 +323,6 @@ def test_warnings_of_the_data_are_shown(run_tiny, tmp_path, commonsense_rows, ca
     path = tmp_path / "twice.json"
     path.write_text(json.dumps(commonsense_rows(30) * 2))
     run_tiny({"data.train": str(path), "training.max_steps": 1})
-    assert "warning: " in (printed := capfd.readouterr().err) and "also occur among the training rows" in printed
+    assert (
+        "warning: " in (printed := capfd.readouterr().err) and "also occur among the training rows" in printed
+    )

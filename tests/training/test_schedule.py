@@ -31,7 +31,9 @@ def test_cosine_is_half_way_down_in_the_middle():
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine"])
 def test_the_same_as_transformers(scheduler):
-    """Its schedulers start the warm-up at 0; ours is theirs one step later during warm-up, and equal from then on."""
+    """Its schedulers start the warm-up at 0; ours is theirs one step later during warm-up, and equal from
+    then on.
+    """
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)

@@ -62,7 +62,9 @@ def test_a_second_signal_exits_at_once(starter, recipe_file, recipe_of, number, 
 
 
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
-def test_before_the_first_step_there_is_nothing_to_wait_for(starter, recipe_file, recipe_of, tmp_path, number, code):
+def test_before_the_first_step_there_is_nothing_to_wait_for(
+    starter, recipe_file, recipe_of, tmp_path, number, code
+):
     marker = tmp_path / "loading"
     process = starter.start("train", recipe_file(), hook="slow_loading", seconds=60, marker=str(marker))
     wait_until(marker.exists, process, "loading")

@@ -1,4 +1,5 @@
-"""What a forked process of the tests runs: `linchain ARGUMENTS`, its output in a file, perhaps with something going wrong.
+"""What a forked process of the tests runs: `linchain ARGUMENTS`, its output in a file, perhaps with something
+going wrong.
 
 `conftest.Starter` runs this file with ARGUMENTS, LOG, ENVIRONMENT, HOOK and VALUES as its globals.
 """
@@ -17,7 +18,9 @@ from linchain_cli.training import checkpoints, job, loop
 
 
 def kill_in_save(operation: int, torn: bool) -> None:
-    """SIGKILL to itself at the operation with this number (counted from 0) of those that saves make on the disk."""
+    """SIGKILL to itself at the operation with this number (counted from 0) of those that saves make on the
+    disk.
+    """
     count, saving = 0, False
     save = checkpoints.CheckpointStore.save
 
@@ -74,7 +77,9 @@ def slow_loading(seconds: float, marker: str) -> None:
 
 
 def record_gradients(step: int, path: str) -> None:
-    """Writes the summed gradients of a step (counted from 0) to a file, and how many of the base's values lie here."""
+    """Writes the summed gradients of a step (counted from 0) to a file, and how many of the base's values lie
+    here.
+    """
     from safetensors.torch import save_file
 
     original = loop.sum_over_processes
@@ -106,7 +111,10 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
     def fail(*args, **options):
         if kind == "exit":
             os._exit(7)
-        raise {"memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "bug": ValueError("a bug")}[kind]
+        raise {
+            "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            "bug": ValueError("a bug"),
+        }[kind]
 
     module, name = {"prepare": (job, "put_in_chains"), "step": (loop.loss, "backward")}[where]
     setattr(module, name, fail)
