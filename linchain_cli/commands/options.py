@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from linchain_cli.errors import LinchainError
 
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file. `linchain recipes list` shows shipped ones.")
@@ -39,8 +38,3 @@ ModelName = Annotated[
 ]
 Dtype = Literal["float32", "bfloat16"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
-
-
-def not_available(command: str) -> LinchainError:
-    """For a command that has its place and its options, and no work behind it yet."""
-    return LinchainError(f"`linchain {command}` is not available in this version.")
