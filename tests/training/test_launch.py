@@ -239,7 +239,7 @@ def test_processes_by_gpus_and_by_wish(monkeypatch):
     assert [launch.wanted_processes(wish) for wish in (None, 1, 5)] == [1, 1, 5]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [launch.wanted_processes(wish) for wish in (None, 1, 2)] == [2, 1, 2]
-    with pytest.raises(InputError, match="--nproc 3: only 2 GPUs are visible"):
+    with pytest.raises(InputError, match="--nproc 3: each process needs a GPU, and 2 are visible"):
         launch.wanted_processes(3)
 
 
