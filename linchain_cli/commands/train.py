@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -51,21 +52,33 @@ def run(
 
 
 def _train(recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: bool, fresh: bool) -> None:
-    from linchain_cli.report.plots import loss_plot
     from linchain_cli.training.processes import disconnect, is_first_process
     from linchain_cli.training.runner import run_training
 
     try:
         job = run_training(recipe, resume=resume, fresh=fresh)
-    finally:
-        if is_first_process() and directory.exists():
-            loss_plot(directory)
+    except InputError:
+        raise
+    except BaseException:
+        _plot(directory)
+        raise
     if job is not None:
+        _plot(directory)
         if tasks:
             _evaluate(job, tasks)
         if is_first_process():
             print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
     disconnect()
+
+
+def _plot(directory: RunDirectory) -> None:
+    """Draws what was logged. A disk that is full fails the run, if at all, elsewhere."""
+    from linchain_cli.report.plots import loss_plot
+    from linchain_cli.training.processes import is_first_process
+
+    if is_first_process() and directory.exists():
+        with contextlib.suppress(OSError):
+            loss_plot(directory)
 
 
 def _tasks(recipe: Recipe) -> list[Task]:

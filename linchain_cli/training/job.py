@@ -37,7 +37,7 @@ from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.fingerprints import fingerprints, refuse_differences
-from linchain_cli.training.processes import from_main, on_main, together
+from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
 from linchain_cli.training.state import TrainingState
 
 
@@ -213,6 +213,11 @@ def resume(job: Job, note: Callable[[str], None]) -> None:
         return
     step, files = found
     about = together(accelerator, lambda: job.load_checkpoint(files))
+    if job.total_steps < step:
+        raise_on_all(
+            accelerator,
+            InputError(f"the run has taken {step} steps already: it cannot end at step {job.total_steps}"),
+        )
     if about["total_steps"] != job.total_steps:
         note(
             f"the run now ends at step {job.total_steps} instead of {about['total_steps']}:"

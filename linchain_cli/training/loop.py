@@ -172,9 +172,16 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 
 def validate(job: Job, display: Display) -> None:
-    """Measures and records the validation loss, and keeps the best adapter."""
+    """Measures and records the validation loss, and keeps the best adapter.
+
+    Raises:
+        LinchainError: the loss is not finite.
+    """
     state = job.state
     value = validation_loss(job)
+    if not math.isfinite(value):
+        message = f"step {state.step}: the validation loss is {value}; the checkpoints up to here are kept."
+        raise_on_all(job.accelerator, LinchainError(f"{message} A lower training.learning_rate may help."))
     better = state.best_loss is None or value < state.best_loss
     if better:
         state.best_loss, state.best_step, state.stale = value, state.step, 0

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from linchain_cli.machine import available_memory
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import loss
 from linchain_cli.training.job import Job
+from linchain_cli.training.plan import resident_bytes
 
 # The share of free memory that may be planned with; the rest is for fragmentation and other processes.
 USABLE = 0.9
@@ -102,9 +101,7 @@ def _peak(device: torch.device) -> Iterator[_Peak]:
 
 
 def _in_use(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def _room(job: Job) -> int:

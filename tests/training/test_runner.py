@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import loop
+from linchain_cli.training.checkpoints import CheckpointStore
 
 
 @pytest.fixture
@@ -240,6 +241,26 @@ def test_length_and_intervals_may_change_and_the_schedule_follows(run_tiny, stop
     )
     assert job.run.read_status()["total_steps"] == 8
     assert [path.name for path in job.run.checkpoints_dir.iterdir()] == ["step-000008"]
+
+
+def test_a_run_cannot_end_before_where_it_stands(run_tiny, stop_after):
+    stop_after(5)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny()
+    stop_after(None)
+    with pytest.raises(InputError, match="has taken 4 steps already: it cannot end at step 3"):
+        run_tiny({"training.max_steps": 3}, resume=True)
+    job = run_tiny({"training.max_steps": 4}, resume=True)
+    assert job.state.step == 4 and job.run.read_status()["status"] == "finished"
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(run_tiny, recipe_of, monkeypatch):
+    worsening(monkeypatch, [1.0, float("nan")])
+    with pytest.raises(LinchainError, match="step 6: the validation loss is nan"):
+        run_tiny()
+    run = RunDirectory(recipe_of().run_path)
+    assert run.read_status()["status"] == "failed"
+    assert CheckpointStore(run.checkpoints_dir, 2).steps() == [2, 4]
 
 
 def test_an_epoch_is_every_row_once(run_tiny):
