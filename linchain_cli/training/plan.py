@@ -121,7 +121,7 @@ def predict(
     train: EncodedRows,
     validation: EncodedRows | None,
     device: torch.device,
-    process_bytes: int | None = None,
+    loaded: bool = False,
     world: int = 1,
 ) -> Plan:
     """Predicts memory and time of a recipe on `device`.
@@ -130,10 +130,10 @@ def predict(
         config: the recipe's chains.
         directory: the base model's checkpoint directory, of which only the configuration is read.
         train, validation: the encoded rows.
-        process_bytes: `resident_bytes()` before a model was loaded; None takes it now.
+        loaded: whether this process holds the base already, which is then not counted as the process's.
         world: processes that share the rows, each with the whole base.
     """
-    process = resident_bytes() if process_bytes is None else process_bytes
+    resident = resident_bytes()
     model = planned_model(recipe, config, directory, device)
     epoch = recipe_epoch(recipe, train, world)
     steps = total_steps(recipe, epoch.steps)
@@ -147,9 +147,11 @@ def predict(
     except _UNSUPPORTED as error:
         notes.append(f"activations are not counted ({type(error).__name__} on the meta device)")
     folded_factors = sum(layer.A.numel() for layer in chain_layers(model).values())  # A' of each layer
+    base_bytes = _base_bytes(recipe, model)
+    process = max(0, resident - base_bytes if loaded else resident)
     memory = MemoryPlan(
         process=process if device.type == "cpu" else 0,
-        base=_base_bytes(recipe, model),
+        base=base_bytes,
         adapters=2 * 4 * (sum(p.numel() for p in trained) + folded_factors),
         optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
         activations=activations,

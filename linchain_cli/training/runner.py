@@ -24,7 +24,7 @@ from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch
 from linchain_cli.training.metrics import peak_memory_bytes
-from linchain_cli.training.plan import predict, resident_bytes
+from linchain_cli.training.plan import predict
 from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main
 from linchain_cli.training.progress import Display, note
 from linchain_cli.training.signals import stop_requests
@@ -64,7 +64,7 @@ def run_training(
         held.enter_context(_deterministic(recipe.training.deterministic))
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
-        began, process_bytes = time.perf_counter(), resident_bytes()
+        began = time.perf_counter()
         plan = from_main(accelerator, on_main(accelerator, lambda: _claim(run, resume, fresh, held)))
         if plan == FINISHED:
             say(f"{run.path} is finished already; nothing to resume")
@@ -77,7 +77,7 @@ def run_training(
         with explained(recipe, job.device):
             _settle_micro_batch(job, say)
         if plan == NEW and base is None:
-            labels = {"plan": on_main(accelerator, lambda: _predict(job, process_bytes)), **(labels or {})}
+            labels = {"plan": on_main(accelerator, lambda: _predict(job)), **(labels or {})}
         seconds = round(time.perf_counter() - began, 3)
         on_main(accelerator, lambda: _open(job, plan, labels or {}, seconds))
         with _told_in_status(job):
@@ -108,7 +108,7 @@ def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
         job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
 
 
-def _predict(job: Job, process_bytes: int) -> dict[str, Any] | None:
+def _predict(job: Job) -> dict[str, Any] | None:
     """What the run should cost, to stand in run.json beside what it did; None where that cannot be told."""
     if job.base.sharded:
         return None
@@ -117,11 +117,9 @@ def _predict(job: Job, process_bytes: int) -> dict[str, Any] | None:
     data, world, config = job.data, job.accelerator.num_processes, jobs.chain_config(recipe)
     try:
         plan = predict(
-            recipe, config, job.base.directory, data.train, data.validation, job.device, process_bytes, world
+            recipe, config, job.base.directory, data.train, data.validation, job.device, loaded=True, world=world
         )
-    except (
-        Exception
-    ):  # a run does not fail for its forecast, whatever an architecture or a full GPU does to it
+    except Exception:  # a run does not fail for its forecast, whatever a model or a full GPU does to it
         return None
     return plan.to_dict()
 

@@ -211,6 +211,7 @@ def test_a_run_records_the_prediction_beside_what_it_measured(
     recipe = recipe.model_copy(update={"output_dir": str(tmp_path / "runs")})
     job = run_training(recipe, quiet=True)
     plan = json.loads((tmp_path / "runs" / "x" / "run.json").read_text())["plan"]
+    assert plan["memory"]["process"] > 100e6  # with transformers imported, and without the loaded base
     assert plan["total_steps"] == 3 and plan["memory"]["total"] > plan["memory"]["base"] > 0
     assert plan["time"]["train_seconds"] > 0
     measured = plan["measured"]
