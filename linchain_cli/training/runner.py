@@ -117,7 +117,14 @@ def _predict(job: Job) -> dict[str, Any] | None:
     data, world, config = job.data, job.accelerator.num_processes, jobs.chain_config(recipe)
     try:
         plan = predict(
-            recipe, config, job.base.directory, data.train, data.validation, job.device, loaded=True, world=world
+            recipe,
+            config,
+            job.base.directory,
+            data.train,
+            data.validation,
+            job.device,
+            loaded=True,
+            world=world,
         )
     except Exception:  # a run does not fail for its forecast, whatever a model or a full GPU does to it
         return None
