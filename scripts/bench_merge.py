@@ -64,14 +64,15 @@ def make_base(directory: Path, layers: int) -> None:
         shapes = {
             name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()
         }
-    generator = torch.Generator().manual_seed(0)
 
-    def weights(shape):
-        return lambda: [lambda: torch.randn(shape, generator=generator).mul_(0.02).bfloat16()]
+    def tensor(seed: int, name: str, shape: torch.Size) -> NewTensor:
+        def weights() -> torch.Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
 
-    tensors = [
-        NewTensor(name, "BF16", shape, 2 * shape.numel(), weights(shape)) for name, shape in shapes.items()
-    ]
+        return NewTensor(name, "BF16", shape, 2 * shape.numel(), lambda: [(shape.numel(), weights)])
+
+    tensors = [tensor(seed, name, shape) for seed, (name, shape) in enumerate(shapes.items())]
     write_checkpoint(directory, tensors, SHARD_BYTES)
 
 

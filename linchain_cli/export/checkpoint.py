@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.export.buffers import buffers
 from linchain_cli.model_files import weight_files
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -66,27 +67,37 @@ class StoredTensor:
 
     def read(self, first: int = 0, count: int | None = None) -> bytearray:
         """`count` bytes from byte `first` of the tensor on; all of them by default."""
-        count = self.nbytes - first if count is None else count
+        data = bytearray(self.nbytes - first if count is None else count)
+        self.read_into(memoryview(data), first)
+        return data
+
+    def read_into(self, target: memoryview, first: int) -> None:
+        """Fills `target` with the tensor's bytes from byte `first` on."""
         if self.values is not None:
             flat = self.values.contiguous().reshape(-1).view(torch.uint8)
-            return bytearray(flat[first : first + count].numpy().tobytes())
-        buffer = bytearray(count)
-        view, done = memoryview(buffer), 0
+            target[:] = memoryview(flat[first : first + len(target)].numpy())
+            return
+        done = 0
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start + first)
-            while done < count:
-                got = file.readinto(view[done:])
+            while done < len(target):
+                got = file.readinto(target[done:])
                 if not got:
                     raise LinchainError(f"{self.path} ends within tensor {self.key}")
                 done += got
-        return buffer
 
     def rows(self, first: int, count: int) -> torch.Tensor:
         """Rows `first` to `first + count` (along the first dimension) of a floating-point tensor, in its own
-        type."""
-        width = self.nbytes // self.shape[0]
-        data = self.read(first * width, count * width)
-        return torch.frombuffer(data, dtype=FLOAT_TYPES[self.type]).reshape(count, *self.shape[1:])
+        type.
+
+        They lie in memory that the same thread's next call uses again.
+        """
+        shape = torch.Size((count, *self.shape[1:]))
+        rows = buffers.take("rows", shape, FLOAT_TYPES[self.type])
+        self.read_into(
+            memoryview(rows.view(-1).view(torch.uint8).numpy()), first * (self.nbytes // self.shape[0])
+        )
+        return rows
 
     def tensor(self) -> torch.Tensor:
         """The whole of a floating-point tensor, in its own type."""

@@ -7,6 +7,7 @@ float64, block by block of rows, and rounded once.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, linear_shape
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
+from linchain_cli.export.buffers import buffers
 from linchain_cli.export.checkpoint import FLOAT_TYPES, TYPE_NAMES, Checkpoint, StoredTensor
 from linchain_cli.export.rounding import round_once
-from linchain_cli.export.shards import NewTensor
+from linchain_cli.export.shards import Block, NewTensor
 from linchain_cli.model_names import Conversion, NameMap, map_names
 
 if TYPE_CHECKING:
@@ -191,16 +193,15 @@ class _Sum:
     scaling: float
     dtype: torch.dtype
 
-    def __call__(self) -> Iterator[Callable[[], Tensor]]:
+    def __call__(self) -> Iterator[Block]:
         left, right = factors(self.target, self.scaling)
 
-        def block(first: int, count: int) -> Tensor:
-            rows = self.stored.rows(first, count).double()
-            rows.addmm_(left[first : first + count], right)
-            return _rounded(rows, self.dtype, self.stored.key)
+        def rows(first: int, count: int) -> Tensor:
+            total = _as_float64(self.stored.rows(first, count))
+            return _rounded(total.addmm_(left[first : first + count], right), self.dtype, self.stored.key)
 
-        for place in self.stored.row_blocks(BLOCK_ELEMENTS):
-            yield partial(block, *place)
+        for first, count in self.stored.row_blocks(BLOCK_ELEMENTS):
+            yield count * right.shape[1], partial(rows, first, count)
 
 
 def factors(target: Target, scaling: float) -> tuple[Tensor, Tensor]:
@@ -217,19 +218,24 @@ class _Recast:
     stored: StoredTensor
     dtype: torch.dtype
 
-    def __call__(self) -> Iterator[Callable[[], Tensor]]:
+    def __call__(self) -> Iterator[Block]:
         if not self.stored.shape:
-            yield lambda: _rounded(self.stored.tensor().double(), self.dtype, self.stored.key)
+            yield 1, lambda: _rounded(self.stored.tensor().double(), self.dtype, self.stored.key)
             return
-        for place in self.stored.row_blocks(BLOCK_ELEMENTS):
-            yield partial(self._block, *place)
+        width = self.stored.shape[1:].numel()
+        for first, count in self.stored.row_blocks(BLOCK_ELEMENTS):
+            yield count * width, partial(self._rows, first, count)
 
-    def _block(self, first: int, count: int) -> Tensor:
-        return _rounded(self.stored.rows(first, count).double(), self.dtype, self.stored.key)
+    def _rows(self, first: int, count: int) -> Tensor:
+        return _rounded(_as_float64(self.stored.rows(first, count)), self.dtype, self.stored.key)
+
+
+def _as_float64(values: Tensor) -> Tensor:
+    return buffers.take("sum", values.shape, torch.float64).copy_(values)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    result = round_once(values, dtype)
+    result = round_once(values, dtype, buffers.take("rounded", values.shape, dtype))
     if dtype == torch.float16 and not torch.isfinite(result).all():
         raise LinchainError(
             f"{key}: a value is beyond float16's range (65504 at most). Merge with --dtype bfloat16 or"
@@ -244,22 +250,25 @@ class _ConvertedSums:
     def __init__(self, plan: MergePlan):
         self._plan = plan
         self._groups = {key: group for group in plan.converted for key in group.conversion.keys}
+        self._lock = threading.Lock()
         self._held: ConvertedTargets | None = None
         self._sums: dict[str, Tensor] = {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._groups
 
-    def for_key(self, key: str, dtype: torch.dtype) -> Callable[[], list[Callable[[], Tensor]]]:
+    def for_key(self, key: str, dtype: torch.dtype) -> Callable[[], list[Block]]:
         """The new values of one file tensor, as one block."""
 
-        def block() -> Tensor:
+        def whole() -> Tensor:
             group = self._groups[key]
-            if self._held is not group:
-                self._held, self._sums = group, _converted_sums(self._plan, group)
-            return _rounded(self._sums[key], dtype, key)
+            with self._lock:
+                if self._held is not group:
+                    self._held, self._sums = group, _converted_sums(self._plan, group)
+                total = self._sums[key]
+            return _rounded(total, dtype, key)
 
-        return lambda: [block]
+        return lambda: [(self._plan.base.tensors[key].shape.numel(), whole)]
 
 
 def _converted_sums(plan: MergePlan, group: ConvertedTargets) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,16 +31,21 @@ INDEX_FILE = "model.safetensors.index.json"
 _NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM}
 
 
+# The number of elements that follow in row-major order, and what makes them, in whichever thread. What it returns
+# is written before the thread makes the next one, and may then be overwritten.
+Block = tuple[int, Callable[[], torch.Tensor]]
+
+
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written. `data` is the stored tensor to copy as it is, or yields functions that make one
-    block of the new one each, in order; they are called in several threads."""
+    """A tensor to be written: `data` is the stored tensor to copy as it is, or yields the new one's
+    blocks."""
 
     key: str
     type: str
     shape: torch.Size
     nbytes: int
-    data: StoredTensor | Callable[[], Iterable[Callable[[], torch.Tensor]]]
+    data: StoredTensor | Callable[[], Iterable[Block]]
 
 
 def plan_shards(tensors: Sequence[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
@@ -92,8 +98,8 @@ def write_checkpoint(
 
 @contextlib.contextmanager
 def _workers() -> Iterator[ThreadPoolExecutor]:
-    """Threads that make blocks while earlier ones are written. Each computes alone: blocks are small enough
-    for a core's cache, and threads that wait for each other within one cost more than they bring."""
+    """Threads that make, write and copy blocks. Each computes alone: blocks are small enough for a core's
+    cache, and threads that wait for each other within one cost more than they bring."""
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(max(1, threads), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
@@ -102,15 +108,13 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
             torch.set_num_threads(threads)
 
 
-def _in_order(
-    pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], torch.Tensor]], ahead: int
-) -> Iterator[torch.Tensor]:
-    """The jobs' results in order, with at most `ahead` of them under way."""
-    under_way: deque[Future[torch.Tensor]] = deque()
+def _all_done(pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], int]]) -> Iterator[int]:
+    """The jobs' results, with a few of them under way at a time. The first error ends it."""
+    under_way: deque[Future[int]] = deque()
     try:
         for job in jobs:
             under_way.append(pool.submit(job))
-            if len(under_way) >= ahead:
+            if len(under_way) >= 2 * torch.get_num_threads():
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
@@ -123,7 +127,7 @@ def _write_file(
     path: Path, tensors: Sequence[NewTensor], pool: ThreadPoolExecutor, progress: Callable[[int], None]
 ) -> None:
     # Wide types first, so that every tensor starts at a multiple of its element's size.
-    ordered = sorted(tensors, key=lambda tensor: -math.gcd(tensor.nbytes // max(tensor.shape.numel(), 1), 8))
+    ordered = sorted(tensors, key=lambda tensor: -math.gcd(_element_size(tensor), 8))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in ordered:
@@ -136,56 +140,72 @@ def _write_file(
     encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with open(path, "wb", buffering=0) as file:
-        _write_all(file, len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in ordered:
-            if isinstance(tensor.data, StoredTensor):
-                _copy(tensor.data, file, progress)
-                continue
-            written = 0
-            for block in _in_order(pool, tensor.data(), 2 * torch.get_num_threads()):
-                data = memoryview(block.contiguous().reshape(-1).view(torch.uint8).numpy())
-                _write_all(file, data)
-                written += len(data)
-                progress(len(data))
-            if written != tensor.nbytes:
-                raise LinchainError(
-                    f"{tensor.key}: {written} bytes were made where {tensor.nbytes} were announced"
-                )
+        _write_at(file.fileno(), len(encoded).to_bytes(8, "little") + encoded, 0)
+        for written in _all_done(pool, _jobs(ordered, file.fileno(), 8 + len(encoded))):
+            progress(written)
 
 
-def _write_all(file, data) -> None:
+def _element_size(tensor: NewTensor) -> int:
+    return tensor.nbytes // max(tensor.shape.numel(), 1)
+
+
+def _jobs(tensors: Iterable[NewTensor], target: int, start: int) -> Iterator[Callable[[], int]]:
+    """Everything there is to write behind a file's header; each job returns how many bytes it wrote."""
+    for tensor in tensors:
+        if isinstance(tensor.data, StoredTensor):
+            for first in range(0, tensor.nbytes, BLOCK_BYTES):
+                count = min(BLOCK_BYTES, tensor.nbytes - first)
+                yield partial(_copy, tensor.data, first, count, target, start + first)
+        else:
+            place = start
+            for elements, make in tensor.data():
+                size = elements * _element_size(tensor)
+                yield partial(_make, tensor.key, make, size, target, place)
+                place += size
+            if place != start + tensor.nbytes:
+                made = place - start
+                raise LinchainError(f"{tensor.key}: its blocks have {made} bytes, not {tensor.nbytes}")
+        start += tensor.nbytes
+
+
+def _make(key: str, make: Callable[[], torch.Tensor], size: int, target: int, place: int) -> int:
+    block = make()
+    data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+    if data.nbytes != size:
+        raise LinchainError(f"{key}: a block of {data.nbytes} bytes was made where {size} were announced")
+    _write_at(target, data, place)
+    return size
+
+
+def _write_at(target: int, data, place: int) -> None:
     view = memoryview(data)
     while view:
-        view = view[file.write(view) :]
+        written = os.pwrite(target, view, place)
+        view, place = view[written:], place + written
 
 
-def _copy(tensor: StoredTensor, file, progress: Callable[[int], None]) -> None:
-    """Copies a stored tensor's bytes to the end of `file`, inside the kernel where it can do that."""
-    if tensor.values is not None:
-        for first in range(0, tensor.nbytes, BLOCK_BYTES):
-            data = tensor.read(first, min(BLOCK_BYTES, tensor.nbytes - first))
-            _write_all(file, data)
-            progress(len(data))
-        return
-    with open(tensor.path, "rb", buffering=0) as source:
-        source.seek(tensor.start)
-        left = tensor.nbytes
-        while left:
-            sent = _send(source, file, min(left, 8 * BLOCK_BYTES))
-            if not sent:
-                raise LinchainError(f"{tensor.path} ends within tensor {tensor.key}")
-            left -= sent
-            progress(sent)
+def _copy(tensor: StoredTensor, first: int, count: int, target: int, place: int) -> int:
+    """Copies bytes of a stored tensor, inside the kernel where it can do that."""
+    done = 0
+    if tensor.values is None and hasattr(os, "copy_file_range"):
+        with open(tensor.path, "rb", buffering=0) as source:
+            while done < count:
+                sent = _send(source.fileno(), tensor.start + first + done, count - done, target, place + done)
+                if sent is None:
+                    break
+                if not sent:
+                    raise LinchainError(f"{tensor.path} ends within tensor {tensor.key}")
+                done += sent
+    if done < count:
+        _write_at(target, tensor.read(first + done, count - done), place + done)
+    return count
 
 
-def _send(source, target, count: int) -> int:
-    """Moves up to `count` bytes from one file's position to the other's; returns how many."""
-    if hasattr(os, "copy_file_range"):
-        try:
-            return os.copy_file_range(source.fileno(), target.fileno(), count)
-        except OSError as error:
-            if error.errno not in _NOT_HERE:
-                raise
-    data = source.read(count)
-    _write_all(target, data)
-    return len(data)
+def _send(source: int, first: int, count: int, target: int, place: int) -> int | None:
+    """Bytes that the kernel copied from file to file; None where it cannot do that here."""
+    try:
+        return os.copy_file_range(source, target, count, first, place)
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+        return None

@@ -105,7 +105,7 @@ def test_blocks_made_in_threads_arrive_in_order(tmp_path):
     values = torch.arange(1000.0)
 
     def blocks():
-        return (lambda start=start: values[start : start + 10] for start in range(0, 1000, 10))
+        return ((10, lambda start=start: values[start : start + 10]) for start in range(0, 1000, 10))
 
     threads = torch.get_num_threads()
     write_checkpoint(tmp_path, [NewTensor("x", "F32", values.shape, values.nbytes, blocks)], 10**9)
@@ -113,11 +113,25 @@ def test_blocks_made_in_threads_arrive_in_order(tmp_path):
     assert torch.get_num_threads() == threads
 
 
-def test_too_few_bytes_for_a_tensor_are_an_error(tmp_path):
-    with pytest.raises(LinchainError, match="8 bytes were made where 16 were announced"):
-        write_checkpoint(
-            tmp_path, [NewTensor("x", "F32", torch.Size([4]), 16, lambda: [lambda: torch.zeros(2)])], 10**9
-        )
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        ([(4, lambda: torch.zeros(2))], "a block of 8 bytes was made where 16 were announced"),
+        ([(2, lambda: torch.zeros(2))], "its blocks have 8 bytes, not 16"),
+    ],
+)
+def test_too_few_bytes_for_a_tensor_are_an_error(tmp_path, blocks, message):
+    with pytest.raises(LinchainError, match=message):
+        write_checkpoint(tmp_path, [NewTensor("x", "F32", torch.Size([4]), 16, lambda: blocks)], 10**9)
+
+
+def test_an_error_in_a_thread_is_the_writers_error(tmp_path):
+    def fail():
+        raise ZeroDivisionError("in a thread")
+
+    blocks = [(1, lambda: torch.zeros(1)), (1, fail), *[(1, lambda: torch.zeros(1))] * 50]
+    with pytest.raises(ZeroDivisionError, match="in a thread"):
+        write_checkpoint(tmp_path, [NewTensor("x", "F32", torch.Size([52]), 208, lambda: blocks)], 10**9)
 
 
 def test_pickled_checkpoints_are_read_without_running_code(tmp_path, tensors):

@@ -105,7 +105,7 @@ def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path, base_of, adap
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("function", ["_write_all", "_copy"])
+@pytest.mark.parametrize("function", ["_write_at", "_copy", "_make"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_disk_that_fails_midway_leaves_what_was_there(
     tmp_path, base_of, adapter_of_base, monkeypatch, function, code
@@ -127,7 +127,7 @@ def test_a_disk_that_fails_midway_leaves_what_was_there(
     monkeypatch.setattr(shards, function, fail)
     with pytest.raises(LinchainError, match="disk .* is full|could not be written") as error:
         merge_checkpoint(base, adapter_of_base(base), out, MergeOptions(overwrite=True), Origin("x"))
-    assert error.value.exit_code == 1 and calls == 5
+    assert error.value.exit_code == 1 and calls >= 5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["old"]
 
@@ -197,10 +197,10 @@ def test_leftovers_of_killed_processes_go_and_those_of_running_ones_stay(tmp_pat
         f".staging-out-{dead}",
         f".staging-out-{alive}",
         f".staging-other-{dead}",
-        f".staging-old-out-{dead}",
+        f".replaced-out-{dead}",
     ):
         (tmp_path / name).mkdir()
-    (tmp_path / f".staging-old-out-{dead}" / "mine").write_text("x")
+    (tmp_path / f".replaced-out-{dead}" / "mine").write_text("x")
     with pytest.raises(ZeroDivisionError), staged_output(tmp_path / "out"):
         raise ZeroDivisionError
     left = {path.name for path in tmp_path.iterdir()}
