@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 STAGING_PREFIX = ".staging-"
+REPLACED_PREFIX = ".replaced-"
 
 
 def _write(handle, data: bytes) -> None:
@@ -157,7 +158,7 @@ def _sync_tree(root: Path) -> None:
 
 
 def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
-    aside = target.with_name(f"{STAGING_PREFIX}old-{target.name}-{os.getpid()}")
+    aside = target.with_name(f"{REPLACED_PREFIX}{target.name}-{os.getpid()}")
     replaces = overwrite and target.exists()
     if replaces:
         _rename(target, aside)
@@ -182,21 +183,36 @@ def remove_directory(path: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_staging(directory: Path, name: str | None = None) -> None:
-    """Removes what a killed process left half-written in `directory`: of everything, or of the target `name`
-    only.
+def remove_staging(directory: Path, name: str | None = None, *, spare_living: bool = False) -> None:
+    """Cleans up after killed processes in `directory`: what they left half-written is removed, and what one had
+    moved aside and not yet replaced is put back. Of everything, or of the target `name` only.
 
-    The caller sees to it that no other process writes there now.
+    The caller sees to it that no other process writes there now, or asks with `spare_living` to leave alone what
+    belongs to a process that runs on this machine.
     """
-    which = ".+" if name is None else rf"(old-)?{re.escape(name)}-\d+"
-    pattern = re.compile(re.escape(STAGING_PREFIX) + which)
+    of_target = ".+" if name is None else rf"(?:old-)?{re.escape(name)}"
+    pattern = re.compile(rf"({re.escape(STAGING_PREFIX)}|{re.escape(REPLACED_PREFIX)})({of_target})-(\d+)")
     for leftover in Path(directory).iterdir() if Path(directory).is_dir() else ():
-        if not pattern.fullmatch(leftover.name):
+        match = pattern.fullmatch(leftover.name)
+        if not match or (spare_living and _is_alive(int(match[3]))):
             continue
-        if leftover.is_dir():
+        target = leftover.with_name(match[2])
+        if match[1] == REPLACED_PREFIX and not target.exists():
+            _rename(leftover, target)
+        elif leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -118,6 +120,36 @@ def test_leftovers_are_removed_of_all_or_of_one(tmp_path):
     storage.remove_staging(tmp_path)
     assert os.listdir(tmp_path) == ["kept"]
     storage.remove_staging(tmp_path / "missing")
+
+
+def test_what_a_killed_process_had_moved_aside_is_put_back(tmp_path):
+    """Killed between the two renames of a replacement, the old directory is all there is."""
+    for name in ("lost", "there"):
+        (tmp_path / f".replaced-{name}-1").mkdir()
+        (tmp_path / f".replaced-{name}-1" / "old").touch()
+    (tmp_path / "there").mkdir()
+    (tmp_path / ".staging-old-gone-1").mkdir()
+    storage.remove_staging(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["lost", "there"]
+    assert os.listdir(tmp_path / "lost") == ["old"] and os.listdir(tmp_path / "there") == []
+
+
+def test_a_replacement_killed_between_its_renames_loses_nothing(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    code = """
+import os, sys
+from pathlib import Path
+from linchain_cli import storage
+rename = storage._rename
+storage._rename = lambda source, target: (rename(source, target), os.kill(os.getpid(), 9))
+with storage.staged_directory(Path(sys.argv[1]), overwrite=True) as staging:
+    (staging / "new").touch()
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "target")], timeout=60)
+    assert done.returncode == -9 and not (tmp_path / "target").exists()
+    storage.remove_staging(tmp_path, "target")
+    assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]
 
 
 def test_a_removed_directory_is_never_seen_in_part(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,10 +124,7 @@ def _refuse_what_lies_there(path: Path) -> None:
 def remove(directory: ComparisonDirectory) -> None:
     """Removes a comparison with all its arms; anything else that may lie there is left."""
     if directory.exists():
-        aside = directory.path.with_name(f"{storage.STAGING_PREFIX}old-{directory.path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        directory.path.rename(aside)
-        shutil.rmtree(aside)
+        storage.remove_directory(directory.path)
 
 
 def arm_recipe(arm: Arm, seed: int, directory: ComparisonDirectory) -> Recipe:

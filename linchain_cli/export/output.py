@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import shutil
 import signal
@@ -108,7 +107,7 @@ def staged_output(target: Path) -> Iterator[Path]:
     The directory appears under its name when the block has ended without an error, as a whole or not at all,
     also when SIGTERM ends it. What an earlier process left because it was killed is removed first.
     """
-    _remove_leftovers(target)
+    storage.remove_staging(target.parent, target.name, spare_living=True)
     removed = "What had been written was removed again."
     try:
         with _terminable(target), storage.staged_directory(target, overwrite=True) as staging:
@@ -136,30 +135,6 @@ def _terminable(target: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes the staging directories of processes that are gone; an old output that one had just moved aside
-    is put back."""
-    pattern = re.compile(rf"{re.escape(storage.STAGING_PREFIX)}(old-)?{re.escape(target.name)}-(\d+)")
-    for path in target.parent.iterdir() if target.parent.is_dir() else ():
-        match = pattern.fullmatch(path.name)
-        if not match or _is_alive(int(match[2])):
-            continue
-        if match[1] and not target.exists():
-            path.rename(target)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def copy_files(paths: Iterable[Path], source: Path, directory: Path) -> None:
