@@ -35,8 +35,6 @@ __all__ = [
     "weight_files",
 ]
 
-logger = logging.getLogger(__name__)
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("none", "int8", "nf4")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
@@ -232,12 +230,14 @@ def load_model(
     quantization: str = "none",
     attention: str = "auto",
     runs_on: torch.device | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
 
     `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
     (4-bit normal float, double quantisation, computing in `dtype`). `runs_on` is where the model will be moved to,
-    if it is not `device`; it decides what `auto` means.
+    if it is not `device`; it decides what `auto` means. `spread` packs 4-bit weights into numbers of `dtype`, because
+    FSDP2 leaves tensors of whole numbers on every process.
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
     quantised, wrong options) and LinchainError if it does not fit into memory.
@@ -252,7 +252,7 @@ def load_model(
         "config": config,
         "dtype": resolved,
         "attn_implementation": resolve_attention(attention, runs_on),
-        "quantization_config": _quantization_config(quantization, resolved),
+        "quantization_config": _quantization_config(quantization, resolved, resolved if spread else torch.uint8),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
     }
     with _loading_problems(directory, files, attention), _quiet():
@@ -273,7 +273,7 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization_config(name: str, dtype: torch.dtype):
+def _quantization_config(name: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8):
     if name not in QUANTIZATIONS:
         raise InputError(
             f"model.quantization: '{name}' is unknown, expected one of {', '.join(QUANTIZATIONS)}."
@@ -293,6 +293,7 @@ def _quantization_config(name: str, dtype: torch.dtype):
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
     )
 
 

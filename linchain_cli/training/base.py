@@ -58,6 +58,7 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
             quantization=config.quantization,
             attention=config.attention,
             runs_on=device,
+            spread=sharded,
         )
         return Base(directory, model, load_tokenizer(directory), base_hash(directory), sharded)
 
@@ -70,20 +71,22 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
 
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:
     """Whether the base is spread over the processes."""
-    wanted, quantised = recipe.training.parallel, recipe.model.quantization != "none"
+    wanted, quantization = recipe.training.parallel, recipe.model.quantization
     if wanted == "shard" and accelerator.num_processes == 1:
         raise InputError(
             "training.parallel: shard needs several processes (--nproc); one alone cannot share the base"
         )
-    if wanted == "shard" and quantised:
+    if wanted == "shard" and quantization == "int8":
         raise InputError(
-            "training.parallel: shard spreads unquantised bases only; set model.quantization to none, or"
-            " parallel to replicate, which holds the quantised base whole on every process"
+            "training.parallel: shard cannot spread a base in int8; set model.quantization to nf4 or none, or"
+            " parallel to replicate, which holds the base whole on every process"
         )
     if wanted != "auto":
         return wanted == "shard"
-    if accelerator.num_processes == 1 or quantised or accelerator.device.type != "cuda":
+    if accelerator.num_processes == 1 or quantization == "int8" or accelerator.device.type != "cuda":
         return False
+    # Nearly all of a large model is in its blocks, which are what quantisation rounds.
     dtype = resolve_dtype(recipe.model.dtype, accelerator.device)
-    size = sum(parameter.numel() for parameter in empty_model(directory).parameters()) * dtype.itemsize
+    value_bytes = 0.52 if quantization == "nf4" else dtype.itemsize
+    size = sum(parameter.numel() for parameter in empty_model(directory).parameters()) * value_bytes
     return size > WHOLE_SHARE * torch.cuda.get_device_properties(accelerator.device).total_memory

@@ -93,3 +93,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     rest = {parameter for parameter in model.parameters() if not hasattr(parameter, "device_mesh")}
     fully_shard(backbone(model), mesh=mesh, ignored_params=rest)
     model.to(device)
+    for module in model.modules():
+        # The scales of 4-bit weights, which are no parameters.
+        if scales := getattr(module, "quant_state", None):
+            scales.to(device)

@@ -89,13 +89,14 @@ def record_gradients(step: int, path: str) -> None:
         nonlocal step
         if step == 0 and accelerator.is_main_process:
             gradients = {str(number): parameter.grad.clone() for number, parameter in enumerate(parameters)}
-            save_file({**gradients, "base values": torch.tensor(float(base_values()))}, path)
+            save_file({**gradients, "base bytes": torch.tensor(float(base_bytes()))}, path)
         step -= 1
         return result
 
-    def base_values() -> int:
+    def base_bytes() -> int:
         frozen = [parameter for parameter in models[0].parameters() if not parameter.requires_grad]
-        return sum(getattr(parameter, "_local_tensor", parameter).numel() for parameter in frozen)
+        local = [getattr(parameter, "_local_tensor", parameter) for parameter in frozen]
+        return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
     models = []
     put_in_chains = job.put_in_chains
