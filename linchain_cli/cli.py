@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -75,8 +76,16 @@ def options(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
+    _show_notes()
     arguments, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
     sys.exit(_run(arguments, debug))
+
+
+def _show_notes() -> None:
+    """Lets what the package logs (a conversion that takes a while, a hub that cannot be reached) reach stderr."""
+    logger = logging.getLogger("linchain_cli")
+    logger.setLevel(logging.INFO)
+    logger.handlers = [logging.StreamHandler()]
 
 
 def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:

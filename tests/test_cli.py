@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import resource
 import signal
@@ -157,6 +158,16 @@ def test_errors_become_one_line_and_an_exit_code(error, code, text, capsys, monk
 )
 def test_debug_may_stand_anywhere_before_two_dashes(arguments, rest, debug):
     assert cli._take_debug(arguments) == (rest, debug)
+
+
+def test_notes_of_the_package_reach_the_user(capsys, monkeypatch):
+    def note(*arguments, **options):
+        logging.getLogger("linchain_cli.gguf_files").info("Converting once")
+
+    monkeypatch.setattr(cli, "app", note)
+    for _ in range(2):
+        assert run("check") == 0
+        assert capsys.readouterr().err == "Converting once\n"
 
 
 def test_a_reader_that_goes_away_gets_no_traceback():

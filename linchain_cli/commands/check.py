@@ -33,13 +33,14 @@ def _check(recipe: Recipe, console: Console) -> None:
     from linchain_cli.model import default_device, load_tokenizer, locate
     from linchain_cli.training.job import chain_config
     from linchain_cli.training.plan import predict, recipe_epoch, total_steps
+    from linchain_cli.training.progress import counting_rows
 
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
     matches, shapes, parameters = _matches(recipe, directory)
     check_view.modules(console, matches, shapes, parameters, recipe)
 
-    with check_view.reading(console) as progress:
+    with counting_rows() as progress:
         data = prepare_data(recipe.data, tokenizer, progress=progress)
     epoch = recipe_epoch(recipe, data.train)
     check_view.sources(console, data)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -70,16 +69,6 @@ def modules(
         f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules, beside "
         f"{_count(base)} frozen ones ({_share(trained, base)})"
     )
-
-
-@contextlib.contextmanager
-def reading(console: Console) -> Iterator[Callable[[int], None] | None]:
-    """Counts the rows that are being read, on a terminal."""
-    if not console.is_terminal:
-        yield None
-        return
-    with console.status("reading rows") as status:
-        yield lambda rows: status.update(f"{rows:,} rows encoded")
 
 
 def sources(console: Console, data: PreparedData) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file. `linchain recipes list` shows shipped ones.")
 ]

@@ -61,8 +61,8 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
         "rows",
         "difference",
         "95 % interval",
-        "only first right",
-        "only second right",
+        "gained",
+        "lost",
         "McNemar p",
     ):
         table.add_column(heading, justify="right")

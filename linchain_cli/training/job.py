@@ -38,6 +38,7 @@ from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.fingerprints import fingerprints, refuse_differences
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
+from linchain_cli.training.progress import counting_rows
 from linchain_cli.training.state import TrainingState
 
 
@@ -159,7 +160,8 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
     """
     base = base or load_base(recipe, accelerator)
     # The first process encodes; the others find its cache.
-    data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer))
+    with counting_rows(quiet=not accelerator.is_main_process) as progress:
+        data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer, progress=progress))
     data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer))
     layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
     training = recipe.training

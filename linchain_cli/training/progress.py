@@ -4,12 +4,39 @@ stderr.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+@contextlib.contextmanager
+def counting_rows(quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """Yields what shows a number of encoded rows: in place on a terminal, elsewhere as a line every ten seconds.
+    Nothing appears before the first number, so that rows found in the cache are not told about.
+    """
+    console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+    last = time.monotonic()
+    with contextlib.ExitStack() as shown:
+        status = None
+
+        def show(rows: int) -> None:
+            nonlocal last, status
+            text = f"encoding rows: {rows:,} so far"
+            if console.is_terminal:
+                status = status or shown.enter_context(console.status(text))
+                status.update(text)
+            elif time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                console.print(text)
+                last = time.monotonic()
+
+        yield show
 
 
 class Display:
