@@ -1,8 +1,8 @@
 """The few exception types that end a command, and how a message names the nearest valid word.
 
-    LinchainError        exit code 1: the work failed, the message says why
-    ├── InputError       exit code 2: the input is wrong; the message names the place and the remedy
-    └── Stopped          exit code 130 or 143: a signal ended the run after its state was saved
+LinchainError        exit code 1: the work failed, the message says why
+├── InputError       exit code 2: the input is wrong; the message names the place and the remedy
+└── Stopped          exit code 130 or 143: a signal ended the run after its state was saved
 """
 
 from __future__ import annotations

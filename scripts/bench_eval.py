@@ -1,9 +1,10 @@
 """Rows per second of evaluating the same rows in five ways, in interleaved rounds.
 
-    lm-eval       lm-evaluation-harness: log-likelihoods through a local task file; only its model calls are
-    timed per-option    each option's text read alone, all logits: what the fast way is held to transformers
-    4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like length generate
-    the same protocol by linchain likelihood    linchain's scoring, tokenising included
+    lm-eval      lm-evaluation-harness: log-likelihoods through a local task file; only its model calls are timed
+    per-option   each option's text read alone, all logits: what the fast way is held to
+    transformers 4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like length
+    generate     the same protocol by linchain
+    likelihood   linchain's scoring, tokenising included
 
     python scripts/bench_eval.py MODEL --data-dir DIR [--tasks boolq,openbookqa] [--rows 32] [--rounds 3]
 

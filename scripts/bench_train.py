@@ -29,7 +29,9 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="checkpoint directory")
     parser.add_argument("--data", nargs="+", default=["everyday"], help="row files or a registered name")
-    parser.add_argument("--arms", nargs="+", default=list(DEFAULT_ARMS), help=f"out of {', '.join(DEFAULT_ARMS)}")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(DEFAULT_ARMS), help=f"out of {', '.join(DEFAULT_ARMS)}"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parser.add_argument("--quantization", choices=["none", "int8", "nf4"], default="none")
@@ -98,7 +100,18 @@ def main() -> None:
     options = parse()
     settings = {
         key: getattr(options, key)
-        for key in ("model", "data", "device", "dtype", "quantization", "steps", "micro", "rank", "max_length", "train_on_inputs")
+        for key in (
+            "model",
+            "data",
+            "device",
+            "dtype",
+            "quantization",
+            "steps",
+            "micro",
+            "rank",
+            "max_length",
+            "train_on_inputs",
+        )
     } | {"rounds": options.rounds + 1}
     with tempfile.TemporaryDirectory() as scratch:
         arms = {}
@@ -124,7 +137,9 @@ def main() -> None:
     if (value := ratio(arms, "linchain-3-compiled", "limit")) is not None:
         ratios["linchain-3-compiled to limit"] = value
     if ours in results and "peft" in results:
-        ratios[f"peak memory, {ours} to peft"] = results[ours]["peak_memory_mb"] / results["peft"]["peak_memory_mb"]
+        ratios[f"peak memory, {ours} to peft"] = (
+            results[ours]["peak_memory_mb"] / results["peft"]["peak_memory_mb"]
+        )
     print(f"{'arm':22} {'tokens/s':>9} {'lowest':>8} {'highest':>8} {'peak MB':>8}  first loss")
     for name, entry in results.items():
         first = entry["first_losses"][0]

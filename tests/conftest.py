@@ -200,3 +200,89 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+SMALL = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {"head_dim": 8}
+# Model type, and what its configuration needs besides SMALL (or in its place).
+ARCHITECTURES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2": {},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3": HEADS,
+    "qwen3_moe": {**HEADS, "num_experts": 4, "moe_intermediate_size": 16, "num_experts_per_tok": 2},
+    "gemma": HEADS,
+    "gemma2": {**HEADS, "sliding_window": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0},
+    "gemma3_text": {**HEADS, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "phi": {},
+    "phi3": {},
+    "olmo": {},
+    "olmo2": {},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": {
+        "logit_scale": 0.5,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "stablelm": {},
+    "starcoder2": {"sliding_window": 8},
+    "nemotron": {},
+    "smollm3": {},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 8,
+    },
+    "gpt_neox": {},
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "falcon": {},
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+}
+
+
+def _small_model(kind: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = ARCHITECTURES[kind]
+    names = set(AutoConfig.for_model(kind).to_dict()) | set(fields)
+    known = {
+        name: value
+        for name, value in {**SMALL, **fields}.items()
+        if name in names or name == "num_key_value_heads"
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **known), dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Callable:
+    """small_model(kind): a random two-block model (float32, frozen, in eval mode) of a model type."""
+    return _small_model
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    """Every model type that `small_model` knows, in turn."""
+    return request.param

@@ -18,7 +18,7 @@ LEVELS = [
     {"data": ["data"]},
     {
         "chain": ["chain"],
-        "model": ["model", "model_files", "model_names", "gguf_files", "head", "logits"],
+        "model": ["model", "attention", "model_files", "model_names", "gguf_files", "head", "logits"],
         "recipe": ["recipe"],
         "run": ["run"],
     },

@@ -95,7 +95,7 @@ def test_a_loaded_model_is_frozen_and_in_eval_mode(tiny_llama_dir):
     model = load_model(tiny_llama_dir, dtype="float32", device="cpu")
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert model.config._attn_implementation == "eager"
+    assert model.config._attn_implementation == "grouped"
     reference = AutoModelForCausalLM.from_pretrained(tiny_llama_dir, dtype=torch.float32)
     for name, parameter in reference.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name))
@@ -135,7 +135,7 @@ def test_options_are_checked_by_name(tiny_llama_dir):
 
 
 def test_attention_follows_the_device():
-    assert resolve_attention("auto", CPU) == "eager"
+    assert resolve_attention("auto", CPU) == "grouped"
     assert resolve_attention("auto", torch.device("cuda")) is None
     assert resolve_attention("sdpa", CPU) == "sdpa"
 

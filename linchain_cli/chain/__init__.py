@@ -15,7 +15,7 @@ from linchain_cli.chain.files import (
     save_adapter,
     with_depth,
 )
-from linchain_cli.chain.fold import fold_all, folded
+from linchain_cli.chain.fold import find_siblings, fold_all, folded
 from linchain_cli.chain.inject import (
     ChainConfig,
     Matches,
@@ -43,6 +43,7 @@ __all__ = [
     "delta_weight",
     "detach",
     "disabled",
+    "find_siblings",
     "fold_all",
     "fold_into_a",
     "folded",

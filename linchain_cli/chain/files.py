@@ -48,7 +48,9 @@ class Adapter:
 def adapter_of(model: nn.Module, config: ChainConfig, base: Mapping[str, Any] | None = None) -> Adapter:
     """The adapter that `model` carries, as copies of its values on the CPU."""
     tensors = {
-        path: ChainTensors(*(tensor.detach().to("cpu", copy=True) for tensor in (layer.A, layer.links, layer.B)))
+        path: ChainTensors(
+            *(tensor.detach().to("cpu", copy=True) for tensor in (layer.A, layer.links, layer.B))
+        )
         for path, layer in chain_layers(model).items()
     }
     return Adapter(config, tensors, dict(base or {}))
@@ -56,7 +58,11 @@ def adapter_of(model: nn.Module, config: ChainConfig, base: Mapping[str, Any] | 
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors as the file names them."""
-    return {f"{path}.{name}": getattr(chain, name) for path, chain in adapter.tensors.items() for name in chain._fields}
+    return {
+        f"{path}.{name}": getattr(chain, name)
+        for path, chain in adapter.tensors.items()
+        for name in chain._fields
+    }
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
@@ -73,7 +79,10 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "base": adapter.base,
     }
-    return {TENSORS_FILE: storage.tensor_bytes(named_tensors(adapter)), CONFIG_FILE: storage.json_bytes(description)}
+    return {
+        TENSORS_FILE: storage.tensor_bytes(named_tensors(adapter)),
+        CONFIG_FILE: storage.json_bytes(description),
+    }
 
 
 def save_adapter(adapter: Adapter, directory: Path) -> None:
@@ -117,7 +126,14 @@ def _read_description(path: Path) -> dict[str, Any]:
             f"{path} has format version {description.get('format_version')}, this linchain reads version {FORMAT_VERSION}:"
             " install the version that wrote it, or a later one"
         )
-    wanted = {"rank": int, "depth": int, "alpha": (int, float), "init": str, "target_modules": (str, list), "base": dict}
+    wanted = {
+        "rank": int,
+        "depth": int,
+        "alpha": (int, float),
+        "init": str,
+        "target_modules": (str, list),
+        "base": dict,
+    }
     for key, kind in wanted.items():
         if not isinstance(description.get(key), kind):
             raise InputError(f"{path}: '{key}' is missing or of the wrong type")
@@ -143,8 +159,10 @@ def _read_tensors(path: Path, config: ChainConfig) -> dict[str, ChainTensors]:
             raise InputError(f"{path}: module '{module}' holds {sorted(tensors)}, expected A, B and links")
         chain = ChainTensors(**tensors)
         fits = (
-            chain.A.dim() == 2 and chain.A.shape[0] == rank
-            and chain.B.dim() == 2 and chain.B.shape[1] == rank
+            chain.A.dim() == 2
+            and chain.A.shape[0] == rank
+            and chain.B.dim() == 2
+            and chain.B.shape[1] == rank
             and chain.links.shape == (depth, rank, rank)
         )
         if not fits or any(tensor.dtype != torch.float32 for tensor in chain):
@@ -174,10 +192,16 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
         wanted = (chain.A.shape[1], chain.B.shape[0])
         if shape != wanted:
             found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
-            raise InputError(f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the model {found}")
+            raise InputError(
+                f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the model {found}"
+            )
     config = ChainConfig(
-        adapter.config.rank, adapter.config.depth, adapter.config.alpha, dropout,
-        adapter.config.init, adapter.config.target_modules,
+        adapter.config.rank,
+        adapter.config.depth,
+        adapter.config.alpha,
+        dropout,
+        adapter.config.init,
+        adapter.config.target_modules,
     )
     order = [path for path in modules if path in adapter.tensors]
     layers = inject_at(model, order, config, seed=0)

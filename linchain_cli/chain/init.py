@@ -49,7 +49,9 @@ def initialise(layer: ChainLinear, path: str, scheme: str, seed: int) -> None:
     Values are drawn on the CPU, so they do not depend on the device.
     """
     d_in = layer.A.shape[1]
-    A = torch.empty(layer.A.shape).uniform_(-1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=_stream(seed, path, "A"))
+    A = torch.empty(layer.A.shape).uniform_(
+        -1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=_stream(seed, path, "A")
+    )
     layer.A.copy_(A)
     layer.links.copy_(initial_links(scheme, layer.depth, layer.rank, _stream(seed, path, "links")))
     layer.B.zero_()

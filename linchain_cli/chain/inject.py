@@ -36,7 +36,9 @@ class ChainConfig:
 
     def __post_init__(self):
         if self.rank < 1 or self.depth < 0:
-            raise InputError(f"a chain needs rank ≥ 1 and depth ≥ 0, got rank {self.rank} and depth {self.depth}")
+            raise InputError(
+                f"a chain needs rank ≥ 1 and depth ≥ 0, got rank {self.rank} and depth {self.depth}"
+            )
         if self.init not in SCHEMES:
             raise InputError(
                 f"adapter.init: '{self.init}' is unknown, expected one of {', '.join(SCHEMES)}."
@@ -67,17 +69,25 @@ def match_modules(model: nn.Module, target_modules: str | Sequence[str], prefix:
         try:
             expression = re.compile(rf"(?:.*\.)?(?:{target_modules})")
         except re.error as error:
-            raise InputError(f"adapter.target_modules: '{target_modules}' is no regular expression: {error}") from error
+            raise InputError(
+                f"adapter.target_modules: '{target_modules}' is no regular expression: {error}"
+            ) from error
         tests = {target_modules: lambda path: expression.fullmatch(path) is not None}
     else:
-        tests = {name: (lambda path, name=name: path == name or path.endswith("." + name)) for name in target_modules}
+        tests = {
+            name: (lambda path, name=name: path == name or path.endswith("." + name))
+            for name in target_modules
+        }
 
     met = {pattern: [path for path in linear if test(path)] for pattern, test in tests.items()}
     for pattern, paths in met.items():
         if not paths:
             raise InputError(_nothing_matched(pattern, tests[pattern], model, scope, linear, prefix))
     chosen = {path for paths in met.values() for path in paths}
-    return Matches(tuple(path for path in linear if path in chosen), {pattern: len(paths) for pattern, paths in met.items()})
+    return Matches(
+        tuple(path for path in linear if path in chosen),
+        {pattern: len(paths) for pattern, paths in met.items()},
+    )
 
 
 def _below(path: str, prefix: str) -> bool:
@@ -87,13 +97,23 @@ def _below(path: str, prefix: str) -> bool:
 def _nothing_matched(pattern, test, model, scope, linear, prefix) -> str:
     message = f"adapter.target_modules: '{pattern}' matches no linear module"
     message += f" of the text decoder ('{prefix}')." if prefix else "."
-    outside = [path for path, module in model.named_modules() if path not in scope and linear_shape(module) and test(path)]
+    outside = [
+        path
+        for path, module in model.named_modules()
+        if path not in scope and linear_shape(module) and test(path)
+    ]
     if outside:
         message += f" It does match {len(outside)} outside the text decoder, which get no adapter (e.g. {outside[0]})."
-    experts = [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and (test(name) or test(name.rpartition(".")[0]))]
+    experts = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 3 and (test(name) or test(name.rpartition(".")[0]))
+    ]
     if experts:
         message += f" It only meets 3-D expert parameters (e.g. {experts[0]}), which a chain cannot adapt."
-    kinds = [type(module).__name__ for path, module in scope.items() if path and path not in linear and test(path)]
+    kinds = [
+        type(module).__name__ for path, module in scope.items() if path and path not in linear and test(path)
+    ]
     if kinds:
         message += f" It does name {len(kinds)} modules of type {kinds[0]}, which are not linear."
     names = Counter(path.rpartition(".")[2] for path in linear)
@@ -132,7 +152,9 @@ def refuse_second_adapter(model: nn.Module) -> None:
         raise InputError("this model carries a chain adapter already; take it out with detach(model) first")
 
 
-def inject_at(model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int) -> dict[str, ChainLinear]:
+def inject_at(
+    model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int
+) -> dict[str, ChainLinear]:
     """`inject` at modules that are known; see there."""
     refuse_second_adapter(model)
     model.requires_grad_(False)
@@ -184,9 +206,13 @@ def merge(model: nn.Module) -> None:
     owners = Counter(parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False))
     for path, layer in layers.items():
         if type(layer.base) not in (nn.Linear, Conv1D):
-            raise InputError(f"{path} is a quantised {type(layer.base).__name__}: merge into the full-precision weights")
+            raise InputError(
+                f"{path} is a quantised {type(layer.base).__name__}: merge into the full-precision weights"
+            )
         if owners[layer.base.weight.data_ptr()] > 1:
-            raise InputError(f"{path} shares its weight with another module, which merging would change as well")
+            raise InputError(
+                f"{path} shares its weight with another module, which merging would change as well"
+            )
     for layer in layers.values():
         delta = layer.delta_weight()
         weight = layer.base.weight

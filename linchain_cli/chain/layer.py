@@ -1,9 +1,8 @@
 """The chain layer: a frozen linear map plus (α/r)·B·Wn…W1·A.
 
 Two ways lead to the same output. The plain one is the formula, written with torch's own operations;
-it serves dropout, quantised bases and anything unusual. The fused one (`_FusedChain`) computes base
-and adapter in one autograd node: it keeps the input once, adds in place, and is what training runs
-when nothing stands in its way.
+it serves dropout, quantised bases and anything unusual. The fused one (chain/fused.py) computes base
+and adapter in one autograd node, and is what training runs when nothing stands in its way.
 """
 
 from __future__ import annotations
@@ -11,8 +10,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from linchain_cli.chain.fused import Siblings, fused_chains
 
 
 def collapse(links: Tensor) -> Tensor:
@@ -88,6 +88,8 @@ class ChainLinear(nn.Module):
         self.enabled = True
         # A' as `folded` installs it for one optimizer step; while it is None every forward folds by itself.
         self.folded_a: Tensor | None = None
+        # The layers that read the same input, this one among them, once `find_siblings` has found them.
+        self.siblings: Siblings | None = None
 
     @property
     def depth(self) -> int:
@@ -97,23 +99,35 @@ class ChainLinear(nn.Module):
     def rank(self) -> int:
         return self.A.shape[0]
 
+    @property
+    def base_weight(self) -> Tensor:
+        """W0 (d_out, d_in)."""
+        return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
         if not self.enabled:
             return self.base(x)
+        fused = self.is_fused(x)
+        if fused and self.siblings is not None and self.siblings.folded_a is not None:
+            output = self.siblings.output(self, x)
+            if output is not None:
+                return output
         folded_a = fold_into_a(self.A, self.links, self.scaling) if self.folded_a is None else self.folded_a
+        if fused:
+            return fused_chains(x, folded_a, [self])[0]
         drops = self.training and self.dropout > 0
-        if not drops and self._has_plain_base(x):
-            weight = self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
-            return _FusedChain.apply(x, weight, self.base.bias, folded_a, self.B)
         h = F.linear(F.dropout(x, self.dropout) if drops else x, folded_a.to(x.dtype))
         return self.base(x) + F.linear(h, self.B.to(x.dtype))
 
-    def _has_plain_base(self, x: Tensor) -> bool:
-        """Whether W0 is an ordinary matrix of x's type that needs no gradient and nobody hooks into."""
+    def is_fused(self, x: Tensor) -> bool:
+        """Whether the layer adds its chain, without dropout, to an ordinary matrix of x's type that needs no gradient
+        and nobody hooks into."""
         base = self.base
         return (
-            type(base) in (nn.Linear, Conv1D)
+            self.enabled
+            and not (self.training and self.dropout > 0)
+            and type(base) in (nn.Linear, Conv1D)
             and base.weight.dtype == x.dtype
             and not base.weight.requires_grad
             and not base._forward_hooks
@@ -126,36 +140,3 @@ class ChainLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, depth={self.depth}, scaling={self.scaling:g}, dropout={self.dropout:g}"
-
-
-class _FusedChain(torch.autograd.Function):
-    """y = x·W0ᵀ + b + (x·A'ᵀ)·Bᵀ as one node.
-
-    Shapes: x (..., d_in), weight (d_out, d_in), bias (d_out) or None, folded_a (r, d_in), B (d_out, r). W0 and b get
-    no gradient. folded_a and B are float32 and so are their gradients; each is a product in x's type.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, folded_a: Tensor, B: Tensor) -> Tensor:
-        a, b = folded_a.to(x.dtype), B.to(x.dtype)
-        rows = x.reshape(-1, x.shape[-1])
-        h = rows @ a.T
-        y = F.linear(rows, weight, bias).addmm_(h, b.T)
-        ctx.save_for_backward(rows, weight, h, a, b)
-        ctx.types = folded_a.dtype, B.dtype
-        ctx.input_shape = x.shape
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        rows, weight, h, a, b = ctx.saved_tensors
-        type_a, type_b = ctx.types
-        grad = grad.reshape(-1, grad.shape[-1])
-        grad_h = grad @ b
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_h, a).view(ctx.input_shape)
-        grad_a = (grad_h.T @ rows).to(type_a) if ctx.needs_input_grad[3] else None
-        grad_b = (grad.T @ h).to(type_b) if ctx.needs_input_grad[4] else None
-        return grad_x, None, None, grad_a, grad_b

@@ -15,6 +15,7 @@ from linchain_cli.head import check_split
 from linchain_cli.model import base_hash, empty_model, load_model, load_tokenizer, locate, resolve_dtype
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.blocks import shard
+from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
 
 # `parallel: auto` shards a base that takes more than this share of a GPU; the rest is for activations.
@@ -60,6 +61,7 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
             runs_on=device,
             spread=sharded,
         )
+        make_norms_lean(model)
         return Base(directory, model, load_tokenizer(directory), base_hash(directory), sharded)
 
     base = together(accelerator, load)

@@ -20,6 +20,7 @@ from linchain_cli.chain import (
     ChainLinear,
     adapter_files,
     adapter_of,
+    find_siblings,
     inject,
     load_adapter,
     load_tensors,
@@ -28,6 +29,7 @@ from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.data.batches import steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.errors import InputError
+from linchain_cli.head import hidden_states
 from linchain_cli.model import text_decoder_prefix
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory
@@ -164,6 +166,8 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
         data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer, progress=progress))
     data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer))
     layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
+    any_rows = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)
+    find_siblings(base.model, lambda: hidden_states(base.model, any_rows))
     training = recipe.training
     set_up_blocks(base.model, recompute=training.gradient_checkpointing, compiled=training.compile)
     parameters = optimizers.trained_parameters(layers)

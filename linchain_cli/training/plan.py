@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
+from linchain_cli.attention import GROUPED, may_group
+from linchain_cli.chain import ChainConfig, chain_layers, find_siblings, folded, inject
 from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.model import (
@@ -32,6 +33,7 @@ from linchain_cli.model import (
 )
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.loss import LOGITS_BUDGET
+from linchain_cli.training.norms import make_norms_lean
 
 # Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
 _QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
@@ -231,10 +233,13 @@ def _logits(model: nn.Module, labelled: int) -> int:
 
 def _activations(recipe: Recipe, model: nn.Module, batch: int, length: int, device: torch.device) -> int:
     """What autograd keeps between the forward and the backward pass, and one block's gradients."""
-    # Eager keeps attention's weights as tensors of their own, which makes them countable.
-    model.set_attn_implementation("eager")
+    # These two keep attention's weights as tensors of their own, which makes them countable.
+    attention = _attention(recipe, model, device)
+    countable = attention in ("eager", GROUPED)
+    model.set_attn_implementation(attention if countable else "eager")
+    make_norms_lean(model)
     kept = saved_bytes(model, batch, length)
-    if resolve_attention(recipe.model.attention, device) != "eager":
+    if not countable:
         # Fused attention keeps no (length x length) weights: the part that grows with the length's square.
         square = max(0.0, (saved_bytes(model, batch, 2 * length) - 2 * kept) / 2)
         kept = int(kept - square)
@@ -243,6 +248,12 @@ def _activations(recipe: Recipe, model: nn.Module, batch: int, length: int, devi
         hidden = batch * length * model.get_input_embeddings().weight.shape[1] * _element_size(model)
         return blocks * hidden + 2 * kept // blocks
     return kept + kept // blocks
+
+
+def _attention(recipe: Recipe, model: nn.Module, device: torch.device) -> str:
+    """The implementation that `load_model` will choose, as far as that can be known without weights."""
+    attention = resolve_attention(recipe.model.attention, device) or "sdpa"
+    return "eager" if attention == GROUPED and not may_group(model) else attention
 
 
 def _element_size(model: nn.Module) -> int:
@@ -322,10 +333,8 @@ def position_seconds(
     width = decoder.get_input_embeddings().weight.shape[1]
     dtype = decoder.get_input_embeddings().weight.dtype
     decoder.set_input_embeddings(nn.Embedding(1, width, device="meta"))
-    if attention := resolve_attention(recipe.model.attention, device):
-        decoder.set_attn_implementation(attention)
-    else:
-        decoder.set_attn_implementation("sdpa")
+    decoder.set_attn_implementation(_attention(recipe, decoder, device))
+    make_norms_lean(decoder)
     _fill(decoder, device)
     inputs = torch.randn(batch, length, width, device=device, dtype=dtype, generator=_generator(device))
 
@@ -341,6 +350,7 @@ def position_seconds(
         output.backward(torch.ones_like(output))
 
     decoder.train()
+    find_siblings(decoder, forward)
     with folded(decoder):
         scale = count / len(taken) / (batch * length)
         return scale * _seconds(with_backward, device), scale * _seconds(without_gradient, device)

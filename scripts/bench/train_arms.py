@@ -63,7 +63,9 @@ class Rows:
         for row in np.concatenate([self.by_step(step) for step in range(steps)]):
             ids, supervised = self.data[int(row)]
             labels = np.where(supervised, ids, -100)
-            examples.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()})
+            examples.append(
+                {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()}
+            )
         return examples
 
     def tokens(self, step: int) -> int:
@@ -129,12 +131,16 @@ def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
 
 
 def limit_arm(settings: dict) -> None:
-    """The frozen base's forward and the backward of its activations, in the same batches: no adapter, no loss head."""
+    """The frozen base's forward and the backward of its activations, in the same batches: no adapter, no loss head.
+
+    transformers' own modules, with the fastest attention of the machine, which on a CPU is linchain's.
+    """
     from linchain_cli.chain import detach
     from linchain_cli.data import collate, micro_batches
 
     job = make_job(settings, 0)
     detach(job.model)
+    restore_norms(job.model)
     rows = Rows(job)
     embed, device = job.model.get_input_embeddings(), job.device
 
@@ -147,6 +153,13 @@ def limit_arm(settings: dict) -> None:
         return math.nan
 
     serve(settings, job, rows, step)
+
+
+def restore_norms(model: nn.Module) -> None:
+    """Takes linchain's norms out again: peers and the limit run transformers' own."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.__dict__.pop("forward", None)
 
 
 class UncollapsedChain(nn.Module):
@@ -167,17 +180,20 @@ class UncollapsedChain(nn.Module):
         return self.base(x) + self.scaling * self.chain(x.to(torch.float32)).to(x.dtype)
 
 
-def hugging_face_arm(settings: dict, adapter: str, trainer: str, attention: str = "sdpa") -> None:
+def hugging_face_arm(settings: dict, adapter: str, trainer: str) -> None:
     """An adapter (PEFT's LoRA, or the uncollapsed chain) under transformers' Trainer or TRL's SFTTrainer.
 
-    SDPA is what `from_pretrained` takes by default; TRL, which is to run at its best setting, gets linchain's choice.
+    SDPA is what `from_pretrained` takes by default. TRL, which is to run at its best setting, gets on a CPU what is faster
+    there out of transformers' own attentions, eager.
     """
     from linchain_cli.chain import chain_layers, detach
 
-    job = make_job(settings, 3 if adapter == "uncollapsed" else 0, attention=attention)
+    eager = trainer.startswith("sft") and settings["device"] == "cpu"
+    job = make_job(settings, 3 if adapter == "uncollapsed" else 0, attention="eager" if eager else "sdpa")
     rows, model = Rows(job), job.model
     layers = chain_layers(model)
     detach(model)
+    restore_norms(model)
     if adapter == "uncollapsed":
         for path, layer in layers.items():
             parent, _, name = path.rpartition(".")
@@ -192,7 +208,13 @@ def with_peft(model: nn.Module, layers: dict, rank: int) -> nn.Module:
     """PEFT's LoRA with the same initial A."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=rank, lora_alpha=ALPHA_PER_RANK * rank, target_modules=TARGETS, lora_dropout=0.0, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=ALPHA_PER_RANK * rank,
+        target_modules=TARGETS,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(model, config)
     with torch.no_grad():
         for path, layer in layers.items():
@@ -230,7 +252,9 @@ def clocked(settings: dict, tokens_of):
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - self.began
             tokens = sum(tokens_of(state.global_step - back) for back in range(1, settings["steps"] + 1))
-            announce(seconds=seconds, tokens=tokens, losses=self.losses, peak_mb=peak_memory_mb(settings["device"]))
+            announce(
+                seconds=seconds, tokens=tokens, losses=self.losses, peak_mb=peak_memory_mb(settings["device"])
+            )
 
     return Clock()
 
@@ -270,7 +294,10 @@ def run_sft(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = F
 
     job.base.tokenizer.pad_token_id = rows.pad_id
     examples = [
-        {"input_ids": example["input_ids"], "completion_mask": [int(label != -100) for label in example["labels"]]}
+        {
+            "input_ids": example["input_ids"],
+            "completion_mask": [int(label != -100) for label in example["labels"]],
+        }
         # Packing makes fewer rows of them, so it starts from more.
         for example in rows.examples((4 if packing else 1) * settings["rounds"] * settings["steps"])
     ]
@@ -292,10 +319,13 @@ def run_sft(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = F
 ARMS = {
     "limit": limit_arm,
     "peft": lambda settings: hugging_face_arm(settings, "lora", "trainer"),
-    "trl": lambda settings: hugging_face_arm(settings, "lora", "sft", "auto"),
-    "trl-packing": lambda settings: hugging_face_arm(settings, "lora", "sft+packing", "auto"),
+    "trl": lambda settings: hugging_face_arm(settings, "lora", "sft"),
+    "trl-packing": lambda settings: hugging_face_arm(settings, "lora", "sft+packing"),
     "uncollapsed": lambda settings: hugging_face_arm(settings, "uncollapsed", "trainer"),
-    **{f"linchain-{depth}": (lambda settings, depth=depth: linchain_arm(settings, depth)) for depth in (0, 1, 3, 8)},
+    **{
+        f"linchain-{depth}": (lambda settings, depth=depth: linchain_arm(settings, depth))
+        for depth in (0, 1, 3, 8)
+    },
     "linchain-3-compiled": lambda settings: linchain_arm(settings, 3, compiled=True),
 }
 

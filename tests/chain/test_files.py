@@ -53,7 +53,9 @@ def test_round_trip_is_bitwise(model, saved):
     detach(model)
     attach(model, adapter)
     assert torch.equal(model(IDS).logits, before)
-    assert adapter_files(adapter_of(model, CONFIG, BASE)) == {path.name: path.read_bytes() for path in saved.iterdir()}
+    assert adapter_files(adapter_of(model, CONFIG, BASE)) == {
+        path.name: path.read_bytes() for path in saved.iterdir()
+    }
 
 
 def test_tensor_names_are_module_paths(saved):
@@ -91,7 +93,9 @@ def test_another_depth_is_the_same_function(saved, depth):
     assert other.config.depth == depth
     for path, chain in other.tensors.items():
         assert chain.links.shape == (depth, 4, 4)
-        before, after = (delta_weight(*values, 2.0, torch.float64) for values in (adapter.tensors[path], chain))
+        before, after = (
+            delta_weight(*values, 2.0, torch.float64) for values in (adapter.tensors[path], chain)
+        )
         torch.testing.assert_close(after, before, rtol=0, atol=1e-7)
         if depth >= 3:
             assert torch.equal(after, before)

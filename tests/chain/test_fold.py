@@ -20,7 +20,9 @@ def make_model(depth: int, dropout: float = 0.0) -> nn.Sequential:
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

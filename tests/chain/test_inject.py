@@ -95,7 +95,9 @@ def test_injection_changes_no_bit_of_the_output(name, request):
     layers = inject(model, ChainConfig(rank=4, depth=3, alpha=8))
     assert layers
     assert torch.equal(model(IDS).logits, before)
-    trained = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     assert trained == {"A", "links", "B"}
 
 

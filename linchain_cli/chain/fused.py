@@ -1,0 +1,114 @@
+"""Base and adapter in one autograd node, for one layer or for several that read the same input.
+
+Beside W0·x the adapters of SmolLM2 are a few per cent of the arithmetic, but they are thin products (rank 16), for which
+a processor waits for memory and not for its multipliers. So an input that several layers read (q, k and v) is read once for
+all their A', outputs and gradients are added in place, and nothing is kept for the backward pass but the input and A'·x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class FusedChains(torch.autograd.Function):
+    """y_i = x·W_iᵀ + b_i + (x·A'_iᵀ)·B_iᵀ for k layers on one input x.
+
+    Shapes: x (..., d_in), folded_a (Σr, d_in), which is the A'_i one below the other, then k weights (d_out, d_in), k
+    biases (d_out) or None, and k times B (d_out, r). Weights and biases get no gradient. folded_a and B are float32 (or
+    float64) and so are their gradients; each product runs in x's type. Returns a tuple of k outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, folded_a: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(operands) // 3
+        weights, biases, Bs = operands[:count], operands[count : 2 * count], operands[2 * count :]
+        a, bs = folded_a.to(x.dtype), [B.to(x.dtype) for B in Bs]
+        rows = x.reshape(-1, x.shape[-1])
+        h = rows @ a.T
+        outputs = [
+            F.linear(rows, weight, bias).addmm_(part, b.T)
+            for weight, bias, part, b in zip(weights, biases, _parts(h, bs), bs, strict=True)
+        ]
+        ctx.save_for_backward(rows, a, h, *weights, *bs)
+        ctx.types = folded_a.dtype, Bs[0].dtype
+        ctx.input_shape = x.shape
+        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, a, h, *operands = ctx.saved_tensors
+        count = len(grads)
+        weights, bs = operands[:count], operands[count:]
+        type_a, type_b = ctx.types
+        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_hs = [grad @ b for grad, b in zip(grads, bs, strict=True)]
+        grad_h = grad_hs[0] if count == 1 else torch.cat(grad_hs, dim=1)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                grad_x.addmm_(grad, weight)
+            grad_x = grad_x.addmm_(grad_h, a).view(ctx.input_shape)
+        grad_a = (grad_h.T @ rows).to(type_a) if ctx.needs_input_grad[1] else None
+        # (hᵀ·g)ᵀ: the long side of the result runs along memory, which takes half the time of gᵀ·h.
+        grad_bs = [
+            (part.T @ grad).T.to(type_b) if needed else None
+            for part, grad, needed in zip(_parts(h, bs), grads, ctx.needs_input_grad[-count:], strict=True)
+        ]
+        return grad_x, grad_a, *[None] * (2 * count), *grad_bs
+
+
+def _parts(h: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """A'_i·x of each layer out of all of them side by side."""
+    return (h,) if len(bs) == 1 else h.split([b.shape[1] for b in bs], dim=1)
+
+
+def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The outputs of chain layers that read x (..., d_in); `folded_a` (Σr, d_in) is their A' one below the other."""
+    return FusedChains.apply(
+        x,
+        folded_a,
+        *(layer.base_weight for layer in layers),
+        *(layer.base.bias for layer in layers),
+        *(layer.B for layer in layers),
+    )
+
+
+class Siblings:
+    """Chain layers that read the same input: whichever is called first computes the outputs of all.
+
+    It does so while `folded_a` (Σr, d_in) is set, as `folded` does for the length of an optimizer step. Each of the others
+    then takes its output, provided that its input is that very tensor.
+    """
+
+    def __init__(self, layers: Sequence[Any]):
+        self.layers = tuple(layers)
+        self.folded_a: Tensor | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drops outputs that nobody took."""
+        self._input: Tensor | None = None
+        self._outputs: list[Tensor | None] = []
+        self._with_gradients = False
+
+    def output(self, layer: Any, x: Tensor) -> Tensor | None:
+        """A layer's output for x (..., d_in), or None where the layers cannot be computed together."""
+        place = self.layers.index(layer)
+        known = self._input is x and self._with_gradients == torch.is_grad_enabled()
+        if not known or self._outputs[place] is None:
+            if not all(member.is_fused(x) for member in self.layers):
+                return None
+            self._input, self._with_gradients = x, torch.is_grad_enabled()
+            self._outputs = list(fused_chains(x, self.folded_a, self.layers))
+        output, self._outputs[place] = self._outputs[place], None
+        if all(other is None for other in self._outputs):
+            self.forget()
+        return output

@@ -1,0 +1,91 @@
+"""Grouped attention against transformers' eager one, on small random models of many architectures."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from linchain_cli.attention import GROUPED, grouped_attention, use_grouped_attention
+from linchain_cli.head import hidden_states
+
+# What brings an attention of its own.
+THEIR_OWN = {"bloom", "falcon", "mpt", "gptj", "codegen", "gpt_neo"}
+IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
+
+
+def run(model) -> list[torch.Tensor]:
+    """Hidden states beyond the sliding windows, and the gradient of the first embeddings."""
+    embeddings = model.get_input_embeddings().weight
+    embeddings.grad = None
+    embeddings.requires_grad_()
+    hidden = hidden_states(model, IDS)
+    hidden.sin().sum().backward()
+    embeddings.requires_grad_(False)
+    return [hidden.detach(), embeddings.grad]
+
+
+def test_values_and_gradients_are_those_of_eager_attention(architecture, small_model):
+    model = small_model(architecture)
+    model.set_attn_implementation("eager")
+    expected = run(model)
+    assert use_grouped_attention(model) == (architecture not in THEIR_OWN)
+    assert (model.config._attn_implementation == GROUPED) == (architecture not in THEIR_OWN)
+    for ours, theirs in zip(run(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
+
+
+def test_bfloat16_is_as_close_to_float32_as_eager_attention_is(small_model):
+    reference = run(small_model("llama"))[0]
+    errors = {}
+    for implementation in ("eager", GROUPED):
+        model = small_model("llama").bfloat16()
+        model.set_attn_implementation(implementation)
+        errors[implementation] = (run(model)[0].float() - reference).abs().mean()
+    assert errors[GROUPED] < 1.1 * errors["eager"]
+
+
+def test_capped_scores(small_model):
+    """Small scores hardly show a cap, so the cap is a low one here."""
+    model = small_model("gemma2")
+    for layer in model.model.layers:
+        layer.self_attn.attn_logit_softcapping = 1e-3
+    model.set_attn_implementation("eager")
+    expected = run(model)
+    model.set_attn_implementation(GROUPED)
+    for ours, theirs in zip(run(model), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
+
+
+def test_gradcheck():
+    torch.manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 4, 3, dtype=torch.float64, requires_grad=True) for heads in (6, 2, 2)
+    )
+    mask = torch.full((4, 4), -1e9, dtype=torch.float64).triu(1)
+    module = torch.nn.Identity().eval()
+    assert torch.autograd.gradcheck(
+        lambda *inputs: grouped_attention(module, *inputs, mask, softcap=2.0)[0], (query, key, value)
+    )
+
+
+def test_what_is_not_in_the_formula_is_refused(small_model):
+    with pytest.raises(NotImplementedError, match="sinks"):
+        grouped_attention(torch.nn.Identity(), *[torch.zeros(1, 1, 1, 1)] * 3, None, s_aux=torch.zeros(1))
+    model = small_model("llama")
+    model.set_attn_implementation("eager")
+    model.model.layers[0].self_attn.sinks = torch.zeros(4)
+    assert not use_grouped_attention(model)
+
+
+def test_other_answers_keep_eager_attention(small_model, monkeypatch):
+    from transformers import AttentionInterface
+
+    def wrong(*arguments, **options):
+        output, weights = grouped_attention(*arguments, **options)
+        return 1.01 * output, weights
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, wrong)
+    model = small_model("llama")
+    model.set_attn_implementation("eager")
+    assert not use_grouped_attention(model)
+    assert model.config._attn_implementation == "eager"

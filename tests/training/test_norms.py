@@ -1,0 +1,116 @@
+"""Norms that keep their input alone: the same values bit for bit, the same gradients, less memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from linchain_cli.chain import ChainConfig, inject
+from linchain_cli.head import hidden_states
+from linchain_cli.training.norms import LeanRMSNorm, make_norms_lean
+from linchain_cli.training.plan import saved_bytes
+
+IDS = torch.arange(3, 43).view(2, 20)
+WITHOUT = {
+    "phi",
+    "stablelm",
+    "starcoder2",
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "opt",
+    "falcon",
+    "bloom",
+    "mpt",
+}
+WITHOUT |= {
+    "codegen",
+    "nemotron",
+    "cohere",
+    "cohere2",
+    "olmo",
+}  # layer norms, which torch keeps lean by itself
+
+
+def run(model) -> list[torch.Tensor]:
+    embeddings = model.get_input_embeddings().weight
+    embeddings.grad = None
+    embeddings.requires_grad_()
+    hidden = hidden_states(model, IDS)
+    hidden.sin().sum().backward()
+    embeddings.requires_grad_(False)
+    return [hidden.detach(), embeddings.grad]
+
+
+def test_values_are_the_same_and_gradients_agree(architecture, small_model):
+    model = small_model(architecture)
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            nn.init.uniform_(module.weight, -0.5, 1.5)
+    hidden, gradient = run(model)
+    count = make_norms_lean(model)
+    norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    assert count == norms and (count == 0) == (architecture in WITHOUT)
+    ours, our_gradient = run(model)
+    assert torch.equal(ours, hidden)
+    torch.testing.assert_close(our_gradient, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max())
+
+
+def test_bfloat16_gradients_are_closer_to_float32s_than_the_modules_own(small_model):
+    norm = small_model("llama").model.norm
+    torch.manual_seed(0)
+    norm.weight.data = torch.rand(32)
+    x, grad = torch.randn(2, 64, 32), torch.randn(64, 32)
+
+    def gradient(dtype: torch.dtype) -> torch.Tensor:
+        own = x[0].to(dtype).requires_grad_()
+        return torch.autograd.grad(norm.to(dtype)(own), own, grad.to(dtype))[0].float()
+
+    exact, theirs = gradient(torch.float32), gradient(torch.bfloat16)
+    assert make_norms_lean(nn.Sequential(norm)) == 1
+    ours = gradient(torch.bfloat16)
+    assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+
+def test_less_is_kept_for_the_backward_pass(small_model):
+    model = small_model("llama").bfloat16().to("meta")
+    model.set_attn_implementation("eager")
+    inject(model, ChainConfig(rank=2, depth=0, target_modules=["q_proj"]))
+    before = saved_bytes(model, 2, 16)
+    assert make_norms_lean(model) == 5
+    assert saved_bytes(model, 2, 16) < 0.9 * before
+
+
+def test_the_formula_passes_gradcheck_in_float32():
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, requires_grad=True)
+    weight = torch.rand(6)
+
+    def formula(x):
+        return weight * x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+
+    def ours(x):
+        return LeanRMSNorm.apply(x, formula, weight, lambda w: w, 1e-5)
+
+    grad = torch.randn(4, 6)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours(x), x, grad)[0], torch.autograd.grad(formula(x), x, grad)[0]
+    )
+
+
+@pytest.mark.parametrize("change", ["another formula", "trained", "without a weight"])
+def test_what_is_something_else_is_left_alone(change):
+    class OddRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.rand(6), change == "trained"), 1e-6
+            if change == "without a weight":
+                self.weight = None
+
+        def forward(self, x):
+            power = 3 if change == "another formula" else 2
+            return self.weight * x / (x.abs().pow(power).mean(-1, keepdim=True) + self.eps).pow(1 / power)
+
+    assert make_norms_lean(nn.Sequential(OddRMSNorm())) == 0
