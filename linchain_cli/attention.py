@@ -5,14 +5,22 @@ scores in float32; torch's SDPA takes still longer in its backward pass. `groupe
 head as more rows of one product (grouped-query attention, arXiv 2305.13245), and leaves the softmax in the scores' type,
 whose kernel computes in float32 anyway. Forward and backward take about half of eager's time, and a third of its memory is
 kept in between.
+
+It also reads rows of several lengths one behind the other, without padding: everything else in a decoder takes token by token
+and needs none, so only the attention puts the rows beside each other.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
@@ -28,6 +36,9 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    padded_rows: Tensor | None = None,
+    flat_rows: Tensor | None = None,
+    row_mask: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """softmax(scaling · q·kᵀ + mask)·v, in the form that transformers' AttentionInterface asks for.
@@ -36,10 +47,17 @@ def grouped_attention(
         query: (batch, heads, queries, d). key, value: (batch, key heads, keys, d and d_v).
         attention_mask: what is added to the scores, broadcast to (batch, heads, queries, keys), or None.
         softcap: c of c·tanh(scores / c), before the mask (Gemma 2).
+        padded_rows, flat_rows, row_mask: of `FlatRows`; then batch is 1, and its tokens are those of several rows.
 
     Returns:
         (batch, queries, heads, d_v), contiguous, and None for the weights.
     """
+    if padded_rows is not None:
+        query, key, value = (_padded(states, padded_rows, flat_rows) for states in (query, key, value))
+        output, _ = grouped_attention(
+            module, query, key, value, row_mask, scaling, dropout, softcap, **others
+        )
+        return _Unpad.apply(output.flatten(0, 1), flat_rows)[None], None
     if any(others.get(name) is not None for name in ("s_aux", "sinks", "position_bias")):
         raise NotImplementedError("attention sinks and position biases")
     batch, heads, queries, width = query.shape
@@ -60,8 +78,104 @@ def grouped_attention(
     return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
+def _padded(states: Tensor, padded_rows: Tensor, flat_rows: Tensor) -> Tensor:
+    """(1, heads, tokens, d) → (rows, heads, longest, d)."""
+    rows = _Pad.apply(states[0].transpose(0, 1), padded_rows.flatten(), flat_rows)
+    return rows.view(*padded_rows.shape, *rows.shape[1:]).transpose(1, 2)
+
+
+class _Pad(torch.autograd.Function):
+    """(tokens, ...) → (slots, ...). What stands in the padding is any token's; its gradient is zero, because nobody reads
+    what it leads to, and so is not asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, padded_rows: Tensor, flat_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(flat_rows)
+        return tokens.index_select(0, padded_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Unpad(torch.autograd.Function):
+    """(slots, ...) → (tokens, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, flat_rows: Tensor) -> Tensor:
+        ctx.save_for_backward(flat_rows)
+        ctx.shape = slots.shape
+        return slots.index_select(0, flat_rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
+
+
+@dataclass(frozen=True)
+class FlatRows:
+    """Right-padded rows without their padding, as a model's forward takes them.
+
+    `input_ids` and `position_ids` (1, tokens) hold the rows one behind the other. `padded_rows` (rows, longest) says which
+    token stands in each slot of the padded rows (any, in the padding), `flat_rows` (tokens,) in which slot each token
+    stands, and `row_mask` (longest, longest) is the causal mask to add.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    padded_rows: Tensor
+    flat_rows: Tensor
+    row_mask: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> FlatRows:
+        """From right-padded rows (rows, longest) and their mask of ones and zeros."""
+        longest = input_ids.shape[1]
+        flat_rows = attention_mask.flatten().nonzero()[:, 0]
+        lengths = attention_mask.sum(1)
+        starts = lengths.cumsum(0) - lengths
+        padded_rows = (starts[:, None] + torch.arange(longest)) * attention_mask
+        mask = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype).triu(1)
+        return cls(
+            input_ids.flatten()[flat_rows][None], flat_rows[None] % longest, padded_rows, flat_rows, mask
+        )
+
+    def to(self, device: torch.device) -> FlatRows:
+        return FlatRows(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+
+
+_reading_flat = contextvars.ContextVar("reading_flat", default=False)
+
+
+def _mask(*arguments: Any, **options: Any) -> Tensor | None:
+    """Eager attention's masks, and none for flat rows, which bring their own."""
+    return None if _reading_flat.get() else eager_mask(*arguments, **options)
+
+
 AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, eager_mask)
+AttentionMaskInterface.register(GROUPED, _mask)
+
+
+@contextlib.contextmanager
+def reading_flat() -> Iterator[None]:
+    """Inside, a model with grouped attention makes no mask for its tokens."""
+    token = _reading_flat.set(True)
+    try:
+        yield
+    finally:
+        _reading_flat.reset(token)
+
+
+def attention_window(model: nn.Module) -> float:
+    """Tokens up to which the model's attention is plain: behind it a sliding window or a chunk ends."""
+    config = model.config.get_text_config()
+    limits = (
+        getattr(config, name, None)
+        for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
+    )
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=float("inf"))
 
 
 def may_group(model: PreTrainedModel) -> bool:

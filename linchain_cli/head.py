@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linchain_cli.attention import GROUPED, FlatRows, attention_window, reading_flat
 from linchain_cli.errors import InputError
 
 
@@ -36,6 +37,57 @@ def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     see it.
     """
     return backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+_READS_FLAT = "_linchain_reads_flat"  # on a model that `allow_flat_rows` has tried
+
+
+def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
+    """The backbone's last hidden states (tokens, d) of rows without padding; for models that `reads_flat` allows."""
+    with reading_flat():
+        output = backbone(model)(
+            input_ids=rows.input_ids,
+            position_ids=rows.position_ids,
+            padded_rows=rows.padded_rows,
+            flat_rows=rows.flat_rows,
+            row_mask=rows.row_mask,
+            use_cache=False,
+        )
+    return output.last_hidden_state[0]
+
+
+def reads_flat(model: nn.Module, longest: int) -> bool:
+    """Whether the model reads rows of up to `longest` tokens without padding."""
+    return (
+        getattr(model, _READS_FLAT, False)
+        and model.config._attn_implementation == GROUPED
+        and longest <= attention_window(model)
+    )
+
+
+@torch.no_grad()
+def allow_flat_rows(model: nn.Module) -> bool:
+    """Tries on two rows of different lengths whether the model gives the same without padding as with it, and from then on
+    has `reads_flat` say so. Models that mix neighbouring tokens outside their attention do not.
+    """
+    setattr(model, _READS_FLAT, False)
+    longest = int(min(11, attention_window(model)))
+    if model.config._attn_implementation != GROUPED or longest < 3:
+        return False
+    embeddings = model.get_input_embeddings().weight
+    ids = (torch.arange(2 * longest).view(2, longest) + 1) % embeddings.shape[0]
+    mask = torch.ones_like(ids)
+    mask[0, longest // 2 :] = 0
+    rows = FlatRows.of(ids, mask, embeddings.dtype).to(embeddings.device)
+    try:
+        padded = hidden_states(model, ids.to(embeddings.device)).float().flatten(0, 1)[rows.flat_rows]
+        flat = flat_hidden_states(model, rows).float()
+        tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
+        alike = torch.allclose(flat, padded, rtol=0.0, atol=tolerance * padded.abs().max().item())
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        alike = False
+    setattr(model, _READS_FLAT, alike)
+    return alike
 
 
 class _GivenHiddenStates:

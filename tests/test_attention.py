@@ -5,11 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linchain_cli.attention import GROUPED, grouped_attention, use_grouped_attention
-from linchain_cli.head import hidden_states
+from linchain_cli.attention import (
+    GROUPED,
+    FlatRows,
+    attention_window,
+    grouped_attention,
+    use_grouped_attention,
+)
+from linchain_cli.head import allow_flat_rows, flat_hidden_states, hidden_states, reads_flat
 
 # What brings an attention of its own.
 THEIR_OWN = {"bloom", "falcon", "mpt", "gptj", "codegen", "gpt_neo"}
+# What does not hand on to its attention what it does not know itself.
+KEEP_TO_THEMSELVES = {"stablelm", "nemotron"}
 IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
 
 
@@ -89,3 +97,43 @@ def test_other_answers_keep_eager_attention(small_model, monkeypatch):
     model.set_attn_implementation("eager")
     assert not use_grouped_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_rows_without_padding(architecture, small_model):
+    """What a model says of itself holds: with gradients, several rows, and one that fills the longest."""
+    model = small_model(architecture)
+    model.set_attn_implementation("eager")
+    use_grouped_attention(model)
+    assert allow_flat_rows(model) == (architecture not in THEIR_OWN | KEEP_TO_THEMSELVES)
+    if not reads_flat(model, 3):
+        return
+    longest = min(8, int(min(attention_window(model), 8)))
+    ids = IDS[:, :longest].repeat(2, 1)
+    mask = torch.tensor([[1] * n + [0] * (longest - n) for n in (3, longest, 1, longest - 1)])
+    rows = FlatRows.of(ids, mask, torch.float32)
+    embeddings = model.get_input_embeddings().weight
+    results = []
+    for flat in (False, True):
+        embeddings.grad = None
+        embeddings.requires_grad_()
+        if flat:
+            hidden = flat_hidden_states(model, rows)
+        else:
+            hidden = hidden_states(model, ids).flatten(0, 1)[mask.flatten().bool()]
+        hidden.sin().sum().backward()
+        results.append([hidden.detach(), embeddings.grad])
+    embeddings.requires_grad_(False)
+    for flat, padded in zip(*reversed(results), strict=True):
+        torch.testing.assert_close(flat, padded, rtol=1e-4, atol=1e-5 * padded.abs().max())
+    assert reads_flat(model, longest)
+    assert reads_flat(model, 1000) == (attention_window(model) >= 1000)
+
+
+def test_flat_rows_know_where_their_tokens_stand():
+    ids = torch.tensor([[5, 6, 0], [7, 8, 9], [4, 0, 0]])
+    rows = FlatRows.of(ids, torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]), torch.float32)
+    assert rows.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]]
+    assert rows.position_ids.tolist() == [[0, 1, 0, 1, 2, 0]]
+    assert rows.flat_rows.tolist() == [0, 1, 3, 4, 5, 6]
+    assert rows.padded_rows.tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
+    assert (rows.row_mask < 0).tolist() == [[False, True, True], [False, False, True], [False] * 3]

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from linchain_cli.attention import attention_window
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.likelihood import plan_batches
 from linchain_cli.evaluation.tryout import (
-    attention_window,
     continues_from_cache,
     ignores_padding,
     refuse_broken,

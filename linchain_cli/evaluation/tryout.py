@@ -21,16 +21,6 @@ OTHER = (31, 29, 2, 37, 43, 41, 23, 19)
 SPLIT = 4
 
 
-def attention_window(model) -> float:
-    """Tokens up to which the model's attention is plain: behind it a sliding window or a chunk ends."""
-    config = model.config.get_text_config()
-    limits = (
-        getattr(config, name, None)
-        for name in ("sliding_window", "attention_chunk_size", "attention_window_size")
-    )
-    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=float("inf"))
-
-
 def refuse_broken(model) -> None:
     """Raises LinchainError for a model that computes NaN or infinities: no result of it means anything."""
     with torch.inference_mode():

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from linchain_cli.errors import InputError
-from linchain_cli.head import check_split
+from linchain_cli.head import allow_flat_rows, check_split
 from linchain_cli.model import base_hash, empty_model, load_model, load_tokenizer, locate, resolve_dtype
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.blocks import shard
@@ -68,6 +68,7 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
     if sharded:
         together(accelerator, lambda: shard(base.model, device))
     together(accelerator, lambda: check_split(base.model))
+    together(accelerator, lambda: allow_flat_rows(base.model))
     return base
 
 

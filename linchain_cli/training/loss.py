@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linchain_cli.attention import FlatRows
 from linchain_cli.data.batches import IGNORED, Batch
-from linchain_cli.head import head_logits, hidden_states
+from linchain_cli.head import flat_hidden_states, head_logits, hidden_states, reads_flat
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25
@@ -23,9 +24,14 @@ def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     """
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
     positions = (targets != IGNORED).nonzero()[:, 0]
-    hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True))
-    chosen = hidden.flatten(0, 1).index_select(0, positions.to(device, non_blocking=True))
-    return chosen, targets[positions].to(device, non_blocking=True)
+    labels = targets[positions].to(device, non_blocking=True)
+    if reads_flat(model, batch.input_ids.shape[1]):
+        rows = FlatRows.of(batch.input_ids, batch.attention_mask, model.get_input_embeddings().weight.dtype)
+        positions = (batch.attention_mask.flatten().cumsum(0) - 1)[positions]
+        hidden = flat_hidden_states(model, rows.to(device))
+    else:
+        hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
+    return hidden.index_select(0, positions.to(device, non_blocking=True)), labels
 
 
 def _pieces(model: nn.Module, count: int) -> list[slice]:

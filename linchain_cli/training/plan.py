@@ -305,13 +305,21 @@ def _time(
     each_label = label_seconds(model, labels, device)
     if recipe.training.gradient_checkpointing:
         both += forward
-    epoch_seconds = (both * epoch.computed + 2 * each_label * epoch.supervised_tokens) / world
+    # With grouped attention only that sees the padding, which is little beside the rest.
+    flat = _attention(recipe, model, device) == GROUPED
+    epoch_seconds = (
+        both * (epoch.tokens if flat else epoch.computed) + 2 * each_label * epoch.supervised_tokens
+    ) / world
     train = epoch_seconds * steps / epoch.steps
     validate = 0.0
     if validation is not None:
         rows = recipe_epoch(recipe, validation, world)
         times = math.ceil(steps / recipe.training.eval_every)
-        validate = times * (forward * rows.computed + each_label * rows.supervised_tokens) / world
+        validate = (
+            times
+            * (forward * (rows.tokens if flat else rows.computed) + each_label * rows.supervised_tokens)
+            / world
+        )
     return TimePlan(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2))
 
 

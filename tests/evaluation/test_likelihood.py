@@ -7,11 +7,11 @@ import random
 import pytest
 import torch
 
+from linchain_cli.attention import attention_window
 from linchain_cli.evaluation import tryout
 from linchain_cli.evaluation.likelihood import OptionScorer, plan_batches
 from linchain_cli.evaluation.options import build_tree, tree_mask
 from linchain_cli.evaluation.tryout import (
-    attention_window,
     continues_from_cache,
     ignores_padding,
     reads_tree_masks,
