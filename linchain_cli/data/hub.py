@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ def load_hub_dataset(name: str, split: str, revision: str | None) -> datasets.Da
     owner, _, rest = name.partition("/")
     repository, _, configuration = rest.partition("/")
     repository = f"{owner}/{repository}" if repository else owner
-    with _hub_problems(repository, split, revision):
+    with _hub_problems(repository, split, revision), _retries_told_once():
         return datasets.load_dataset(repository, configuration or None, split=split, revision=revision)
 
 
@@ -42,6 +43,30 @@ def hub_rows(dataset: datasets.Dataset, wanted: set[str]) -> Iterator[dict[str, 
     for batch in dataset.select_columns(columns).iter(1000):
         for values in zip(*(batch[name] for name in columns), strict=True):
             yield dict(zip(columns, values, strict=True))
+
+
+class _ToldOnce(logging.Filter):
+    """Of all remarks about a hub that does not answer, lets one through, in other words."""
+
+    told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "Retrying in" not in text and "thrown while requesting" not in text:
+            return True
+        record.msg, record.args = "The hub does not answer; it is asked again for half a minute.", ()
+        first, self.told = not self.told, True
+        return first
+
+
+@contextlib.contextmanager
+def _retries_told_once() -> Iterator[None]:
+    logger, once = logging.getLogger("huggingface_hub.utils._http"), _ToldOnce()
+    logger.addFilter(once)
+    try:
+        yield
+    finally:
+        logger.removeFilter(once)
 
 
 @contextlib.contextmanager

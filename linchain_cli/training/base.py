@@ -61,15 +61,24 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
             runs_on=device,
             spread=sharded,
         )
-        make_norms_lean(model)
         return Base(directory, model, load_tokenizer(directory), base_hash(directory), sharded)
 
     base = together(accelerator, load)
     if sharded:
         together(accelerator, lambda: shard(base.model, device))
-    together(accelerator, lambda: check_split(base.model))
-    together(accelerator, lambda: allow_flat_rows(base.model))
+    together(accelerator, lambda: suit_to_training(base.model))
     return base
+
+
+def suit_to_training(model: nn.Module) -> None:
+    """Lets a loaded base train as fast as its architecture allows; what it computes stays the same.
+
+    Raises:
+        InputError: it cannot be split into backbone and head.
+    """
+    check_split(model)
+    make_norms_lean(model)
+    allow_flat_rows(model)
 
 
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:

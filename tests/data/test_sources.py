@@ -272,3 +272,30 @@ def test_without_a_hub_the_real_library_s_failure_is_understood(source):
         InputError, match="'nobody/nothing' is not on this machine, and the hub cannot be reached"
     ):
         list(rows_of(source("nobody/nothing")))
+
+
+def test_a_hub_that_does_not_answer_is_told_once(monkeypatch, caplog):
+    import logging
+
+    import datasets
+
+    from linchain_cli.data import hub
+
+    def unreachable(*_arguments, **_options):
+        for attempt in range(1, 6):
+            logger.warning("'[Errno -2] Name or service not known' thrown while requesting HEAD https://...")
+            logger.warning(f"Retrying in 1s [Retry {attempt}/5].")
+        logger.warning("something else")
+        raise ConnectionError("unreachable")
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr(logger, "propagate", True)
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(InputError, match="the hub cannot be reached"):
+        hub.load_hub_dataset("someone/never-asked-for", "train", None)
+    assert [record.getMessage() for record in caplog.records] == [
+        "The hub does not answer; it is asked again for half a minute.",
+        "something else",
+    ]
+    assert not logger.filters

@@ -97,12 +97,11 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_base(tiny_llama_dir: Path):
     """The tiny Llama, loaded once; tests take their chains out again."""
-    from linchain_cli.head import check_split
     from linchain_cli.model import base_hash, load_model, load_tokenizer
-    from linchain_cli.training.base import Base
+    from linchain_cli.training.base import Base, suit_to_training
 
     model = load_model(tiny_llama_dir, dtype="float32", device="cpu")
-    check_split(model)
+    suit_to_training(model)
     return Base(tiny_llama_dir, model, load_tokenizer(tiny_llama_dir), base_hash(tiny_llama_dir))
 
 

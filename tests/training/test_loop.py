@@ -11,12 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linchain_cli.chain import chain_layers, folded, inject
+from linchain_cli.attention import use_grouped_attention
+from linchain_cli.chain import chain_layers, find_siblings, folded, inject
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
+from linchain_cli.head import reads_flat
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss
+from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.signals import StopRequest
 
 CPU = torch.device("cpu")
@@ -282,3 +285,46 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
     monkeypatch.setattr(loss, "backward", original)
     job = run_tiny({"training.save_every": 1}, resume=True)
     assert job.state.step == 6
+
+
+def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_dir):
+    """Grouped attention, rows without padding, siblings, lean norms and folding, against transformers' own forward with
+    the written-out loss."""
+    fast, plain = load(tiny_llama_dir), load(tiny_llama_dir)
+    for model in (fast, plain):
+        inject(
+            model, ChainConfig(rank=4, depth=2, target_modules=["q_proj", "k_proj", "v_proj", "down_proj"])
+        )
+        for layer in chain_layers(model).values():
+            layer.double()
+        make_different_from_base(model)
+    assert use_grouped_attention(fast)
+    suit_to_training(fast)
+    batches = [batch_of([17, 5, 11], 600, seed) for seed in range(2)]
+    assert len(find_siblings(fast, lambda: fast(batches[0].input_ids))) == fast.config.num_hidden_layers
+    with folded(fast):
+        ours = sum(loss.backward(fast, batch, 0.01, CPU) for batch in batches)
+    theirs = 0.0
+    for batch in batches:
+        logits = plain(batch.input_ids, attention_mask=batch.attention_mask).logits
+        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        value = 0.01 * F.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        value.backward()
+        theirs += value.detach()
+    assert reads_flat(fast, 17) and ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    reference = gradients(plain)
+    for name, gradient in gradients(fast).items():
+        # Norms compute in float32 on either way.
+        torch.testing.assert_close(
+            gradient, reference[name], rtol=1e-4, atol=1e-5 * reference[name].abs().max()
+        )
+
+
+def test_what_the_fast_base_computes_is_in_use(base):
+    model = base.model
+    assert model.config._attn_implementation == "grouped" and reads_flat(model, 100)
+    assert (
+        sum("forward" in vars(module) for module in model.modules()) == 2 * model.config.num_hidden_layers + 1
+    )
