@@ -1,6 +1,8 @@
-"""Rows per second of evaluating the same rows in five ways, in interleaved rounds.
+"""Rows per second of evaluating the same rows in six ways, in interleaved rounds.
 
-    lm-eval      lm-evaluation-harness: log-likelihoods through a local task file; only its model calls are timed
+    lm-eval      lm-evaluation-harness with its default batch size of 1: log-likelihoods through a local task file; only
+                 its model calls are timed
+    lm-eval-8    the same with batches of 8 (--batch-size)
     per-option   each option's text read alone, all logits: what the fast way is held to
     transformers 4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like length
     generate     the same protocol by linchain
@@ -52,7 +54,8 @@ def main() -> None:
     bench = Bench(directory, load_tasks([arguments.tasks], arguments.data_dir, arguments.rows), arguments)
     arms: dict[str, Callable[[], tuple[float, Predictions]]] = {
         "likelihood": bench.likelihood,
-        "lm-eval": bench.lm_eval,
+        "lm-eval": lambda: bench.lm_eval(1),
+        "lm-eval-8": lambda: bench.lm_eval(arguments.batch_size),
         "per-option": bench.per_option,
         "generate": bench.generate,
         "transformers": bench.transformers,
@@ -164,7 +167,7 @@ class Bench:
                 found[task.name, row.index] = task.rule.extract(text, row.options)
         return time.perf_counter() - start, found
 
-    def lm_eval(self) -> tuple[float, Predictions]:
+    def lm_eval(self, batch_size: int) -> tuple[float, Predictions]:
         import logging
 
         from lm_eval import simple_evaluate
@@ -173,7 +176,7 @@ class Bench:
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         model = HFLM(
-            pretrained=self.model, tokenizer=self.tokenizer, batch_size=self.batch_size, max_length=2048
+            pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=2048
         )
         seconds = [0.0]
         inner = model.loglikelihood

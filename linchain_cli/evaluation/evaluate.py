@@ -26,8 +26,12 @@ from linchain_cli.storage import sha256_bytes, tensor_bytes
 
 ProtocolName = Literal["likelihood", "generate"]
 BEAMS = 4
-# Larger batches gain nothing on a CPU, whose cores are busy long before.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Tokens of a batch by device, where "cuda" stands for all but CPUs. A CPU's cores are busy long before, so that larger
+# batches only have more padding: SmolLM2-135M scores 9.7 rows per second with 256, 12.9 with 512, 11.0 with 2,048.
+BATCH_TOKENS = {
+    "likelihood": {"cpu": 512, "cuda": 16384},
+    "generate": {"cpu": 2048, "cuda": 16384},
+}
 
 
 class Job(Protocol):
@@ -218,7 +222,8 @@ def _batches(
 ) -> Iterator[tuple[int, Job, list[int]]]:
     """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
     if batch_tokens is None:
-        batch_tokens = BATCH_TOKENS.get(model.get_input_embeddings().weight.device.type, BATCH_TOKENS["cuda"])
+        by_device = BATCH_TOKENS[settings["protocol"]]
+        batch_tokens = by_device.get(model.get_input_embeddings().weight.device.type, by_device["cuda"])
     number = 0
     for task in tasks:
         own = template if task.template is None else get_template(task.template, tokenizer)
