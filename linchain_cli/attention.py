@@ -1,13 +1,13 @@
 """Which attention a model computes with, and one written for CPUs.
 
-On a CPU transformers' eager attention repeats keys and values for the query heads that share them, and goes through the
-scores in float32; torch's SDPA takes still longer in its backward pass. `grouped_attention` takes the query heads of one key
-head as more rows of one product (grouped-query attention, arXiv 2305.13245), and leaves the softmax in the scores' type,
-whose kernel computes in float32 anyway. Forward and backward take about half of eager's time, and a third of its memory is
-kept in between.
+On a CPU transformers' eager attention repeats keys and values for the query heads that share them, and goes
+through the scores in float32; torch's SDPA takes still longer in its backward pass. `grouped_attention` takes
+the query heads of one key head as more rows of one product (grouped-query attention, arXiv 2305.13245), and
+leaves the softmax in the scores' type, whose kernel computes in float32 anyway. Forward and backward take
+about half of eager's time, and a third of its memory is kept in between.
 
-It also reads rows of several lengths one behind the other, without padding: everything else in a decoder takes token by token
-and needs none, so only the attention puts the rows beside each other.
+It also reads rows of several lengths one behind the other, without padding: everything else in a decoder
+takes token by token and needs none, so only the attention puts the rows beside each other.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def grouped_attention(
         query: (batch, heads, queries, d). key, value: (batch, key heads, keys, d and d_v).
         attention_mask: what is added to the scores, broadcast to (batch, heads, queries, keys), or None.
         softcap: c of c·tanh(scores / c), before the mask (Gemma 2).
-        padded_rows, flat_rows, row_mask: of `FlatRows`; then batch is 1, and its tokens are those of several rows.
+        padded_rows, flat_rows, row_mask: of `FlatRows`; then batch is 1, and its tokens are those of several
+        rows.
 
     Returns:
         (batch, queries, heads, d_v), contiguous, and None for the weights.
@@ -85,8 +86,8 @@ def _padded(states: Tensor, padded_rows: Tensor, flat_rows: Tensor) -> Tensor:
 
 
 class _Pad(torch.autograd.Function):
-    """(tokens, ...) → (slots, ...). What stands in the padding is any token's; its gradient is zero, because nobody reads
-    what it leads to, and so is not asked for."""
+    """(tokens, ...) → (slots, ...). What stands in the padding is any token's; its gradient is zero, because
+    nobody reads what it leads to, and so is not asked for."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, padded_rows: Tensor, flat_rows: Tensor) -> Tensor:
@@ -118,9 +119,9 @@ class _Unpad(torch.autograd.Function):
 class FlatRows:
     """Right-padded rows without their padding, as a model's forward takes them.
 
-    `input_ids` and `position_ids` (1, tokens) hold the rows one behind the other. `padded_rows` (rows, longest) says which
-    token stands in each slot of the padded rows (any, in the padding), `flat_rows` (tokens,) in which slot each token
-    stands, and `row_mask` (longest, longest) is the causal mask to add.
+    `input_ids` and `position_ids` (1, tokens) hold the rows one behind the other. `padded_rows` (rows,
+    longest) says which token stands in each slot of the padded rows (any, in the padding), `flat_rows`
+    (tokens,) in which slot each token stands, and `row_mask` (longest, longest) is the causal mask to add.
     """
 
     input_ids: Tensor
@@ -190,8 +191,8 @@ def use_grouped_attention(model: PreTrainedModel) -> bool:
     """Gives a model that computes with eager attention the grouped one, if it then gives the same answers.
 
     Returns:
-        Whether it did. Architectures that bring an attention of their own, or something that is not in the formula, keep
-        eager attention.
+        Whether it did. Architectures that bring an attention of their own, or something that is not in the
+        formula, keep eager attention.
     """
     if not may_group(model):
         return False

@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _show_notes() -> None:
-    """Lets what the package logs (a conversion that takes a while, a hub that cannot be reached) reach stderr."""
+    """Lets what the package logs (a conversion that takes a while, a hub that cannot be reached) reach
+    stderr."""
     logger = logging.getLogger("linchain_cli")
     logger.setLevel(logging.INFO)
     logger.handlers = [logging.StreamHandler()]

@@ -43,7 +43,8 @@ _READS_FLAT = "_linchain_reads_flat"  # on a model that `allow_flat_rows` has tr
 
 
 def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
-    """The backbone's last hidden states (tokens, d) of rows without padding; for models that `reads_flat` allows."""
+    """The backbone's last hidden states (tokens, d) of rows without padding; for models that `reads_flat`
+    allows."""
     with reading_flat():
         output = backbone(model)(
             input_ids=rows.input_ids,
@@ -67,8 +68,8 @@ def reads_flat(model: nn.Module, longest: int) -> bool:
 
 @torch.no_grad()
 def allow_flat_rows(model: nn.Module) -> bool:
-    """Tries on two rows of different lengths whether the model gives the same without padding as with it, and from then on
-    has `reads_flat` say so. Models that mix neighbouring tokens outside their attention do not.
+    """Tries on two rows of different lengths whether the model gives the same without padding as with it, and
+    from then on has `reads_flat` say so. Models that mix neighbouring tokens outside their attention do not.
     """
     setattr(model, _READS_FLAT, False)
     longest = int(min(11, attention_window(model)))

@@ -86,7 +86,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def resolve_attention(name: str, device: torch.device) -> str | None:
     """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
 
-    `auto` on a CPU is linchain's own (attention.py), which `load_model` gives every model that it suits; the others stay
+    `auto` on a CPU is linchain's own (attention.py), which `load_model` gives every model that it suits; the
+    others stay
     with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
     """
     if name not in ATTENTIONS:
@@ -236,9 +237,10 @@ def load_model(
     """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
 
     `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
-    (4-bit normal float, double quantisation, computing in `dtype`). `runs_on` is where the model will be moved to,
-    if it is not `device`; it decides what `auto` means. `spread` packs 4-bit weights into numbers of `dtype`, because
-    FSDP2 leaves tensors of whole numbers on every process.
+    (4-bit normal float, double quantisation, computing in `dtype`). `runs_on` is where the model will be
+    moved to,
+    if it is not `device`; it decides what `auto` means. `spread` packs 4-bit weights into numbers of `dtype`,
+    because FSDP2 leaves tensors of whole numbers on every process.
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
     quantised, wrong options) and LinchainError if it does not fit into memory.
@@ -273,8 +275,8 @@ def load_model(
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:
-    """On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward in eval mode, for a kernel that
-    has no backward: the gradient would end there, with no more than a warning."""
+    """On CPUs with AVX512-BF16, bitsandbytes repacks a 4-bit weight in the first forward in eval mode, for a
+    kernel that has no backward: the gradient would end there, with no more than a warning."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

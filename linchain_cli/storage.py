@@ -184,11 +184,11 @@ def remove_directory(path: Path) -> None:
 
 
 def remove_staging(directory: Path, name: str | None = None, *, spare_living: bool = False) -> None:
-    """Cleans up after killed processes in `directory`: what they left half-written is removed, and what one had
-    moved aside and not yet replaced is put back. Of everything, or of the target `name` only.
+    """Cleans up after killed processes in `directory`: what they left half-written is removed, and what one
+    had moved aside and not yet replaced is put back. Of everything, or of the target `name` only.
 
-    The caller sees to it that no other process writes there now, or asks with `spare_living` to leave alone what
-    belongs to a process that runs on this machine.
+    The caller sees to it that no other process writes there now, or asks with `spare_living` to leave alone
+    what belongs to a process that runs on this machine.
     """
     of_target = ".+" if name is None else rf"(?:old-)?{re.escape(name)}"
     pattern = re.compile(rf"({re.escape(STAGING_PREFIX)}|{re.escape(REPLACED_PREFIX)})({of_target})-(\d+)")

@@ -1,12 +1,12 @@
 """Rows per second of evaluating the same rows in six ways, in interleaved rounds.
 
-    lm-eval      lm-evaluation-harness with its default batch size of 1: log-likelihoods through a local task file; only
+    lm-eval      lm-evaluation-harness with its default batch size of 1: log-likelihoods through a local task
+    file; only
                  its model calls are timed
     lm-eval-8    the same with batches of 8 (--batch-size)
     per-option   each option's text read alone, all logits: what the fast way is held to
-    transformers 4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like length
-    generate     the same protocol by linchain
-    likelihood   linchain's scoring, tokenising included
+    transformers 4-beam generation of 32 tokens by transformers' `generate`, left-padded batches of like
+    length generate     the same protocol by linchain likelihood   linchain's scoring, tokenising included
 
     python scripts/bench_eval.py MODEL --data-dir DIR [--tasks boolq,openbookqa] [--rows 32] [--rounds 3]
 
@@ -175,9 +175,7 @@ class Bench:
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        model = HFLM(
-            pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=2048
-        )
+        model = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=2048)
         seconds = [0.0]
         inner = model.loglikelihood
 

@@ -6,8 +6,9 @@ in a temporary directory (about 7 GB, removed at the end), and runs the three ar
 of its own, several times. Every arm ends with its files fsynced. The table shows medians; the last line is
 JSON:
 
-    ratio_to_copy, peft_ratio_to_copy                  seconds over those of the copy in the same round (median)
-    peak_above_import_mb, peft_peak_above_import_mb    peak resident memory above that after the imports (largest)
+    ratio_to_copy, peft_ratio_to_copy                  seconds over those of the copy in the same round
+    (median) peak_above_import_mb, peft_peak_above_import_mb    peak resident memory above that after the
+    imports (largest)
 
 PEFT's time counts loading the model, because a streaming merge reads it as well; its parts are in the table.
 

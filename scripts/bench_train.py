@@ -1,9 +1,12 @@
-"""Training speed of linchain beside its peers and beside the limit: one run, interleaved rounds, medians, ratios.
+"""Training speed of linchain beside its peers and beside the limit: one run, interleaved rounds, medians,
+ratios.
 
-    python scripts/bench_train.py --model DIR --data rows.json [rows2.json ...] [--device cuda] [--out results.json]
+    python scripts/bench_train.py --model DIR --data rows.json [rows2.json ...] [--device cuda] [--out
+    results.json]
 
-Every arm is a process of its own with the model loaded; the arms take turns, a round of optimizer steps each, so that a
-noisy machine is noisy for all of them. Speed is unpadded tokens per second of wall time. The last line is JSON.
+Every arm is a process of its own with the model loaded; the arms take turns, a round of optimizer steps each,
+so that a noisy machine is noisy for all of them. Speed is unpadded tokens per second of wall time. The last
+line is JSON.
 """
 
 from __future__ import annotations
@@ -20,8 +23,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 DEFAULT_ARMS = (
-    "limit", "peft", "trl", "trl-packing", "uncollapsed", "linchain-0", "linchain-1", "linchain-3", "linchain-8",
-    "linchain-3-compiled",
+    "limit", "peft", "trl", "trl-packing", "uncollapsed", "linchain-0", "linchain-1", "linchain-3",
+    "linchain-8", "linchain-3-compiled",
 )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def ratio(arms: dict[str, Arm], first: str, second: str) -> float | None:
     """Median over rounds of first's speed divided by second's in the same round."""
     if first not in arms or second not in arms:
         return None
-    pairs = zip(arms[first].rounds[1:], arms[second].rounds[1:])
+    pairs = zip(arms[first].rounds[1:], arms[second].rounds[1:], strict=True)
     return statistics.median(a["tokens"] / a["seconds"] / (b["tokens"] / b["seconds"]) for a, b in pairs)
 
 

@@ -180,7 +180,8 @@ def test_ctrl_c_exits_130_without_a_traceback():
     code = (
         "import os, signal, linchain_cli.commands.recipes as r\n"
         "from linchain_cli import cli\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job inherits it as ignored
+        # A background job inherits it as ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "r.recipe_purposes = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
         "cli.main(['recipes', 'list'])"
     )

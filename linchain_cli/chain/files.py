@@ -1,7 +1,7 @@
 """The adapter's two files: chain.safetensors (values, float32) and chain.json (what they are).
 
-Tensors are named by module path: `<path>.A` (r, d_in), `<path>.links` (n, r, r), `<path>.B` (d_out, r). The bytes
-depend on values and configuration alone, so equal adapters are equal files.
+Tensors are named by module path: `<path>.A` (r, d_in), `<path>.links` (n, r, r), `<path>.B` (d_out, r). The
+bytes depend on values and configuration alone, so equal adapters are equal files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class ChainTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A chain adapter apart from any model: its configuration, its values by module path, and the base it is for.
+    """A chain adapter apart from any model: its configuration, its values by module path, and the base it is
+    for.
 
     `base` holds at least "path" and "hash" (of the base's weights) when it was written by a run.
     """
@@ -86,7 +87,8 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
 
 
 def save_adapter(adapter: Adapter, directory: Path) -> None:
-    """Writes the adapter's two files into `directory`, which is created; each replaces its older self as one step."""
+    """Writes the adapter's two files into `directory`, which is created; each replaces its older self as one
+    step."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, data in adapter_files(adapter).items():
@@ -123,8 +125,8 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} does not describe a chain adapter")
     if description.get("format_version") != FORMAT_VERSION:
         raise InputError(
-            f"{path} has format version {description.get('format_version')}, this linchain reads version {FORMAT_VERSION}:"
-            " install the version that wrote it, or a later one"
+            f"{path} has format version {description.get('format_version')}, this linchain reads version"
+            f" {FORMAT_VERSION}: install the version that wrote it, or a later one"
         )
     wanted = {
         "rank": int,
@@ -193,7 +195,8 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
         if shape != wanted:
             found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
             raise InputError(
-                f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the model {found}"
+                f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the model"
+                f" {found}"
             )
     config = ChainConfig(
         adapter.config.rank,
@@ -220,8 +223,8 @@ def load_tensors(layer: ChainLinear, chain: ChainTensors) -> None:
 def with_depth(adapter: Adapter, depth: int) -> Adapter:
     """The same function as a chain of another depth: longer by identity links, shorter by collapsing.
 
-    Depth 0 folds the whole product into A; a depth of at least 1 multiplies the surplus first links into one. ΔW stays
-    the same up to float32 rounding (bit for bit when the chain only grows).
+    Depth 0 folds the whole product into A; a depth of at least 1 multiplies the surplus first links into one.
+    ΔW stays the same up to float32 rounding (bit for bit when the chain only grows).
     """
     if depth < 0:
         raise InputError(f"a chain's depth is at least 0, not {depth}")

@@ -1,10 +1,11 @@
 """Folding: the links leave the forward pass.
 
-Inside `with folded(model):` every chain layer runs exactly LoRA's two products. The products Wn…W1 of all layers are
-computed once, in one batch per shape, and A' = (α/r)·Wn…W1·A is installed in each layer as an autograd leaf. All
-micro-batches of one optimizer step run forward and backward inside the block; at its end one batched backward carries
-the gradients of the A' into A and links. (B needs no folding: its gradient arrives directly.) Layers that read the same
-input, if `find_siblings` has found them, have their A' in one leaf and are computed together.
+Inside `with folded(model):` every chain layer runs exactly LoRA's two products. The products Wn…W1 of all
+layers are computed once, in one batch per shape, and A' = (α/r)·Wn…W1·A is installed in each layer as an
+autograd leaf. All micro-batches of one optimizer step run forward and backward inside the block; at its end
+one batched backward carries the gradients of the A' into A and links. (B needs no folding: its gradient
+arrives directly.) Layers that read the same input, if `find_siblings` has found them, have their A' in one
+leaf and are computed together.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from linchain_cli.chain.layer import ChainLinear, collapse, fold_into_a
 def fold_all(layers: Sequence[ChainLinear]) -> list[Tensor]:
     """A' (r, d_in) of each layer, differentiable with respect to its A and links.
 
-    Layers whose links have the same shape and device share their products: n − 1 for a whole model of one rank.
+    Layers whose links have the same shape and device share their products: n − 1 for a whole model of one
+    rank.
     """
     folded: list[Tensor | None] = [None] * len(layers)
     groups: dict[tuple, list[int]] = defaultdict(list)
@@ -44,9 +46,9 @@ def fold_all(layers: Sequence[ChainLinear]) -> list[Tensor]:
 def folded(model: nn.Module) -> Iterator[None]:
     """Folds every chain layer of `model` for the length of the block; see the module's docstring.
 
-    With gradients enabled, the block ends by adding to `.grad` of A and links what the block's backward passes left in
-    the folded factors. Changing A or links inside the block has no effect until it ends. If the block raises, no
-    gradient is carried.
+    With gradients enabled, the block ends by adding to `.grad` of A and links what the block's backward
+    passes left in the folded factors. Changing A or links inside the block has no effect until it ends. If
+    the block raises, no gradient is carried.
     """
     layers = [module for module in model.modules() if isinstance(module, ChainLinear)]
     if any(layer.folded_a is not None for layer in layers):
@@ -97,7 +99,8 @@ def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[
     """Finds the chain layers of `model` that read the same input, so that `folded` computes them together.
 
     Args:
-        forward: runs the model on any input; which layers of one parent module are called with the same tensor is what
+        forward: runs the model on any input; which layers of one parent module are called with the same
+        tensor is what
             counts.
 
     Returns:

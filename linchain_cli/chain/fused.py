@@ -1,8 +1,9 @@
 """Base and adapter in one autograd node, for one layer or for several that read the same input.
 
-Beside W0·x the adapters of SmolLM2 are a few per cent of the arithmetic, but they are thin products (rank 16), for which
-a processor waits for memory and not for its multipliers. So an input that several layers read (q, k and v) is read once for
-all their A', outputs and gradients are added in place, and nothing is kept for the backward pass but the input and A'·x.
+Beside W0·x the adapters of SmolLM2 are a few per cent of the arithmetic, but they are thin products (rank
+16), for which a processor waits for memory and not for its multipliers. So an input that several layers read
+(q, k and v) is read once for all their A', outputs and gradients are added in place, and nothing is kept for
+the backward pass but the input and A'·x.
 """
 
 from __future__ import annotations
@@ -19,9 +20,10 @@ from torch.autograd.function import once_differentiable
 class FusedChains(torch.autograd.Function):
     """y_i = x·W_iᵀ + b_i + (x·A'_iᵀ)·B_iᵀ for k layers on one input x.
 
-    Shapes: x (..., d_in), folded_a (Σr, d_in), which is the A'_i one below the other, then k weights (d_out, d_in), k
-    biases (d_out) or None, and k times B (d_out, r). Weights and biases get no gradient. folded_a and B are float32 (or
-    float64) and so are their gradients; each product runs in x's type. Returns a tuple of k outputs.
+    Shapes: x (..., d_in), folded_a (Σr, d_in), which is the A'_i one below the other, then k weights (d_out,
+    d_in), k biases (d_out) or None, and k times B (d_out, r). Weights and biases get no gradient. folded_a
+    and B are float32 (or float64) and so are their gradients; each product runs in x's type. Returns a tuple
+    of k outputs.
     """
 
     @staticmethod
@@ -71,7 +73,8 @@ def _parts(h: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The outputs of chain layers that read x (..., d_in); `folded_a` (Σr, d_in) is their A' one below the other."""
+    """The outputs of chain layers that read x (..., d_in); `folded_a` (Σr, d_in) is their A' one below the
+    other."""
     return FusedChains.apply(
         x,
         folded_a,
@@ -84,8 +87,8 @@ def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Te
 class Siblings:
     """Chain layers that read the same input: whichever is called first computes the outputs of all.
 
-    It does so while `folded_a` (Σr, d_in) is set, as `folded` does for the length of an optimizer step. Each of the others
-    then takes its output, provided that its input is that very tensor.
+    It does so while `folded_a` (Σr, d_in) is set, as `folded` does for the length of an optimizer step. Each
+    of the others then takes its output, provided that its input is that very tensor.
     """
 
     def __init__(self, layers: Sequence[Any]):

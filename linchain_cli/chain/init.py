@@ -1,7 +1,7 @@
 """Initial values of a chain: B = 0, A Kaiming uniform, the links by scheme.
 
-Every tensor has a random stream of its own, seeded by (seed, module path, tensor name). So A is the same at every
-depth and whatever other modules are adapted, which is what makes arms of different depth comparable.
+Every tensor has a random stream of its own, seeded by (seed, module path, tensor name). So A is the same at
+every depth and whatever other modules are adapted, which is what makes arms of different depth comparable.
 """
 
 from __future__ import annotations

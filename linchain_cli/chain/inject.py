@@ -23,8 +23,8 @@ ALL_LINEAR = "all-linear"
 class ChainConfig:
     """What defines a chain adapter, apart from its values.
 
-    `target_modules` is a sequence of module names (the end of a dotted path), a regular expression for whole dotted
-    paths or ends of them, or "all-linear" (every linear module but the output head).
+    `target_modules` is a sequence of module names (the end of a dotted path), a regular expression for whole
+    dotted paths or ends of them, or "all-linear" (every linear module but the output head).
     """
 
     rank: int = 16
@@ -55,7 +55,8 @@ class Matches:
 
 
 def match_modules(model: nn.Module, target_modules: str | Sequence[str], prefix: str = "") -> Matches:
-    """Finds the linear modules that `target_modules` names, below the dotted `prefix` only (the text decoder's).
+    """Finds the linear modules that `target_modules` names, below the dotted `prefix` only (the text
+    decoder's).
 
     Raises:
         InputError: a pattern meets nothing; the message says what could be matched.
@@ -196,10 +197,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Adds every ΔW to its base weight (summed in float32, rounded once to the weight's type) and takes the chains out.
+    """Adds every ΔW to its base weight (summed in float32, rounded once to the weight's type) and takes the
+    chains out.
 
     Raises:
-        InputError: a base weight is quantised (merge into the original weights instead, `linchain merge` does), or
+        InputError: a base weight is quantised (merge into the original weights instead, `linchain merge`
+        does), or
             shared with another module, which the sum would corrupt. Nothing is changed then.
     """
     layers = chain_layers(model)

@@ -63,8 +63,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 class ChainLinear(nn.Module):
     """h = W0·x + (α/r)·B·Wn…W1·A·x with W0 frozen (LinChain, arXiv 2411.00039; n = 0 is LoRA, n = 1 MoSLoRA).
 
-    The trained tensors are float32 whatever the base's type: `A` (r, d_in), `links` (n, r, r) with links[0] = W1,
-    and `B` (d_out, r). The products run in the input's type.
+    The trained tensors are float32 whatever the base's type: `A` (r, d_in), `links` (n, r, r) with
+    links[0] = W1, and `B` (d_out, r). The products run in the input's type.
 
     Args:
         base: an nn.Linear (also bitsandbytes' subclasses of it) or a transformers Conv1D.
@@ -121,8 +121,8 @@ class ChainLinear(nn.Module):
         return self.base(x) + F.linear(h, self.B.to(x.dtype))
 
     def is_fused(self, x: Tensor) -> bool:
-        """Whether the layer adds its chain, without dropout, to an ordinary matrix of x's type that needs no gradient
-        and nobody hooks into."""
+        """Whether the layer adds its chain, without dropout, to an ordinary matrix of x's type that needs no
+        gradient and nobody hooks into."""
         base = self.base
         return (
             self.enabled

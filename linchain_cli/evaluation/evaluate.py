@@ -26,8 +26,9 @@ from linchain_cli.storage import sha256_bytes, tensor_bytes
 
 ProtocolName = Literal["likelihood", "generate"]
 BEAMS = 4
-# Tokens of a batch by device, where "cuda" stands for all but CPUs. A CPU's cores are busy long before, so that larger
-# batches only have more padding: SmolLM2-135M scores 9.7 rows per second with 256, 12.9 with 512, 11.0 with 2,048.
+# Tokens of a batch by device, where "cuda" stands for all but CPUs. A CPU's cores are busy long before, so
+# that larger batches only have more padding: SmolLM2-135M scores 9.7 rows per second with 256, 12.9 with 512,
+# 11.0 with 2,048.
 BATCH_TOKENS = {
     "likelihood": {"cpu": 512, "cuda": 16384},
     "generate": {"cpu": 2048, "cuda": 16384},

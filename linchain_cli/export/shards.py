@@ -31,8 +31,8 @@ INDEX_FILE = "model.safetensors.index.json"
 _NOT_HERE = {errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ETXTBSY, errno.EPERM}
 
 
-# The number of elements that follow in row-major order, and what makes them, in whichever thread. What it returns
-# is written before the thread makes the next one, and may then be overwritten.
+# The number of elements that follow in row-major order, and what makes them, in whichever thread. What it
+# returns is written before the thread makes the next one, and may then be overwritten.
 Block = tuple[int, Callable[[], torch.Tensor]]
 
 

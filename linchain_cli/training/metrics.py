@@ -19,7 +19,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Lets `peak_memory_bytes` count from now on; False where the system cannot (it then counts since the start)."""
+    """Lets `peak_memory_bytes` count from now on; False where the system cannot (it then counts since the
+    start)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True

@@ -1,8 +1,9 @@
 """RMS norms that keep nothing but their input for the backward pass.
 
-transformers writes an RMS norm as half a dozen operations in float32, each of which keeps its own operands: about six times
-the input. A frozen norm needs its input alone: with n = x / rms(x), s = 1 / rms(x) and the gain g, the gradient of
-y = g·n is s·(g·dy − n·mean(g·dy·n)) (Zhang and Sennrich, arXiv 1910.07467, by the chain rule).
+transformers writes an RMS norm as half a dozen operations in float32, each of which keeps its own operands:
+about six times the input. A frozen norm needs its input alone: with n = x / rms(x), s = 1 / rms(x) and the
+gain g, the gradient of y = g·n is s·(g·dy − n·mean(g·dy·n)) (Zhang and Sennrich, arXiv 1910.07467, by the
+chain rule).
 """
 
 from __future__ import annotations
@@ -51,8 +52,9 @@ class LeanRMSNorm(torch.autograd.Function):
 def make_norms_lean(model: nn.Module) -> int:
     """Makes the frozen RMS norms of `model` keep only their input; returns how many there are.
 
-    Their outputs stay the same bit for bit. A module is taken for an RMS norm by its class's name, and changed only if its
-    gradient proves to be the one above. Compiled code is left alone: the compiler knows what to keep.
+    Their outputs stay the same bit for bit. A module is taken for an RMS norm by its class's name, and
+    changed only if its gradient proves to be the one above. Compiled code is left alone: the compiler knows
+    what to keep.
     """
     proven: dict[tuple, Callable | None] = {}
     count = 0

@@ -18,8 +18,8 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @contextlib.contextmanager
 def counting_rows(quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Yields what shows a number of encoded rows: in place on a terminal, elsewhere as a line every ten seconds.
-    Nothing appears before the first number, so that rows found in the cache are not told about.
+    """Yields what shows a number of encoded rows: in place on a terminal, elsewhere as a line every ten
+    seconds. Nothing appears before the first number, so that rows found in the cache are not told about.
     """
     console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
     last = time.monotonic()

@@ -1,7 +1,9 @@
-"""One arm of the training benchmark, in a process of its own: reads `go` lines, runs a round for each, prints JSON.
+"""One arm of the training benchmark, in a process of its own: reads `go` lines, runs a round for each, prints
+JSON.
 
-Called by scripts/bench_train.py as `python train_arms.py ARM SETTINGS.json`. All arms see the same rows in the same
-steps, start from the same A and links (B = 0), and use AdamW at one constant rate, so that their losses can be compared.
+Called by scripts/bench_train.py as `python train_arms.py ARM SETTINGS.json`. All arms see the same rows in
+the same steps, start from the same A and links (B = 0), and use AdamW at one constant rate, so that their
+losses can be compared.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ def reset_peak_memory(device: str) -> None:
 
 
 def peak_memory_mb(device: str) -> float:
-    """On CUDA what the allocator held at most; on a CPU the process's largest resident set since the last reset."""
+    """On CUDA what the allocator held at most; on a CPU the process's largest resident set since the last
+    reset."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status").read_text()
@@ -82,13 +85,14 @@ def make_job(settings: dict, depth: int, compiled: bool = False, attention: str 
     recipe = Recipe.model_validate({
         "name": "bench",
         "output_dir": settings["scratch"],
-        "model": {"path": settings["model"], "dtype": settings["dtype"], "quantization": settings["quantization"], "attention": attention},
-        "adapter": {"rank": settings["rank"], "depth": depth, "alpha": ALPHA_PER_RANK * settings["rank"], "target_modules": TARGETS},
-        "data": {"train": settings["data"], "validation": 0, "max_length": settings["max_length"], "train_on_inputs": settings["train_on_inputs"]},
-        "training": {
+        "model": {"path": settings["model"], "dtype": settings["dtype"], "quantization":
+        settings["quantization"], "attention": attention}, "adapter": {"rank": settings["rank"], "depth":
+        depth, "alpha": ALPHA_PER_RANK * settings["rank"],
+        "target_modules": TARGETS}, "data": {"train": settings["data"], "validation": 0, "max_length":
+        settings["max_length"], "train_on_inputs": settings["train_on_inputs"]}, "training": {
             "max_steps": settings["rounds"] * settings["steps"], "global_batch_size": 16,
-            "micro_batch_size": settings["micro"], "learning_rate": RATE, "lr_scheduler": "constant", "warmup_steps": 0,
-            "keep": "last", "compile": compiled,
+            "micro_batch_size": settings["micro"], "learning_rate": RATE, "lr_scheduler": "constant",
+            "warmup_steps": 0, "keep": "last", "compile": compiled,
         },
     })  # fmt: skip
     job = prepare(recipe, RunDirectory(recipe.run_path), connect())
@@ -131,7 +135,8 @@ def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
 
 
 def limit_arm(settings: dict) -> None:
-    """The frozen base's forward and the backward of its activations, in the same batches: no adapter, no loss head.
+    """The frozen base's forward and the backward of its activations, in the same batches: no adapter, no loss
+    head.
 
     transformers' own modules, with the fastest attention of the machine, which on a CPU is linchain's.
     """
@@ -183,8 +188,8 @@ class UncollapsedChain(nn.Module):
 def hugging_face_arm(settings: dict, adapter: str, trainer: str) -> None:
     """An adapter (PEFT's LoRA, or the uncollapsed chain) under transformers' Trainer or TRL's SFTTrainer.
 
-    SDPA is what `from_pretrained` takes by default. TRL, which is to run at its best setting, gets on a CPU what is faster
-    there out of transformers' own attentions, eager.
+    SDPA is what `from_pretrained` takes by default. TRL, which is to run at its best setting, gets on a CPU
+    what is faster there out of transformers' own attentions, eager.
     """
     from linchain_cli.chain import chain_layers, detach
 
@@ -260,12 +265,13 @@ def clocked(settings: dict, tokens_of):
 
 
 def trainer_arguments(settings: dict) -> dict:
-    """Trainer's defaults but for what every arm shares: batches, rate, no warm-up. Rows come shuffled already."""
+    """Trainer's defaults but for what every arm shares: batches, rate, no warm-up. Rows come shuffled
+    already."""
     return {
         "output_dir": settings["scratch"], "max_steps": settings["rounds"] * settings["steps"],
-        "per_device_train_batch_size": settings["micro"], "gradient_accumulation_steps": 16 // settings["micro"],
-        "learning_rate": RATE, "lr_scheduler_type": "constant", "logging_steps": 1, "save_strategy": "no",
-        "report_to": [], "train_sampling_strategy": "sequential", "disable_tqdm": True,
+        "per_device_train_batch_size": settings["micro"], "gradient_accumulation_steps": 16 //
+        settings["micro"], "learning_rate": RATE, "lr_scheduler_type": "constant", "logging_steps": 1,
+        "save_strategy": "no", "report_to": [], "train_sampling_strategy": "sequential", "disable_tqdm": True,
         "use_cpu": settings["device"] == "cpu", "bf16": False, "fp16": False,
     }  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""The adapter's files: bytes that depend on values alone, damage told by name, other depths of the same function."""
+"""The adapter's files: bytes that depend on values alone, damage told by name, other depths of the same
+function."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ def test_a_module_that_is_not_linear_is_named_as_such(llama):
 
 def test_expert_parameters_are_named_as_such():
     config = MixtralConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        vocab_size=50, num_local_experts=2,
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=50, num_local_experts=2,
     )  # fmt: skip
     with torch.device("meta"):
         model = MixtralForCausalLM(config)

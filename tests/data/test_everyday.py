@@ -195,7 +195,8 @@ def test_a_property_or_a_kind_alone_does_not_tell_true_from_false(rows):
         return re.sub(rf"(\ban? )?\b{things(row['instruction'])[0]}\b", "X", row["instruction"].lower())
 
     assert majority_by(singles, question) == 0.5
-    # Few properties are asked, so a kind leans to one answer; knowing no more than the kinds' leanings stays below this.
+    # Few properties are asked, so a kind leans to one answer; knowing no more than the kinds' leanings stays
+    # below this.
     assert majority_by(singles, kind) < 0.75
     assert majority_by(statements, lambda row: len(row["instruction"]) // 4) < 0.60
 

@@ -288,8 +288,8 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
 
 
 def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_dir):
-    """Grouped attention, rows without padding, siblings, lean norms and folding, against transformers' own forward with
-    the written-out loss."""
+    """Grouped attention, rows without padding, siblings, lean norms and folding, against transformers' own
+    forward with the written-out loss."""
     fast, plain = load(tiny_llama_dir), load(tiny_llama_dir)
     for model in (fast, plain):
         inject(
