@@ -18,7 +18,7 @@ class LinchainError(Exception):
 
 
 class InputError(LinchainError):
-    """The user's input is wrong: a recipe, a path, an option, a model or a data set that cannot be reached."""
+    """The user's input is wrong: a recipe, a path, an option, a model or a data set out of reach."""
 
     exit_code = 2
 

@@ -195,8 +195,8 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
         if shape != wanted:
             found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
             raise InputError(
-                f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the model"
-                f" {found}"
+                f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the"
+                f" model {found}"
             )
     config = ChainConfig(
         adapter.config.rank,

@@ -104,7 +104,8 @@ def _nothing_matched(pattern, test, model, scope, linear, prefix) -> str:
         if path not in scope and linear_shape(module) and test(path)
     ]
     if outside:
-        message += f" It does match {len(outside)} outside the text decoder, which get no adapter (e.g. {outside[0]})."
+        message += f" It does match {len(outside)} outside the text decoder, which get no adapter"
+        message += f" (e.g. {outside[0]})."
     experts = [
         name
         for name, parameter in model.named_parameters()
@@ -123,7 +124,7 @@ def _nothing_matched(pattern, test, model, scope, linear, prefix) -> str:
 
 
 def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
-    """The chain layers of a model by module path (the path of the module each one replaces), in model order."""
+    """A model's chain layers by module path (the path of the module each one replaces), in model order."""
     return {path: module for path, module in model.named_modules() if isinstance(module, ChainLinear)}
 
 

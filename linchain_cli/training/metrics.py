@@ -11,7 +11,7 @@ import torch
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory held so far: on CUDA by the allocator, elsewhere by the whole process (resident set)."""
+    """The most memory held so far: on CUDA by the allocator, elsewhere by the process (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
