@@ -24,7 +24,7 @@ import json, resource, sys, time
 started = time.perf_counter()
 from pathlib import Path
 from linchain_cli.data import collate, epoch_plan, micro_batches, prepare_data, step_rows
-from linchain_cli.model import load_tokenizer
+from linchain_cli.model.loading import load_tokenizer
 from linchain_cli.recipe import DataConfig
 
 def peak():

@@ -39,7 +39,7 @@ from linchain_cli.evaluation.generation import end_tokens
 from linchain_cli.evaluation.results import NEAR_TIE
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.evaluation.tasks import load_tasks
-from linchain_cli.model import load_model, load_tokenizer, locate
+from linchain_cli.model.loading import load_model, load_tokenizer, locate
 
 Key = tuple[str, int]
 Predictions = dict[Key, str | None]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from linchain_cli.chain import attach, disabled, load_adapter
 from linchain_cli.export.peft import write_peft
-from linchain_cli.model import empty_model, load_model, load_tokenizer, locate
+from linchain_cli.model.loading import empty_model, load_model, load_tokenizer, locate
 
 TEXT = "The kettle began to whistle, so she took two cups from the shelf and"
 NAMES = {

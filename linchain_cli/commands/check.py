@@ -30,7 +30,7 @@ def _check(recipe: Recipe, console: Console) -> None:
     """Model, then data, then cost: what is cheap to find wrong comes first."""
     from linchain_cli.commands import check_view
     from linchain_cli.data import prepare_data
-    from linchain_cli.model import default_device, load_tokenizer, locate
+    from linchain_cli.model.loading import default_device, load_tokenizer, locate
     from linchain_cli.training.job import chain_config
     from linchain_cli.training.plan import predict, recipe_epoch, total_steps
     from linchain_cli.training.progress import counting_rows
@@ -55,7 +55,7 @@ def _check(recipe: Recipe, console: Console) -> None:
 def _matches(recipe: Recipe, directory) -> tuple[Matches, list[tuple[int, int]], int]:
     """The modules that get a chain, their (d_in, d_out), and the parameters of the base model."""
     from linchain_cli.chain import linear_shape, match_modules
-    from linchain_cli.model import empty_model, text_decoder_prefix
+    from linchain_cli.model.loading import empty_model, text_decoder_prefix
 
     model = empty_model(directory)
     matches = match_modules(model, recipe.adapter.target_modules, text_decoder_prefix(model))

@@ -38,7 +38,7 @@ def run(
     from linchain_cli.export.card import model_card
     from linchain_cli.export.output import check_output, staged_output
     from linchain_cli.export.peft import write_peft
-    from linchain_cli.model import empty_model
+    from linchain_cli.model.loading import empty_model
 
     subject = open_run(run_path)
     out = out or subject.run.path / format

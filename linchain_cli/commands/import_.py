@@ -72,7 +72,7 @@ class _Base:
         if self.model is None:
             return adapter
         from linchain_cli.export.importing import short_targets
-        from linchain_cli.model import text_decoder_prefix
+        from linchain_cli.model.loading import text_decoder_prefix
 
         return short_targets(adapter, self.model, text_decoder_prefix(self.model))
 
@@ -85,7 +85,7 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
         had.
     """
     from linchain_cli.export.importing import fit_to_model
-    from linchain_cli.model import base_hash, empty_model, locate
+    from linchain_cli.model.loading import base_hash, empty_model, locate
 
     try:
         directory = locate(path, foreign.config.get("revision"), weights=False)

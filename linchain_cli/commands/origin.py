@@ -49,7 +49,7 @@ class AdaptedRun:
         Raises:
             InputError: it is not there, or cannot be fetched.
         """
-        from linchain_cli.model_files import locate
+        from linchain_cli.model.files import locate
 
         if base is not None:
             return locate(base, weights=weights)

@@ -71,7 +71,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
         InputError: the model cannot be found or read, or a run's base is not the one it was trained on.
     """
     from linchain_cli.chain import attach, load_adapter
-    from linchain_cli.model import base_hash, load_model, load_tokenizer, locate
+    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer, locate
 
     config = subject.recipe.model if subject.recipe else None
     directory = locate(config.path, config.revision) if config else locate(subject.name)
@@ -105,6 +105,6 @@ def process_device():
         from accelerate import PartialState
 
         return PartialState(cpu=not torch.cuda.is_available()).device
-    from linchain_cli.model import default_device
+    from linchain_cli.model.loading import default_device
 
     return default_device()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linchain_cli.chain import linear_shape, match_modules
-from linchain_cli.model import empty_model, text_decoder_prefix
+from linchain_cli.model.loading import empty_model, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 
 Shape = tuple[int, int]

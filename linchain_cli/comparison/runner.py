@@ -21,7 +21,7 @@ from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import load_tasks
-from linchain_cli.model import locate
+from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, locked

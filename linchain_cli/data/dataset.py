@@ -22,7 +22,7 @@ from linchain_cli.data.sources import Rows, Source, SourceRequest, check_text, r
 from linchain_cli.data.store import FORMAT_VERSION, EncodedRows, EncodedStore, StoreWriter
 from linchain_cli.data.templates import Rendered, RowError, Template, get_template
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.gguf_files import cache_root
+from linchain_cli.model.gguf import cache_root
 from linchain_cli.storage import staged_directory
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from linchain_cli.attention import attention_window
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.likelihood import plan_batches
 from linchain_cli.evaluation.tryout import (
@@ -22,7 +21,8 @@ from linchain_cli.evaluation.tryout import (
     refuse_broken,
     takes_positions,
 )
-from linchain_cli.logits import last_logits
+from linchain_cli.model.attention import attention_window
+from linchain_cli.model.logits import last_logits
 
 PAD = 0
 # Cached tokens (prompt and answer of every beam) for each token that a batch may read at once.

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from linchain_cli.attention import attention_window
 from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
 from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
-from linchain_cli.logits import last_logits, logits_at
+from linchain_cli.model.attention import attention_window
+from linchain_cli.model.logits import last_logits, logits_at
 
 MIN_PREFIX = 4
 PAD = 0

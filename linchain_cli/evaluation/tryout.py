@@ -14,7 +14,7 @@ import torch
 
 from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.options import OptionTree, additive, tree_mask
-from linchain_cli.logits import last_logits
+from linchain_cli.model.logits import last_logits
 
 TEXT = (3, 5, 7, 11, 13, 17, 19, 23)
 OTHER = (31, 29, 2, 37, 43, 41, 23, 19)

@@ -11,7 +11,7 @@ import yaml
 
 from linchain_cli import __version__
 from linchain_cli.chain import Adapter
-from linchain_cli.model_files import HUB_ID
+from linchain_cli.model.files import HUB_ID
 
 _MERGED_USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -22,7 +22,7 @@ from torch import Tensor
 from linchain_cli.chain import Adapter, ChainConfig, ChainTensors, delta_weight, linear_shape, match_modules
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.export.foreign import ForeignAdapter, ForeignModule
-from linchain_cli.model_names import map_names
+from linchain_cli.model.names import map_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

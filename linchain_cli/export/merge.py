@@ -22,7 +22,7 @@ from linchain_cli.export.buffers import buffers
 from linchain_cli.export.checkpoint import FLOAT_TYPES, TYPE_NAMES, Checkpoint, StoredTensor
 from linchain_cli.export.rounding import round_once
 from linchain_cli.export.shards import Block, NewTensor
-from linchain_cli.model_names import Conversion, NameMap, map_names
+from linchain_cli.model.names import Conversion, NameMap, map_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

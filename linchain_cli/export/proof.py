@@ -200,7 +200,7 @@ class LogitProof:
 def read_logits(model, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Logits (n, vocabulary) in float32 on the CPU at the last `READ_POSITIONS` positions of each prompt, one
     by one."""
-    from linchain_cli.logits import logits_at
+    from linchain_cli.model.logits import logits_at
 
     device = model.get_input_embeddings().weight.device
     for prompt in prompts:

@@ -21,8 +21,8 @@ from linchain_cli.export.merge import MergePlan, new_tensors, plan_merge
 from linchain_cli.export.output import check_disk, check_factors, check_output, copy_files, staged_output
 from linchain_cli.export.proof import LogitProof, TensorProof, compare_logits, prove_tensors, read_logits
 from linchain_cli.export.shards import write_checkpoint
-from linchain_cli.model import default_device, empty_model, load_model
-from linchain_cli.model_files import base_hash
+from linchain_cli.model.files import base_hash
+from linchain_cli.model.loading import default_device, empty_model, load_model
 
 RECEIPT_FILE = "merge.json"
 Progress = Callable[[str, int, int], None]

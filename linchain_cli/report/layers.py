@@ -13,8 +13,8 @@ import torch
 from linchain_cli.chain import Adapter, linear_shape
 from linchain_cli.chain.spectrum import condition_numbers, entropy_rank, spectrum, stable_rank, top_energy
 from linchain_cli.errors import LinchainError
-from linchain_cli.model import empty_model, weight_files
-from linchain_cli.model_names import map_names
+from linchain_cli.model.loading import empty_model, weight_files
+from linchain_cli.model.names import map_names
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 

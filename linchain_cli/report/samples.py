@@ -9,7 +9,7 @@ from typing import Any
 
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError
-from linchain_cli.model import load_tokenizer, locate
+from linchain_cli.model.loading import load_tokenizer, locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 

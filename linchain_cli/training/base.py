@@ -11,8 +11,15 @@ from accelerate import Accelerator
 from torch import nn
 
 from linchain_cli.errors import InputError
-from linchain_cli.head import allow_flat_rows, check_split
-from linchain_cli.model import base_hash, empty_model, load_model, load_tokenizer, locate, resolve_dtype
+from linchain_cli.model.head import allow_flat_rows, check_split
+from linchain_cli.model.loading import (
+    base_hash,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    locate,
+    resolve_dtype,
+)
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.blocks import shard
 from linchain_cli.training.norms import make_norms_lean

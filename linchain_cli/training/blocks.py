@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from linchain_cli.errors import InputError
-from linchain_cli.head import backbone
-from linchain_cli.model import text_decoder
+from linchain_cli.model.head import backbone
+from linchain_cli.model.loading import text_decoder
 
 _REPLACED = "_linchain_replaced_forward"  # marks a block whose `forward` is ours
 

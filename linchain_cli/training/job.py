@@ -29,8 +29,8 @@ from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.data.batches import steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.errors import InputError
-from linchain_cli.head import hidden_states
-from linchain_cli.model import text_decoder_prefix
+from linchain_cli.model.head import hidden_states
+from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training import optimizer as optimizers

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linchain_cli.attention import FlatRows
 from linchain_cli.data.batches import IGNORED, Batch
-from linchain_cli.head import flat_hidden_states, head_logits, hidden_states, reads_flat
+from linchain_cli.model.attention import FlatRows
+from linchain_cli.model.head import flat_hidden_states, head_logits, hidden_states, reads_flat
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.attention import GROUPED, may_group
 from linchain_cli.chain import ChainConfig, chain_layers, find_siblings, folded, inject
 from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
-from linchain_cli.model import (
+from linchain_cli.model.attention import GROUPED, may_group
+from linchain_cli.model.loading import (
     empty_model,
     resolve_attention,
     resolve_dtype,

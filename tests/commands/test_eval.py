@@ -12,7 +12,7 @@ import yaml
 
 from linchain_cli import cli
 from linchain_cli.chain import ChainConfig, adapter_of, inject, save_adapter
-from linchain_cli.model import base_hash, load_model
+from linchain_cli.model.loading import base_hash, load_model
 from linchain_cli.recipe import load_recipe
 from linchain_cli.run import RunDirectory
 

@@ -7,7 +7,7 @@ import pytest
 from linchain_cli.chain import ChainConfig, inject
 from linchain_cli.comparison.grid import expand
 from linchain_cli.comparison.parameters import closest_rank, trained_parameters, with_equal_parameters
-from linchain_cli.model import load_model
+from linchain_cli.model.loading import load_model
 
 SHAPES = [(576, 576), (576, 192), (1536, 576)]
 

@@ -16,7 +16,7 @@ from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.evaluate import LikelihoodJob, answer, evaluate
 from linchain_cli.evaluation.results import predictions_path
 from linchain_cli.evaluation.task import Task, read_row
-from linchain_cli.model import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model, load_tokenizer
 
 from .conftest import naive_scores
 

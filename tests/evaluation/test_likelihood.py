@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from linchain_cli.attention import attention_window
 from linchain_cli.evaluation import tryout
 from linchain_cli.evaluation.likelihood import OptionScorer, plan_batches
 from linchain_cli.evaluation.options import build_tree, tree_mask
@@ -16,6 +15,7 @@ from linchain_cli.evaluation.tryout import (
     ignores_padding,
     reads_tree_masks,
 )
+from linchain_cli.model.attention import attention_window
 
 from .conftest import ARCHITECTURES, END, VOCABULARY, naive_scores
 

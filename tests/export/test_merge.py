@@ -18,7 +18,7 @@ from linchain_cli.export.checkpoint import open_checkpoint
 from linchain_cli.export.merge import new_tensors, plan_merge
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.write import MergeOptions, MergeResult, merge_checkpoint
-from linchain_cli.model import empty_model, load_model
+from linchain_cli.model.loading import empty_model, load_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 20, 30], [1, 2, 3]]
 NAMES = [
@@ -271,7 +271,7 @@ def test_a_base_whose_file_does_not_fit_is_refused_before_writing(
 
 
 def test_a_conversion_that_computes_is_refused_by_name(tmp_path, base_of, adapter_of_base, monkeypatch):
-    from linchain_cli.model_names import Conversion, ConversionError
+    from linchain_cli.model.names import Conversion, ConversionError
 
     def refuse(self, shapes):
         raise ConversionError(f"the conversion of {self.keys[0]} computes the values")

@@ -14,7 +14,7 @@ from linchain_cli.export.checkpoint import open_checkpoint
 from linchain_cli.export.merge import new_tensors, plan_merge
 from linchain_cli.export.proof import compare_logits, prove_tensors
 from linchain_cli.export.shards import write_checkpoint
-from linchain_cli.model import empty_model
+from linchain_cli.model.loading import empty_model
 
 KEY = "model.layers.0.self_attn.q_proj.weight"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linchain_cli.chain import ChainConfig, adapter_of, inject
-from linchain_cli.model import load_model
+from linchain_cli.model.loading import load_model
 from linchain_cli.report.layers import base_norms, layer_numbers
 
 

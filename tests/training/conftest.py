@@ -97,7 +97,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def tiny_base(tiny_llama_dir: Path):
     """The tiny Llama, loaded once; tests take their chains out again."""
-    from linchain_cli.model import base_hash, load_model, load_tokenizer
+    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer
     from linchain_cli.training.base import Base, suit_to_training
 
     model = load_model(tiny_llama_dir, dtype="float32", device="cpu")

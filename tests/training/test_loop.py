@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linchain_cli.attention import use_grouped_attention
 from linchain_cli.chain import chain_layers, find_siblings, folded, inject
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
-from linchain_cli.head import reads_flat
+from linchain_cli.model.attention import use_grouped_attention
+from linchain_cli.model.head import reads_flat
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss
 from linchain_cli.training.base import suit_to_training

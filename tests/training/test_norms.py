@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from linchain_cli.chain import ChainConfig, inject
-from linchain_cli.head import hidden_states
+from linchain_cli.model.head import hidden_states
 from linchain_cli.training.norms import LeanRMSNorm, make_norms_lean
 from linchain_cli.training.plan import saved_bytes
 

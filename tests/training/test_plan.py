@@ -12,7 +12,7 @@ import torch
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.dataset import prepare_data
-from linchain_cli.model import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model, load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import plan as plans
 from linchain_cli.training.plan import planned_model, predict, saved_bytes

@@ -57,8 +57,8 @@ def test_gradients_go_through_a_4_bit_base_exactly(tiny_llama_dir):
     from bitsandbytes.functional import dequantize_4bit
 
     from linchain_cli.chain import ChainConfig, inject
-    from linchain_cli.head import check_split
-    from linchain_cli.model import load_model
+    from linchain_cli.model.head import check_split
+    from linchain_cli.model.loading import load_model
 
     rounded, plain = (
         load_model(tiny_llama_dir, dtype="float32", device="cpu", quantization=q) for q in ("nf4", "none")

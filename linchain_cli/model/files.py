@@ -1,6 +1,6 @@
 """Where a base model lies: hub ids, directories and .gguf files become one local checkpoint directory.
 
-Nothing here loads weights into a model; `model.py` does. Every problem is an `InputError` that names
+Nothing here loads weights into a model; `loading` does. Every problem is an `InputError` that names
 the path and says how to get the model.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from linchain_cli.errors import InputError, did_you_mean
-from linchain_cli.gguf_files import converted_gguf
+from linchain_cli.model.gguf import converted_gguf
 from linchain_cli.storage import sha256_bytes, sha256_file
 
 logger = logging.getLogger(__name__)

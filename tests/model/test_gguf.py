@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linchain_cli.errors import InputError
-from linchain_cli.model import load_model, load_tokenizer, locate
+from linchain_cli.model.loading import load_model, load_tokenizer, locate
 
 
 def write_gguf(source: Path, path: Path, **header) -> Path:
@@ -92,14 +92,14 @@ def test_a_converted_model_is_readable_by_others_and_reused(gguf_file, cache, mo
     directory = locate(str(gguf_file))
     for file in directory.iterdir():
         assert file.stat().st_mode & stat.S_IRGRP, file.name
-    monkeypatch.setattr("linchain_cli.gguf_files.convert_gguf", lambda *args: pytest.fail("converted twice"))
+    monkeypatch.setattr("linchain_cli.model.gguf.convert_gguf", lambda *args: pytest.fail("converted twice"))
     assert locate(str(gguf_file)) == directory
     moved = Path(shutil.copy(gguf_file, cache / "tiny.gguf"))
     assert locate(str(moved)) == directory
 
 
 def test_two_processes_convert_once(gguf_file, cache, monkeypatch):
-    from linchain_cli import gguf_files
+    from linchain_cli.model import gguf as gguf_files
 
     calls = []
     convert = gguf_files.convert_gguf

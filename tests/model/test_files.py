@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from linchain_cli import model_files
 from linchain_cli.errors import InputError
-from linchain_cli.model import base_hash, load_model, locate, weight_files
+from linchain_cli.model import files as model_files
+from linchain_cli.model.loading import base_hash, load_model, locate, weight_files
 
 # Local paths
 

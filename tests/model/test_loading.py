@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from linchain_cli.errors import InputError
-from linchain_cli.model import (
+from linchain_cli.model.loading import (
     empty_model,
     load_config,
     load_model,

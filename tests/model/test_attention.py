@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from linchain_cli.attention import (
+from linchain_cli.model.attention import (
     GROUPED,
     FlatRows,
     attention_window,
     grouped_attention,
     use_grouped_attention,
 )
-from linchain_cli.head import allow_flat_rows, flat_hidden_states, hidden_states, reads_flat
+from linchain_cli.model.head import allow_flat_rows, flat_hidden_states, hidden_states, reads_flat
 
 # What brings an attention of its own.
 THEIR_OWN = {"bloom", "falcon", "mpt", "gptj", "codegen", "gpt_neo"}

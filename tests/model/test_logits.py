@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from linchain_cli import logits
 from linchain_cli.errors import LinchainError
-from linchain_cli.logits import last_logits, logits_at
+from linchain_cli.model import logits
+from linchain_cli.model.logits import last_logits, logits_at
 
 SIZES = {
     "vocab_size": 50,

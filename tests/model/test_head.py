@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linchain_cli.errors import InputError
-from linchain_cli.head import check_split, head_logits, hidden_states
+from linchain_cli.model.head import check_split, head_logits, hidden_states
 
 
 def test_the_two_halves_are_the_whole(architecture, small_model):

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.attention import GROUPED, FlatRows, attention_window, reading_flat
 from linchain_cli.errors import InputError
+from linchain_cli.model.attention import GROUPED, FlatRows, attention_window, reading_flat
 
 
 def backbone(model: nn.Module) -> nn.Module:

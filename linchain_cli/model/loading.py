@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from linchain_cli.attention import GROUPED, use_grouped_attention
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
-from linchain_cli.model_files import base_hash, locate, read_config, weight_files
+from linchain_cli.model.attention import GROUPED, use_grouped_attention
+from linchain_cli.model.files import base_hash, locate, read_config, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def resolve_attention(name: str, device: torch.device) -> str | None:
     """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
 
-    `auto` on a CPU is linchain's own (attention.py), which `load_model` gives every model that it suits; the
+    `auto` on a CPU is linchain's own (`attention`), which `load_model` gives every model that it suits; the
     others stay
     with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
     """

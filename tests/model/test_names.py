@@ -18,7 +18,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from linchain_cli.model_names import ConversionError, map_names, tied_names
+from linchain_cli.model.names import ConversionError, map_names, tied_names
 
 SMALL = {
     "vocab_size": 64,
@@ -137,7 +137,7 @@ def conversion_with(operation, tmp_path):
     """A conversion of a Llama's gate_proj by `operation`, registered nowhere."""
     from transformers.core_model_loading import WeightConverter
 
-    from linchain_cli.model_names import Conversion
+    from linchain_cli.model.names import Conversion
 
     pattern = "gate_proj.weight"
     converter = WeightConverter(pattern, pattern, [operation])
