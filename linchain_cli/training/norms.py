@@ -9,6 +9,7 @@ chain rule).
 from __future__ import annotations
 
 import copy
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -78,14 +79,15 @@ def make_norms_lean(model: nn.Module) -> int:
 
 
 def _lean(module: nn.Module, gain: Callable, epsilon: float) -> Callable:
-    forward = type(module).forward.__get__(module)
+    """The module's new forward: a bound method, so that a copy of the module computes with its own weight."""
 
-    def run(x: Tensor) -> Tensor:
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        own = type(self).forward.__get__(self)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
-            return forward(x)
-        return LeanRMSNorm.apply(x, forward, module.weight, gain, epsilon)
+            return own(x)
+        return LeanRMSNorm.apply(x, own, self.weight, gain, epsilon)
 
-    return run
+    return types.MethodType(forward, module)
 
 
 def _gain(module: nn.Module, epsilon: float) -> Callable | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +116,13 @@ def test_what_is_something_else_is_left_alone(change):
             return self.weight * x / (x.abs().pow(power).mean(-1, keepdim=True) + self.eps).pow(1 / power)
 
     assert make_norms_lean(nn.Sequential(OddRMSNorm())) == 0
+
+
+def test_a_copy_computes_with_its_own_weight(small_model):
+    norm = small_model("llama").model.norm
+    model = nn.Sequential(norm)
+    make_norms_lean(model)
+    other = copy.deepcopy(model)
+    nn.init.zeros_(other[0].weight)
+    x = torch.randn(2, 32, requires_grad=True)
+    assert not other(x).any() and model(x).any()
