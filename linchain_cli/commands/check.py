@@ -30,11 +30,13 @@ def _check(recipe: Recipe, console: Console) -> None:
     """Model, then data, then cost: what is cheap to find wrong comes first."""
     from linchain_cli.commands import check_view
     from linchain_cli.data import prepare_data
+    from linchain_cli.machine import limit_threads
     from linchain_cli.model.loading import default_device, load_tokenizer, locate
     from linchain_cli.training.job import chain_config
     from linchain_cli.training.plan import predict, recipe_epoch, total_steps
     from linchain_cli.training.progress import counting_rows
 
+    limit_threads()
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
     matches, shapes, parameters = _matches(recipe, directory)

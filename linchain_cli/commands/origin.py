@@ -72,8 +72,10 @@ def open_run(path: Path | None) -> AdaptedRun:
     if path is None:
         print(f"run {run.path}")
     from linchain_cli.chain import load_adapter
+    from linchain_cli.machine import limit_threads
     from linchain_cli.recipe import load_recipe
 
+    limit_threads()
     imported = bool(run.read_status().get("imported"))
     return AdaptedRun(run, load_recipe(run.recipe_path), load_adapter(run.adapter_dir), imported)
 

@@ -71,8 +71,10 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
         InputError: the model cannot be found or read, or a run's base is not the one it was trained on.
     """
     from linchain_cli.chain import attach, load_adapter
+    from linchain_cli.machine import limit_threads
     from linchain_cli.model.loading import base_hash, load_model, load_tokenizer, locate
 
+    limit_threads()
     config = subject.recipe.model if subject.recipe else None
     directory = locate(config.path, config.revision) if config else locate(subject.name)
     device = process_device()

@@ -180,3 +180,19 @@ def test_generate_answers_through_the_runs_template(workplace, capsys):
     )
     base = capsys.readouterr().out
     assert adapted.strip() and adapted != base
+
+
+def test_threads_stay_within_the_containers_limit(workplace, monkeypatch):
+    set_to = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    monkeypatch.setattr("linchain_cli.machine.cpu_limit", lambda: 3)
+    for arguments in (
+        ["eval", "runs/tuned", "--tasks", "boolq", "--data-dir", "data"],
+        ["merge", "runs/tuned"],
+    ):
+        set_to.clear()
+        with pytest.raises(SystemExit) as done:
+            cli.main(arguments)
+        assert done.value.code == 0 and set_to[0] == 3
