@@ -119,7 +119,7 @@ def plot(seconds: dict, work: dict, options: argparse.Namespace) -> None:
         axes.plot(values, [1e3 * scale * work[key] for key in keys], "k--", label="arithmetic")
         axes.set_xlabel(axis)
         axes.set_ylabel("ms per step")
-        axes.set_ylim(0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xticks(values if axis != "length" else [64, 256, 512, 1024])
     axes.legend()
     figure.savefig(options.plot, dpi=110, metadata={"Software": None})
