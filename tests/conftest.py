@@ -286,3 +286,20 @@ def small_model() -> Callable:
 def architecture(request: pytest.FixtureRequest) -> str:
     """Every model type that `small_model` knows, in turn."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def hidden_and_gradient() -> Callable:
+    """hidden_and_gradient(model, compute): the hidden states that `compute()` gives, and the gradient of the
+    sum of their sines for the model's embeddings."""
+
+    def run(model, compute):
+        embeddings = model.get_input_embeddings().weight
+        embeddings.grad = None
+        embeddings.requires_grad_()
+        hidden = compute()
+        hidden.sin().sum().backward()
+        embeddings.requires_grad_(False)
+        return [hidden.detach(), embeddings.grad]
+
+    return run

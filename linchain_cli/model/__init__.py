@@ -2,6 +2,7 @@
 
 files       hub ids, directories and .gguf files → a checkpoint directory, its hash and its weight files
 gguf        .gguf files → checkpoint directories, once
+quiet       transformers without its remarks
 loading     configurations, tokenizers, models in any precision
 names       module paths against a checkpoint's keys
 attention   attention for CPUs, and rows without padding

@@ -179,6 +179,15 @@ def attention_window(model: nn.Module) -> float:
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=float("inf"))
 
 
+def alike(ours: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two ways through a model of that type differ by rounding alone, however small the values are.
+
+    float64 is held to float32's digits, because softmax and norms are in float32 whatever the model's type.
+    """
+    tolerance = 1e-4 if dtype in (torch.float32, torch.float64) else 5e-2
+    return torch.allclose(ours, expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
+
+
 def may_group(model: PreTrainedModel) -> bool:
     """Whether nothing is known that speaks against grouped attention; `use_grouped_attention` finds out."""
     return model._can_set_attn_implementation() and not any(
@@ -203,11 +212,9 @@ def use_grouped_attention(model: PreTrainedModel) -> bool:
         return model(input_ids=ids, use_cache=False).logits.float()
 
     expected = logits()
-    # Eager attention's softmax is in float32 whatever the model's type.
-    tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
     try:
         model.set_attn_implementation(GROUPED)
-        same = torch.allclose(logits(), expected, rtol=0.0, atol=tolerance * float(expected.abs().max()))
+        same = alike(logits(), expected, model.dtype)
     except (ValueError, TypeError, KeyError, NotImplementedError, RuntimeError):
         same = False
     if not same:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.model.quiet import quiet
 from linchain_cli.storage import sha256_file, staged_directory
 
 logger = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ def convert_gguf(path: Path, target: Path) -> None:
     logger.info("Converting %s to a float32 checkpoint, once: %s", path.name, target)
     started = time.monotonic()
     try:
-        with staged_directory(target) as staging, _quiet():
+        with staged_directory(target) as staging, quiet(), contextlib.redirect_stderr(io.StringIO()):
             _write_checkpoint(path, staging)
     except OSError as error:
         raise LinchainError(
@@ -134,21 +135,3 @@ def _one_at_a_time(target: Path) -> Iterator[None]:
     with open(target.with_name(f".{target.name}.lock"), "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Swallows the reader's progress bars and its remarks about dequantising, which say nothing to a user."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.attention import GROUPED, FlatRows, attention_window, reading_flat
+from linchain_cli.model.attention import GROUPED, FlatRows, alike, attention_window, reading_flat
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -83,12 +83,11 @@ def allow_flat_rows(model: nn.Module) -> bool:
     try:
         padded = hidden_states(model, ids.to(embeddings.device)).float().flatten(0, 1)[rows.flat_rows]
         flat = flat_hidden_states(model, rows).float()
-        tolerance = 1e-4 if model.dtype in (torch.float32, torch.float64) else 5e-2
-        alike = torch.allclose(flat, padded, rtol=0.0, atol=tolerance * padded.abs().max().item())
+        same = alike(flat, padded, model.dtype)
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        alike = False
-    setattr(model, _READS_FLAT, alike)
-    return alike
+        same = False
+    setattr(model, _READS_FLAT, same)
+    return same
 
 
 class _GivenHiddenStates:

@@ -18,6 +18,7 @@ from torch import nn
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
 from linchain_cli.model.attention import GROUPED, use_grouped_attention
 from linchain_cli.model.files import base_hash, locate, read_config, weight_files
+from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -116,7 +117,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
             f"{directory} holds no tokenizer (tokenizer.json). Copy the model's tokenizer files into it."
         )
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
         raise InputError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from error
@@ -162,7 +163,7 @@ def load_config(directory: Path) -> PretrainedConfig:
             "checkpoint; 'model.quantization: nf4' quantises it while loading."
         )
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a strict configuration class may reject a field with any exception type
         raise InputError(
@@ -214,7 +215,7 @@ def empty_model(directory: Path) -> PreTrainedModel:
     """The model's modules and shapes on the meta device, weights tied; only the configuration is read."""
     config = load_config(directory)
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model = _auto_class(config).from_config(config, trust_remote_code=False)
     except UNUSABLE as error:
         raise InputError(
@@ -261,7 +262,7 @@ def load_model(
         ),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
     }
-    with _loading_problems(directory, files, attention), _quiet():
+    with _loading_problems(directory, files, attention), quiet():
         model, loading = _auto_class(config).from_pretrained(
             directory, output_loading_info=True, trust_remote_code=False, **options
         )
@@ -393,20 +394,3 @@ def _first_line(error: BaseException) -> str:
     """The first line of an exception's message: beneath it libraries put advice for programmers."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' progress bars and remarks: what matters in them is checked here and raised."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()

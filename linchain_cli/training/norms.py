@@ -93,16 +93,16 @@ def _lean(module: nn.Module, gain: Callable, epsilon: float) -> Callable:
 def _gain(module: nn.Module, epsilon: float) -> Callable | None:
     """What the module multiplies by, if its gradient on random values is what this file computes."""
     generator = torch.Generator().manual_seed(0)
-    probe = copy.copy(
-        module
-    )  # with a weight of its own, since the module's may be on any device or on several
+    # With a weight of its own, since the module's may be on any device or spread over several.
+    probe = copy.copy(module)
     probe._parameters = {"weight": nn.Parameter(torch.rand(module.weight.shape, generator=generator), False)}
+    own = type(module).forward.__get__(probe)
     x, grad = torch.randn(2, 3, *probe.weight.shape, generator=generator)
     try:
         x.requires_grad_()
-        expected = torch.autograd.grad(probe(x), x, grad)[0]
+        expected = torch.autograd.grad(own(x), x, grad)[0]
         for gain in GAINS.values():
-            y = LeanRMSNorm.apply(x, probe.forward, probe.weight, gain, epsilon)
+            y = LeanRMSNorm.apply(x, own, probe.weight, gain, epsilon)
             ours = torch.autograd.grad(y, x, grad)[0]
             if torch.allclose(ours, expected, rtol=1e-4, atol=1e-5):
                 return gain

@@ -21,18 +21,13 @@ KEEP_TO_THEMSELVES = {"stablelm", "nemotron"}
 IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
 
 
-def run(model) -> list[torch.Tensor]:
-    """Hidden states beyond the sliding windows, and the gradient of the first embeddings."""
-    embeddings = model.get_input_embeddings().weight
-    embeddings.grad = None
-    embeddings.requires_grad_()
-    hidden = hidden_states(model, IDS)
-    hidden.sin().sum().backward()
-    embeddings.requires_grad_(False)
-    return [hidden.detach(), embeddings.grad]
+@pytest.fixture
+def run(hidden_and_gradient):
+    """run(model): hidden states of texts longer than the sliding windows, and the embeddings' gradient."""
+    return lambda model: hidden_and_gradient(model, lambda: hidden_states(model, IDS))
 
 
-def test_values_and_gradients_are_those_of_eager_attention(architecture, small_model):
+def test_values_and_gradients_are_those_of_eager_attention(architecture, small_model, run):
     model = small_model(architecture)
     model.set_attn_implementation("eager")
     expected = run(model)
@@ -42,7 +37,7 @@ def test_values_and_gradients_are_those_of_eager_attention(architecture, small_m
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
 
 
-def test_bfloat16_is_as_close_to_float32_as_eager_attention_is(small_model):
+def test_bfloat16_is_as_close_to_float32_as_eager_attention_is(small_model, run):
     reference = run(small_model("llama"))[0]
     errors = {}
     for implementation in ("eager", GROUPED):
@@ -52,7 +47,7 @@ def test_bfloat16_is_as_close_to_float32_as_eager_attention_is(small_model):
     assert errors[GROUPED] < 1.1 * errors["eager"]
 
 
-def test_capped_scores(small_model):
+def test_capped_scores(small_model, run):
     """Small scores hardly show a cap, so the cap is a low one here."""
     model = small_model("gemma2")
     for layer in model.model.layers:
@@ -99,7 +94,7 @@ def test_other_answers_keep_eager_attention(small_model, monkeypatch):
     assert model.config._attn_implementation == "eager"
 
 
-def test_rows_without_padding(architecture, small_model):
+def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
     """What a model says of itself holds: with gradients, several rows, and one that fills the longest."""
     model = small_model(architecture)
     model.set_attn_implementation("eager")
@@ -111,20 +106,12 @@ def test_rows_without_padding(architecture, small_model):
     ids = IDS[:, :longest].repeat(2, 1)
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in (3, longest, 1, longest - 1)])
     rows = FlatRows.of(ids, mask, torch.float32)
-    embeddings = model.get_input_embeddings().weight
-    results = []
-    for flat in (False, True):
-        embeddings.grad = None
-        embeddings.requires_grad_()
-        if flat:
-            hidden = flat_hidden_states(model, rows)
-        else:
-            hidden = hidden_states(model, ids).flatten(0, 1)[mask.flatten().bool()]
-        hidden.sin().sum().backward()
-        results.append([hidden.detach(), embeddings.grad])
-    embeddings.requires_grad_(False)
-    for flat, padded in zip(*reversed(results), strict=True):
-        torch.testing.assert_close(flat, padded, rtol=1e-4, atol=1e-5 * padded.abs().max())
+    padded = hidden_and_gradient(
+        model, lambda: hidden_states(model, ids).flatten(0, 1)[mask.flatten().bool()]
+    )
+    flat = hidden_and_gradient(model, lambda: flat_hidden_states(model, rows))
+    for ours, theirs in zip(flat, padded, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
     assert reads_flat(model, longest)
     assert reads_flat(model, 1000) == (attention_window(model) >= 1000)
 

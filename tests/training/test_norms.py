@@ -36,26 +36,16 @@ WITHOUT |= {
 }  # layer norms, which torch keeps lean by itself
 
 
-def run(model) -> list[torch.Tensor]:
-    embeddings = model.get_input_embeddings().weight
-    embeddings.grad = None
-    embeddings.requires_grad_()
-    hidden = hidden_states(model, IDS)
-    hidden.sin().sum().backward()
-    embeddings.requires_grad_(False)
-    return [hidden.detach(), embeddings.grad]
-
-
-def test_values_are_the_same_and_gradients_agree(architecture, small_model):
+def test_values_are_the_same_and_gradients_agree(architecture, small_model, hidden_and_gradient):
     model = small_model(architecture)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             nn.init.uniform_(module.weight, -0.5, 1.5)
-    hidden, gradient = run(model)
+    hidden, gradient = hidden_and_gradient(model, lambda: hidden_states(model, IDS))
     count = make_norms_lean(model)
     norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
     assert count == norms and (count == 0) == (architecture in WITHOUT)
-    ours, our_gradient = run(model)
+    ours, our_gradient = hidden_and_gradient(model, lambda: hidden_states(model, IDS))
     assert torch.equal(ours, hidden)
     torch.testing.assert_close(our_gradient, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max())
 
@@ -126,3 +116,8 @@ def test_a_copy_computes_with_its_own_weight(small_model):
     nn.init.zeros_(other[0].weight)
     x = torch.randn(2, 32, requires_grad=True)
     assert not other(x).any() and model(x).any()
+
+
+def test_doing_it_twice_is_doing_it_once(small_model):
+    model = small_model("llama")
+    assert make_norms_lean(model) == make_norms_lean(model) == 5
