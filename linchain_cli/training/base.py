@@ -22,6 +22,7 @@ from linchain_cli.model.loading import (
 )
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.blocks import shard
+from linchain_cli.training.last_block import trim_last_block
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
 
@@ -86,6 +87,7 @@ def suit_to_training(model: nn.Module) -> None:
     check_split(model)
     make_norms_lean(model)
     allow_flat_rows(model)
+    trim_last_block(model)
 
 
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:

@@ -4,6 +4,9 @@ time.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,13 +14,16 @@ from torch import Tensor, nn
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.model.attention import FlatRows
 from linchain_cli.model.head import flat_hidden_states, head_logits, hidden_states, reads_flat
+from linchain_cli.training.last_block import reading_only
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25
 
 
-def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Hidden states (n, d) of the positions whose next token is labelled, and those n labels.
+@contextlib.contextmanager
+def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Hidden states (n, d) of the positions whose next token is labelled, and those n labels. A backward pass
+    through the hidden states belongs inside.
 
     Which positions these are is worked out where the batch lies, on the CPU: a GPU would have to be waited
     for.
@@ -25,13 +31,18 @@ def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Ten
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
     positions = (targets != IGNORED).nonzero()[:, 0]
     labels = targets[positions].to(device, non_blocking=True)
-    if reads_flat(model, batch.input_ids.shape[1]):
-        rows = FlatRows.of(batch.input_ids, batch.attention_mask, model.get_input_embeddings().weight.dtype)
+    flat = reads_flat(model, batch.input_ids.shape[1])
+    if flat:
         positions = (batch.attention_mask.flatten().cumsum(0) - 1)[positions]
-        hidden = flat_hidden_states(model, rows.to(device))
-    else:
-        hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
-    return hidden.index_select(0, positions.to(device, non_blocking=True)), labels
+    positions = positions.to(device, non_blocking=True)
+    with reading_only(model, positions):
+        if flat:
+            dtype = model.get_input_embeddings().weight.dtype
+            rows = FlatRows.of(batch.input_ids, batch.attention_mask, dtype)
+            hidden = flat_hidden_states(model, rows.to(device))
+        else:
+            hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
+        yield hidden.index_select(0, positions), labels
 
 
 def _pieces(model: nn.Module, count: int) -> list[slice]:
@@ -56,18 +67,18 @@ def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device)
     Returns:
         The scaled loss, a float32 scalar on `device`, detached.
     """
-    hidden, targets = _labelled(model, batch, device)
-    leaf = hidden.detach().requires_grad_()
-    leaf.grad = torch.zeros_like(leaf)
     total = torch.zeros((), dtype=torch.float32, device=device)
-    for piece in _pieces(model, len(targets)):
-        logits = head_logits(model, leaf[piece])
-        loss = scale * F.cross_entropy(_widened(logits), targets[piece], reduction="sum")
-        loss.backward()
-        total += loss.detach()
-    if hidden.requires_grad:
-        # Also where there was no label: a sharded base expects every process in its backward pass.
-        hidden.backward(leaf.grad)
+    with _labelled(model, batch, device) as (hidden, targets):
+        leaf = hidden.detach().requires_grad_()
+        leaf.grad = torch.zeros_like(leaf)
+        for piece in _pieces(model, len(targets)):
+            logits = head_logits(model, leaf[piece])
+            loss = scale * F.cross_entropy(_widened(logits), targets[piece], reduction="sum")
+            loss.backward()
+            total += loss.detach()
+        if hidden.requires_grad:
+            # Also where there was no label: a sharded base expects every process in its backward pass.
+            hidden.backward(leaf.grad)
     return total
 
 
@@ -79,8 +90,9 @@ def _widened(logits: Tensor) -> Tensor:
 @torch.no_grad()
 def summed_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Summed cross-entropy over the labelled positions, without gradients: a float64 scalar on `device`."""
-    hidden, targets = _labelled(model, batch, device)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for piece in _pieces(model, len(targets)):
-        total += F.cross_entropy(_widened(head_logits(model, hidden[piece])), targets[piece], reduction="sum")
+    with _labelled(model, batch, device) as (hidden, targets):
+        for piece in _pieces(model, len(targets)):
+            logits = _widened(head_logits(model, hidden[piece]))
+            total += F.cross_entropy(logits, targets[piece], reduction="sum")
     return total
