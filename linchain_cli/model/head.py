@@ -43,8 +43,8 @@ _READS_FLAT = "_linchain_reads_flat"  # on a model that `allow_flat_rows` has tr
 
 
 def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
-    """The backbone's last hidden states (tokens, d) of rows without padding; for models that `reads_flat`
-    allows."""
+    """The backbone's last hidden states of rows without padding: their tokens', and those of the tokens
+    behind them that belong to no row, (count, d). For models that `reads_flat` allows."""
     with reading_flat():
         output = backbone(model)(
             input_ids=rows.input_ids,
@@ -71,8 +71,8 @@ def allow_flat_rows(model: nn.Module) -> bool:
     """Tries on two rows of different lengths whether the model gives the same without padding as with it, and
     from then on has `reads_flat` say so. Models that mix neighbouring tokens outside their attention do not.
     """
-    setattr(model, _READS_FLAT, False)
-    longest = int(min(11, attention_window(model)))
+    forbid_flat_rows(model)
+    longest = int(min(13, attention_window(model)))
     if model.config._attn_implementation != GROUPED or longest < 3:
         return False
     embeddings = model.get_input_embeddings().weight
@@ -81,13 +81,18 @@ def allow_flat_rows(model: nn.Module) -> bool:
     mask[0, longest // 2 :] = 0
     rows = FlatRows.of(ids, mask, embeddings.dtype).to(embeddings.device)
     try:
-        padded = hidden_states(model, ids.to(embeddings.device)).float().flatten(0, 1)[rows.flat_rows]
-        flat = flat_hidden_states(model, rows).float()
+        padded = hidden_states(model, ids.to(embeddings.device)).float()[mask.bool().to(embeddings.device)]
+        flat = flat_hidden_states(model, rows)[: len(rows.flat_rows)].float()
         same = alike(flat, padded, model.dtype)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         same = False
     setattr(model, _READS_FLAT, same)
     return same
+
+
+def forbid_flat_rows(model: nn.Module) -> None:
+    """Undoes `allow_flat_rows`."""
+    setattr(model, _READS_FLAT, False)
 
 
 class _GivenHiddenStates:

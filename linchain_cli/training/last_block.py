@@ -24,13 +24,14 @@ _READ = "_linchain_read"  # on that module: the positions that are read, None fo
 
 
 @contextlib.contextmanager
-def reading_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
-    """Inside, the model's hidden states are right at these positions (n,) of the flattened tokens, and may be
-    anything elsewhere. A backward pass belongs inside, too: it may compute the block again.
+def reading_only(model: nn.Module, positions: Tensor | None) -> Iterator[None]:
+    """Inside, the model's hidden states are right at these positions (n,) of the flattened tokens, or at all
+    for None, and may be anything elsewhere. A backward pass belongs inside, too: it may compute the block
+    again.
     """
     module = getattr(model, _TRIMMED, None)
     # A quantised product of no rows is nothing that kernels expect.
-    if module is None or not len(positions):
+    if module is None or positions is None or not len(positions):
         yield
         return
     setattr(module, _READ, positions)
@@ -43,8 +44,7 @@ def reading_only(model: nn.Module, positions: Tensor) -> Iterator[None]:
 @torch.no_grad()
 def trim_last_block(model: nn.Module) -> bool:
     """Prepares the model for `reading_only`, if a trial shows that its last block allows for it."""
-    # A list, because a module as an attribute would be one of the model's parts twice.
-    object.__setattr__(model, _TRIMMED, None)
+    untrim_last_block(model)
     try:
         block = decoder_blocks(model)[-1]
     except InputError:
@@ -56,6 +56,7 @@ def trim_last_block(model: nn.Module) -> bool:
     # Mostly the feed-forward layer is the last part that is made of several; attention fails the trial.
     for part in reversed([part for part in block.children() if any(True for _ in part.children())]):
         part.forward = types.MethodType(_forward, part)
+        # As a plain attribute: a module must not be one of the model's parts twice.
         object.__setattr__(model, _TRIMMED, part)
         try:
             with reading_only(model, read):
@@ -64,9 +65,15 @@ def trim_last_block(model: nn.Module) -> bool:
                 return True
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             pass
-        object.__setattr__(model, _TRIMMED, None)
-        del part.forward
+        untrim_last_block(model)
     return False
+
+
+def untrim_last_block(model: nn.Module) -> None:
+    """Undoes `trim_last_block`."""
+    if (part := getattr(model, _TRIMMED, None)) is not None:
+        del part.forward
+    object.__setattr__(model, _TRIMMED, None)
 
 
 def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -31,11 +31,13 @@ def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[
     targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
     positions = (targets != IGNORED).nonzero()[:, 0]
     labels = targets[positions].to(device, non_blocking=True)
-    flat = reads_flat(model, batch.input_ids.shape[1])
+    flat, tokens = reads_flat(model, batch.input_ids.shape[1]), batch.attention_mask.flatten()
     if flat:
-        positions = (batch.attention_mask.flatten().cumsum(0) - 1)[positions]
+        positions = (tokens.cumsum(0) - 1)[positions]
+    # Where most positions are read, picking them out saves less than it costs.
+    few = 2 * len(positions) < int(tokens.sum())
     positions = positions.to(device, non_blocking=True)
-    with reading_only(model, positions):
+    with reading_only(model, positions if few else None):
         if flat:
             dtype = model.get_input_embeddings().weight.dtype
             rows = FlatRows.of(batch.input_ids, batch.attention_mask, dtype)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from linchain_cli.model.attention import (
     GROUPED,
+    LENGTH_STEP,
+    TOKEN_STEP,
     FlatRows,
     attention_window,
     grouped_attention,
@@ -109,7 +113,7 @@ def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
     padded = hidden_and_gradient(
         model, lambda: hidden_states(model, ids).flatten(0, 1)[mask.flatten().bool()]
     )
-    flat = hidden_and_gradient(model, lambda: flat_hidden_states(model, rows))
+    flat = hidden_and_gradient(model, lambda: flat_hidden_states(model, rows)[: mask.sum()])
     for ours, theirs in zip(flat, padded, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
     assert reads_flat(model, longest)
@@ -119,8 +123,35 @@ def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
 def test_flat_rows_know_where_their_tokens_stand():
     ids = torch.tensor([[5, 6, 0], [7, 8, 9], [4, 0, 0]])
     rows = FlatRows.of(ids, torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0]]), torch.float32)
-    assert rows.input_ids.tolist() == [[5, 6, 7, 8, 9, 4]]
-    assert rows.position_ids.tolist() == [[0, 1, 0, 1, 2, 0]]
-    assert rows.flat_rows.tolist() == [0, 1, 3, 4, 5, 6]
-    assert rows.padded_rows.tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
-    assert (rows.row_mask < 0).tolist() == [[False, True, True], [False, False, True], [False] * 3]
+    # Behind the six tokens and beyond the longest row stand some that belong to no row.
+    assert rows.input_ids.shape == rows.position_ids.shape == (1, TOKEN_STEP)
+    assert rows.input_ids[0, :6].tolist() == [5, 6, 7, 8, 9, 4]
+    assert rows.position_ids[0, :6].tolist() == [0, 1, 0, 1, 2, 0]
+    assert rows.flat_rows.tolist() == [row * LENGTH_STEP + place for row, place in PLACES]
+    assert rows.padded_rows.shape == (3, LENGTH_STEP)
+    assert rows.padded_rows[:, :3].tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
+    assert torch.equal(rows.row_mask < 0, torch.ones(LENGTH_STEP, LENGTH_STEP).triu(1).bool())
+
+
+PLACES = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)]
+
+
+def test_shapes_recur():
+    """A new shape costs oneDNN new programs: rows of nearly the same lengths are read in the same shapes."""
+    shapes = set()
+    for longest in range(17, 25):
+        mask = torch.ones(3, longest, dtype=torch.long)
+        rows = FlatRows.of(mask, mask.tril(longest - 3), torch.float32)
+        shapes.add((rows.input_ids.shape[1], *rows.padded_rows.shape))
+    assert shapes == {(48, 3, 24), (64, 3, 24), (80, 3, 24)}
+
+
+def test_tokens_of_no_row_reach_nobody(small_model):
+    model = small_model("llama")
+    assert use_grouped_attention(model) and allow_flat_rows(model)
+    rows = FlatRows.of(IDS[:1, :5], torch.ones(1, 5, dtype=torch.long), torch.float32)
+    others = rows.input_ids.clone()
+    others[0, 5:] = 77
+    hidden = flat_hidden_states(model, rows)
+    changed = flat_hidden_states(model, dataclasses.replace(rows, input_ids=others))
+    assert torch.equal(hidden[:5], changed[:5]) and not torch.equal(hidden[5:], changed[5:])
