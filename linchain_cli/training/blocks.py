@@ -54,9 +54,14 @@ def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
     if not (recompute or compiled):
         return
     if compiled:
+        from torch.fx.experimental import _config as symbolic_shapes
+
         # All blocks share one code object, of which a program is made per case: with and without gradients,
         # for one row and for several. Beyond the limit torch would run it uncompiled, and only warn.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        # Or two sizes that happen to be equal in the first batch would be taken for one, and the program made
+        # again when they differ.
+        symbolic_shapes.use_duck_shape = False
     for block in decoder_blocks(model):
         forward = block.forward
         if compiled:

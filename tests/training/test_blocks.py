@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
+from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.training import blocks, loop
+from linchain_cli.model.head import reads_flat
+from linchain_cli.training import blocks, loop, loss
 from linchain_cli.training.signals import StopRequest
 
 CPU = torch.device("cpu")
@@ -127,6 +129,30 @@ def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(job_of, monke
     )
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-4, atol=1e-6)
+    blocks.set_up_blocks(job.model, recompute=False, compiled=False)
+
+
+def test_other_lengths_need_no_other_program(job_of, monkeypatch):
+    """Not even when the first batch had as many tokens as slots, and as many rows as labels."""
+    compile, graphs = torch.compile, []
+
+    def traced(forward, **options):
+        return compile(forward, backend=lambda graph, inputs: graphs.append(graph) or graph, **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    torch._dynamo.reset()
+    job = job_of({"training.compile": True})
+    assert reads_flat(job.model, 48)
+    counts = []
+    for lengths, labels in (((24, 24), 2), ((20, 13), 6), ((9, 30), 4)):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        ids = torch.arange(mask.numel()).view_as(mask) % 90 + 3
+        supervised = mask & (torch.arange(max(lengths)) > max(lengths) - 1 - labels // 2)
+        batch = Batch(ids * mask, mask.long(), ids.where(supervised, IGNORED))
+        with folded(job.model):
+            loss.backward(job.model, batch, 1.0, CPU)
+        counts.append(len(graphs))
+    assert counts[0] == counts[-1] > 0
     blocks.set_up_blocks(job.model, recompute=False, compiled=False)
 
 
