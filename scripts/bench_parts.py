@@ -33,7 +33,7 @@ def parts(model) -> dict[str, tuple[Callable, Callable]]:
     from linchain_cli.chain import chain_layers, find_siblings
     from linchain_cli.model.attention import GROUPED
     from linchain_cli.model.head import allow_flat_rows, forbid_flat_rows, hidden_states
-    from linchain_cli.training.last_block import trim_last_block, untrim_last_block
+    from linchain_cli.model.last_block import trim_last_block, untrim_last_block
     from linchain_cli.training.norms import make_norms_lean
 
     def lone() -> None:

@@ -1,14 +1,17 @@
 """What a model can do with caches, masks and padding, tried out on a few tokens: no list stays true.
 
-Each function runs the model two or three times. A model that refuses does so in a way of its own, so any
-failure means no; every caller has a slower way that needs nothing of the kind.
+Each function runs the model two or three times, and remembers for the next task what came out. A model that
+refuses does so in a way of its own, so any failure means no; every caller has a slower way that needs nothing
+of the kind.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -33,6 +36,21 @@ def refuse_broken(model) -> None:
         )
 
 
+def _remembered(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """`trial`, made once per model and attention."""
+
+    @functools.wraps(trial)
+    def once(model) -> bool:
+        found = model.__dict__.setdefault("_linchain_tryouts", {})
+        key = (trial.__name__, model.config._attn_implementation)
+        if key not in found:
+            found[key] = trial(model)
+        return found[key]
+
+    return once
+
+
+@_remembered
 def continues_from_cache(model) -> bool:
     """Whether texts read in two parts, their caches copied and reordered, have the logits of the whole."""
 
@@ -52,6 +70,7 @@ def continues_from_cache(model) -> bool:
     return _try_out(model, attempt)
 
 
+@_remembered
 def reads_tree_masks(model) -> bool:
     """Whether a branch of a tree of tokens is read as if its siblings were not there.
 
@@ -79,6 +98,7 @@ def reads_tree_masks(model) -> bool:
     return _try_out(model, attempt)
 
 
+@_remembered
 def ignores_padding(model) -> bool:
     """Whether masked tokens in front of a text change nothing."""
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from linchain_cli.errors import InputError
 from linchain_cli.model.head import allow_flat_rows, check_split
+from linchain_cli.model.last_block import trim_last_block
 from linchain_cli.model.loading import (
     base_hash,
     empty_model,
@@ -22,7 +23,6 @@ from linchain_cli.model.loading import (
 )
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.blocks import shard
-from linchain_cli.training.last_block import trim_last_block
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
 

@@ -8,38 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linchain_cli.errors import InputError
 from linchain_cli.model.head import backbone
-from linchain_cli.model.loading import text_decoder
+from linchain_cli.model.last_block import decoder_blocks
 
 _REPLACED = "_linchain_replaced_forward"  # marks a block whose `forward` is ours
-
-
-def decoder_blocks(model: nn.Module) -> list[nn.Module]:
-    """The text decoder's repeated blocks, in order.
-
-    They are the outermost modules that transformers marks as units of recomputation; where it marks none, the
-    members of the decoder's longest list of modules.
-
-    Raises:
-        InputError: the model has no such blocks.
-    """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    decoder = text_decoder(model)
-    marked = [
-        path for path, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
-    outermost = [path for path in marked if not any(path.startswith(other + ".") for other in marked)]
-    if outermost:
-        return [decoder.get_submodule(path) for path in outermost]
-    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
-    if not lists:
-        raise InputError(
-            f"{type(model).__name__} is not made of blocks, which training.gradient_checkpointing,"
-            " training.compile and training.parallel=shard need: switch them off."
-        )
-    return list(max(lists, key=len))
 
 
 def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.model.attention import FlatRows
 from linchain_cli.model.head import flat_hidden_states, head_logits, hidden_states, reads_flat
-from linchain_cli.training.last_block import reading_only
+from linchain_cli.model.last_block import reading_only
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25

@@ -129,9 +129,30 @@ def test_a_mask_that_is_ignored_is_noticed(tiny_model, monkeypatch):
         mask, positions = tree_mask(trees, start, length)
         return torch.ones_like(mask).tril(), positions
 
-    assert reads_tree_masks(tiny_model("llama"))
+    model = tiny_model("llama")
+    assert reads_tree_masks(model)
     monkeypatch.setattr(tryout, "tree_mask", causal)
-    assert not reads_tree_masks(tiny_model("llama"))
+    assert reads_tree_masks(model), "what was found out is remembered"
+    monkeypatch.delitem(vars(model), "_linchain_tryouts")
+    assert not reads_tree_masks(model)
+    monkeypatch.delitem(vars(model), "_linchain_tryouts")
+
+
+def test_the_last_block_is_read_where_options_begin_alone(tiny_model):
+    """The scores are those of whole blocks (above); here, that the last one is not whole."""
+    model = tiny_model("llama")
+    scorer = OptionScorer(model, [build_tree(row, END) for row in rows(6)], 500)
+    batch = scorer.batches[0]
+    seen = []
+    hook = model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[:-1].numel())
+    )
+    scorer.scores(batch)
+    hook.remove()
+    trees = [tree for row in batch for tree, _ in scorer.sequences[row]]
+    # First the prefix that the rows have in common, of which nothing is scored.
+    assert seen[-1] == sum(len(tree.reads) for tree in trees)
+    assert seen[-1] < sum(len(tree.tokens) - scorer.prefix for tree in trees)
 
 
 def test_batches_hold_like_lengths_and_their_budget():

@@ -13,6 +13,7 @@ from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.head import reads_flat
+from linchain_cli.model.last_block import decoder_blocks
 from linchain_cli.training import blocks, loop, loss
 from linchain_cli.training.signals import StopRequest
 
@@ -76,9 +77,9 @@ def test_recomputed_blocks_keep_less(job_of):
 
 def test_blocks_are_as_they_were_after_switching_back(job_of):
     job = job_of({"training.gradient_checkpointing": True})
-    assert all("forward" in vars(block) for block in blocks.decoder_blocks(job.model))
+    assert all("forward" in vars(block) for block in decoder_blocks(job.model))
     job = job_of()
-    assert not any("forward" in vars(block) for block in blocks.decoder_blocks(job.model))
+    assert not any("forward" in vars(block) for block in decoder_blocks(job.model))
 
 
 def test_dropout_of_the_base_stays_off_when_blocks_are_recomputed():
@@ -189,4 +190,4 @@ def test_models_without_blocks_are_told_apart():
     model = Flat()
     model.config = type("Config", (), {"get_text_config": lambda self, decoder: self})()
     with pytest.raises(InputError, match="is not made of blocks, which training.gradient_checkpointing"):
-        blocks.decoder_blocks(model)
+        decoder_blocks(model)

@@ -11,10 +11,10 @@ from linchain_cli.chain import ChainConfig, chain_layers, inject
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.model.attention import use_grouped_attention
 from linchain_cli.model.head import hidden_states
+from linchain_cli.model.last_block import reading_only, trim_last_block
 from linchain_cli.training import loss
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.blocks import set_up_blocks
-from linchain_cli.training.last_block import reading_only, trim_last_block
 
 # Their feed-forward layer adds the residual itself (bloom, mpt), or is no module of its own (opt).
 WITHOUT = {"bloom", "mpt", "opt"}

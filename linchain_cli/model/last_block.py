@@ -1,4 +1,5 @@
-"""The last block's feed-forward layer, at the positions whose next token is labelled.
+"""A decoder's blocks, and the feed-forward layer of the last one at those positions alone whose next token is
+asked for.
 
 What it computes anywhere else, nobody reads: only attention looks at other positions, and none follows it. In
 a model of thirty blocks of which a tenth of the tokens is labelled, that is some two per cent of a step.
@@ -17,10 +18,37 @@ from torch import Tensor, nn
 from linchain_cli.errors import InputError
 from linchain_cli.model.attention import alike
 from linchain_cli.model.head import hidden_states
-from linchain_cli.training.blocks import decoder_blocks
+from linchain_cli.model.loading import text_decoder
 
 _TRIMMED = "_linchain_trimmed"  # on a model: the module whose forward is ours
 _READ = "_linchain_read"  # on that module: the positions that are read, None for all
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's repeated blocks, in order.
+
+    They are the outermost modules that transformers marks as units of recomputation; where it marks none, the
+    members of the decoder's longest list of modules.
+
+    Raises:
+        InputError: the model has no such blocks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = text_decoder(model)
+    marked = [
+        path for path, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    outermost = [path for path in marked if not any(path.startswith(other + ".") for other in marked)]
+    if outermost:
+        return [decoder.get_submodule(path) for path in outermost]
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(
+            f"{type(model).__name__} is not made of blocks, which training.gradient_checkpointing,"
+            " training.compile and training.parallel=shard need: switch them off."
+        )
+    return list(max(lists, key=len))
 
 
 @contextlib.contextmanager
@@ -44,15 +72,16 @@ def reading_only(model: nn.Module, positions: Tensor | None) -> Iterator[None]:
 @torch.no_grad()
 def trim_last_block(model: nn.Module) -> bool:
     """Prepares the model for `reading_only`, if a trial shows that its last block allows for it."""
-    untrim_last_block(model)
-    try:
-        block = decoder_blocks(model)[-1]
-    except InputError:
-        return False
+    if getattr(model, _TRIMMED, None) is not None:
+        return True
     embeddings = model.get_input_embeddings().weight
     ids = (torch.arange(1, 9, device=embeddings.device) % embeddings.shape[0])[None]
     read = torch.tensor([2, 3, 6], device=embeddings.device)
-    expected = hidden_states(model, ids)[0, read].float()
+    try:
+        block = decoder_blocks(model)[-1]
+        expected = hidden_states(model, ids)[0, read].float()
+    except (InputError, AttributeError, TypeError, ValueError, RuntimeError):
+        return False
     # Mostly the feed-forward layer is the last part that is made of several; attention fails the trial.
     for part in reversed([part for part in block.children() if any(True for _ in part.children())]):
         part.forward = types.MethodType(_forward, part)
