@@ -12,6 +12,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
@@ -21,27 +22,39 @@ from linchain_cli.model.last_block import reading_only, trim_last_block
 from linchain_cli.model.logits import last_logits, logits_at
 
 MIN_PREFIX = 4
+BATCH_COST = 1 / 16  # the launch of a batch in tokens, as a share of what one may hold
 PAD = 0
 
 
 def plan_batches(
     lengths: Sequence[int], max_tokens: int, copies: Sequence[int] | None = None
 ) -> list[list[int]]:
-    """Indices cut into batches of like length, longest first, of at most `max_tokens` tokens with padding.
+    """Indices cut into batches of like length, longest first, of at most `max_tokens` tokens with padding (or
+    one index that is longer).
 
-    `copies` says how many sequences of that length an index stands for (default 1). The plan depends on these
-    numbers alone, so every process, and an evaluation that is continued, makes the same batches.
+    `copies` says how many sequences of that length an index stands for (default 1). Of all ways to cut the
+    sorted indices this one computes the fewest tokens, padding included, where a batch by itself costs
+    `BATCH_COST` of `max_tokens`. It depends on these numbers alone, so every process, and an evaluation that
+    is continued, makes the same batches.
     """
-    batches: list[list[int]] = []
-    longest = sequences = 0
-    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
-        count = copies[index] if copies else 1
-        if not batches or (sequences + count) * longest > max_tokens:
-            batches.append([])
-            longest, sequences = max(lengths[index], 1), 0
-        batches[-1].append(index)
-        sequences += count
-    return batches
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    longest = np.array([max(lengths[index], 1) for index in order])
+    before = np.cumsum([0] + [copies[index] if copies else 1 for index in order])
+    # Of the first `end` indices: what the best way costs, and where its last batch starts.
+    costs, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    first = 0
+    for end in range(1, len(order) + 1):
+        while first < end - 1 and (before[end] - before[first]) * longest[first] > max_tokens:
+            first += 1
+        tokens = (before[end] - before[first:end]) * longest[first:end]
+        totals = costs[first:end] + tokens + BATCH_COST * max_tokens
+        starts[end] = first + int(np.argmin(totals))
+        costs[end] = totals.min()
+    batches, end = [], len(order)
+    while end:
+        batches.append(order[starts[end] : end])
+        end = starts[end]
+    return batches[::-1]
 
 
 class OptionScorer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -159,9 +160,28 @@ def test_batches_hold_like_lengths_and_their_budget():
     lengths = [5, 90, 31, 30, 7, 88, 6]
     batches = plan_batches(lengths, 100)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert batches == [[1], [5], [2, 3, 4], [6, 0]]
+    assert batches == [[1], [5], [2, 3], [4, 6, 0]]
     assert plan_batches([10, 10, 10], 40, copies=[3, 1, 2]) == [[0, 1], [2]]
-    assert plan_batches([50], 10) == [[0]]
+    assert plan_batches([50], 10) == [[0]] and plan_batches([], 10) == []
+
+
+def test_no_other_cut_computes_fewer_tokens():
+    """Every way to cut eight sorted rows, against the one that is taken."""
+    generator = random.Random(0)
+    for _ in range(50):
+        lengths = sorted((generator.randint(1, 60) for _ in range(8)), reverse=True)
+
+        def cost(batches, lengths=lengths):
+            return sum(len(batch) * lengths[batch[0]] + 10 for batch in batches)
+
+        ways = []
+        for cuts in itertools.product((False, True), repeat=7):
+            batches = [[0]]
+            for index, cut in enumerate(cuts, start=1):
+                batches.append([index]) if cut else batches[-1].append(index)
+            if all(len(batch) * lengths[batch[0]] <= 160 for batch in batches):
+                ways.append(cost(batches))
+        assert cost(plan_batches(lengths, 160)) == min(ways)
 
 
 def test_the_prefix_leaves_every_row_something_to_read(tiny_model):
