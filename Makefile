@@ -22,6 +22,7 @@ $(BIN)/python:
 
 # setuptools comes first: with it the package is built in this environment, and nothing outside constraints.txt is fetched.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing linchain and what it needs into $(VENV) (a minute or two, once)"
 	$(PIP) setuptools
 	$(PIP) --no-build-isolation -e '.[test]'
 	@touch $@

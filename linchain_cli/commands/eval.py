@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from linchain_cli.commands.options import Dtype, ModelName
-from linchain_cli.commands.subject import Subject, find_subject, load_subject
+from linchain_cli.commands.subject import Subject, find_subject, load_subject, locate_subject
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def run(
     against: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL", help="Second model, evaluated on the same rows and compared.", show_default=False
+            metavar="MODEL",
+            help="Second model, evaluated on the same rows and compared; or the .json of its evaluation.",
+            show_default=False,
         ),
     ] = None,
     out: Annotated[
@@ -82,27 +84,36 @@ def run(
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
     subject = find_subject(model)
-    other = find_subject(against) if against is not None else None
+    known = Path(against) if against is not None and against.endswith(".json") else None
+    other = find_subject(against) if against is not None and known is None else None
     if model is None and _is_first_process():
         print(f"evaluating {subject.name}")
+    from linchain_cli.evaluation.results import read_results, refuse_other_rows
     from linchain_cli.evaluation.tasks import load_tasks
 
+    second = (read_results(known), known) if known is not None else None
     if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
         data_dir = Path(subject.recipe.evaluation.data_dir)
     loaded_tasks = load_tasks(_task_names(tasks, subject), data_dir, limit)
     path = out if out is not None else subject.result_path(protocol)
+    if second is not None:
+        refuse_other_rows(second[0], loaded_tasks, known)
+    # Before the first evaluation, which may take long, it is known that there will be a second one.
+    for each in (subject, other):
+        if each is not None:
+            locate_subject(each)
     settings = _Settings(protocol, beams, dtype, batch_tokens)
     first = settings.evaluate(subject, template or subject.template, loaded_tasks, path)
     if other is None:
-        _show(first, path, references)
+        _show(first, path, references, second)
         return
     # A second model that is no run has no template of its own: it gets the same prompts as the first.
     other_template = template or (other if other.recipe else subject).template
     other_path = other.result_path(protocol)
     if other_path == path:
         other_path = path.with_name(f"{path.stem}-against.json")
-    second = settings.evaluate(other, other_template, loaded_tasks, other_path)
-    _show(first, path, references, (second, other_path))
+    second = settings.evaluate(other, other_template, loaded_tasks, other_path), other_path
+    _show(first, path, references, second)
 
 
 def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:

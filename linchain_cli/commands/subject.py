@@ -62,6 +62,19 @@ def find_subject(name: str | None) -> Subject:
     return Subject(str(run.path), run, load_recipe(run.recipe_path))
 
 
+def locate_subject(subject: Subject) -> Path:
+    """The checkpoint directory of its base, downloaded or converted first where need be.
+
+    Raises:
+        InputError: there is none.
+    """
+    from linchain_cli.model.loading import locate
+
+    if subject.recipe is None:
+        return locate(subject.name)
+    return locate(subject.recipe.model.path, subject.recipe.model.revision)
+
+
 def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     """Loads it onto the GPU, or the CPU without one; a run's adapter is attached to its base.
 
@@ -72,11 +85,11 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     """
     from linchain_cli.chain import attach, load_adapter
     from linchain_cli.machine import limit_threads
-    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer, locate
+    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer
 
     limit_threads()
     config = subject.recipe.model if subject.recipe else None
-    directory = locate(config.path, config.revision) if config else locate(subject.name)
+    directory = locate_subject(subject)
     device = process_device()
     if dtype is None:
         dtype = "float32" if device.type == "cpu" else (config.dtype if config else "auto")

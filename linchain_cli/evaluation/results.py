@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,30 @@ class Results:
         lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.predictions)
         storage.write_atomic(predictions_path(path), "".join(lines))
         storage.write_json(path, self.summary)
+
+
+def read_results(path: Path) -> Results:
+    """What `Results.write` left at `path`.
+
+    Raises:
+        InputError: it is no result, or its predictions are not beside it.
+    """
+    try:
+        summary = json.loads(path.read_bytes())
+        lines = predictions_path(path).read_text(encoding="utf-8").splitlines()
+        predictions = [json.loads(line) for line in lines]
+    except OSError as error:
+        raise InputError(f"{path}: cannot read this result: {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"{path}: this is no result of linchain eval, or a damaged one: {error}") from error
+    counts = Counter(row.get("task") if isinstance(row, dict) else None for row in predictions)
+    tasks = summary.get("tasks") if isinstance(summary, dict) else None
+    if not isinstance(tasks, dict) or counts != {name: entry.get("n") for name, entry in tasks.items()}:
+        raise InputError(
+            f"{path}: this is no result of linchain eval, or {predictions_path(path).name} beside it is not"
+            " of the same evaluation"
+        )
+    return Results(summary, predictions)
 
 
 def predictions_path(path: Path) -> Path:
@@ -132,8 +157,26 @@ def compare(first: Results, second: Results) -> dict[str, Any]:
     }
 
 
+def refuse_other_rows(result: Results, tasks: Sequence[Task], path: Path) -> None:
+    """Raises InputError unless the result at `path` is of exactly the rows of these tasks."""
+    found, wanted = _rows_hashes(result), {task.name: task.fingerprint for task in tasks}
+    if found == wanted:
+        return
+    if found.keys() != wanted.keys():
+        raise InputError(
+            f"{path} is of other tasks ({', '.join(found)} instead of {', '.join(wanted)}):"
+            " there is nothing to compare"
+        )
+    counts = [
+        f"{task.name}: {result.summary['tasks'][task.name]['n']} rows there, {len(task.rows)} here"
+        for task in tasks
+        if found[task.name] != task.fingerprint
+    ]
+    raise InputError(f"{path} is of other rows ({'; '.join(counts)}): take the same --limit and test files")
+
+
 def _rows_hashes(results: Results) -> dict[str, str]:
-    return {name: entry["rows_sha256"] for name, entry in results.summary["tasks"].items()}
+    return {name: entry.get("rows_sha256") for name, entry in results.summary["tasks"].items()}
 
 
 def _paired_entry(paired: Paired) -> dict[str, Any]:

@@ -24,7 +24,8 @@ def wilson_interval(correct: int, n: int) -> tuple[float, float]:
     p, z2 = correct / n, Z * Z
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At 0 and 100 % the formula's bound is p itself, but for its rounding.
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))
 
 
 def macro_average(accuracies: Sequence[float], errors: Sequence[float | None]) -> tuple[float, float | None]:

@@ -54,12 +54,11 @@ def grouped_attention(
         (batch, queries, heads, d_v), contiguous, and None for the weights.
     """
     if padded_rows is not None:
-        count = query.shape[2]
         query, key, value = (_padded(states, padded_rows, flat_rows) for states in (query, key, value))
         output, _ = grouped_attention(
             module, query, key, value, row_mask, scaling, dropout, softcap, **others
         )
-        return _Unpad.apply(output.flatten(0, 1), flat_rows, count)[None], None
+        return _Unpad.apply(output.flatten(0, 1), flat_rows)[None], None
     if any(others.get(name) is not None for name in ("s_aux", "sinks", "position_bias")):
         raise NotImplementedError("attention sinks and position biases")
     batch, heads, queries, width = query.shape
@@ -93,37 +92,27 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, padded_rows: Tensor, flat_rows: Tensor) -> Tensor:
         ctx.save_for_backward(flat_rows)
-        ctx.count = len(tokens)
         return tokens.index_select(0, padded_rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _select(grad, ctx.saved_tensors[0], ctx.count), None, None
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
 
 
 class _Unpad(torch.autograd.Function):
     """(slots, ...) → (tokens, ...)."""
 
     @staticmethod
-    def forward(ctx: Any, slots: Tensor, flat_rows: Tensor, count: int) -> Tensor:
+    def forward(ctx: Any, slots: Tensor, flat_rows: Tensor) -> Tensor:
         ctx.save_for_backward(flat_rows)
         ctx.shape = slots.shape
-        return _select(slots, flat_rows, count)
+        return slots.index_select(0, flat_rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        flat_rows = ctx.saved_tensors[0]
-        return grad.new_zeros(ctx.shape).index_copy_(0, flat_rows, grad[: len(flat_rows)]), None, None
-
-
-def _select(slots: Tensor, flat_rows: Tensor, count: int) -> Tensor:
-    """What stands in those slots (tokens,), and zeros up to `count`."""
-    selected = slots.new_empty(count, *slots.shape[1:])
-    torch.index_select(slots, 0, flat_rows, out=selected[: len(flat_rows)])
-    selected[len(flat_rows) :] = 0
-    return selected
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
 # oneDNN makes a program for each shape that a product of matrices has: some 60 ms for all those of a 135 M
@@ -138,8 +127,9 @@ class FlatRows:
 
     `input_ids` and `position_ids` (1, count) hold the tokens of the rows one behind the other, and then up to
     `TOKEN_STEP` − 1 that belong to no row. `padded_rows` (rows, slots) says which token stands in each slot
-    of the padded rows (any, in the padding), `flat_rows` (tokens,) in which slot each token stands, and
-    `row_mask` (slots, slots) is the causal mask to add.
+    of the padded rows (any, in the padding), `flat_rows` (count,) in which slot each token stands (those of
+    no row in one of the padding, of which nothing is read), and `row_mask` (slots, slots) is the causal mask
+    to add.
     """
 
     input_ids: Tensor
@@ -152,18 +142,18 @@ class FlatRows:
     def of(cls, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype) -> FlatRows:
         """From right-padded rows (rows, longest) and their mask of ones and zeros."""
         missing = -input_ids.shape[1] % LENGTH_STEP
-        input_ids, attention_mask = (
-            nn.functional.pad(tensor, (0, missing)) for tensor in (input_ids, attention_mask)
-        )
-        slots = input_ids.shape[1]
-        flat_rows = attention_mask.flatten().nonzero()[:, 0]
-        lengths = attention_mask.sum(1)
+        if not missing and attention_mask.all():
+            missing = LENGTH_STEP  # there has to be some padding
+        input_ids, mask = (nn.functional.pad(each, (0, missing)) for each in (input_ids, attention_mask))
+        slots, tokens = mask.shape[1], mask.flatten().nonzero()[:, 0]
+        nobody = (mask.flatten() == 0).nonzero()[0]
+        flat_rows = torch.cat([tokens, nobody.expand(-len(tokens) % TOKEN_STEP)])
+        lengths = mask.sum(1)
         starts = lengths.cumsum(0) - lengths
-        padded_rows = (starts[:, None] + torch.arange(slots)) * attention_mask
-        mask = torch.full((slots, slots), torch.finfo(dtype).min, dtype=dtype).triu(1)
-        tokens = torch.stack([input_ids.flatten()[flat_rows], flat_rows % slots])
-        ids, positions = nn.functional.pad(tokens, (0, -len(flat_rows) % TOKEN_STEP))[:, None]
-        return cls(ids, positions, padded_rows, flat_rows, mask)
+        padded_rows = (starts[:, None] + torch.arange(slots)) * mask
+        row_mask = torch.full((slots, slots), torch.finfo(dtype).min, dtype=dtype).triu(1)
+        ids = input_ids.flatten()[flat_rows][None]
+        return cls(ids, flat_rows[None] % slots, padded_rows, flat_rows, row_mask)
 
     def to(self, device: torch.device) -> FlatRows:
         return FlatRows(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})

@@ -82,7 +82,7 @@ def allow_flat_rows(model: nn.Module) -> bool:
     rows = FlatRows.of(ids, mask, embeddings.dtype).to(embeddings.device)
     try:
         padded = hidden_states(model, ids.to(embeddings.device)).float()[mask.bool().to(embeddings.device)]
-        flat = flat_hidden_states(model, rows)[: len(rows.flat_rows)].float()
+        flat = flat_hidden_states(model, rows)[: len(padded)].float()
         same = alike(flat, padded, model.dtype)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         same = False

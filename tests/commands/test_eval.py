@@ -128,6 +128,57 @@ def test_two_models_are_compared_on_the_same_prompts(workplace, capsys):
     assert comparison["all_rows"]["gained"] == gained
 
 
+def test_an_earlier_result_is_compared_without_its_model(workplace, capsys, monkeypatch):
+    arguments = ["eval", "--tasks", "boolq,piqa", "--data-dir", "data"]
+    assert linchain(*arguments, "--against", "base") == 0
+    expected = read("runs/tuned/eval/likelihood.json")["against"]
+    shutil.move("eval-base.json", "earlier.json")
+    shutil.move("eval-base.predictions.jsonl", "earlier.predictions.jsonl")
+    capsys.readouterr()
+    assert linchain(*arguments, "--against", "earlier.json") == 0
+    assert "runs/tuned minus base" in capsys.readouterr().out
+    assert read("runs/tuned/eval/likelihood.json")["against"] == expected
+    assert not Path("eval-base.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("against", "reason"),
+    [
+        ("nowhere.json", "nowhere.json: cannot read this result: nowhere.json: No such file"),
+        ("recipe.json", "recipe.json: cannot read this result: recipe.predictions.jsonl: No such file"),
+        ("broken.json", "broken.json: this is no result of linchain eval, or a damaged one"),
+        ("shorter.json", "shorter.predictions.jsonl beside it is not of the same evaluation"),
+        ("limited.json", r"limited.json is of other rows (boolq: 3 rows there, 8 here)"),
+        ("piqa.json", "piqa.json is of other tasks (piqa instead of boolq)"),
+        ("no/such/model", "no/such/model"),
+    ],
+)
+def test_a_wrong_second_model_is_told_before_the_first_is_evaluated(workplace, capsys, against, reason):
+    for name, tasks, limit in (("limited", "boolq", 3), ("piqa", "piqa", 8), ("shorter", "boolq", 8)):
+        options = ("--tasks", tasks, "--limit", limit, "--data-dir", "data", "--out", f"{name}.json")
+        assert linchain("eval", "base", *options) == 0
+    Path("recipe.json").write_text("{}")
+    Path("broken.json").write_text("{")
+    Path("broken.predictions.jsonl").write_text("")
+    rows = Path("shorter.predictions.jsonl").read_text().splitlines(keepends=True)
+    Path("shorter.predictions.jsonl").write_text("".join(rows[1:]))
+    capsys.readouterr()
+    arguments = ("eval", "runs/tuned", "--tasks", "boolq", "--data-dir", "data", "--against", against)
+    assert linchain(*arguments) == 2
+    assert reason in capsys.readouterr().err
+    assert not Path("runs/tuned/eval/likelihood.json").exists()
+
+
+def test_a_task_without_a_right_answer_has_a_chart(workplace, monkeypatch):
+    """Its interval starts at 0 %, where its bar ends: rounding once put it a hair above."""
+    from linchain_cli.evaluation.answers import AnswerRule
+
+    monkeypatch.setattr(AnswerRule, "is_correct", lambda *_: False)
+    assert linchain("eval", "--data-dir", "data", "--tasks", "boolq") == 0
+    assert read("runs/tuned/eval/likelihood.json")["tasks"]["boolq"]["accuracy"] == 0
+    assert Path("runs/tuned/eval/likelihood.png").exists()
+
+
 def test_runs_with_other_templates_are_not_compared_in_silence(workplace, capsys):
     make_run("other", template="alpaca")
     assert linchain("eval", "runs/tuned", "--data-dir", "data", "--against", "runs/other") == 0

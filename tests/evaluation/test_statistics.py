@@ -35,6 +35,13 @@ def test_wilson_interval_is_where_the_score_test_turns():
     assert wilson_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # a textbook's example
 
 
+def test_wilson_interval_holds_the_proportion_itself():
+    for n in range(1, 300):
+        for correct in {0, 1, n // 2, n - 1, n}:
+            low, high = wilson_interval(correct, n)
+            assert 0 <= low <= correct / n <= high <= 1
+
+
 def test_macro_average_weighs_tasks_alike():
     mean, error = macro_average([0.5, 0.9], [0.03, 0.04])
     assert mean == pytest.approx(0.7) and error == pytest.approx(0.025)

@@ -127,13 +127,24 @@ def test_flat_rows_know_where_their_tokens_stand():
     assert rows.input_ids.shape == rows.position_ids.shape == (1, TOKEN_STEP)
     assert rows.input_ids[0, :6].tolist() == [5, 6, 7, 8, 9, 4]
     assert rows.position_ids[0, :6].tolist() == [0, 1, 0, 1, 2, 0]
-    assert rows.flat_rows.tolist() == [row * LENGTH_STEP + place for row, place in PLACES]
+    real = [row * LENGTH_STEP + place for row, place in PLACES]
+    assert rows.flat_rows[:6].tolist() == real
+    # All of no row stand in one slot of the padding.
+    assert len(rows.flat_rows) == TOKEN_STEP and len(set(rows.flat_rows[6:].tolist()) - set(real)) == 1
     assert rows.padded_rows.shape == (3, LENGTH_STEP)
     assert rows.padded_rows[:, :3].tolist() == [[0, 1, 0], [2, 3, 4], [5, 0, 0]]
     assert torch.equal(rows.row_mask < 0, torch.ones(LENGTH_STEP, LENGTH_STEP).triu(1).bool())
 
 
 PLACES = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)]
+
+
+def test_rows_that_fill_every_slot_get_some_padding():
+    full = torch.ones(3, LENGTH_STEP, dtype=torch.long)
+    rows = FlatRows.of(full, full, torch.float32)
+    assert rows.padded_rows.shape == (3, 2 * LENGTH_STEP)
+    assert rows.flat_rows[:24].tolist() == [row * 16 + place for row in range(3) for place in range(8)]
+    assert set(rows.flat_rows[24:].tolist()) == {8}
 
 
 def test_shapes_recur():
