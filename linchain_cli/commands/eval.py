@@ -84,20 +84,24 @@ def run(
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
     subject = find_subject(model)
-    known = Path(against) if against is not None and against.endswith(".json") else None
-    other = find_subject(against) if against is not None and known is None else None
+    earlier = Path(against) if against is not None and against.endswith(".json") else None
+    other = find_subject(against) if against is not None and earlier is None else None
     if model is None and _is_first_process():
         print(f"evaluating {subject.name}")
     from linchain_cli.evaluation.results import read_results, refuse_other_rows
     from linchain_cli.evaluation.tasks import load_tasks
 
-    second = (read_results(known), known) if known is not None else None
+    second = (read_results(earlier), earlier) if earlier is not None else None
     if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
         data_dir = Path(subject.recipe.evaluation.data_dir)
     loaded_tasks = load_tasks(_task_names(tasks, subject), data_dir, limit)
     path = out if out is not None else subject.result_path(protocol)
     if second is not None:
-        refuse_other_rows(second[0], loaded_tasks, known)
+        refuse_other_rows(second[0], loaded_tasks, earlier)
+        if earlier.resolve() == path.resolve():
+            raise InputError(
+                f"--against {earlier} is where this evaluation's own result goes: name another --out"
+            )
     # Before the first evaluation, which may take long, it is known that there will be a second one.
     for each in (subject, other):
         if each is not None:

@@ -147,13 +147,16 @@ class FlatRows:
         input_ids, mask = (nn.functional.pad(each, (0, missing)) for each in (input_ids, attention_mask))
         slots, tokens = mask.shape[1], mask.flatten().nonzero()[:, 0]
         nobody = (mask.flatten() == 0).nonzero()[0]
-        flat_rows = torch.cat([tokens, nobody.expand(-len(tokens) % TOKEN_STEP)])
+        others = -len(tokens) % TOKEN_STEP
+        flat_rows = torch.cat([tokens, nobody.expand(others)])
+        # Those of no row stand at 0, since a model may have no position behind the longest row.
+        position_ids = nn.functional.pad(tokens % slots, (0, others))[None]
         lengths = mask.sum(1)
         starts = lengths.cumsum(0) - lengths
         padded_rows = (starts[:, None] + torch.arange(slots)) * mask
         row_mask = torch.full((slots, slots), torch.finfo(dtype).min, dtype=dtype).triu(1)
         ids = input_ids.flatten()[flat_rows][None]
-        return cls(ids, flat_rows[None] % slots, padded_rows, flat_rows, row_mask)
+        return cls(ids, position_ids, padded_rows, flat_rows, row_mask)
 
     def to(self, device: torch.device) -> FlatRows:
         return FlatRows(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})

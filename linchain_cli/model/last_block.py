@@ -20,7 +20,7 @@ from linchain_cli.model.attention import alike
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import text_decoder
 
-_TRIMMED = "_linchain_trimmed"  # on a model: the module whose forward is ours
+_TRIMMED = "_linchain_trimmed"  # on a model that was tried: the module whose forward is ours, or None
 _READ = "_linchain_read"  # on that module: the positions that are read, None for all
 
 
@@ -72,8 +72,8 @@ def reading_only(model: nn.Module, positions: Tensor | None) -> Iterator[None]:
 @torch.no_grad()
 def trim_last_block(model: nn.Module) -> bool:
     """Prepares the model for `reading_only`, if a trial shows that its last block allows for it."""
-    if getattr(model, _TRIMMED, None) is not None:
-        return True
+    if hasattr(model, _TRIMMED):  # tried before
+        return getattr(model, _TRIMMED) is not None
     embeddings = model.get_input_embeddings().weight
     ids = (torch.arange(1, 9, device=embeddings.device) % embeddings.shape[0])[None]
     read = torch.tensor([2, 3, 6], device=embeddings.device)
@@ -81,6 +81,7 @@ def trim_last_block(model: nn.Module) -> bool:
         block = decoder_blocks(model)[-1]
         expected = hidden_states(model, ids)[0, read].float()
     except (InputError, AttributeError, TypeError, ValueError, RuntimeError):
+        object.__setattr__(model, _TRIMMED, None)
         return False
     # Mostly the feed-forward layer is the last part that is made of several; attention fails the trial.
     for part in reversed([part for part in block.children() if any(True for _ in part.children())]):
@@ -95,14 +96,15 @@ def trim_last_block(model: nn.Module) -> bool:
         except (AttributeError, IndexError, TypeError, ValueError, RuntimeError):
             pass
         untrim_last_block(model)
+    object.__setattr__(model, _TRIMMED, None)
     return False
 
 
 def untrim_last_block(model: nn.Module) -> None:
     """Undoes `trim_last_block`."""
-    if (part := getattr(model, _TRIMMED, None)) is not None:
+    part = vars(model).pop(_TRIMMED, None)
+    if part is not None:
         del part.forward
-    object.__setattr__(model, _TRIMMED, None)
 
 
 def _forward(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

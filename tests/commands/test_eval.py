@@ -141,6 +141,15 @@ def test_an_earlier_result_is_compared_without_its_model(workplace, capsys, monk
     assert not Path("eval-base.json").exists()
 
 
+def test_a_result_is_not_overwritten_by_the_one_that_is_compared_with_it(workplace, capsys):
+    arguments = ("eval", "runs/tuned", "--tasks", "boolq", "--data-dir", "data")
+    assert linchain(*arguments) == 0
+    before = read("runs/tuned/eval/likelihood.json")
+    assert linchain(*arguments, "--against", "runs/tuned/eval/likelihood.json") == 2
+    assert "name another --out" in capsys.readouterr().err
+    assert read("runs/tuned/eval/likelihood.json") == before
+
+
 @pytest.mark.parametrize(
     ("against", "reason"),
     [

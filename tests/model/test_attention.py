@@ -147,6 +147,11 @@ def test_rows_that_fill_every_slot_get_some_padding():
     assert set(rows.flat_rows[24:].tolist()) == {8}
 
 
+def test_no_position_lies_behind_the_longest_row():
+    full = torch.ones(3, 5, dtype=torch.long)
+    assert FlatRows.of(full, full, torch.float32).position_ids.tolist() == [[*range(5)] * 3 + [0]]
+
+
 def test_shapes_recur():
     """A new shape costs oneDNN new programs: rows of nearly the same lengths are read in the same shapes."""
     shapes = set()
