@@ -4,6 +4,11 @@ Beside W0·x the adapters of SmolLM2 are a few per cent of the arithmetic, but t
 16), for which a processor waits for memory and not for its multipliers. So an input that several layers read
 (q, k and v) is read once for all their A', outputs and gradients are added in place, and nothing is kept for
 the backward pass but the input and A'·x.
+
+The adapter's term comes first and W0·x is added to it, not the other way round. In bfloat16 that decides
+whether a young adapter has an effect at all: W0·x is rounded to 8 bits, and a term below half of its last
+digit that is added afterwards vanishes. Added within the product, whose sums are float32, it takes part in
+the one rounding of the whole.
 """
 
 from __future__ import annotations
@@ -12,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,7 +38,7 @@ class FusedChains(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ a.T
         outputs = [
-            F.linear(rows, weight, bias).addmm_(part, b.T)
+            add_product(part @ b.T, rows, weight.T, bias)
             for weight, bias, part, b in zip(weights, biases, _parts(h, bs), bs, strict=True)
         ]
         ctx.save_for_backward(rows, a, h, *weights, *bs)
@@ -54,10 +58,10 @@ class FusedChains(torch.autograd.Function):
         grad_h = grad_hs[0] if count == 1 else torch.cat(grad_hs, dim=1)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+            grad_x = grad_h @ a
+            for grad, weight in zip(grads, weights, strict=True):
                 grad_x.addmm_(grad, weight)
-            grad_x = grad_x.addmm_(grad_h, a).view(ctx.input_shape)
+            grad_x = grad_x.view(ctx.input_shape)
         grad_a = (grad_h.T @ rows).to(type_a) if ctx.needs_input_grad[1] else None
         # (hᵀ·g)ᵀ: the long side of the result runs along memory, which takes half the time of gᵀ·h.
         grad_bs = [
@@ -65,6 +69,12 @@ class FusedChains(torch.autograd.Function):
             for part, grad, needed in zip(_parts(h, bs), grads, ctx.needs_input_grad[-count:], strict=True)
         ]
         return grad_x, grad_a, *[None] * (2 * count), *grad_bs
+
+
+def add_product(term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """term + x·weight + bias in `term`'s place, the sum of the first two rounded once."""
+    term.addmm_(x, weight)
+    return term if bias is None else term.add_(bias)
 
 
 def _parts(h: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linchain_cli.chain.fused import Siblings, fused_chains
+from linchain_cli.chain.fused import Siblings, add_product, fused_chains
 
 
 def collapse(links: Tensor) -> Tensor:
@@ -116,18 +116,25 @@ class ChainLinear(nn.Module):
         folded_a = fold_into_a(self.A, self.links, self.scaling) if self.folded_a is None else self.folded_a
         if fused:
             return fused_chains(x, folded_a, [self])[0]
-        drops = self.training and self.dropout > 0
-        h = F.linear(F.dropout(x, self.dropout) if drops else x, folded_a.to(x.dtype))
-        return self.base(x) + F.linear(h, self.B.to(x.dtype))
+        rows = x.reshape(-1, x.shape[-1])
+        h = F.linear(F.dropout(rows, self.dropout) if self._drops() else rows, folded_a.to(x.dtype))
+        term = F.linear(h, self.B.to(x.dtype))
+        if self._has_plain_base(x):
+            return add_product(term, rows, self.base_weight.T, self.base.bias).view(*x.shape[:-1], -1)
+        return self.base(x) + term.view(*x.shape[:-1], -1)
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the layer adds its chain, without dropout, to an ordinary matrix of x's type that needs no
         gradient and nobody hooks into."""
+        return self.enabled and not self._drops() and self._has_plain_base(x)
+
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    def _has_plain_base(self, x: Tensor) -> bool:
         base = self.base
         return (
-            self.enabled
-            and not (self.training and self.dropout > 0)
-            and type(base) in (nn.Linear, Conv1D)
+            type(base) in (nn.Linear, Conv1D)
             and base.weight.dtype == x.dtype
             and not base.weight.requires_grad
             and not base._forward_hooks

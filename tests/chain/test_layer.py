@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from linchain_cli.chain import ChainLinear, collapse, delta_weight
+from linchain_cli.chain import ChainLinear, collapse, delta_weight, find_siblings, folded
 from linchain_cli.chain.init import initial_links, initialise
 
 BASES = {
@@ -170,3 +171,35 @@ def test_identity_links_take_loras_first_step_of_b():
 def test_a_module_without_a_matrix_is_refused():
     with pytest.raises(TypeError, match="nn.Linear or Conv1D"):
         ChainLinear(nn.LayerNorm(4), 2, 1, 4)
+
+
+@pytest.mark.parametrize("way", ["fused", "dropout", "siblings"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_term_below_the_last_digit_of_the_bases_output_is_not_lost_in_bfloat16(way, bias):
+    """The first steps' terms are that small. Added to a rounded output they would vanish, all of them."""
+    torch.manual_seed(0)
+    d_in, d_out = 64, 256
+    base = nn.Linear(d_in, d_out, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    layer = ChainLinear(base, 4, 2, 8.0, dropout=1e-9 if way == "dropout" else 0.0)
+    initialise(layer, "layer", "orthogonal", seed=0)
+    nn.init.normal_(layer.B)
+    x = torch.randn(512, d_in).to(torch.bfloat16)
+    output = base(x).double()
+    term = x.double() @ layer.delta_weight(torch.float64).T
+    # A tenth of half a last digit: bfloat16 keeps eight binary digits.
+    scale = 0.1 * 2.0**-9 * output.abs().mean() / term.abs().mean()
+    with torch.no_grad():
+        layer.B *= scale
+    term *= scale
+    if way == "siblings":
+        model = nn.ModuleDict({"one": layer, "other": copy.deepcopy(layer)})
+        find_siblings(model, lambda: [member(x) for member in model.values()])
+        with folded(model):
+            found = [member(x) for member in model.values()][1]
+    else:
+        found = layer(x)
+    exact = x.double() @ base.weight.double().T + (base.bias.double() if bias else 0)
+    arrived = ((found.double() - exact) * term).sum() / term.square().sum()
+    assert 0.8 < arrived < 1.2
+    added_later = output.to(torch.bfloat16) + term.to(torch.bfloat16)
+    assert ((added_later.double() - output) * term).sum() / term.square().sum() < 0.5
