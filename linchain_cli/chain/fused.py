@@ -25,22 +25,25 @@ class FusedChains(torch.autograd.Function):
     """y_i = x·W_iᵀ + b_i + (x·A'_iᵀ)·B_iᵀ for k layers on one input x.
 
     Shapes: x (..., d_in), folded_a (Σr, d_in), which is the A'_i one below the other, then k weights (d_out,
-    d_in), k biases (d_out) or None, and k times B (d_out, r). Weights and biases get no gradient. folded_a
-    and B are float32 (or float64) and so are their gradients; each product runs in x's type. Returns a tuple
-    of k outputs.
+    d_in), k biases (d_out) or None, and k times B (d_out, r). Weights and biases get no gradient; a weight in
+    4 bit comes with its scales in `scales`, k of them or None. folded_a and B are float32 (or float64) and so
+    are their gradients; each product runs in x's type. Returns a tuple of k outputs.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, folded_a: Tensor, *operands: Tensor | None) -> tuple[Tensor, ...]:
-        count = len(operands) // 3
+    def forward(
+        ctx: Any, x: Tensor, folded_a: Tensor, scales: Sequence[Any], *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        count = len(scales)
         weights, biases, Bs = operands[:count], operands[count : 2 * count], operands[2 * count :]
         a, bs = folded_a.to(x.dtype), [B.to(x.dtype) for B in Bs]
         rows = x.reshape(-1, x.shape[-1])
         h = rows @ a.T
         outputs = [
-            add_product(part @ b.T, rows, weight.T, bias)
-            for weight, bias, part, b in zip(weights, biases, _parts(h, bs), bs, strict=True)
+            _add_product(part @ b.T, rows, matrix(weight, scale, x.dtype), bias)
+            for weight, scale, bias, part, b in zip(weights, scales, biases, _parts(h, bs), bs, strict=True)
         ]
+        ctx.scales = scales
         ctx.save_for_backward(rows, a, h, *weights, *bs)
         ctx.types = folded_a.dtype, Bs[0].dtype
         ctx.input_shape = x.shape
@@ -59,8 +62,8 @@ class FusedChains(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_h @ a
-            for grad, weight in zip(grads, weights, strict=True):
-                grad_x.addmm_(grad, weight)
+            for grad, weight, scale in zip(grads, weights, ctx.scales, strict=True):
+                grad_x.addmm_(grad, matrix(weight, scale, grad.dtype))
             grad_x = grad_x.view(ctx.input_shape)
         grad_a = (grad_h.T @ rows).to(type_a) if ctx.needs_input_grad[1] else None
         # (hᵀ·g)ᵀ: the long side of the result runs along memory, which takes half the time of gᵀ·h.
@@ -68,12 +71,43 @@ class FusedChains(torch.autograd.Function):
             (part.T @ grad).T.to(type_b) if needed else None
             for part, grad, needed in zip(_parts(h, bs), grads, ctx.needs_input_grad[-count:], strict=True)
         ]
-        return grad_x, grad_a, *[None] * (2 * count), *grad_bs
+        return grad_x, grad_a, None, *[None] * (2 * count), *grad_bs
 
 
-def add_product(term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """term + x·weight + bias in `term`'s place, the sum of the first two rounded once."""
-    term.addmm_(x, weight)
+class AddBase(torch.autograd.Function):
+    """term + x·Wᵀ + b in `term`'s place, for adapters that compute their term by other operations.
+
+    Shapes: term (n, d_out), x (n, d_in), weight (d_out, d_in), bias (d_out) or None, the last two without
+    gradient; `scale` as one of `FusedChains`' scales.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, x: Tensor, weight: Tensor, scale: Any, bias: Tensor | None) -> Tensor:
+        ctx.mark_dirty(term)
+        ctx.save_for_backward(weight)
+        ctx.scale = scale
+        return _add_product(term, x, matrix(weight, scale, x.dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        grad_x = grad @ matrix(weight, ctx.scale, grad.dtype) if ctx.needs_input_grad[1] else None
+        return grad, grad_x, None, None, None
+
+
+def matrix(weight: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
+    """W0 (d_out, d_in) of a weight in 4 bit with its scales, bitsandbytes' QuantState; without them, the
+    weight itself."""
+    if scale is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.detach().view(-1, 1), scale).to(dtype)
+
+
+def _add_product(term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    term.addmm_(x, weight.T)
     return term if bias is None else term.add_(bias)
 
 
@@ -88,6 +122,7 @@ def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Te
     return FusedChains.apply(
         x,
         folded_a,
+        tuple(layer.base_scale for layer in layers),
         *(layer.base_weight for layer in layers),
         *(layer.base.bias for layer in layers),
         *(layer.B for layer in layers),

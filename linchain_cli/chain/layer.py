@@ -7,12 +7,14 @@ and adapter in one autograd node, and is what training runs when nothing stands 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linchain_cli.chain.fused import Siblings, add_product, fused_chains
+from linchain_cli.chain.fused import AddBase, Siblings, fused_chains
 
 
 def collapse(links: Tensor) -> Tensor:
@@ -101,8 +103,14 @@ class ChainLinear(nn.Module):
 
     @property
     def base_weight(self) -> Tensor:
-        """W0 (d_out, d_in)."""
+        """W0 (d_out, d_in); in 4 bit, whatever shape its numbers are packed in."""
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
+
+    @property
+    def base_scale(self) -> Any:
+        """The scales of a W0 in 4 bit (bitsandbytes' QuantState), else None."""
+        # FSDP2 gives the layer tensors of its own for weights, which do not bring their scales along.
+        return getattr(self.base.weight, "quant_state", None) or getattr(self.base, "quant_state", None)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) → (..., d_out)."""
@@ -119,23 +127,28 @@ class ChainLinear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         h = F.linear(F.dropout(rows, self.dropout) if self._drops() else rows, folded_a.to(x.dtype))
         term = F.linear(h, self.B.to(x.dtype))
-        if self._has_plain_base(x):
-            return add_product(term, rows, self.base_weight.T, self.base.bias).view(*x.shape[:-1], -1)
+        if self._adds_to_base(x):
+            added = AddBase.apply(term, rows, self.base_weight, self.base_scale, self.base.bias)
+            return added.view(*x.shape[:-1], -1)
         return self.base(x) + term.view(*x.shape[:-1], -1)
 
     def is_fused(self, x: Tensor) -> bool:
-        """Whether the layer adds its chain, without dropout, to an ordinary matrix of x's type that needs no
-        gradient and nobody hooks into."""
-        return self.enabled and not self._drops() and self._has_plain_base(x)
+        """Whether the layer adds its chain, without dropout, to a matrix that `_adds_to_base` takes."""
+        return self.enabled and not self._drops() and self._adds_to_base(x)
 
     def _drops(self) -> bool:
         return self.training and self.dropout > 0
 
-    def _has_plain_base(self, x: Tensor) -> bool:
+    def _adds_to_base(self, x: Tensor) -> bool:
+        """Whether the base is a matrix of x's type, or one in 4 bit that computes in it, which needs no
+        gradient and nobody hooks into."""
         base = self.base
+        if type(base).__name__ == "Linear4bit":
+            usual = self.base_scale is not None and base.compute_dtype == x.dtype
+        else:
+            usual = type(base) in (nn.Linear, Conv1D) and base.weight.dtype == x.dtype
         return (
-            type(base) in (nn.Linear, Conv1D)
-            and base.weight.dtype == x.dtype
+            usual
             and not base.weight.requires_grad
             and not base._forward_hooks
             and not base._forward_pre_hooks

@@ -25,7 +25,7 @@ def test_the_node_passes_gradcheck(outputs):
     x, a = random(3, 5, 6), random(2 * len(outputs), 6)
     bs = [random(d_out, 2) for d_out in outputs]
     assert torch.autograd.gradcheck(
-        lambda x, a, *bs: FusedChains.apply(x, a, *weights, *biases, *bs), (x, a, *bs)
+        lambda x, a, *bs: FusedChains.apply(x, a, (None,) * len(weights), *weights, *biases, *bs), (x, a, *bs)
     )
 
 

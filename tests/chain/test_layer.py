@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linchain_cli.chain import ChainLinear, collapse, delta_weight, find_siblings, folded
+from linchain_cli.chain.fused import matrix
 from linchain_cli.chain.init import initial_links, initialise
 
 BASES = {
@@ -173,13 +174,26 @@ def test_a_module_without_a_matrix_is_refused():
         ChainLinear(nn.LayerNorm(4), 2, 1, 4)
 
 
+def in_4_bit(base: nn.Linear) -> nn.Linear:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    d_out, d_in = base.weight.shape
+    rounded = Linear4bit(d_in, d_out, bias=base.bias is not None, compute_dtype=base.weight.dtype)
+    rounded.weight = Params4bit(base.weight.float(), requires_grad=False, quant_type="nf4")
+    rounded.bias = base.bias
+    rounded.support_avx512bf16_for_cpu = False
+    return rounded.to("cpu")  # which is when it rounds
+
+
 @pytest.mark.parametrize("way", ["fused", "dropout", "siblings"])
+@pytest.mark.parametrize("bits", [16, 4])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_term_below_the_last_digit_of_the_bases_output_is_not_lost_in_bfloat16(way, bias):
+def test_a_term_below_the_last_digit_of_the_bases_output_is_not_lost_in_bfloat16(way, bits, bias):
     """The first steps' terms are that small. Added to a rounded output they would vanish, all of them."""
     torch.manual_seed(0)
     d_in, d_out = 64, 256
     base = nn.Linear(d_in, d_out, bias=bias).to(torch.bfloat16).requires_grad_(False)
+    base = in_4_bit(base) if bits == 4 else base
     layer = ChainLinear(base, 4, 2, 8.0, dropout=1e-9 if way == "dropout" else 0.0)
     initialise(layer, "layer", "orthogonal", seed=0)
     nn.init.normal_(layer.B)
@@ -198,8 +212,26 @@ def test_a_term_below_the_last_digit_of_the_bases_output_is_not_lost_in_bfloat16
             found = [member(x) for member in model.values()][1]
     else:
         found = layer(x)
-    exact = x.double() @ base.weight.double().T + (base.bias.double() if bias else 0)
+    weight = matrix(layer.base_weight, layer.base_scale, torch.bfloat16).double()
+    exact = x.double() @ weight.T + (base.bias.double() if bias else 0)
     arrived = ((found.double() - exact) * term).sum() / term.square().sum()
     assert 0.8 < arrived < 1.2
     added_later = output.to(torch.bfloat16) + term.to(torch.bfloat16)
     assert ((added_later.double() - output) * term).sum() / term.square().sum() < 0.5
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_4_bit_base_has_the_gradients_of_its_rounded_weights(dropout):
+    plain, rounded = make_layer(dropout=dropout), make_layer(dropout=dropout)
+    rounded.base = in_4_bit(rounded.base)
+    weight = matrix(rounded.base_weight, rounded.base_scale, torch.float32)
+    assert weight.shape == plain.base.weight.shape and not torch.equal(weight, plain.base.weight)
+    plain.base.weight.copy_(weight)
+    found = []
+    for layer in (plain, rounded):
+        x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        torch.manual_seed(2)
+        layer(x).square().sum().backward()
+        found.append([x.grad, layer.A.grad, layer.links.grad, layer.B.grad])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)

@@ -106,8 +106,11 @@ def test_dropout_of_the_base_stays_off_when_blocks_are_recomputed():
     assert first.requires_grad and torch.equal(first, second)
 
 
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
 @pytest.mark.parametrize(("dropout", "recompute"), [(0.0, False), (0.3, True)])
-def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(job_of, monkeypatch, dropout, recompute):
+def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(
+    job_of, monkeypatch, dropout, recompute, quantization
+):
     """Traced with autograd, without generated code: that takes a minute, see the slow test."""
     compile = torch.compile
     graphs = []
@@ -119,7 +122,11 @@ def test_compiled_blocks_are_one_graph_and_give_the_same_gradients(job_of, monke
 
         return compile(forward, backend=backend, fullgraph=True, **options)
 
-    changes = {"adapter.dropout": dropout, "training.gradient_checkpointing": recompute}
+    changes = {
+        "adapter.dropout": dropout,
+        "training.gradient_checkpointing": recompute,
+        "model.quantization": quantization,
+    }
     plain = one_step(job_of(changes))
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
