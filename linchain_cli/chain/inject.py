@@ -184,6 +184,11 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
         layer.enabled = enabled
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether a chain of the model would apply dropout now, so that equal inputs have different outputs."""
+    return any(layer.drops for layer in model.modules() if isinstance(layer, ChainLinear))
+
+
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """The base model's behaviour for the length of the block."""

@@ -125,7 +125,7 @@ class ChainLinear(nn.Module):
         if fused:
             return fused_chains(x, folded_a, [self])[0]
         rows = x.reshape(-1, x.shape[-1])
-        h = F.linear(F.dropout(rows, self.dropout) if self._drops() else rows, folded_a.to(x.dtype))
+        h = F.linear(F.dropout(rows, self.dropout) if self.drops else rows, folded_a.to(x.dtype))
         term = F.linear(h, self.B.to(x.dtype))
         if self._adds_to_base(x):
             added = AddBase.apply(term, rows, self.base_weight, self.base_scale, self.base.bias)
@@ -134,10 +134,12 @@ class ChainLinear(nn.Module):
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the layer adds its chain, without dropout, to a matrix that `_adds_to_base` takes."""
-        return self.enabled and not self._drops() and self._adds_to_base(x)
+        return self.enabled and not self.drops and self._adds_to_base(x)
 
-    def _drops(self) -> bool:
-        return self.training and self.dropout > 0
+    @property
+    def drops(self) -> bool:
+        """Whether it would apply dropout now."""
+        return self.enabled and self.training and self.dropout > 0
 
     def _adds_to_base(self, x: Tensor) -> bool:
         """Whether the base is a matrix of x's type, or one in 4 bit that computes in it, which needs no

@@ -46,14 +46,7 @@ def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
     """The backbone's last hidden states of rows without padding: their tokens', and those of the tokens
     behind them that belong to no row, (count, d). For models that `reads_flat` allows."""
     with reading_flat():
-        output = backbone(model)(
-            input_ids=rows.input_ids,
-            position_ids=rows.position_ids,
-            padded_rows=rows.padded_rows,
-            flat_rows=rows.flat_rows,
-            row_mask=rows.row_mask,
-            use_cache=False,
-        )
+        output = backbone(model)(**vars(rows), use_cache=False)
     return output.last_hidden_state[0]
 
 
@@ -68,8 +61,9 @@ def reads_flat(model: nn.Module, longest: int) -> bool:
 
 @torch.no_grad()
 def allow_flat_rows(model: nn.Module) -> bool:
-    """Tries on two rows of different lengths whether the model gives the same without padding as with it, and
-    from then on has `reads_flat` say so. Models that mix neighbouring tokens outside their attention do not.
+    """Tries on two rows of different lengths whether the model gives the same without padding, and with their
+    common beginning computed once, as with padding, and from then on has `reads_flat` say so. Models that mix
+    neighbouring tokens outside their attention do not.
     """
     forbid_flat_rows(model)
     longest = int(min(13, attention_window(model)))
@@ -77,12 +71,14 @@ def allow_flat_rows(model: nn.Module) -> bool:
         return False
     embeddings = model.get_input_embeddings().weight
     ids = (torch.arange(2 * longest).view(2, longest) + 1) % embeddings.shape[0]
+    ids[1, : longest // 3] = ids[0, : longest // 3]
     mask = torch.ones_like(ids)
     mask[0, longest // 2 :] = 0
     rows = FlatRows.of(ids, mask, embeddings.dtype).to(embeddings.device)
+    real = mask.bool().to(embeddings.device)
     try:
-        padded = hidden_states(model, ids.to(embeddings.device)).float()[mask.bool().to(embeddings.device)]
-        flat = flat_hidden_states(model, rows)[: len(padded)].float()
+        padded = hidden_states(model, ids.to(embeddings.device)).float()[real]
+        flat = flat_hidden_states(model, rows)[rows.padded_rows[:, :longest][real]].float()
         same = alike(flat, padded, model.dtype)
     except (AttributeError, TypeError, ValueError, RuntimeError):
         same = False

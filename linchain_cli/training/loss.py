@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from linchain_cli.chain import drops
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.model.attention import FlatRows
 from linchain_cli.model.head import flat_hidden_states, head_logits, hidden_states, reads_flat
@@ -18,33 +19,39 @@ from linchain_cli.model.last_block import reading_only
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25
+_LABELS = 2**32  # more than any vocabulary has
 
 
 @contextlib.contextmanager
-def _labelled(model: nn.Module, batch: Batch, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Hidden states (n, d) of the positions whose next token is labelled, and those n labels. A backward pass
-    through the hidden states belongs inside.
+def _labelled(
+    model: nn.Module, batch: Batch, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Hidden states (n, d) of the positions whose next token is labelled, those n labels, and how many times
+    each counts: rows that begin alike share positions. A backward pass through the hidden states belongs
+    inside.
 
     Which positions these are is worked out where the batch lies, on the CPU: a GPU would have to be waited
     for.
     """
-    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    positions = (targets != IGNORED).nonzero()[:, 0]
-    labels = targets[positions].to(device, non_blocking=True)
-    flat, tokens = reads_flat(model, batch.input_ids.shape[1]), batch.attention_mask.flatten()
-    if flat:
-        positions = (tokens.cumsum(0) - 1)[positions]
+    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+    rows, places = (targets != IGNORED).nonzero().T
+    if reads_flat(model, targets.shape[1]):
+        dtype = model.get_input_embeddings().weight.dtype
+        flat = FlatRows.of(batch.input_ids, batch.attention_mask, dtype, share=not drops(model))
+        positions, tokens = flat.padded_rows[rows, places], flat.input_ids.shape[1]
+    else:
+        flat, positions, tokens = None, rows * targets.shape[1] + places, int(batch.attention_mask.sum())
+    pairs, counts = (positions * _LABELS + targets[rows, places]).unique(return_counts=True)
+    positions, labels = pairs // _LABELS, pairs % _LABELS
+    read = positions.unique_consecutive().to(device, non_blocking=True)
+    positions, labels, counts = (each.to(device, non_blocking=True) for each in (positions, labels, counts))
     # Where most positions are read, picking them out saves less than it costs.
-    few = 2 * len(positions) < int(tokens.sum())
-    positions = positions.to(device, non_blocking=True)
-    with reading_only(model, positions if few else None):
-        if flat:
-            dtype = model.get_input_embeddings().weight.dtype
-            rows = FlatRows.of(batch.input_ids, batch.attention_mask, dtype)
-            hidden = flat_hidden_states(model, rows.to(device))
+    with reading_only(model, read if 2 * len(read) < tokens else None):
+        if flat is not None:
+            hidden = flat_hidden_states(model, flat.to(device))
         else:
             hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
-        yield hidden.index_select(0, positions), labels
+        yield hidden.index_select(0, positions), labels, counts
 
 
 def _pieces(model: nn.Module, count: int) -> list[slice]:
@@ -70,12 +77,13 @@ def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device)
         The scaled loss, a float32 scalar on `device`, detached.
     """
     total = torch.zeros((), dtype=torch.float32, device=device)
-    with _labelled(model, batch, device) as (hidden, targets):
+    with _labelled(model, batch, device) as (hidden, targets, counts):
         leaf = hidden.detach().requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
         for piece in _pieces(model, len(targets)):
             logits = head_logits(model, leaf[piece])
-            loss = scale * F.cross_entropy(_widened(logits), targets[piece], reduction="sum")
+            losses = F.cross_entropy(_widened(logits), targets[piece], reduction="none")
+            loss = scale * (losses * counts[piece]).sum()
             loss.backward()
             total += loss.detach()
         if hidden.requires_grad:
@@ -93,8 +101,8 @@ def _widened(logits: Tensor) -> Tensor:
 def summed_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Summed cross-entropy over the labelled positions, without gradients: a float64 scalar on `device`."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with _labelled(model, batch, device) as (hidden, targets):
+    with _labelled(model, batch, device) as (hidden, targets, counts):
         for piece in _pieces(model, len(targets)):
             logits = _widened(head_logits(model, hidden[piece]))
-            total += F.cross_entropy(logits, targets[piece], reduction="sum")
+            total += (F.cross_entropy(logits, targets[piece], reduction="none") * counts[piece]).sum()
     return total

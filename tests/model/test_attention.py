@@ -109,13 +109,16 @@ def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
     longest = min(8, int(min(attention_window(model), 8)))
     ids = IDS[:, :longest].repeat(2, 1)
     mask = torch.tensor([[1] * n + [0] * (longest - n) for n in (3, longest, 1, longest - 1)])
-    rows = FlatRows.of(ids, mask, torch.float32)
     padded = hidden_and_gradient(
         model, lambda: hidden_states(model, ids).flatten(0, 1)[mask.flatten().bool()]
     )
-    flat = hidden_and_gradient(model, lambda: flat_hidden_states(model, rows)[: mask.sum()])
-    for ours, theirs in zip(flat, padded, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
+    for share in (False, True):
+        rows = FlatRows.of(ids, mask, torch.float32, share=share)
+        assert len(rows.shared_tokens) == share * longest  # one of rows 0 and 2, the others of rows 1 and 3
+        real = rows.padded_rows[:, :longest][mask.bool()]
+        flat = hidden_and_gradient(model, lambda: flat_hidden_states(model, rows)[real])  # noqa: B023
+        for ours, theirs in zip(flat, padded, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
     assert reads_flat(model, longest)
     assert reads_flat(model, 1000) == (attention_window(model) >= 1000)
 
@@ -136,12 +139,28 @@ def test_flat_rows_know_where_their_tokens_stand():
     assert torch.equal(rows.row_mask < 0, torch.ones(LENGTH_STEP, LENGTH_STEP).triu(1).bool())
 
 
+def test_what_rows_begin_with_is_computed_once():
+    ids = torch.tensor([[7, 8, 9, 1], [7, 8, 2, 3], [5, 8, 9, 1], [7, 8, 2, 0], [7, 8, 2, 3]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    rows = FlatRows.of(ids, mask, torch.float32)
+    assert rows.input_ids[0, :10].tolist() == [7, 8, 9, 1, 2, 3, 5, 8, 9, 1]
+    assert rows.position_ids[0, :10].tolist() == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3]
+    tokens = rows.padded_rows[:, :4]
+    assert tokens[mask.bool()].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 0, 1, 4, 0, 1, 4, 5]
+    assert rows.shared_tokens.tolist() == [0, 1, 4, 5]
+    # Token 4 is in the third place of rows 1, 3 and 4; rows 0 and 2 do not have it, nor does a slot of padding.
+    assert rows.token_holders[2].tolist() == [4, LENGTH_STEP + 2, 4, 3 * LENGTH_STEP + 2, 4 * LENGTH_STEP + 2]
+    alone = FlatRows.of(ids, mask, torch.float32, share=False)
+    assert alone.input_ids[0, : mask.sum()].tolist() == ids[mask.bool()].tolist()
+    assert len(alone.shared_tokens) == 0 and alone.token_holders.shape == (0, 5)
+
+
 PLACES = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 0)]
 
 
 def test_rows_that_fill_every_slot_get_some_padding():
     full = torch.ones(3, LENGTH_STEP, dtype=torch.long)
-    rows = FlatRows.of(full, full, torch.float32)
+    rows = FlatRows.of(full, full, torch.float32, share=False)
     assert rows.padded_rows.shape == (3, 2 * LENGTH_STEP)
     assert rows.flat_rows[:24].tolist() == [row * 16 + place for row in range(3) for place in range(8)]
     assert set(rows.flat_rows[24:].tolist()) == {8}
@@ -149,7 +168,9 @@ def test_rows_that_fill_every_slot_get_some_padding():
 
 def test_no_position_lies_behind_the_longest_row():
     full = torch.ones(3, 5, dtype=torch.long)
-    assert FlatRows.of(full, full, torch.float32).position_ids.tolist() == [[*range(5)] * 3 + [0]]
+    assert FlatRows.of(full, full, torch.float32, share=False).position_ids.tolist() == [
+        [*range(5)] * 3 + [0]
+    ]
 
 
 def test_shapes_recur():
@@ -157,7 +178,7 @@ def test_shapes_recur():
     shapes = set()
     for longest in range(17, 25):
         mask = torch.ones(3, longest, dtype=torch.long)
-        rows = FlatRows.of(mask, mask.tril(longest - 3), torch.float32)
+        rows = FlatRows.of(mask, mask.tril(longest - 3), torch.float32, share=False)
         shapes.add((rows.input_ids.shape[1], *rows.padded_rows.shape))
     assert shapes == {(48, 3, 24), (64, 3, 24), (80, 3, 24)}
 
