@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli.chain import ChainConfig, chain_layers, find_siblings, folded, inject
+from linchain_cli.data.batches import collate, micro_batches, step_rows, steps_per_epoch
 from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
-from linchain_cli.model.attention import GROUPED, may_group
+from linchain_cli.model.attention import GROUPED, FlatRows, may_group
 from linchain_cli.model.loading import (
     empty_model,
     resolve_attention,
@@ -43,6 +44,7 @@ _SMALL = 4096  # elements; smaller tensors keep their 8-bit optimizer's state in
 _CPU_GAPS = 0.4
 # What a model's code raises that cannot run without values, or not in part.
 _UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, ImportError)
+_SAMPLED_STEPS = 8
 _TIMED_BLOCKS = 4
 _TIMED_BLOCK_WEIGHTS = 50_000_000  # larger blocks are timed alone
 _TIMING_SECONDS = 0.6  # for each of three measurements
@@ -162,7 +164,7 @@ def predict(
     )
     timed = None
     try:
-        timed = _time(recipe, model, epoch, steps, validation, device, world)
+        timed = _time(recipe, model, train, steps, validation, device, world)
         if recipe.model.quantization != "none":
             notes.append("the time is without that of restoring quantised weights")
     except _UNSUPPORTED as error:
@@ -292,12 +294,13 @@ def _blocks(decoder: nn.Module) -> tuple[str, nn.ModuleList]:
 def _time(
     recipe: Recipe,
     model: nn.Module,
-    epoch: EpochPlan,
+    rows: EncodedRows,
     steps: int,
     validation: EncodedRows | None,
     device: torch.device,
     world: int,
 ) -> TimePlan:
+    epoch = recipe_epoch(recipe, rows, world)
     batch = min(_micro_batch(recipe), epoch.rows)
     length = max(1, round(epoch.computed / epoch.rows))
     labels = max(1, round(batch * epoch.supervised_tokens / epoch.rows))
@@ -307,20 +310,39 @@ def _time(
         both += forward
     # With grouped attention only that sees the padding, which is little beside the rest.
     flat = _attention(recipe, model, device) == GROUPED
-    epoch_seconds = (
-        both * (epoch.tokens if flat else epoch.computed) + 2 * each_label * epoch.supervised_tokens
-    ) / world
+
+    def positions(rows: EncodedRows, epoch: EpochPlan, drops: bool) -> float:
+        if not flat:
+            return epoch.computed
+        return epoch.tokens * (1.0 if drops else computed_share(recipe, rows, world))
+
+    blocks = both * positions(rows, epoch, recipe.adapter.dropout > 0)
+    epoch_seconds = (blocks + 2 * each_label * epoch.supervised_tokens) / world
     train = epoch_seconds * steps / epoch.steps
     validate = 0.0
     if validation is not None:
-        rows = recipe_epoch(recipe, validation, world)
+        held_out = recipe_epoch(recipe, validation, world)
         times = math.ceil(steps / recipe.training.eval_every)
-        validate = (
-            times
-            * (forward * (rows.tokens if flat else rows.computed) + each_label * rows.supervised_tokens)
-            / world
-        )
+        blocks = forward * positions(validation, held_out, False)
+        validate = times * (blocks + each_label * held_out.supervised_tokens) / world
     return TimePlan(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2))
+
+
+def computed_share(recipe: Recipe, rows: EncodedRows, world: int = 1) -> float:
+    """The share of the rows' tokens that a model computes if it reads them without padding and what the rows
+    of a micro-batch begin with once; of the first steps, since any are as good."""
+    size = recipe.training.global_batch_size
+    tokens = computed = 0
+    for step in range(min(_SAMPLED_STEPS, steps_per_epoch(len(rows), size))):
+        chosen = step_rows(len(rows), recipe.seed, size, step)
+        for part in micro_batches(chosen, rows.lengths, _micro_batch(recipe), 0, world):
+            if not len(part):
+                continue
+            batch = collate(rows, part, 0)
+            tokens += int(batch.attention_mask.sum())
+            flat = FlatRows.of(batch.input_ids, batch.attention_mask, torch.float32)
+            computed += flat.input_ids.shape[1]
+    return computed / tokens
 
 
 def position_seconds(

@@ -148,7 +148,7 @@ def test_what_rows_begin_with_is_computed_once():
     tokens = rows.padded_rows[:, :4]
     assert tokens[mask.bool()].tolist() == [0, 1, 2, 3, 0, 1, 4, 5, 6, 7, 8, 9, 0, 1, 4, 0, 1, 4, 5]
     assert rows.shared_tokens.tolist() == [0, 1, 4, 5]
-    # Token 4 is in the third place of rows 1, 3 and 4; rows 0 and 2 do not have it, nor does a slot of padding.
+    # Token 4 is in the third place of rows 1, 3 and 4. Rows 0 and 2 lack it, and so does the padding, slot 4.
     assert rows.token_holders[2].tolist() == [4, LENGTH_STEP + 2, 4, 3 * LENGTH_STEP + 2, 4 * LENGTH_STEP + 2]
     alone = FlatRows.of(ids, mask, torch.float32, share=False)
     assert alone.input_ids[0, : mask.sum()].tolist() == ids[mask.bool()].tolist()

@@ -5,6 +5,7 @@ nothing.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
 from linchain_cli.model.attention import use_grouped_attention
-from linchain_cli.model.head import reads_flat
+from linchain_cli.model.head import flat_hidden_states, reads_flat
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss
 from linchain_cli.training.base import suit_to_training
@@ -287,9 +288,17 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
     assert job.state.step == 6
 
 
-def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_dir):
-    """Grouped attention, rows without padding, siblings, lean norms and folding, against transformers' own
-    forward with the written-out loss."""
+def alike_up_to(count: int, batch: Batch) -> Batch:
+    """Every token is labelled, and rows have the first `count` in common."""
+    ids = batch.input_ids.clone()
+    ids[:, :count] = ids[0, :count]
+    return Batch(ids, batch.attention_mask, torch.where(batch.attention_mask.bool(), ids, IGNORED))
+
+
+@pytest.mark.parametrize("change", [lambda batch: batch, partial(alike_up_to, 9), partial(alike_up_to, 4)])
+def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_dir, change):
+    """Grouped attention, rows without padding, common beginnings computed once, siblings, lean norms and
+    folding, against transformers' own forward with the written-out loss."""
     fast, plain = load(tiny_llama_dir), load(tiny_llama_dir)
     for model in (fast, plain):
         inject(
@@ -300,7 +309,7 @@ def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_d
         make_different_from_base(model)
     assert use_grouped_attention(fast)
     suit_to_training(fast)
-    batches = [batch_of([17, 5, 11], 600, seed) for seed in range(2)]
+    batches = [change(batch_of([17, 5, 11], 600, seed)) for seed in range(2)]
     assert len(find_siblings(fast, lambda: fast(batches[0].input_ids))) == fast.config.num_hidden_layers
     with folded(fast):
         ours = sum(loss.backward(fast, batch, 0.01, CPU) for batch in batches)
@@ -320,6 +329,24 @@ def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_d
         torch.testing.assert_close(
             gradient, reference[name], rtol=1e-4, atol=1e-5 * reference[name].abs().max()
         )
+
+
+def test_with_dropout_each_row_has_its_own(job_of, monkeypatch):
+    """Chains drop other entries in every row, also where rows begin alike."""
+    counts = []
+    monkeypatch.setattr(
+        loss,
+        "flat_hidden_states",
+        lambda model, rows: counts.append(rows.input_ids.shape[1]) or flat_hidden_states(model, rows),
+    )
+    batch = alike_up_to(30, batch_of([40, 40, 40], 600))
+    for dropout in (0.0, 0.1):
+        job = job_of({"adapter.dropout": dropout})
+        with loop._dropout(job):
+            loss.backward(job.model, batch, 0.01, CPU)
+        loss.summed_loss(job.model, batch, CPU)
+    # 60 different tokens in steps of 16; 120 in rows of their own.
+    assert counts == [64, 64, 128, 64]
 
 
 def test_what_the_fast_base_computes_is_in_use(base):

@@ -15,7 +15,7 @@ from linchain_cli.data.dataset import prepare_data
 from linchain_cli.model.loading import load_model, load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import plan as plans
-from linchain_cli.training.plan import planned_model, predict, saved_bytes
+from linchain_cli.training.plan import computed_share, planned_model, predict, saved_bytes
 
 CPU = torch.device("cpu")
 CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])
@@ -218,3 +218,16 @@ def test_a_run_records_the_prediction_beside_what_it_measured(
     assert measured["train_seconds"] == pytest.approx(job.state.seconds, abs=0.01)
     assert measured["peak_memory_bytes"] > plan["memory"]["base"]
     assert measured["tokens_per_second"] > 0
+
+
+def test_the_time_counts_common_beginnings_once(make_recipe, tmp_path):
+    """Four rows of ten tokens, eight of them the same: 16 different ones, one step of counts."""
+
+    class Encoded(list):
+        lengths = np.full(4, 10, dtype=np.int32)
+
+    rows = Encoded((np.array([*range(8), 20 + 2 * i, 21 + 2 * i]), np.ones(10, dtype=bool)) for i in range(4))
+    one_by_one = make_recipe(tmp_path, global_batch_size=4, micro_batch_size=1)
+    together = make_recipe(tmp_path, global_batch_size=4, micro_batch_size=4)
+    assert computed_share(together, rows) == 16 / 40
+    assert computed_share(one_by_one, rows) == 4 * 16 / 40, "each fills one step of counts"
