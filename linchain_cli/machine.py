@@ -30,6 +30,14 @@ def limit_threads() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), cpu_limit()))
 
 
+def cpu_vendor() -> str:
+    """The processor's maker as it names itself: GenuineIntel, AuthenticAMD; empty where that is not told."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = (PROC / "cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith("vendor_id")).partition(":")[2].strip()
+    return ""
+
+
 def available_memory() -> int:
     """Bytes of main memory that this process can still take, within its control group's limit."""
     free = [*_memory_left()]

@@ -94,3 +94,11 @@ def test_threads_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch):
 def test_the_real_machine_gives_sane_numbers():
     assert 1 <= machine.cpu_limit() <= (os.cpu_count() or 1)
     assert machine.available_memory() > 1 << 20
+
+
+def test_the_processors_maker(box):
+    assert machine.cpu_vendor() == ""
+    box("proc/cpuinfo", "processor\t: 0\nmodel\t: 1\n")
+    assert machine.cpu_vendor() == ""
+    box("proc/cpuinfo", "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n")
+    assert machine.cpu_vendor() == "AuthenticAMD"

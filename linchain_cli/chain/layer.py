@@ -143,7 +143,7 @@ class ChainLinear(nn.Module):
 
     def _adds_to_base(self, x: Tensor) -> bool:
         """Whether the base is a matrix of x's type, or one in 4 bit that computes in it, which needs no
-        gradient and nobody hooks into."""
+        gradient and whose forward nobody hooks into or replaced."""
         base = self.base
         if type(base).__name__ == "Linear4bit":
             usual = self.base_scale is not None and base.compute_dtype == x.dtype
@@ -152,6 +152,7 @@ class ChainLinear(nn.Module):
         return (
             usual
             and not base.weight.requires_grad
+            and "forward" not in vars(base)
             and not base._forward_hooks
             and not base._forward_pre_hooks
         )

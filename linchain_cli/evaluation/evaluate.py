@@ -22,6 +22,7 @@ from linchain_cli.evaluation.options import OptionTree, build_tree
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.results import Prediction, Results, summarise
 from linchain_cli.evaluation.task import Task, TaskRow
+from linchain_cli.model.products import fast_products
 from linchain_cli.storage import sha256_bytes, tensor_bytes
 
 ProtocolName = Literal["likelihood", "generate"]
@@ -211,8 +212,9 @@ def _evaluating(model) -> Iterator[None]:
     """Eval mode (dropout off), no gradients, chains folded; afterwards the model is in the mode it was in."""
     was_training = model.training
     model.eval()
+    chains = folded(model) if chain_layers(model) else contextlib.nullcontext()
     try:
-        with torch.inference_mode(), folded(model) if chain_layers(model) else contextlib.nullcontext():
+        with torch.inference_mode(), chains, fast_products(model):
             yield
     finally:
         model.train(was_training)
