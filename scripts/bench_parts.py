@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from bench.train_arms import RATE, Rows, make_job, restore_norms  # noqa: E402
+from bench.train_arms import RATE, Rows, make_job, read_rows_apart, restore_norms  # noqa: E402
 
 
 def parts(model) -> dict[str, tuple[Callable, Callable]]:
@@ -49,6 +49,7 @@ def parts(model) -> dict[str, tuple[Callable, Callable]]:
         "lean norms": (lambda: restore_norms(model), lambda: make_norms_lean(model)),
         "q, k and v in one node": (lone, lambda: find_siblings(model, lambda: hidden_states(model, ids))),
         "rows without padding": (lambda: forbid_flat_rows(model), lambda: allow_flat_rows(model)),
+        "common beginnings once": (read_rows_apart, lambda: read_rows_apart(False)),
         "last block at labels": (lambda: untrim_last_block(model), lambda: trim_last_block(model)),
     }
     if model.config._attn_implementation == GROUPED:

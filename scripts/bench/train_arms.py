@@ -160,6 +160,14 @@ def limit_arm(settings: dict) -> None:
     serve(settings, job, rows, step)
 
 
+def read_rows_apart(apart: bool = True) -> None:
+    """linchain computes what rows begin with for each of them, as it does with dropout; False ends it."""
+    from linchain_cli.chain import drops
+    from linchain_cli.training import loss
+
+    loss.drops = (lambda model: True) if apart else drops
+
+
 def restore_norms(model: nn.Module) -> None:
     """Takes linchain's norms out again: peers and the limit run transformers' own."""
     for module in model.modules():
