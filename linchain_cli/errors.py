@@ -12,9 +12,13 @@ from collections.abc import Iterable
 
 
 class LinchainError(Exception):
-    """The work failed. The message is shown as it is, without a traceback."""
+    """The work failed. The message is shown as it is, without a traceback.
+
+    `stop_signal` is the signal that had asked for a stop before, if any: whoever has more to do stops, too.
+    """
 
     exit_code = 1
+    stop_signal = 0
 
 
 class InputError(LinchainError):

@@ -131,6 +131,10 @@ class _Runner:
             except InputError:
                 raise
             except LinchainError as error:
+                if error.stop_signal:
+                    raise Stopped(
+                        f"stopped; {recipe.name} had failed before: {error}", error.stop_signal
+                    ) from error
                 failures.append(f"{recipe.name}: {error}")
                 note(failures[-1])
         return failures

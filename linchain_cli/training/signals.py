@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 
-from linchain_cli.errors import Stopped
+from linchain_cli.errors import LinchainError, Stopped
 
 
 class StopRequest:
@@ -41,6 +41,9 @@ def stop_requests() -> Iterator[StopRequest]:
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield request
+    except LinchainError as error:
+        error.stop_signal = request.signum
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -193,6 +193,20 @@ def test_an_arm_that_fails_does_not_end_the_others(recipe_path, tmp_path, monkey
     assert [row["label"] for row in results["tables"]["recipe_rate"]] == ["LoRA", "depth 3, kaiming"]
 
 
+def test_a_signal_ends_the_comparison_also_if_its_run_then_fails(recipe_path, tmp_path, monkeypatch):
+    """As on a full disk: what the signal asked for must not be lost with the run."""
+
+    def failing(self, *shown):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise LinchainError("No space left on device")
+
+    monkeypatch.setattr(Display, "step", failing)
+    with pytest.raises(Stopped, match="depth-0_seed-1 had failed before: No space left") as stop:
+        run_comparison(expand(recipe_path, ["adapter.depth=0,1"]), [1])
+    assert stop.value.exit_code == 143
+    assert set(runs_of(ComparisonDirectory(tmp_path / "tiny"))) == {"depth-0_seed-1"}
+
+
 def test_other_rows_are_no_continuation(recipe_path, rows_path, tmp_path):
     own = tmp_path / "rows.json"
     own.write_bytes(rows_path.read_bytes())
