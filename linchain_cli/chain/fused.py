@@ -107,8 +107,13 @@ def matrix(weight: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _add_product(term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # As the bias comes first in torch's own layers, a term of zero then leaves their output bit for bit. In
+    # half precision small terms would be lost in it, and it has to come last.
+    first = bias is not None and term.dtype in (torch.float32, torch.float64)
+    if first:
+        term.add_(bias)
     term.addmm_(x, weight.T)
-    return term if bias is None else term.add_(bias)
+    return term if bias is None or first else term.add_(bias)
 
 
 def _parts(h: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
