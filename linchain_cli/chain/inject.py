@@ -136,8 +136,8 @@ def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 def inject(model: nn.Module, config: ChainConfig, seed: int = 0, prefix: str = "") -> dict[str, ChainLinear]:
     """Replaces every matched linear module by a freshly initialised chain layer around it, in place.
 
-    All other parameters of the model are frozen. With B = 0 the model's output is what it was: bit for bit with
-    ordinary layers in float32 or without bias, to a rounding with a bias in half precision or quantised.
+    All other parameters of the model are frozen. With B = 0 the model's output is what it was: bit for bit
+    with ordinary layers in float32 or without bias, to a rounding with a bias in half precision or quantised.
 
     Returns:
         The new layers by module path.
