@@ -2,6 +2,7 @@
 
 LinchainError        exit code 1: the work failed, the message says why
 ├── InputError       exit code 2: the input is wrong; the message names the place and the remedy
+│   └── InUse        another process is at work in the directory
 └── Stopped          exit code 130 or 143: a signal ended the run after its state was saved
 """
 
@@ -25,6 +26,10 @@ class InputError(LinchainError):
     """The user's input is wrong: a recipe, a path, an option, a model or a data set out of reach."""
 
     exit_code = 2
+
+
+class InUse(InputError):
+    """Another process is at work in the directory."""
 
 
 class Stopped(LinchainError):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from linchain_cli import storage
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.errors import InputError, InUse, did_you_mean
 
 Status = Literal["running", "stopped", "failed", "finished"]
 
@@ -111,7 +112,7 @@ class RunDirectory:
         The lock file lies beside the directory, so that it outlives a replaced one.
 
         Raises:
-            InputError: another process holds it.
+            InUse: another process holds it.
         """
         with locked(self.path):
             yield
@@ -137,11 +138,12 @@ class ComparisonDirectory:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
     """Keeps every other linchain process out of the directory `path`, by a lock file beside it.
 
     Raises:
-        InputError: another process holds it, or nothing can be written there.
+        InUse: another process holds it, and still does after `wait` seconds.
+        InputError: nothing can be written there.
     """
     try:
         storage.make_directory(path.parent)
@@ -151,10 +153,15 @@ def locked(path: Path) -> Iterator[None]:
             f"{path.parent} cannot be written to ({error.strerror}); choose another output_dir"
         ) from error
     with lock as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(_in_use_message(path)) from None
+        give_up = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= give_up:
+                    raise InUse(_in_use_message(path)) from None
+                time.sleep(0.05)
         yield
 
 

@@ -1,4 +1,4 @@
-"""All runs of a comparison, one after another, on one loaded base model."""
+"""All runs of a comparison, one after another, on one loaded base model; several processes may share them."""
 
 from __future__ import annotations
 
@@ -13,22 +13,30 @@ from accelerate import Accelerator
 
 from linchain_cli.chain import attach, detach, load_adapter
 from linchain_cli.comparison import results as found
-from linchain_cli.comparison.definition import Definition, arm_recipe, open_definition, remove
+from linchain_cli.comparison.definition import (
+    Definition,
+    arm_recipe,
+    open_definition,
+    read_definition,
+    remove,
+)
 from linchain_cli.comparison.grid import Arm, Grid
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.data.dataset import PreparedData, prepare_data
-from linchain_cli.errors import InputError, LinchainError, Stopped
+from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import load_tasks
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
-from linchain_cli.run import ComparisonDirectory, RunDirectory, locked
+from linchain_cli.run import ComparisonDirectory, RunDirectory, in_use, locked
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.progress import note
 from linchain_cli.training.runner import run_training
+
+_WAIT = 60.0  # seconds for another process to write the definition or the results
 
 
 def run_comparison(
@@ -37,8 +45,9 @@ def run_comparison(
     """Trains every arm with every seed, unless that was done before, and writes what came out.
 
     The comparison lies at the base recipe's <output_dir>/<name>. Called again, it continues: finished runs
-    are kept, a stopped one is resumed, new arms and seeds are added. The seeds turn slowest, so that all arms
-    have one seed before any has two.
+    are kept, a stopped one is resumed, new arms and seeds are added. Called while another process is at it,
+    it takes the runs that nobody is at, and leaves the others to them. The seeds turn slowest, so that all
+    arms have one seed before any has two.
 
     Args:
         seeds: each takes the place of the recipe's seed: initial values, row order and dropout.
@@ -54,25 +63,35 @@ def run_comparison(
         LinchainError: runs failed (a loss that is not finite, say); the others are done and written.
     """
     directory = ComparisonDirectory(grid.base.run_path)
-    with locked(directory.path):
+    with locked(directory.path, _WAIT):
         arms = _adjusted(grid) if equal_parameters else list(grid.arms)
         tasks = _tasks(grid.base)
         if fresh:
+            _refuse_busy(directory)
             remove(directory)
         definition = open_definition(directory, grid, equal_parameters)
         wanted = definition.add(arms, seeds, _command(grid, seeds, equal_parameters))
         definition.write(directory)
-        try:
-            failures = _Runner(directory, definition, tasks).run(
-                [(arm, seed) for seed in seeds for arm in wanted]
-            )
-        except (Stopped, KeyboardInterrupt):
-            _write(directory, definition)
-            raise
-        results = _write(directory, definition)
+    try:
+        failures = _Runner(directory, definition, tasks).run(
+            [(arm, seed) for seed in seeds for arm in wanted]
+        )
+    except (Stopped, KeyboardInterrupt):
+        _write(directory)
+        raise
+    results = _write(directory)
     if failures:
         raise LinchainError(f"{len(failures)} of {len(results['runs'])} runs failed:\n" + "\n".join(failures))
     return results
+
+
+def _refuse_busy(directory: ComparisonDirectory) -> None:
+    for lock in sorted(directory.arms_dir.glob(".*.lock")):
+        run = lock.with_name(lock.name[1 : -len(".lock")])
+        if in_use(run):
+            raise InUse(
+                f"{run} is being trained by another linchain process; wait for it or stop it before --fresh"
+            )
 
 
 def _command(grid: Grid, seeds: Sequence[int], equal_parameters: bool) -> list[str]:
@@ -96,10 +115,12 @@ def _tasks(recipe: Recipe) -> list[Task]:
     return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
 
 
-def _write(directory: ComparisonDirectory, definition: Definition) -> dict[str, Any]:
-    results = found.collect(directory, definition)
-    found.write(directory, results)
-    comparison_plot(directory, results)
+def _write(directory: ComparisonDirectory) -> dict[str, Any]:
+    """Writes what there is now, also of arms that another process added in the meantime."""
+    with locked(directory.path, _WAIT):
+        results = found.collect(directory, read_definition(directory))
+        found.write(directory, results)
+        comparison_plot(directory, results)
     return results
 
 
@@ -118,37 +139,53 @@ class _Runner:
             raise InputError(
                 "a comparison runs in one process: start it without torchrun or accelerate launch"
             )
-        failures = []
-        for number, (arm, seed) in enumerate(wanted, 1):
-            recipe = arm_recipe(arm, seed, self.directory)
-            try:
-                self._bring_to_end(recipe, arm, f"run {number} of {len(wanted)}: {recipe.name}")
-            except Stopped as stop:
-                raise Stopped(
-                    f"stopped during {recipe.name}, whose state is saved: the same command continues",
-                    stop.exit_code - 128,
-                ) from stop
-            except InputError:
-                raise
-            except LinchainError as error:
-                if error.stop_signal:
-                    raise Stopped(
-                        f"stopped; {recipe.name} had failed before: {error}", error.stop_signal
-                    ) from error
-                failures.append(f"{recipe.name}: {error}")
-                note(failures[-1])
+        failures: list[str] = []
+        left = list(enumerate(wanted, 1))
+        while left:
+            busy = [one for one in left if not self._attempt(*one, len(wanted), failures)]
+            if len(busy) == len(left):
+                names = ", ".join(arm_recipe(*one, self.directory).name for _, one in busy)
+                note(f"left to other processes that are at them: {names}")
+                break
+            left = busy
         return failures
+
+    def _attempt(self, number: int, one: tuple[Arm, int], count: int, failures: list[str]) -> bool:
+        """Brings a run to its end, or its failure into `failures`; False if another process is at it."""
+        arm, seed = one
+        recipe = arm_recipe(arm, seed, self.directory)
+        try:
+            self._bring_to_end(recipe, arm, f"run {number} of {count}: {recipe.name}")
+        except InUse:
+            return False
+        except Stopped as stop:
+            raise Stopped(
+                f"stopped during {recipe.name}, whose state is saved: the same command continues",
+                stop.exit_code - 128,
+            ) from stop
+        except InputError:
+            raise
+        except LinchainError as error:
+            if error.stop_signal:
+                message = f"stopped; {recipe.name} had failed before: {error}"
+                raise Stopped(message, error.stop_signal) from error
+            failures.append(f"{recipe.name}: {error}")
+            note(failures[-1])
+        return True
 
     def _bring_to_end(self, recipe: Recipe, arm: Arm, title: str) -> None:
         run = RunDirectory(recipe.run_path)
+        if in_use(run.path):  # before the base model is loaded for it
+            raise InUse(str(run.path))
         finished = run.exists() and run.read_status()["status"] == "finished"
         if not finished:
             note(title)
             self._train(recipe, arm, run)
             shutil.rmtree(run.checkpoints_dir, ignore_errors=True)  # a finished run has no use for them
         if self.tasks and not self._is_evaluated(run):
-            note(f"{title}: evaluating")
-            self._evaluate(recipe, run)
+            with run.lock():
+                note(f"{title}: evaluating")
+                self._evaluate(recipe, run)
 
     def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
         base = self._loaded(recipe)
@@ -157,6 +194,8 @@ class _Runner:
         labels = {"comparison": self.directory.path.name, "arm": arm.name, "own_peak_memory": own_peak}
         try:
             run_training(recipe, resume=unfinished, base=base, labels=labels, quiet=not sys.stderr.isatty())
+        except InUse:
+            raise
         except InputError as error:
             if unfinished:
                 raise InputError(
@@ -165,7 +204,7 @@ class _Runner:
             raise
         finally:
             detach(base.model)
-            if run.exists():
+            if run.exists() and not in_use(run.path):
                 loss_plot(run)
 
     def _loaded(self, recipe: Recipe) -> Base:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from linchain_cli.commands.compare import parse_seeds
 from linchain_cli.comparison import runner
 from linchain_cli.comparison.grid import expand
 from linchain_cli.comparison.runner import run_comparison
-from linchain_cli.errors import InputError, LinchainError, Stopped
+from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.recipe import load_recipe
-from linchain_cli.run import ComparisonDirectory, RunDirectory, newest_finished_run, read_jsonl
+from linchain_cli.run import ComparisonDirectory, RunDirectory, locked, newest_finished_run, read_jsonl
 from linchain_cli.training.progress import Display
 from linchain_cli.training.runner import run_training
 
@@ -317,11 +321,44 @@ def test_a_misspelt_task_is_told_before_anything_is_trained(recipe_path, tmp_pat
     assert not (tmp_path / "tiny").exists()
 
 
-def test_two_processes_do_not_share_a_comparison(recipe_path, tmp_path):
-    from linchain_cli.run import locked
+def test_runs_that_another_process_is_at_are_left_to_it(recipe_path, tmp_path, capsys, loads):
+    directory = ComparisonDirectory(tmp_path / "tiny")
+    run_comparison(expand(recipe_path, ["adapter.depth=0,3"]), [1])
+    grid = expand(recipe_path, ["adapter.depth=0,1,3"])
+    with locked(directory.arms_dir / "depth-1-kaiming_seed-1"):
+        results = run_comparison(grid, [1])
+        assert [row["label"] for row in results["tables"]["recipe_rate"]] == ["LoRA", "depth 3, kaiming"]
+        assert "left to other processes that are at them: depth-1-kaiming_seed-1" in capsys.readouterr().err
+        with pytest.raises(InUse, match=r"depth-1-kaiming_seed-1 is being trained .* before --fresh"):
+            run_comparison(grid, [1], fresh=True)
+    assert len(loads) == 1, "nothing to load a base for"
+    results = run_comparison(grid, [1])
+    assert len(results["tables"]["recipe_rate"]) == 3
 
-    with locked(tmp_path / "tiny"), pytest.raises(InputError, match="in use by another linchain process"):
-        run_comparison(expand(recipe_path, WORDS), [1])
+
+def test_two_processes_share_the_runs(finished, write_recipe, tmp_path):
+    """Both are started with the same command at the same time; together they train each run once."""
+    _, whole, expected = finished
+    path = write_recipe(tmp_path)
+    command = [sys.executable, "-m", "linchain_cli", "compare", str(path), *WORDS, "--seeds", "1,2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    both = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    messages = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], messages
+    directory = ComparisonDirectory(tmp_path / "tiny")
+    trained = [re.findall(r"run \d of 4: (\S+)", text) for text in messages]
+    # Both may start for the same run; one gets it.
+    assert set(trained[0] + trained[1]) == set(runs_of(directory))
+    assert min(len(set(names)) for names in trained) < 4, "neither trained all"
+    for name, run in runs_of(directory).items():
+        assert metrics(run) == metrics(RunDirectory(whole.arms_dir / name))
+    assert (
+        json.loads(directory.results_path.read_bytes())["tables"]["recipe_rate"][1]["difference"]
+        == (expected["tables"]["recipe_rate"][1]["difference"])
+    )
 
 
 def test_seeds():
