@@ -63,9 +63,9 @@ def run_comparison(
         LinchainError: runs failed (a loss that is not finite, say); the others are done and written.
     """
     directory = ComparisonDirectory(grid.base.run_path)
+    arms = _adjusted(grid) if equal_parameters else list(grid.arms)
+    tasks = _tasks(grid.base)
     with locked(directory.path, _WAIT):
-        arms = _adjusted(grid) if equal_parameters else list(grid.arms)
-        tasks = _tasks(grid.base)
         if fresh:
             _refuse_busy(directory)
             remove(directory)
