@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from linchain_cli.machine import cpu_vendor
 
-# oneDNN takes 1 to 2 ms to write a program for each new number of rows. With few rows it is faster, too (1.1 to
-# 1.4 times from 16 on), but that is microseconds.
+# oneDNN takes 1 to 2 ms to write a program for each new number of rows. With few rows it is faster, too (1.1
+# to 1.4 times from 16 on), but that is microseconds.
 MIN_ROWS = 64
 
 
