@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,3 +105,30 @@ def test_the_processors_maker(box):
     assert machine.cpu_vendor() == ""
     box("proc/cpuinfo", "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel\t: 17\n")
     assert machine.cpu_vendor() == "AuthenticAMD"
+
+
+_GAPS = """
+import sys
+from linchain_cli.machine import release_memory
+from linchain_cli.training.plan import resident_bytes
+blocks = [b"x" * 100_000 for _ in range(2000)]
+held = resident_bytes()
+kept = blocks[::2]
+del blocks
+left = resident_bytes()
+release_memory()
+print(held - left, held - resident_bytes())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told to")
+def test_memory_between_blocks_that_live_on_goes_back_to_the_system():
+    found = subprocess.run([sys.executable, "-c", _GAPS], capture_output=True, text=True, check=True)
+    before, after = map(int, found.stdout.split())
+    assert before < 10e6  # 100 MB are free, in gaps of 100 kB
+    assert after > 80e6
+
+
+def test_where_the_c_library_cannot_give_memory_back_nothing_happens(monkeypatch):
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
+    machine.release_memory()

@@ -27,6 +27,7 @@ from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import load_tasks
+from linchain_cli.machine import release_memory
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
@@ -190,6 +191,7 @@ class _Runner:
     def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
         base = self._loaded(recipe)
         unfinished = run.exists()
+        release_memory()  # what the arm before has left is not this one's
         own_peak = reset_peak_memory(self.accelerator.device)
         labels = {"comparison": self.directory.path.name, "arm": arm.name, "own_peak_memory": own_peak}
         try:

@@ -18,6 +18,7 @@ from linchain_cli import storage
 from linchain_cli.chain import folded
 from linchain_cli.data.batches import collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError, Stopped
+from linchain_cli.machine import release_memory
 from linchain_cli.training import loss
 from linchain_cli.training import state as states
 from linchain_cli.training.job import Job
@@ -28,6 +29,9 @@ from linchain_cli.training.progress import Display
 from linchain_cli.training.schedule import learning_rate
 from linchain_cli.training.signals import StopRequest
 
+# Between two returns of freed memory. Taking a gigabyte again costs the next step a quarter of a second.
+_RELEASE_SECONDS = 30.0
+
 
 def train(job: Job, display: Display, stop: StopRequest) -> None:
     """Runs optimizer steps until the last one, an early stop, or a signal.
@@ -37,7 +41,7 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
         LinchainError: the loss or the gradient stopped being finite; the checkpoints are kept.
     """
     training, state, data = job.recipe.training, job.state, job.data.train
-    interval = Interval()
+    interval, released = Interval(), time.perf_counter()
     stop.deferred = True
     while state.step < job.total_steps and not stops_early(job):
         started = time.perf_counter()
@@ -63,6 +67,9 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
             validate(job, display)
         if state.step % training.save_every == 0 or last or step.signum or stops_early(job):
             save(job)
+        if job.device.type == "cpu" and time.perf_counter() - released > _RELEASE_SECONDS:
+            release_memory()
+            released = time.perf_counter()
         if step.signum:
             message = f"stopped at step {state.step} of {job.total_steps}; continue with --resume"
             raise_on_all(job.accelerator, Stopped(message, step.signum))
