@@ -33,7 +33,7 @@ from linchain_cli.model.loading import (
     text_decoder_prefix,
 )
 from linchain_cli.recipe import Recipe
-from linchain_cli.training.loss import LOGITS_BUDGET
+from linchain_cli.training.loss import positions_at_once
 from linchain_cli.training.norms import make_norms_lean
 
 # Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
@@ -159,7 +159,7 @@ def predict(
         adapters=2 * 4 * (sum(p.numel() for p in trained) + folded_factors),
         optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
         activations=activations,
-        logits=_logits(model, batch * int(train.supervised_counts.max())),
+        logits=_logits(model, batch * int(train.supervised_counts.max()), device),
         allocator=int(_CPU_GAPS * (activations or 0)) if device.type == "cpu" else 0,
     )
     timed = None
@@ -226,10 +226,10 @@ def resident_bytes() -> int:
         return 0
 
 
-def _logits(model: nn.Module, labelled: int) -> int:
+def _logits(model: nn.Module, labelled: int, device: torch.device) -> int:
     """The logits of the largest piece, in the model's type and in float32, and their gradients."""
     weight = model.get_output_embeddings().weight
-    rows = min(labelled, max(1, LOGITS_BUDGET // weight.shape[0]))
+    rows = min(labelled, positions_at_once(weight.shape[0], device))
     return 2 * (4 + weight.element_size()) * rows * weight.shape[0]
 
 

@@ -16,7 +16,7 @@ from linchain_cli.chain import chain_layers, find_siblings, folded, inject
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
-from linchain_cli.model.attention import use_grouped_attention
+from linchain_cli.model.attention import TOKEN_STEP, use_grouped_attention
 from linchain_cli.model.head import flat_hidden_states, reads_flat
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss
@@ -107,6 +107,31 @@ def test_logits_in_pieces_give_what_logits_at_once_give(chained, monkeypatch):
     for name, gradient in whole[1].items():
         torch.testing.assert_close(pieces[1][name], gradient, rtol=1e-9, atol=1e-14)
     torch.testing.assert_close(loss.summed_loss(chained, batch, CPU), summed)
+
+
+@pytest.mark.parametrize("labelled", [1, 15, 16, 17, 36])
+def test_on_a_cpu_the_head_sees_few_shapes(chained, monkeypatch, labelled):
+    """Each shape of a product costs a program of oneDNN's; what fills up counts nothing."""
+    batch = batch_of([20, 13, 7], chained.config.vocab_size)
+    batch.labels.view(-1)[(batch.labels.view(-1) != IGNORED).nonzero()[labelled:]] = IGNORED
+    count = int((batch.labels[:, 1:] != IGNORED).sum())
+    logits = chained(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    seen, head_logits = [], loss.head_logits
+    monkeypatch.setattr(
+        loss, "head_logits", lambda model, hidden: seen.append(len(hidden)) or head_logits(model, hidden)
+    )
+    assert loss.summed_loss(chained, batch, CPU).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert sum(seen) == count + -count % TOKEN_STEP and all(size % TOKEN_STEP == 0 for size in seen)
+
+
+def test_a_cpu_computes_fewer_positions_logits_at_once():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert [loss.positions_at_once(size, cpu) for size in (32_000, 49_152, 262_144)] == [160, 160, 128]
+    assert [loss.positions_at_once(size, cuda) for size in (32_000, 49_152, 262_144)] == [1048, 682, 128]
+    assert loss.positions_at_once(2**26, cuda) == 1
 
 
 def test_rows_without_labels_take_part_and_change_nothing(chained):
