@@ -4,31 +4,27 @@
 #     scripts/evidence.sh PART [MODEL] [DATA]
 #
 # PART   response-only   LoRA, MoSLoRA, three links (kaiming, orthogonal), three seeds: 12 runs
-#        figure2         the same arms with Figure 2's loss over prompt and response, one seed, without dropout: 4 runs
-#        search          one seed of what might make a chain better, each beside LoRA with the same change where it
-#                        has a meaning for LoRA: 21 runs more in response-only's comparison
-#        survivors       two more seeds of the arms that are named: survivors key=value,value ... (see below)
+#        figure2         LoRA and three links with Figure 2's loss over prompt and response, without dropout, three
+#                        seeds, and MoSLoRA with one: 10 runs
+#        rates           the same loss at learning rates up to 1e-2: LoRA and orthogonal links with one seed, at 3e-3
+#                        with three, kaiming links at 3e-3: 13 runs more in figure2's comparison
+#        search          one seed of what might make a chain better at 3e-3, with that loss: 5 runs more, and two in
+#                        directories of their own, whose chains are rewritten on the way
 #        grid            every arm at four learning rates, 500 steps, three seeds: 60 runs, for a GPU
 # MODEL  a checkpoint directory or hub id (models/SmolLM2-135M-Instruct)
 # DATA   LLM-Adapters' folder dataset/, with boolq/train.json and the like (data/llm_adapters)
 #
-# For survivors the environment variables MODEL and DATA take the place of the arguments, since arms follow:
-#     scripts/evidence.sh survivors adapter.depth=0,3 training.learning_rate=3e-4,3e-3
+# A value that stands twice, as in key=3,3, is one arm and leaves the comparison's own recipe as it is.
 #
 # A part that was stopped continues where it was; a part that is done only prints its tables again. Runs go below
 # runs/, or below $OUT. A run of 80 steps sees about 110,000 tokens. The same command started twice shares the runs;
 # on a CPU with OMP_NUM_THREADS=1 two processes get more done than one.
 set -euo pipefail
 
-part=${1:?"usage: scripts/evidence.sh response-only|figure2|search|survivors|grid [MODEL] [DATA]"}
-shift
+part=${1:?"usage: scripts/evidence.sh response-only|figure2|rates|search|grid [MODEL] [DATA]"}
+model=${2:-models/SmolLM2-135M-Instruct}
+data=${3:-data/llm_adapters}
 root=$(cd "$(dirname "$0")/.." && pwd)
-if [ "$part" != survivors ]; then
-    MODEL=${1:-${MODEL:-models/SmolLM2-135M-Instruct}}
-    DATA=${2:-${DATA:-data/llm_adapters}}
-fi
-model=${MODEL:-models/SmolLM2-135M-Instruct}
-data=${DATA:-data/llm_adapters}
 linchain=${LINCHAIN:-$root/.venv/bin/linchain}
 
 rows=()
@@ -41,26 +37,33 @@ compare() {  # RECIPE WORD...
     "$linchain" compare "$recipe" "${common[@]}" "$@"
 }
 
+whole() { compare figure2 adapter.dropout=0 "$@"; }
+orthogonal=(adapter.depth=3,3 adapter.init=orthogonal,orthogonal)
+lora_and_orthogonal=(adapter.depth=0,3 adapter.init=orthogonal,orthogonal)
+
 case $part in
 response-only)
     compare figure2-response-only adapter.depth=0,1,3 --seeds 1,2,3
     compare figure2-response-only adapter.init=kaiming,orthogonal --seeds 1,2,3
     ;;
 figure2)
-    compare figure2 adapter.dropout=0 adapter.depth=0,1,3 --seeds 1
-    compare figure2 adapter.dropout=0 adapter.init=kaiming,orthogonal --seeds 1
+    whole adapter.depth=0,3 adapter.init=kaiming,orthogonal --seeds 1,2,3
+    whole adapter.depth=0,1 --seeds 1
+    ;;
+rates)
+    whole "${lora_and_orthogonal[@]}" training.learning_rate=3e-3,3e-3 --seeds 1,2,3
+    whole "${lora_and_orthogonal[@]}" training.learning_rate=1e-3,5e-3,1e-2 --seeds 1
+    whole adapter.depth=3,3 adapter.init=kaiming,kaiming training.learning_rate=3e-3,3e-3 --seeds 1
     ;;
 search)
-    both=(adapter.depth=0,3 adapter.init=kaiming,orthogonal)
-    compare figure2-response-only "${both[@]}" training.learning_rate=3e-4,1e-3,3e-3 --seeds 1
-    compare figure2-response-only "${both[@]}" training.lr_multiplier.B=1,4 --seeds 1
-    compare figure2-response-only "${both[@]}" adapter.alpha=32,64 --seeds 1
-    compare figure2-response-only adapter.init=kaiming,orthogonal training.lr_multiplier.links=1,3,10 --seeds 1
-    compare figure2-response-only adapter.depth=2,6 adapter.init=kaiming,orthogonal --seeds 1
-    compare figure2-response-only adapter.init=kaiming,identity --seeds 1
-    ;;
-survivors)
-    compare figure2-response-only "$@" --seeds 2,3
+    whole "${orthogonal[@]}" training.learning_rate=3e-3,3e-3 training.lr_multiplier.links=3,3 --seeds 1
+    whole "${lora_and_orthogonal[@]}" training.learning_rate=1e-3,1e-3 training.lr_multiplier.B=4,4 --seeds 1
+    whole adapter.depth=6,6 adapter.init=orthogonal,orthogonal training.learning_rate=3e-3,3e-3 --seeds 1
+    whole adapter.depth=3,3 adapter.init=identity,identity training.learning_rate=3e-3,3e-3 --seeds 1
+    for mode in links balance; do
+        "$(dirname "$linchain")/python" "$root/scripts/try_refactoring.py" $mode 10 "$root/configs/figure2.yaml" \
+            "${common[@]}" adapter.dropout=0 adapter.init=orthogonal training.learning_rate=3e-3 seed=1 name=$mode-10
+    done
     ;;
 grid)
     compare figure2-response-only name=grid training.max_steps=500 training.warmup_steps=50 training.eval_every=25 \

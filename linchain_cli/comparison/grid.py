@@ -160,8 +160,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's values by dotted key; those that cannot matter are None: equal arms have equal settings."""
-    found = flat(recipe.model_dump(mode="json"))
+    """What a recipe trains, by dotted key: equal arms have equal settings.
+
+    Keys that touch no loss are left out, and those that cannot matter to this recipe are None.
+    """
+    values = flat(recipe.model_dump(mode="json"))
+    found = {key: value for key, value in values.items() if not _within(key, FREE)}
     if recipe.adapter.depth == 0:
         found[INIT] = found[LINKS_RATE] = None
     if recipe.adapter.init_from is not None:
@@ -170,9 +174,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
 
 def identity(recipe: Recipe) -> str:
-    """A recipe's settings as text, without what touches no loss."""
-    kept = {key: value for key, value in settings(recipe).items() if not _within(key, FREE)}
-    return json.dumps(kept, sort_keys=True)
+    """A recipe's settings as text."""
+    return json.dumps(settings(recipe), sort_keys=True)
 
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
@@ -226,7 +229,7 @@ def arm_name(recipe: Recipe, base: Recipe) -> str:
 
 def _tells(key: str, own: Mapping[str, Any]) -> bool:
     """Whether a setting belongs into an arm's name, behind depth and init: not where it cannot matter."""
-    return key not in (DEPTH, INIT, *FREE) and not (key == LINKS_RATE and own[key] is None)
+    return key not in (DEPTH, INIT) and not (key == LINKS_RATE and own[key] is None)
 
 
 def _slug(value: Any) -> str:

@@ -135,6 +135,25 @@ def test_a_rate_with_fewer_finished_seeds_is_no_best_rate(compared):
     assert by_label(at_best_rate(arms))["LoRA"]["learning_rate"] == 3e-3
 
 
+def test_arms_that_were_added_from_elsewhere_are_still_the_same_arms(recipe_path):
+    """A comparison that was moved, or continued with other tasks: nothing that its losses depend on."""
+    definition = Definition(expand(recipe_path, ["adapter.depth=0,3"]).base, False)
+    for words in (
+        ["adapter.depth=0,3", "output_dir=elsewhere"],
+        ["adapter.depth=0,3", "training.learning_rate=3e-3,1e-2", "evaluation.limit=7"],
+    ):
+        definition.add(expand(recipe_path, words).arms, [1])
+    losses = {"depth-0": 1.0, "depth-3-kaiming": 0.9}
+    found = [measurement(name, 1, loss) for name, loss in losses.items()]
+    found += [measurement(f"{name}_learning_rate-0.01", 1, loss / 2) for name, loss in losses.items()]
+    rows = at_best_rate(candidates(definition, found))
+    assert [(row["label"], row["learning_rate"]) for row in rows] == [
+        ("LoRA", 0.01),
+        ("depth 3, kaiming", 0.01),
+    ]
+    assert all(row["rates_tried"] == 2 for row in rows)
+
+
 def test_tokens_to_the_reference(compared):
     lora, chain = {1: 2.0, 2: 2.0}, {1: 1.0, 2: 2.5}
     arms, rate = compared(["adapter.depth=0,3"], {"depth-0": lora, "depth-3-kaiming": chain})
