@@ -7,7 +7,7 @@
 #        figure2         LoRA and three links with Figure 2's loss over prompt and response, without dropout, three
 #                        seeds, and MoSLoRA with one: 10 runs
 #        rates           the same loss at learning rates up to 1e-2: LoRA and orthogonal links with one seed, at 3e-3
-#                        with three, kaiming links at 3e-3: 13 runs more in figure2's comparison
+#                        with three, kaiming links at 3e-3: 11 runs more in figure2's comparison
 #        search          one seed of what might make a chain better at 3e-3, with that loss: 5 runs more, and two in
 #                        directories of their own, whose chains are rewritten on the way
 #        grid            every arm at four learning rates, 500 steps, three seeds: 60 runs, for a GPU
@@ -52,7 +52,7 @@ figure2)
     ;;
 rates)
     whole "${lora_and_orthogonal[@]}" training.learning_rate=3e-3,3e-3 --seeds 1,2,3
-    whole "${lora_and_orthogonal[@]}" training.learning_rate=1e-3,5e-3,1e-2 --seeds 1
+    whole "${lora_and_orthogonal[@]}" training.learning_rate=5e-3,1e-2 --seeds 1
     whole adapter.depth=3,3 adapter.init=kaiming,kaiming training.learning_rate=3e-3,3e-3 --seeds 1
     ;;
 search)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from linchain_cli.chain import ChainLinear
 from linchain_cli.chain.layer import collapse
+from linchain_cli.errors import LinchainError
 from linchain_cli.recipe import load_recipe
 from linchain_cli.training import loop
 from linchain_cli.training.job import Job
@@ -101,7 +102,10 @@ def main(arguments: Sequence[str]) -> None:
         return result
 
     loop.optimizer_step = step_and_refactor
-    run_training(load_recipe(recipe, overrides))
+    try:
+        run_training(load_recipe(recipe, overrides))
+    except LinchainError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
