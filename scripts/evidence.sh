@@ -8,7 +8,7 @@
 #                        seeds, and MoSLoRA with one: 10 runs
 #        rates           the same loss at learning rates up to 1e-2: LoRA and orthogonal links with one seed, at 3e-3
 #                        with three, kaiming links at 3e-3: 11 runs more in figure2's comparison
-#        search          one seed of what might make a chain better at 3e-3, with that loss: 5 runs more, and two in
+#        search          one seed of what might make a chain better at 3e-3, with that loss: 7 runs more, and two in
 #                        directories of their own, whose chains are rewritten on the way
 #        grid            every arm at four learning rates, 500 steps, three seeds: 60 runs, for a GPU
 # MODEL  a checkpoint directory or hub id (models/SmolLM2-135M-Instruct)
@@ -60,6 +60,8 @@ search)
     whole "${lora_and_orthogonal[@]}" training.learning_rate=1e-3,1e-3 training.lr_multiplier.B=4,4 --seeds 1
     whole adapter.depth=6,6 adapter.init=orthogonal,orthogonal training.learning_rate=3e-3,3e-3 --seeds 1
     whole adapter.depth=3,3 adapter.init=identity,identity training.learning_rate=3e-3,3e-3 --seeds 1
+    whole adapter.depth=3,3 adapter.init=kaiming,kaiming adapter.alpha=166,166 --seeds 1  # 32 times √3³
+    whole adapter.depth=0,0 training.lr_multiplier.A=3,3 --seeds 1
     for mode in links balance; do
         "$(dirname "$linchain")/python" "$root/scripts/try_refactoring.py" $mode 10 "$root/configs/figure2.yaml" \
             "${common[@]}" adapter.dropout=0 adapter.init=orthogonal training.learning_rate=3e-3 seed=1 name=$mode-10
