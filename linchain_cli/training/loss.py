@@ -19,7 +19,7 @@ from linchain_cli.model.last_block import reading_only
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25
-# On a CPU fewer positions at a time stay in its caches: 160 take 0.7 to 0.85 of the time of 682 with
+# On a CPU fewer positions at a time stay in its caches: 160 take 0.75 to 0.9 of the time of 640 with
 # vocabularies of 32,000 and 49,152, and 1.1 times that of 640 with 151,936, which the budget does not allow.
 _POSITIONS_ON_CPU = 160
 _LABELS = 2**32  # more than any vocabulary has

@@ -117,6 +117,14 @@ def test_the_base_is_loaded_once(recipe_path, loads):
     assert len(loads) == 1
 
 
+def test_no_arm_starts_with_memory_that_the_one_before_has_freed(recipe_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runner, "release_memory", lambda: calls.append("released"))
+    monkeypatch.setattr(runner, "reset_peak_memory", lambda device: calls.append("counted from here") or True)
+    run_comparison(expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"]), [1])
+    assert calls == ["released", "counted from here"] * 2
+
+
 def test_a_finished_comparison_is_read_again_not_run_again(recipe_path, loads, tmp_path):
     grid = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"])
     first = run_comparison(grid, [1])
