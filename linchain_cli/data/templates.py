@@ -4,9 +4,9 @@ The same object builds what is trained on and what is asked at evaluation, so th
 apart: `render(row).text` starts with `prompt(row)`. A template knows nothing of tokens, except that
 `chat` renders through the tokenizer's own chat template.
 
-    alpaca          the Stanford Alpaca prompt
-    llm-adapters    the training prompt of the LLM-Adapters repository, white space included, for its
-    checkpoints chat            the tokenizer's chat template; only assistant turns are supervised
+    alpaca          Stanford Alpaca's prompt and a line break behind it, as Alpaca-LoRA and most tools have it
+    llm-adapters    what LLM-Adapters' and the LinChain authors' finetune.py train on, byte for byte
+    chat            the tokenizer's chat template; only assistant turns are supervised
     plain           the instruction, the input and a line break
     a mapping       {prompt: "...", prompt_no_input: "...", response: "..."} with {column} placeholders
 """
@@ -111,6 +111,7 @@ _WITHOUT_INPUT = (
 
 
 def _alpaca() -> PromptTemplate:
+    """Stanford's own ends in "### Response:" without the line break; Alpaca-LoRA put it there."""
     return PromptTemplate(
         "alpaca",
         prompt=f"{_WITH_INPUT}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n"
@@ -121,15 +122,18 @@ def _alpaca() -> PromptTemplate:
 
 
 def _llm_adapters() -> PromptTemplate:
-    """LLM-Adapters' training prompt: its source indents the text and carries a linter's comment inside it."""
+    """The prompt of `generate_prompt` in LLM-Adapters' finetune.py, which indents it as the code around it.
+
+    One blank ends the first line of the form with an input, two that of the form without. Its evaluation
+    asks with other white space than it trains with; this is the one it trains with.
+    """
     indent = "\n" + " " * 16
-    head, gap = "  # noqa: E501\n" + indent, indent + indent
+    gap = indent + indent
+    asked, answer = f"### Instruction:{indent}{{instruction}}{gap}", f"### Response:{indent}"
     return PromptTemplate(
         "llm-adapters",
-        prompt=f"{_WITH_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}### Input:{indent}{{input}}"
-        f"{gap}### Response:{indent}",
-        prompt_no_input=f"{_WITHOUT_INPUT}{head}### Instruction:{indent}{{instruction}}{gap}"
-        f"### Response:{indent}",
+        prompt=f"{_WITH_INPUT} \n{indent}{asked}### Input:{indent}{{input}}{gap}{answer}",
+        prompt_no_input=f"{_WITHOUT_INPUT}  \n{indent}{asked}{answer}",
         response="{output}",
     )
 

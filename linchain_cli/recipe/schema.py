@@ -173,8 +173,9 @@ class DataConfig(StrictModel):
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
     template: Template = "alpaca"
-    """alpaca, llm-adapters (that repository's training prompt, byte by byte), chat (the tokenizer's own),
-    plain (input and output as they are), or a mapping with prompt, prompt_no_input and response."""
+    """alpaca (as Alpaca-LoRA writes it: Stanford's prompt and a line break), llm-adapters (the prompt that
+    LLM-Adapters and the LinChain authors train with, byte for byte), chat (the tokenizer's own), plain (input
+    and output as they are), or a mapping with prompt, prompt_no_input and response."""
     train_on_inputs: bool = False
     """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
     max_length: Annotated[int, Field(ge=2)] = 256

@@ -11,7 +11,7 @@ TEXTS = [
     "request.",
     "### Instruction:\nPlease answer the question with true or false\n\n### Input:\n\n### Response:\n",
     "the correct answer is true", "the correct answer is answer12",
-    "She has 16 apples, 4.5 pears.\nA: 20 # noqa: E501",
+    "She has 16 apples, 4.5 pears.\nA: 20 # four",
     "user assistant system What is two and two? It is four.", "naïve café 東京 🙂 — “quotes”",
 ]  # fmt: skip
 

@@ -18,7 +18,7 @@ INDENT = " " * 16
 LLM_ADAPTERS_WITH_INPUT = "\n".join(
     [
         "Below is an instruction that describes a task, paired with an input that provides further context. "
-        "Write a response that appropriately completes the request.  # noqa: E501",
+        "Write a response that appropriately completes the request. ",
         "",
         f"{INDENT}### Instruction:",
         f"{INDENT}Is it {{so}}?",
@@ -34,7 +34,7 @@ LLM_ADAPTERS_WITH_INPUT = "\n".join(
 LLM_ADAPTERS_WITHOUT = "\n".join(
     [
         "Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.  # noqa: E501",
+        "request.  ",
         "",
         f"{INDENT}### Instruction:",
         f"{INDENT}Is it {{so}}?",
@@ -72,6 +72,13 @@ def test_prompts_byte_by_byte(name, with_input, without):
     assert rendered.text == with_input + ROW["output"]
     assert rendered.spans == [(len(with_input), len(rendered.text))]
     assert rendered.ends
+
+
+def test_the_paper_s_prompt_has_nothing_behind_its_first_line_but_blanks():
+    template = get_template("llm-adapters", None)
+    with_input, without = (template.prompt(row).split("\n")[0] for row in (ROW, {**ROW, "input": ""}))
+    assert with_input.endswith("request. ") and not with_input.endswith("request.  ")
+    assert without.endswith("request.  ") and not without.endswith("request.   ")
 
 
 def test_a_template_of_ones_own():
