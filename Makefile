@@ -1,5 +1,6 @@
 # make quickstart   fine-tune a small real model on this machine, see that it got better
 # make test         all tests
+# make lint         ruff
 # make bench        benchmarks
 # make docs         what is generated: docs/recipe.md
 # make clean        remove build output and caches; .venv, models and runs stay
@@ -12,13 +13,15 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install quickstart test bench docs clean
+.PHONY: install quickstart test lint bench docs clean
 
 install: $(VENV)/.installed
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "linchain needs Python 3.11 or newer; none was found" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) has no venv module, which some systems \
+	package apart. On Debian and Ubuntu: apt install $(notdir $(PYTHON))-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -f $(BIN)/python; exit 1; }
 
 # setuptools comes first: with it the package is built in this environment, and nothing outside constraints.txt is fetched.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
@@ -36,6 +39,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check linchain_cli tests scripts
 
 bench: $(VENV)/.installed-bench
 	@test -f scripts/bench_train.py || { echo "this version has no benchmarks" >&2; exit 1; }

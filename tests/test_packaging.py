@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -9,9 +10,12 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from linchain_cli.recipe import shipped_recipes
 
@@ -102,10 +106,6 @@ def pinned() -> dict[str, str]:
 
 
 def test_constraints_pin_every_dependency_and_their_dependencies():
-    from importlib.metadata import PackageNotFoundError, requires
-
-    from packaging.requirements import Requirement
-
     extras = PROJECT["project"]["optional-dependencies"]
     todo = requirement_names(PROJECT["project"]["dependencies"] + extras["test"] + extras["bench"])
     pins, seen = pinned(), set()
@@ -124,8 +124,6 @@ def test_constraints_pin_every_dependency_and_their_dependencies():
 
 
 def test_constraints_admit_what_pyproject_asks_for():
-    from packaging.requirements import Requirement
-
     extras = PROJECT["project"]["optional-dependencies"]
     for text in PROJECT["project"]["dependencies"] + extras["test"] + extras["bench"]:
         requirement = Requirement(text)
@@ -135,3 +133,91 @@ def test_constraints_admit_what_pyproject_asks_for():
 def test_torch_is_pinned_without_a_local_version_and_no_cuda_package_is():
     assert "+" not in pinned()["torch"]
     assert not [name for name in pinned() if name.startswith(("nvidia-", "cuda-", "triton"))]
+
+
+def test_transformers_is_admitted_up_to_the_tested_minor_version():
+    """model/names.py replays what transformers keeps private: each new minor version is tried before it is
+    let in."""
+    texts = PROJECT["project"]["dependencies"]
+    (asked,) = (Requirement(text) for text in texts if normal(Requirement(text).name) == "transformers")
+    major, minor = Version(pinned()["transformers"]).release[:2]
+    assert asked.specifier.contains(f"{major}.{minor}.99") and asked.specifier.contains("5.17.0")
+    assert not asked.specifier.contains(f"{major}.{minor + 1}.0")
+
+
+def imported_packages(folder: Path) -> set[str]:
+    """First words of what the folder's files import, without the standard library and the project's own."""
+    own = {"linchain_cli", *(path.stem for path in folder.rglob("*.py")), *(p.name for p in folder.iterdir())}
+    names = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names.add(node.module.partition(".")[0])
+    return names - own - set(sys.stdlib_module_names)
+
+
+def undeclared(names: set[str], requirements: list[str]) -> set[str]:
+    """Those of these packages that no requirement names; one that is not installed has its own name there."""
+    declared, distributions = requirement_names(requirements), packages_distributions()
+    return {name for name in names if not {normal(one) for one in distributions.get(name, [name])} & declared}
+
+
+ELSEWHERE = {"llama_cpp"}  # scripts/check_llama_cpp.py runs in an environment of its own
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"), [("linchain_cli", []), ("tests", ["test"]), ("scripts", ["test", "bench"])]
+)
+def test_what_is_imported_is_declared(folder, extras):
+    """What another dependency happens to bring goes when that one no longer needs it."""
+    requirements = list(PROJECT["project"]["dependencies"])
+    for extra in extras:
+        requirements += PROJECT["project"]["optional-dependencies"][extra]
+    assert undeclared(imported_packages(ROOT / folder) - ELSEWHERE, requirements) == set()
+
+
+def test_an_undeclared_import_is_found(tmp_path):
+    (tmp_path / "module.py").write_text("def f():\n    import yaml, json\n    from scipy.stats import t\n")
+    assert imported_packages(tmp_path) == {"yaml", "scipy"}
+    assert undeclared({"yaml", "scipy"}, ["PyYAML>=6"]) == {"scipy"}
+
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+def fake_python(path: Path, modules: int, venv: int) -> Path:
+    """A Python whose `import ensurepip, venv` and `-m venv DIR` end with these codes; the latter leaves what
+    a real one leaves that fails half-way."""
+    path.write_text(
+        f"#!/bin/sh\n[ $1 = -c ] && exit {modules}\n"
+        f"mkdir -p $3/bin && touch $3/bin/python && echo 'no pip' >&2\nexit {venv}\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def make_install(venv: Path, python: Path) -> subprocess.CompletedProcess[str]:
+    command = ["make", "-C", str(ROOT), "install", f"VENV={venv}", f"PYTHON={python}"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+@needs_make
+def test_make_says_which_package_a_python_without_venv_lacks(tmp_path):
+    done = make_install(tmp_path / "venv", fake_python(tmp_path / "python3.11", modules=1, venv=1))
+    assert done.returncode != 0 and "apt install python3.11-venv" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+@needs_make
+def test_make_does_not_go_on_with_half_an_environment(tmp_path):
+    python = fake_python(tmp_path / "python3.11", modules=0, venv=1)
+    for _ in range(2):
+        done = make_install(tmp_path / "venv", python)
+        assert done.returncode != 0 and "no pip" in done.stderr
+
+
+def test_what_must_hold_before_a_change_lands_is_lint_and_tests():
+    steps = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "make lint" in steps and "make test" in steps
