@@ -33,8 +33,9 @@ def _check(recipe: Recipe, console: Console) -> None:
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.loading import default_device, load_tokenizer, locate
     from linchain_cli.training.job import chain_config
-    from linchain_cli.training.plan import predict, recipe_epoch, total_steps
+    from linchain_cli.training.plan import predict, recipe_epoch
     from linchain_cli.training.progress import counting_rows
+    from linchain_cli.training.schedule import total_steps, unreachable
 
     limit_threads()
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
@@ -47,7 +48,8 @@ def _check(recipe: Recipe, console: Console) -> None:
     epoch = recipe_epoch(recipe, data.train)
     check_view.sources(console, data)
     check_view.lengths(console, data, recipe.data.max_length)
-    check_view.epoch(console, epoch, total_steps(recipe, epoch.steps), recipe)
+    check_view.epoch(console, epoch, total_steps(recipe.training, epoch.rows), recipe)
+    check_view.notes(console, unreachable(recipe.training, epoch.rows, data.validation is not None))
     check_view.rows(console, data.train, tokenizer)
 
     plan = predict(recipe, chain_config(recipe), directory, data.train, data.validation, default_device())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +40,12 @@ def _print_table(
         line = "  ".join(cells).rstrip()
         if line:
             console.print(Text(line, style="" if number else "dim"))
+
+
+def notes(console: Console, messages: Iterable[str]) -> None:
+    """What the user should know, a line each."""
+    for message in messages:
+        console.print(f"note: {message}", style="yellow")
 
 
 def _count(number: int) -> str:
@@ -89,8 +95,7 @@ def sources(console: Console, data: PreparedData) -> None:
             console.print(f"  skipped {example}")
         for example in report.unsupervised_examples:
             console.print(f"  nothing supervised: {example}")
-        for warning in report.warnings:
-            console.print(f"note: {warning}", style="yellow")
+        notes(console, report.warnings)
 
 
 def lengths(console: Console, data: PreparedData, max_length: int) -> None:
@@ -196,8 +201,7 @@ def plan(console: Console, plan: Plan) -> None:
             f"({plan.time.tokens_per_second:,.0f} tokens per second without padding), and "
             f"{_duration(plan.time.validation_seconds)} for validation"
         )
-    for note in plan.notes:
-        console.print(f"note: {note}", style="yellow")
+    notes(console, plan.notes)
 
 
 def _duration(seconds: float) -> str:

@@ -36,6 +36,7 @@ from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.progress import note
 from linchain_cli.training.runner import run_training
+from linchain_cli.training.schedule import total_steps
 
 _WAIT = 60.0  # seconds for another process to write the definition or the results
 
@@ -236,11 +237,8 @@ class _Runner:
         self._note_sparse_validation(data)
 
     def _note_sparse_validation(self, data: PreparedData) -> None:
-        from linchain_cli.data.batches import steps_per_epoch
-
         training = self.definition.base.training
-        per_epoch = steps_per_epoch(len(data.train), training.global_batch_size)
-        steps = training.max_steps or round(training.epochs * per_epoch)
+        steps = total_steps(training, len(data.train))
         if steps / training.eval_every < 5:
             note(
                 f"only {steps // training.eval_every + (steps % training.eval_every > 0)} validation(s) in"

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _CHUNK_ROWS = 2048
 _CHUNK_CHARACTERS = 4_000_000
 _EXAMPLES = 5
+_AUTO_VALIDATION = 120
 
 Progress = Callable[[int], None]
 
@@ -89,7 +90,7 @@ def prepare_data(
         return store, report
 
     store, report = encoded(config.sources)
-    if isinstance(config.validation, int):
+    if config.validation == "auto" or isinstance(config.validation, int):
         train, validation = hold_out(store, config.validation, config.split_seed)
         prepared = PreparedData(train, validation, template, report)
     else:
@@ -103,8 +104,15 @@ def prepare_data(
     return prepared
 
 
-def hold_out(store: EncodedStore, rows: int, seed: int) -> tuple[EncodedRows, EncodedRows | None]:
-    """(training rows, validation rows): `rows` of the store, chosen by `seed`, are in the second alone."""
+def hold_out(
+    store: EncodedStore, rows: int | Literal["auto"], seed: int
+) -> tuple[EncodedRows, EncodedRows | None]:
+    """(training rows, validation rows): `rows` of the store, chosen by `seed`, are in the second alone.
+
+    `auto` holds out 120, but at most a tenth of the rows.
+    """
+    if rows == "auto":
+        rows = min(_AUTO_VALIDATION, max(1, store.num_rows // 10))
     if rows == 0:
         return EncodedRows(store), None
     if rows >= store.num_rows:

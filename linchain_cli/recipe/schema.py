@@ -128,6 +128,8 @@ def _rows_or_path(value: Any) -> Any:
 
 
 def _kind_of_validation(value: Any) -> str:
+    if value == "auto":
+        return "auto"
     return "path" if isinstance(value, str) else "rows"
 
 
@@ -142,10 +144,10 @@ Sources = Annotated[
     Expected("a registered name, a hub id, a file, or a list of them"),
 ]
 Validation = Annotated[
-    tagged(Annotated[int, Field(ge=0)], "rows") | tagged(Text, "path"),
+    tagged(Annotated[int, Field(ge=0)], "rows") | tagged(Literal["auto"], "auto") | tagged(Text, "path"),
     choose(_kind_of_validation),
     BeforeValidator(_rows_or_path, json_schema_input_type=int | str),
-    Expected("a number of rows to hold out (0 for none), or a file"),
+    Expected("a number of rows to hold out (0 for none), auto, or a file"),
 ]
 TemplateName = Literal["alpaca", "llm-adapters", "chat", "plain"]
 Template = Annotated[
@@ -168,8 +170,9 @@ class DataConfig(StrictModel):
     """Branch, tag or commit of a hub data set."""
     columns: Columns = {}
     """Where columns have other names, ours to theirs: {instruction: question, output: solution}."""
-    validation: Validation = 120
-    """Rows held out of train by split_seed, or a file of its own; 0 holds out none."""
+    validation: Validation = "auto"
+    """Rows held out of train by split_seed: auto (120, but at most a tenth of the rows) or a number, 0 for
+    none. Or a file of its own."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
     template: Template = "alpaca"
@@ -214,6 +217,20 @@ class LearningRateFactors(StrictModel):
     """Factor for B."""
 
 
+def _kind_of_warmup(value: Any) -> str:
+    try:
+        return "share" if 0 < float(value) < 1 else "steps"
+    except (TypeError, ValueError):
+        return "steps"
+
+
+WarmUp = Annotated[
+    tagged(Annotated[int, Field(ge=0)], "steps") | tagged(Annotated[float, Field(gt=0, lt=1)], "share"),
+    choose(_kind_of_warmup),
+    Expected("a whole number of at least 0, or a share of the run below 1"),
+]
+
+
 def _kind_of_micro_batch(value: Any) -> str:
     return "auto" if value == "auto" else "number"
 
@@ -245,8 +262,8 @@ class TrainingConfig(StrictModel):
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or
     constant."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps over which the learning rate rises from zero."""
+    warmup_steps: WarmUp = 0.05
+    """Steps over which the learning rate rises from zero: a number of them, or a share of the run below 1."""
     lr_multiplier: LearningRateFactors = LearningRateFactors()
     """Factors on the learning rate of A, links and B."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0

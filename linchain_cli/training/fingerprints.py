@@ -34,12 +34,18 @@ _MEANING = {
 }
 
 
-def fingerprints(recipe: Recipe, **others: Any) -> dict[str, Any]:
-    """What a checkpoint stores beside its state: the recipe's values and the `others`, those of _MEANING."""
+def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[str, Any]:
+    """What a checkpoint stores beside its state: the recipe's values and the `others`, those of _MEANING.
+
+    Args:
+        held_out: validation rows that were taken from the training rows; None if they have a file, of whose
+            rows the hash is among the others.
+    """
     assert others.keys() == _MEANING.keys()
     values = dict(_flat(recipe.model_dump(mode="json")))
-    if isinstance(recipe.data.validation, str):
-        del values["data.validation"]  # a path; its rows' hash is `validation`
+    del values["data.validation"]
+    if held_out is not None:
+        values["data.validation"] = held_out
     return {"recipe": values, **others}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training import optimizer as optimizers
+from linchain_cli.training import schedule
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.blocks import set_up_blocks
@@ -75,8 +75,7 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        training = self.recipe.training
-        return training.max_steps or math.ceil(training.epochs * self.steps_per_epoch)
+        return schedule.total_steps(self.recipe.training, len(self.data.train))
 
     def adapter(self) -> Adapter:
         """The adapter as it stands."""
@@ -176,6 +175,7 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
     )
     marks = fingerprints(
         recipe,
+        held_out=None if data.validation_report else len(data.validation or ()),
         data=data.report.fingerprint,
         validation=data.validation_report.fingerprint if data.validation_report else None,
         base=base.hash,
@@ -193,6 +193,7 @@ def warnings(job: Job) -> list[str]:
     """What the user should know before the first step."""
     recipe = job.recipe
     found = list(job.data.report.warnings)
+    found += schedule.unreachable(recipe.training, len(job.data.train), job.data.validation is not None)
     if recipe.adapter.init_from:
         trained_on = load_adapter(Path(recipe.adapter.init_from)).base.get("hash")
         if trained_on not in (None, job.base.hash):

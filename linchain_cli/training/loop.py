@@ -26,7 +26,7 @@ from linchain_cli.training.metrics import Interval, peak_memory_bytes
 from linchain_cli.training.optimizer import set_learning_rate
 from linchain_cli.training.processes import on_main, raise_on_all, sum_over_processes
 from linchain_cli.training.progress import Display
-from linchain_cli.training.schedule import learning_rate
+from linchain_cli.training.schedule import learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
 
 # Between two returns of freed memory. Taking a gigabyte again costs the next step a quarter of a second.
@@ -41,13 +41,14 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
         LinchainError: the loss or the gradient stopped being finite; the checkpoints are kept.
     """
     training, state, data = job.recipe.training, job.state, job.data.train
+    warmup = warmup_steps(training, job.total_steps)
     interval, released = Interval(), time.perf_counter()
     stop.deferred = True
     while state.step < job.total_steps and not stops_early(job):
         started = time.perf_counter()
         rows = step_rows(len(data), job.recipe.seed, training.global_batch_size, state.step)
         rate = learning_rate(
-            state.step, job.total_steps, training.learning_rate, training.warmup_steps, training.lr_scheduler
+            state.step, job.total_steps, training.learning_rate, warmup, training.lr_scheduler
         )
         step = optimizer_step(job, rows, rate, stop)
 

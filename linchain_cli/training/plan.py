@@ -35,6 +35,7 @@ from linchain_cli.model.loading import (
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.loss import positions_at_once
 from linchain_cli.training.norms import make_norms_lean
+from linchain_cli.training.schedule import total_steps
 
 # Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
 _QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
@@ -94,12 +95,6 @@ class Plan:
         return {**asdict(self), "memory": memory, "notes": list(self.notes)}
 
 
-def total_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    """Optimizer steps of the whole run."""
-    training = recipe.training
-    return training.max_steps or math.ceil(training.epochs * steps_per_epoch)
-
-
 def recipe_epoch(recipe: Recipe, rows: EncodedRows, world: int = 1) -> EpochPlan:
     """The batches of one epoch. `micro_batch_size: auto` counts as the whole batch, the most it can be."""
     training = recipe.training
@@ -140,7 +135,7 @@ def predict(
     resident = resident_bytes()
     model = planned_model(recipe, config, directory, device)
     epoch = recipe_epoch(recipe, train, world)
-    steps = total_steps(recipe, epoch.steps)
+    steps = total_steps(recipe.training, epoch.rows)
     base, trained = _parameters(model)
     notes: list[str] = []
 

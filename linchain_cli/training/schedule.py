@@ -1,10 +1,62 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing that several processes could
-step twice.
+"""How long a run is, and the learning rate as a pure function of the step: nothing to save, nothing that
+several processes could step twice.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from linchain_cli.data.batches import steps_per_epoch
+
+if TYPE_CHECKING:
+    from linchain_cli.recipe import TrainingConfig
+
+
+def total_steps(training: TrainingConfig, rows: int) -> int:
+    """Optimizer steps of a whole run over `rows` training rows; a part of an epoch is rounded up."""
+    if training.max_steps is not None:
+        return training.max_steps
+    return _share(training.epochs, steps_per_epoch(rows, training.global_batch_size))
+
+
+def warmup_steps(training: TrainingConfig, total: int) -> int:
+    """Steps of warm-up in a run of `total` steps; a share of them is rounded up."""
+    wanted = training.warmup_steps
+    return wanted if isinstance(wanted, int) else _share(wanted, total)
+
+
+def _share(factor: float, steps: int) -> int:
+    """factor · steps rounded up, the factor as it is written: as binary numbers 0.1 · 30 is above 3."""
+    return math.ceil(Fraction(str(factor)) * steps)
+
+
+def unreachable(training: TrainingConfig, rows: int, validates: bool) -> Iterator[str]:
+    """What the recipe asks for in numbers and a run over `rows` training rows is too short for."""
+    total = total_steps(training, rows)
+    warmup = warmup_steps(training, total)
+    if warmup > total:
+        highest = learning_rate(total - 1, total, training.learning_rate, warmup, training.lr_scheduler)
+        yield (
+            f"training.warmup_steps: the run has {total} steps, and warm-up takes {warmup}: the learning rate"
+            f" ends at {highest:.3g} and never reaches {training.learning_rate:.3g}. A number below 1 is a"
+            " share of the run (0.05)."
+        )
+    if training.global_batch_size > rows:
+        yield (
+            f"training.global_batch_size: {training.global_batch_size} rows are wanted for each step, and"
+            f" there are {rows} to train on: every step takes them all"
+        )
+    validations = math.ceil(total / training.eval_every) if validates else 0
+    patience = training.early_stopping
+    if patience is not None and patience >= validations - 1:  # the first one always counts as lower
+        yield (
+            f"training.early_stopping: {patience} validations without a lower loss cannot come before the"
+            f" last of the run's {validations} (training.eval_every is {training.eval_every}, its steps"
+            f" {total})"
+        )
 
 
 def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int, scheduler: str) -> float:

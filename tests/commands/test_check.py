@@ -47,7 +47,7 @@ def test_everything_is_shown(recipe, capsys):
     assert check(recipe) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out, "no colours where no terminal is"
-    assert "warmup_steps: 100" in out, "defaults are written out"
+    assert "warmup_steps: 0.05" in out, "defaults are written out"
     assert lines_of(out, "q_proj") == [["q_proj", "2"]] and lines_of(out, "down_proj") == [["down_proj", "2"]]
     trained = 2 * (4 * (64 + 64) + 2 * 16) + 2 * (4 * (128 + 64) + 2 * 16)
     assert f"{trained:,} trainable parameters in 4 modules" in out
@@ -68,6 +68,15 @@ def test_everything_is_shown(recipe, capsys):
         assert lines_of(out, part)
     assert "tokens per second without padding" in out
     assert sum(int(row[3].replace(",", "")) for row in lines_of(out, " ") if row[1:2] == ["to"]) == 36
+
+
+def test_numbers_that_a_short_run_cannot_reach_are_told(recipe, capsys):
+    assert check(recipe, "training.warmup_steps=100", "training.early_stopping=3") == 0
+    out = capsys.readouterr().out
+    assert "note: training.warmup_steps: the run has 10 steps, and warm-up takes 100" in out
+    assert "note: training.early_stopping: 3 validations without a lower loss cannot come before" in out
+    assert check(recipe) == 0
+    assert "training.warmup_steps: the run" not in capsys.readouterr().out, "defaults fit any length"
 
 
 def test_overrides_count(recipe, capsys):

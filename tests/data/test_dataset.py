@@ -9,12 +9,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from linchain_cli.data import dataset, fingerprint
-from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.dataset import hold_out, prepare_data
 from linchain_cli.data.encoding import text_encoder
 from linchain_cli.data.store import EncodedStore
 from linchain_cli.data.templates import get_template
@@ -193,6 +194,14 @@ def test_the_held_out_rows_never_change_between_versions(prepare, train):
     assert [validation.store_row(i) for i in range(5)] == [13, 17, 30, 39, 45]
 
 
+@pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (19, 1), (200, 20), (1200, 120), (170_420, 120)])
+def test_auto_holds_out_at_most_a_tenth_of_the_rows(rows, held_out):
+    train, validation = hold_out(SimpleNamespace(num_rows=rows), "auto", 42)
+    assert (len(train), len(validation)) == (rows - held_out, held_out)
+    _, asked = hold_out(SimpleNamespace(num_rows=rows), held_out, 42)
+    assert [asked.store_row(i) for i in range(held_out)] == [validation.store_row(i) for i in range(held_out)]
+
+
 def test_validation_from_a_file(prepare, train, write, rows):
     path = write("validation.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:3]) + json.dumps(
         {"instruction": "new", "output": "true"}))  # fmt: skip
@@ -328,8 +337,9 @@ def test_the_cache_is_where_the_environment_says(byte_level, train, data_config,
 PROCESS = """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from transformers import AutoTokenizer
-from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.dataset import hold_out, prepare_data
 from linchain_cli.recipe import DataConfig
 prepared = prepare_data(DataConfig(train=sys.argv[1], validation=0),
 AutoTokenizer.from_pretrained(sys.argv[2]),

@@ -84,7 +84,8 @@ def test_booleans_in_all_of_yamls_spellings(write, word, value):
 
 def test_validation_is_a_number_of_rows_or_a_file(write):
     path = write(MINIMAL)
-    assert load_recipe(path).data.validation == 120
+    assert load_recipe(path).data.validation == "auto"
+    assert load_recipe(path, ["data.validation=auto"]).data.validation == "auto"
     assert load_recipe(path, ["data.validation=7"]).data.validation == 7
     assert load_recipe(path, ["data.validation=dev.json"]).data.validation == "dev.json"
     assert "data.validation: expected a number of rows" in message(path, "data.validation=-7")
@@ -139,7 +140,11 @@ def test_every_problem_is_reported_at_once_with_line_key_and_remedy(write):
         ),
         (10, "data.template.promt", "unknown key. Did you mean 'prompt'?"),
         (12, "training.epochs", "give epochs or max_steps, not both."),
-        (14, "training.warmup_steps", "expected a whole number of at least 0, got 'soon'."),
+        (
+            14,
+            "training.warmup_steps",
+            "expected a whole number of at least 0, or a share of the run below 1, got 'soon'.",
+        ),
         (15, "learning_rate", "unknown key. Did you mean 'training.learning_rate'?"),
     ]
     assert lines[0] == f"{path} has {len(expected)} problems:"

@@ -26,12 +26,12 @@ seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
 adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
           target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
-data: {split: train, revision: null, columns: {}, validation: 120, split_seed: 42, template: alpaca,
+data: {split: train, revision: null, columns: {}, validation: auto, split_seed: 42, template: alpaca,
 train_on_inputs: false,
        max_length: 256, on_bad_row: error, max_unsupervised_share: 0.0}
 training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4,
 lr_scheduler: linear,
-           warmup_steps: 100, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
+           warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
            1.0, optimizer: adamw,
            gradient_checkpointing: false, compile: false, deterministic: false, parallel: auto, log_every:
            10, eval_every: 200,

@@ -216,6 +216,14 @@ def test_the_same_rows_and_base_in_another_place_are_no_difference(run_tiny, sto
     assert run_tiny({"data.train": str(moved)}, resume=True).state.step == 6
 
 
+def test_as_many_rows_held_out_are_no_difference_however_they_were_asked_for(run_tiny, stop_after):
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny({"data.validation": 4})
+    stop_after(None)
+    assert run_tiny({"data.validation": "auto"}, resume=True).state.step == 6
+
+
 def test_length_and_intervals_may_change_and_the_schedule_follows(run_tiny, stop_after, capfd):
     stop_after(3)
     with pytest.raises(LinchainError, match="pulled the plug"):
@@ -338,6 +346,12 @@ def test_no_validation_rows(run_tiny):
     job = run_tiny({"data.validation": 0, "training.keep": "last"})
     assert job.run.read_status()["validation_loss"] is None
     assert not [row for row in read_jsonl(job.run.metrics_path) if "eval_loss" in row]
+
+
+def test_what_the_run_is_too_short_for_is_told(run_tiny, capfd):
+    run_tiny({"training.warmup_steps": 100, "training.max_steps": 2})
+    printed = capfd.readouterr().err
+    assert "warning: training.warmup_steps: the run has 2 steps, and warm-up takes 100" in printed
 
 
 def test_warnings_of_the_data_are_shown(run_tiny, tmp_path, commonsense_rows, capfd):

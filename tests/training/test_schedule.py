@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from linchain_cli.training.schedule import learning_rate
+from linchain_cli.recipe import TrainingConfig
+from linchain_cli.training.schedule import learning_rate, total_steps, unreachable, warmup_steps
 
 
 def rates(total: int, warmup: int, scheduler: str, peak: float = 1.0) -> list[float]:
@@ -53,3 +54,46 @@ def test_never_negative_nor_above_the_peak_not_even_when_warm_up_is_longer_than_
     for total in (1, 2, 5):
         for warmup in (0, 1, 4, 5, 9):
             assert all(0 < rate <= 0.3 for rate in rates(total, warmup, scheduler, peak=0.3))
+
+
+@pytest.mark.parametrize(
+    ("length", "rows", "steps"),
+    [
+        ({"max_steps": 7}, 1000, 7),
+        ({"epochs": 3}, 180, 36),  # twelve steps an epoch, of which the last has four rows
+        ({"epochs": 1.1}, 160, 11),
+        ({"epochs": 1.11}, 160, 12),  # a begun step is a step
+        ({"epochs": 0.1}, 480, 3),  # 0.1 * 30 is a little more than 3 in binary
+        ({"epochs": 0.001}, 10, 1),
+    ],
+)
+def test_total_steps(length, rows, steps):
+    assert total_steps(TrainingConfig(**length), rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("wanted", "total", "steps"),
+    [(0, 50, 0), (100, 50, 100), (0.05, 34, 2), (0.05, 1, 1), (0.1, 30, 3), (0.5, 3, 2), ("0.05", 100, 5)],
+)
+def test_warm_up_is_a_number_of_steps_or_a_share_of_them(wanted, total, steps):
+    assert warmup_steps(TrainingConfig(warmup_steps=wanted), total) == steps
+
+
+def test_the_default_warm_up_reaches_the_peak_whatever_the_length():
+    for total in range(1, 200):
+        training = TrainingConfig(max_steps=total)
+        assert max(rates(total, warmup_steps(training, total), "linear")) == 1
+        assert not list(unreachable(training, 1000, True))
+
+
+def test_explicit_numbers_that_cannot_be_reached():
+    training = TrainingConfig(epochs=3, warmup_steps=100, global_batch_size=16, learning_rate=3e-4)
+    (told,) = unreachable(training, 80, True)
+    assert "the run has 15 steps, and warm-up takes 100" in told
+    assert "ends at 4.5e-05 and never reaches 0.0003" in told
+    (told,) = unreachable(TrainingConfig(global_batch_size=64), 40, True)
+    assert told.startswith("training.global_batch_size: 64 rows are wanted for each step, and there are 40")
+    patient = {"max_steps": 100, "eval_every": 25}
+    (told,) = unreachable(TrainingConfig(early_stopping=3, **patient), 1000, True)
+    assert "cannot come before the last of the run's 4 " in told
+    assert not list(unreachable(TrainingConfig(early_stopping=2, **patient), 1000, True))
