@@ -122,10 +122,10 @@ def run_copy(args) -> dict[str, float]:
 
 def run_linchain(args) -> dict[str, float]:
     from linchain_cli.chain import load_adapter
-    from linchain_cli.export.checkpoint import companion_files, open_checkpoint
-    from linchain_cli.export.merge import new_tensors, plan_merge
     from linchain_cli.export.output import copy_files
     from linchain_cli.export.shards import write_checkpoint
+    from linchain_cli.export.sums import new_tensors, plan_merge
+    from linchain_cli.model.checkpoint import companion_files, open_checkpoint
     from linchain_cli.model.loading import empty_model
 
     plan = plan_merge(open_checkpoint(args.base), load_adapter(args.chain), empty_model(args.base))
@@ -154,7 +154,7 @@ def run_arm(args) -> None:
     import torch  # noqa: F401  the imports belong to no arm's time or memory
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import linchain_cli.export.merge  # noqa: F401
+    import linchain_cli.export.sums  # noqa: F401
 
     if args.arm == "peft":
         import peft  # noqa: F401

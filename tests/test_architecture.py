@@ -14,7 +14,13 @@ LEVELS = [
     {"cli": ["cli", "__main__"]},
     {"commands": ["commands"]},
     {"comparison": ["comparison"]},
-    {"training": ["training"], "evaluation": ["evaluation"], "export": ["export"], "report": ["report"]},
+    {
+        "training": ["training"],
+        "evaluation": ["evaluation"],
+        "export": ["export"],
+        "importing": ["importing"],
+        "report": ["report"],
+    },
     {"data": ["data"]},
     {
         "chain": ["chain"],

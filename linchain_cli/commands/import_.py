@@ -14,8 +14,8 @@ from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
-    from linchain_cli.export.foreign import ForeignAdapter
-    from linchain_cli.export.importing import Imported
+    from linchain_cli.importing.convert import Imported
+    from linchain_cli.importing.foreign import ForeignAdapter
     from linchain_cli.recipe import Recipe
 
 
@@ -40,9 +40,9 @@ def run(
     ] = False,
 ) -> None:
     """Read an adapter that another tool wrote."""
-    from linchain_cli.export.foreign import read_foreign
-    from linchain_cli.export.importing import import_adapter
     from linchain_cli.export.output import check_output
+    from linchain_cli.importing.convert import import_adapter
+    from linchain_cli.importing.foreign import read_foreign
 
     foreign = read_foreign(checkpoint)
     target = check_output(out, overwrite=False, sources=[foreign.directory])
@@ -71,7 +71,7 @@ class _Base:
         """The adapter with names as its targets instead of whole paths, where the base shows that they do."""
         if self.model is None:
             return adapter
-        from linchain_cli.export.importing import short_targets
+        from linchain_cli.importing.fit import short_targets
         from linchain_cli.model.loading import text_decoder_prefix
 
         return short_targets(adapter, self.model, text_decoder_prefix(self.model))
@@ -84,7 +84,7 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
         InputError: the modules are not in the base, or a base that was named on the command line cannot be
         had.
     """
-    from linchain_cli.export.importing import fit_to_model
+    from linchain_cli.importing.fit import fit_to_model
     from linchain_cli.model.loading import base_hash, empty_model, locate
 
     try:
@@ -155,7 +155,7 @@ def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:
 
 
 def _show(out: Path, imported: Imported, adapter: Adapter, note: str) -> None:
-    from linchain_cli.export.importing import describe_losses
+    from linchain_cli.importing.convert import describe_losses
 
     config = adapter.config
     kind = {0: "a LoRA", 1: "a MoSLoRA"}.get(config.depth, f"a chain of {config.depth} links")

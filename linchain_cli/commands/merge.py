@@ -12,7 +12,7 @@ from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from linchain_cli.export.write import MergeOptions, MergeResult
+    from linchain_cli.export.merge import MergeOptions, MergeResult
 
 
 def run(
@@ -45,8 +45,8 @@ def run(
     """Fold a run's adapter into its base checkpoint."""
     import torch
 
+    from linchain_cli.export.merge import MergeOptions
     from linchain_cli.export.output import parse_size
-    from linchain_cli.export.write import MergeOptions
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     subject = open_run(run_path)
@@ -66,7 +66,7 @@ def _merge(subject: AdaptedRun, directory: Path, out: Path, options: MergeOption
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from linchain_cli.export.write import merge_checkpoint
+    from linchain_cli.export.merge import merge_checkpoint
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:

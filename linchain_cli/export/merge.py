@@ -1,285 +1,203 @@
-"""Writing W0 + ΔW as a checkpoint, tensor by tensor, with memory for a few blocks.
-
-`plan_merge` decides, before anything is written, which file tensor every adapted module's weight is;
-`new_tensors` describes the merged checkpoint; `shards.write_checkpoint` writes it. Sums are made in
-float64, block by block of rows, and rounded once.
-"""
+"""`linchain merge` from plan to receipt: write into a staging directory, prove it there, and only then give
+it its name."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, linear_shape
-from linchain_cli.errors import InputError, LinchainError, did_you_mean
-from linchain_cli.export.buffers import buffers
-from linchain_cli.export.checkpoint import FLOAT_TYPES, TYPE_NAMES, Checkpoint, StoredTensor
-from linchain_cli.export.rounding import round_once
-from linchain_cli.export.shards import Block, NewTensor
-from linchain_cli.model.names import Conversion, NameMap, map_names
+from linchain_cli import __version__, storage
+from linchain_cli.chain import Adapter, adapter_files
+from linchain_cli.errors import InputError
+from linchain_cli.export.card import Origin, model_card
+from linchain_cli.export.output import check_disk, check_factors, check_output, copy_files, staged_output
+from linchain_cli.export.proof import TensorProof, prove_logits, prove_tensors
+from linchain_cli.export.shards import write_checkpoint
+from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
+from linchain_cli.model.checkpoint import companion_files, open_checkpoint
+from linchain_cli.model.files import base_hash
+from linchain_cli.model.loading import empty_model
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-BLOCK_ELEMENTS = 1 << 18  # 2 MB as float64: a core's cache holds a block through all steps of its sum
-
-
-@dataclass(frozen=True)
-class Target:
-    """One adapted module: its path, its chain, and whether its weight is stored as (d_in, d_out), as Conv1D
-    does."""
-
-    path: str
-    chain: ChainTensors
-    transposed: bool
-
-    @property
-    def parameter(self) -> str:
-        return f"{self.path}.weight"
+RECEIPT_FILE = "merge.json"
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class ConvertedTargets:
-    """File tensors that transformers converts on loading, and the adapted modules among what comes out."""
+class MergeOptions:
+    """What of a merge can be chosen.
 
-    conversion: Conversion
-    targets: tuple[Target, ...]
+    dtype: recast every floating-point tensor, None keeps each one's stored type
+    max_shard_bytes: largest weight file
+    overwrite: replace the output directory
+    prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
+    quantization: how the run had rounded its base; its logits are compared as well
+    """
+
+    dtype: torch.dtype | None = None
+    max_shard_bytes: int = 5 * 10**9
+    overwrite: bool = False
+    prompts: Sequence[Sequence[int]] = ()
+    quantization: str = "none"
 
 
 @dataclass(frozen=True)
-class MergePlan:
-    """What a merge will do to each tensor of the base: `plain` by checkpoint key, `converted` by group; the
-    rest is copied."""
+class MergeResult:
+    """Where the merged checkpoint is, and its receipt as merge.json holds it."""
 
-    base: Checkpoint
-    names: NameMap
-    scaling: float
-    plain: dict[str, Target]
-    converted: tuple[ConvertedTargets, ...]
-
-    @property
-    def touched_keys(self) -> frozenset[str]:
-        """The checkpoint keys whose bytes may change."""
-        return frozenset(self.plain) | {key for group in self.converted for key in group.conversion.keys}
+    directory: Path
+    receipt: dict[str, Any]
 
 
-def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> MergePlan:
-    """Finds each adapted module's weight in the base's files. `model` is the base's, on the meta device.
+def merge_checkpoint(
+    base_directory: Path,
+    adapter: Adapter,
+    out: Path,
+    options: MergeOptions,
+    origin: Origin,
+    *,
+    keep: Sequence[Path] = (),
+    progress: Progress = lambda phase, done, total: None,
+) -> MergeResult:
+    """Merges `adapter` into the checkpoint at `base_directory` and writes the result to `out`, proven.
+
+    `keep` are further paths that the output may not touch. `progress` is called with the phase's name, the
+    bytes done and the bytes there are.
 
     Raises:
-        InputError: a module or its weight is not there, has another shape, is shared with another module, is
-        stored
-            quantised, or comes out of a conversion that a sum cannot be carried through. The message names
-            it.
+        InputError: the output cannot be written, the base is not the one that was trained on, or a module
+        cannot be merged. LinchainError: the disk is too small, or the proof failed. Either way nothing is
+        left of the output.
     """
-    names = map_names(model, base.shapes)
-    modules = dict(model.named_modules())
-    plain: dict[str, Target] = {}
-    groups: dict[tuple[str, ...], ConvertedTargets] = {}
-    for path, chain in adapter.tensors.items():
-        target = _target(modules, path, chain)
-        _refuse_tied(names, target)
-        if target.parameter in names.renamed:
-            key = names.renamed[target.parameter]
-            _check_stored(base.tensors[key], target)
-            plain[key] = target
-        elif target.parameter in names.converted:
-            conversion = names.converted[target.parameter]
-            before = groups.get(conversion.keys)
-            groups[conversion.keys] = ConvertedTargets(
-                conversion, (*(before.targets if before else ()), target)
-            )
-        else:
-            raise InputError(
-                f"{base.directory}: no tensor of the checkpoint is the weight of '{path}'."
-                + did_you_mean(target.parameter, base.tensors)
-            )
-    for group in groups.values():
-        _check_conversion(base, group)
-    scaling = adapter.config.alpha / adapter.config.rank
-    return MergePlan(base, names, scaling, plain, tuple(groups.values()))
+    target = check_output(out, overwrite=options.overwrite, sources=[base_directory, *keep])
+    found_hash = check_base(base_directory, adapter)
+    base = open_checkpoint(base_directory)
+    plan = plan_merge(base, adapter, empty_model(base_directory))
+    check_factors(adapter)
+    tensors = new_tensors(plan, options.dtype)
+    companions = companion_files(base_directory)
+    total = sum(tensor.nbytes for tensor in tensors)
+    check_disk(target, total + sum(path.stat().st_size for path in companions))
+    with staged_output(target) as staging:
+        write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
+        copy_files(companions, base_directory, staging)
+        if options.dtype is not None:
+            _set_config_dtype(staging / "config.json", options.dtype)
+        proof = prove_tensors(plan, staging, options.dtype, _counter("proving", total, progress))
+        logits = None
+        if options.prompts:
+            logits = prove_logits(base, adapter, staging, options.prompts, options.quantization)
+        receipt = _receipt(plan, adapter, found_hash, proof, logits, options)
+        storage.write_durable(staging / RECEIPT_FILE, storage.json_bytes(receipt))
+        card = model_card(
+            "merged", adapter, origin, str(adapter.base.get("path") or base_directory), _facts(receipt)
+        )
+        storage.write_durable(staging / "README.md", card.encode())
+    return MergeResult(target, receipt)
 
 
-def _target(modules: Mapping[str, nn.Module], path: str, chain: ChainTensors) -> Target:
-    from transformers.pytorch_utils import Conv1D
+def _counter(phase: str, total: int, progress: Progress) -> Callable[[int], None]:
+    done = 0
 
-    if path not in modules:
+    def add(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(phase, done, total)
+
+    return add
+
+
+def check_base(directory: Path, adapter: Adapter) -> str:
+    """The hash of the base's weights.
+
+    Raises:
+        InputError: the adapter was trained on other weights.
+    """
+    found, wanted = base_hash(directory), adapter.base.get("hash")
+    if wanted and found != wanted:
         raise InputError(
-            f"the adapter's module '{path}' does not exist in {type(modules['']).__name__}: it was trained"
-            " on another model." + did_you_mean(path, modules)
+            f"{directory} does not hold the weights that the adapter was trained on"
+            f" ({adapter.base.get('path')}):"
+            f" SHA-256 {found[:12]}…, expected {wanted[:12]}…. Give the right ones with --base."
         )
-    shape, wanted = linear_shape(modules[path]), (chain.A.shape[1], chain.B.shape[0])
-    if shape != wanted:
-        found = (
-            f"{shape[0]} → {shape[1]}" if shape else f"a {type(modules[path]).__name__}, which is not linear"
+    return found
+
+
+def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
+    """Makes config.json name the type that the weights now have, wherever it names one."""
+    config = json.loads(path.read_bytes())
+    name = str(dtype).removeprefix("torch.")
+
+    def rename(part: dict[str, Any]) -> None:
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = name
+        for value in part.values():
+            if isinstance(value, dict):
+                rename(value)
+
+    rename(config)
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["dtype"] = name
+    path.write_bytes(storage.json_bytes(config))
+
+
+def _receipt(
+    plan: MergePlan,
+    adapter: Adapter,
+    found_hash: str,
+    proof: TensorProof,
+    logits: dict[str, Any] | None,
+    options: MergeOptions,
+) -> dict[str, Any]:
+    """merge.json: what was made from what, and what was verified. It depends on the inputs alone: no time, no
+    place."""
+    worst = max(proof.changed, key=proof.changed.__getitem__)
+    return {
+        "linchain": __version__,
+        "base": {
+            "path": adapter.base.get("path"),
+            "hash": found_hash,
+            "hash_expected": adapter.base.get("hash"),
+        },
+        "adapter": {
+            "rank": adapter.config.rank,
+            "depth": adapter.config.depth,
+            "alpha": adapter.config.alpha,
+            "modules": len(adapter.tensors),
+            "hashes": {name: storage.sha256_bytes(data) for name, data in adapter_files(adapter).items()},
+        },
+        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+        "files": proof.hashes,
+        "tensors": {
+            "total": len(plan.base.tensors),
+            "changed": len(proof.changed),
+            "untouched": proof.untouched,
+            "renamed": sum(target.parameter != key for key, target in plan.plain.items()),
+            "converted": sum(len(group.conversion.keys) for group in plan.converted),
+        },
+        "largest_ulp": proof.largest_ulp,
+        "largest_ulp_tensor": worst,
+        "changed": proof.changed,
+        "logits": logits,
+    }
+
+
+def _facts(receipt: dict[str, Any]) -> dict[str, str]:
+    """The receipt in lines for the model card."""
+    tensors = receipt["tensors"]
+    facts = {
+        "tensors": f"{tensors['changed']} changed, at most {receipt['largest_ulp']:.3f} ulp from the float64"
+        f" sum; {tensors['untouched']} as in the base",
+    }
+    if logits := receipt["logits"]:
+        facts["logits of merged against adapted model"] = (
+            f"largest difference {logits['largest_difference']:.3g}, top-1 agreement"
+            f" {100 * logits['top1_agreement']:.1f} % over {logits['positions']} positions"
+            f" ({logits['dtype']})"
         )
-        raise InputError(
-            f"the adapter was trained on '{path}' of {wanted[0]} → {wanted[1]}; this base has {found}"
-        )
-    return Target(path, chain, isinstance(modules[path], Conv1D))
-
-
-def _refuse_tied(names: NameMap, target: Target) -> None:
-    if others := names.tied.get(target.parameter):
-        raise InputError(
-            f"'{target.path}' shares its weight with {', '.join(others)}: merging into one would change the"
-            " other."
-            " Train without this target, or use a base whose embeddings are not tied."
-        )
-
-
-def _check_stored(tensor: StoredTensor, target: Target) -> None:
-    if tensor.type not in FLOAT_TYPES:
-        raise InputError(
-            f"{tensor.path.name}: {tensor.key} is stored as {tensor.type}, not as a floating-point matrix."
-            " Merge into the original full-precision checkpoint (--base)."
-        )
-    shape = (target.chain.B.shape[0], target.chain.A.shape[1])
-    if tensor.shape != (shape[::-1] if target.transposed else shape):
-        raise InputError(
-            f"{tensor.path.name}: {tensor.key} is {tuple(tensor.shape)}, but the adapter was trained on"
-            f" {shape[1]} → {shape[0]}"
-        )
-
-
-def _check_conversion(base: Checkpoint, group: ConvertedTargets) -> None:
-    keys = group.conversion.keys
-    odd = [key for key in keys if base.tensors[key].type not in FLOAT_TYPES]
-    try:
-        if odd:
-            raise LinchainError(f"{odd[0]} is stored as {base.tensors[odd[0]].type}")
-        group.conversion.element_sources(base.shapes)
-    except LinchainError as error:
-        raise InputError(
-            f"'{group.targets[0].path}' cannot be merged: {error}. Train without this target, or serve the"
-            " adapter"
-            " unmerged ('linchain export --format peft')."
-        ) from error
-
-
-def new_tensors(plan: MergePlan, dtype: torch.dtype | None = None) -> list[NewTensor]:
-    """The merged checkpoint, in the base's order. `dtype` recasts every floating-point tensor; None keeps
-    each one's type."""
-    sums = _ConvertedSums(plan)
-    result = []
-    for key, stored in plan.base.tensors.items():
-        recast = dtype is not None and stored.type in FLOAT_TYPES and FLOAT_TYPES[stored.type] != dtype
-        kind = TYPE_NAMES[dtype] if recast else stored.type
-        size = stored.shape.numel() * FLOAT_TYPES[kind].itemsize if recast else stored.nbytes
-        data = stored
-        if key in plan.plain:
-            data = _Sum(stored, plan.plain[key], plan.scaling, FLOAT_TYPES[kind])
-        elif key in sums:
-            data = sums.for_key(key, FLOAT_TYPES[kind])
-        elif recast:
-            data = _Recast(stored, FLOAT_TYPES[kind])
-        result.append(NewTensor(key, kind, stored.shape, size, data))
-    return result
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """W0 + ΔW in blocks of rows: float64 sums, rounded once to `dtype`."""
-
-    stored: StoredTensor
-    target: Target
-    scaling: float
-    dtype: torch.dtype
-
-    def __call__(self) -> Iterator[Block]:
-        left, right = factors(self.target, self.scaling)
-
-        def rows(first: int, count: int) -> Tensor:
-            total = _as_float64(self.stored.rows(first, count))
-            return _rounded(total.addmm_(left[first : first + count], right), self.dtype, self.stored.key)
-
-        for first, count in self.stored.row_blocks(BLOCK_ELEMENTS):
-            yield count * right.shape[1], partial(rows, first, count)
-
-
-def factors(target: Target, scaling: float) -> tuple[Tensor, Tensor]:
-    """L (rows, r) and R (r, columns) in float64 with L·R = ΔW as the file has it: transposed for a Conv1D."""
-    A, links, B = (tensor.double() for tensor in target.chain)
-    folded = fold_into_a(A, links, scaling)
-    return (folded.T, B.T) if target.transposed else (B, folded)
-
-
-@dataclass(frozen=True)
-class _Recast:
-    """An untouched tensor in another floating-point type, in blocks of rows."""
-
-    stored: StoredTensor
-    dtype: torch.dtype
-
-    def __call__(self) -> Iterator[Block]:
-        if not self.stored.shape:
-            yield 1, lambda: _rounded(self.stored.tensor().double(), self.dtype, self.stored.key)
-            return
-        width = self.stored.shape[1:].numel()
-        for first, count in self.stored.row_blocks(BLOCK_ELEMENTS):
-            yield count * width, partial(self._rows, first, count)
-
-    def _rows(self, first: int, count: int) -> Tensor:
-        return _rounded(_as_float64(self.stored.rows(first, count)), self.dtype, self.stored.key)
-
-
-def _as_float64(values: Tensor) -> Tensor:
-    return buffers.take("sum", values.shape, torch.float64).copy_(values)
-
-
-def _rounded(values: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    result = round_once(values, dtype, buffers.take("rounded", values.shape, dtype))
-    if dtype == torch.float16 and not torch.isfinite(result).all():
-        raise LinchainError(
-            f"{key}: a value is beyond float16's range (65504 at most). Merge with --dtype bfloat16 or"
-            " float32."
-        )
-    return result
-
-
-class _ConvertedSums:
-    """Sums for tensors that transformers converts on loading. One group at a time is held in memory."""
-
-    def __init__(self, plan: MergePlan):
-        self._plan = plan
-        self._groups = {key: group for group in plan.converted for key in group.conversion.keys}
-        self._lock = threading.Lock()
-        self._held: ConvertedTargets | None = None
-        self._sums: dict[str, Tensor] = {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._groups
-
-    def for_key(self, key: str, dtype: torch.dtype) -> Callable[[], list[Block]]:
-        """The new values of one file tensor, as one block."""
-
-        def whole() -> Tensor:
-            group = self._groups[key]
-            with self._lock:
-                if self._held is not group:
-                    self._held, self._sums = group, _converted_sums(self._plan, group)
-                total = self._sums[key]
-            return _rounded(total, dtype, key)
-
-        return lambda: [(self._plan.base.tensors[key].shape.numel(), whole)]
-
-
-def _converted_sums(plan: MergePlan, group: ConvertedTargets) -> dict[str, Tensor]:
-    """W0 + ΔW in float64 for every file tensor of a group: each element of ΔW goes to where its parameter's
-    came from."""
-    conversion = group.conversion
-    stored = [plan.base.tensors[key] for key in conversion.keys]
-    flat = torch.cat([tensor.tensor().double().reshape(-1) for tensor in stored])
-    sources = conversion.element_sources(plan.base.shapes)
-    for target in group.targets:
-        left, right = factors(target, plan.scaling)
-        flat[sources[target.parameter].reshape(-1)] += (left @ right).reshape(-1)
-    sizes = [tensor.shape.numel() for tensor in stored]
-    return {t.key: part.reshape(t.shape) for t, part in zip(stored, flat.split(sizes), strict=True)}
+    return facts

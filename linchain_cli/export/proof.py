@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from linchain_cli.chain import delta_weight
+from linchain_cli.chain import Adapter, attach, delta_weight, disabled
 from linchain_cli.errors import LinchainError
-from linchain_cli.export.checkpoint import BLOCK_BYTES, FLOAT_TYPES, Checkpoint, StoredTensor, open_checkpoint
-from linchain_cli.export.merge import ConvertedTargets, MergePlan, Target
 from linchain_cli.export.rounding import ulps
+from linchain_cli.export.sums import ConvertedTargets, MergePlan, Target
+from linchain_cli.model.checkpoint import BLOCK_BYTES, FLOAT_TYPES, Checkpoint, StoredTensor, open_checkpoint
+from linchain_cli.model.loading import default_device, load_model
 
 BLOCK_ELEMENTS = 1 << 20
 LARGEST_ULP = 1.0
@@ -237,3 +239,67 @@ def compare_logits(
         adapter_effect=float(effect.max()),
         adapter_effect_mean=float(effect.mean()),
     )
+
+
+def prove_logits(
+    base: Checkpoint,
+    adapter: Adapter,
+    merged: Path,
+    prompts: Sequence[Sequence[int]],
+    quantization: str = "none",
+) -> dict[str, Any] | None:
+    """Logits of adapted and merged model, one model in memory at a time; None where none fits.
+
+    `quantization` is how the run had rounded its base: the adapter on that base is compared as well.
+    """
+    device = default_device()
+    dtype = _proof_dtype(base, device)
+    if dtype is None:
+        return None
+    adapted, bare = _adapted_logits(base.directory, adapter, prompts, dtype, "none", device)
+    model = load_model(merged, dtype=dtype, device=device, attention="eager")
+    ours = list(read_logits(model, prompts))
+    del model
+    result = _as_json(compare_logits(adapted, ours, bare, dtype))
+    if quantization != "none":
+        rounded, bare = _adapted_logits(base.directory, adapter, prompts, dtype, quantization, device)
+        comparison = _as_json(compare_logits(rounded, ours, bare, dtype))
+        result["quantized"] = {"quantization": quantization, **comparison}
+    return result
+
+
+def _as_json(proof: LogitProof) -> dict[str, Any]:
+    return {**asdict(proof), "adapter_lost": proof.adapter_lost}
+
+
+def _adapted_logits(directory: Path, adapter: Adapter, prompts, dtype: str, quantization: str, device):
+    """Logits of the base with the adapter, and of the bare base."""
+    model = load_model(directory, dtype=dtype, device=device, quantization=quantization, attention="eager")
+    attach(model, adapter)
+    adapted = list(read_logits(model, prompts))
+    with disabled(model):
+        bare = list(read_logits(model, prompts))
+    return adapted, bare
+
+
+def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
+    """float32 if a model of it fits into the memory that is free, else bfloat16 if that does, else None."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = _available_memory()
+    parameters = sum(shape.numel() for shape in base.shapes.values())
+    for name, width in (("float32", 4), ("bfloat16", 2)):
+        if parameters * width <= 0.8 * free:
+            return name
+    return None
+
+
+def _available_memory() -> int:
+    """Bytes that a process may take without swapping, as Linux estimates them; elsewhere, the pages that are
+    free."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

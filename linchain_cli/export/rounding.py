@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from linchain_cli.export.buffers import buffers
+from linchain_cli.model.buffers import buffers
 
 # Bits of a float32 mantissa beyond those of the narrower type.
 _SURPLUS_BITS = {torch.bfloat16: 16, torch.float16: 13}

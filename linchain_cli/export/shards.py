@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from linchain_cli.errors import LinchainError
-from linchain_cli.export.checkpoint import BLOCK_BYTES, StoredTensor
+from linchain_cli.model.checkpoint import BLOCK_BYTES, StoredTensor
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

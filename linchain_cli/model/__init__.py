@@ -4,6 +4,8 @@ files       hub ids, directories and .gguf files → a checkpoint directory, its
 gguf        .gguf files → checkpoint directories, once
 quiet       transformers without its remarks
 loading     configurations, tokenizers, models in any precision
+checkpoint  weight files tensor by tensor, without loading a model
+buffers     memory for one block after another
 names       module paths against a checkpoint's keys
 attention   attention for CPUs, and rows without padding
 head        a model in two halves: up to the last hidden states, and from there to the logits

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from linchain_cli.chain import Adapter, linear_shape
 from linchain_cli.chain.spectrum import condition_numbers, entropy_rank, spectrum, stable_rank, top_energy
 from linchain_cli.errors import LinchainError
-from linchain_cli.model.loading import empty_model, weight_files
+from linchain_cli.model.checkpoint import FLOAT_TYPES, open_checkpoint
+from linchain_cli.model.loading import empty_model
 from linchain_cli.model.names import map_names
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
@@ -82,39 +80,22 @@ def layer_numbers(adapter: Adapter, base: Path | None = None) -> list[LayerNumbe
     return found
 
 
-@torch.no_grad()
 def base_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
-    """‖W0‖_F by module path, for those modules whose weight lies in a safetensors file as the model holds it.
+    """‖W0‖_F by module path, for those modules whose weight lies in the checkpoint as the model holds it.
 
     Raises:
         InputError: the directory holds no usable checkpoint.
     """
-    files = [path for path in weight_files(directory) if path.suffix == ".safetensors"]
+    checkpoint = open_checkpoint(directory)
     model = empty_model(directory)
-    with _opened(files) as tensors:
-        shapes = {key: torch.Size(handle.get_slice(key).get_shape()) for key, handle in tensors.items()}
-        try:
-            keys = map_names(model, shapes).renamed
-        except LinchainError:
-            return {}
-        modules = dict(model.named_modules())
-        wanted = {
-            path: keys.get(f"{path}.weight")
-            for path in paths
-            if path in modules and linear_shape(modules[path])
-        }
-        return {
-            path: float(tensors[key].get_tensor(key).float().norm())
-            for path, key in wanted.items()
-            if key is not None
-        }
-
-
-@contextlib.contextmanager
-def _opened(files: Iterable[Path]) -> Iterator[dict]:
-    """Tensor key -> the open file that holds it."""
-    from safetensors import safe_open
-
-    with contextlib.ExitStack() as stack:
-        handles = [stack.enter_context(safe_open(path, framework="pt")) for path in files]
-        yield {key: handle for handle in handles for key in handle.keys()}
+    try:
+        keys = map_names(model, checkpoint.shapes).renamed
+    except LinchainError:
+        return {}
+    modules = dict(model.named_modules())
+    wanted = {path: keys.get(f"{path}.weight") for path in paths if linear_shape(modules.get(path))}
+    return {
+        path: float(checkpoint.tensors[key].tensor().float().norm())
+        for path, key in wanted.items()
+        if key is not None and checkpoint.tensors[key].type in FLOAT_TYPES
+    }

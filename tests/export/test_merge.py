@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from linchain_cli.chain import Adapter, ChainTensors, attach, chain_layers, delta_weight
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export.card import Origin
-from linchain_cli.export.checkpoint import open_checkpoint
-from linchain_cli.export.merge import new_tensors, plan_merge
+from linchain_cli.export.merge import MergeOptions, MergeResult, merge_checkpoint
 from linchain_cli.export.shards import write_checkpoint
-from linchain_cli.export.write import MergeOptions, MergeResult, merge_checkpoint
+from linchain_cli.export.sums import new_tensors, plan_merge
+from linchain_cli.model.checkpoint import open_checkpoint
 from linchain_cli.model.loading import empty_model, load_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 20, 30], [1, 2, 3]]
@@ -295,7 +295,7 @@ def test_what_mixtral_holds_as_experts_is_copied(tmp_path, base_of, adapter_of_b
 
 
 def test_a_merge_that_fails_its_proof_leaves_nothing(tmp_path, base_of, adapter_of_base, monkeypatch):
-    from linchain_cli.export import write
+    from linchain_cli.export import merge as merging
 
     def write_wrong(directory, tensors, *rest):
         wrong = [replace(tensor, data=tensor.data) for tensor in tensors]
@@ -305,7 +305,7 @@ def test_a_merge_that_fails_its_proof_leaves_nothing(tmp_path, base_of, adapter_
         save_file(loaded, paths[0], {"format": "pt"})
         return paths
 
-    monkeypatch.setattr(write, "write_checkpoint", write_wrong)
+    monkeypatch.setattr(merging, "write_checkpoint", write_wrong)
     base = base_of("llama")
     with pytest.raises(LinchainError, match=f"{KEY} is off"):
         merge(base, adapter_of_base(base, targets=["q_proj"]), tmp_path / "out")

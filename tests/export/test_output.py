@@ -16,8 +16,8 @@ from linchain_cli import storage
 from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.export import shards
 from linchain_cli.export.card import Origin
+from linchain_cli.export.merge import MergeOptions, merge_checkpoint
 from linchain_cli.export.output import check_disk, check_output, parse_size, staged_output
-from linchain_cli.export.write import MergeOptions, merge_checkpoint
 
 Usage = namedtuple("Usage", "total used free")
 

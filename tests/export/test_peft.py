@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from linchain_cli.chain import attach, detach
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.export.foreign import read_foreign
-from linchain_cli.export.importing import import_adapter
 from linchain_cli.export.peft import prove_peft, relative_error, write_peft
+from linchain_cli.importing.convert import import_adapter
+from linchain_cli.importing.foreign import read_foreign
 from linchain_cli.model.loading import empty_model, load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])

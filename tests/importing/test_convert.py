@@ -15,8 +15,9 @@ from torch import nn
 
 from linchain_cli.chain import attach, delta_weight
 from linchain_cli.errors import InputError
-from linchain_cli.export.foreign import read_foreign
-from linchain_cli.export.importing import fit_to_model, import_adapter, short_targets
+from linchain_cli.importing.convert import import_adapter
+from linchain_cli.importing.fit import fit_to_model, short_targets
+from linchain_cli.importing.foreign import read_foreign
 from linchain_cli.model.loading import empty_model, load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])

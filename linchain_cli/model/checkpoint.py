@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.export.buffers import buffers
+from linchain_cli.model.buffers import buffers
 from linchain_cli.model.files import weight_files
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
