@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from linchain_cli.data.rendering import Layout, Rendered, Row, RowError
+from linchain_cli.data.rows import Layout, Rendered, Row, RowError
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class ChatTemplate:
         start, end = self._answer(messages, text, last=True)
         return Rendered(text[:end], [(start, end)])
 
-    def render(self, row: Row) -> Rendered:
+    def render(self, row: Row) -> list[Rendered]:
         messages = _conversation(row)
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not turns or not all(messages[i]["content"].strip() for i in turns):
@@ -83,7 +83,7 @@ class ChatTemplate:
         closing = self._closing.rstrip()
         spans = [(start, end + len(closing)) for start, end in answers]
         # A template that closes no turn leaves that to the end-of-sequence token.
-        return Rendered(text[: spans[-1][1]], spans, ends=not closing)
+        return [Rendered(text[: spans[-1][1]], spans, ends=not closing)]
 
     def _answer(self, messages: Messages, text: str, last: bool) -> tuple[int, int]:
         """(start, end) in `text`, all of the conversation, of the answer that ends `messages`; no closing."""

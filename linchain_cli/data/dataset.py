@@ -18,9 +18,10 @@ import numpy as np
 from linchain_cli.data.encoding import EncodedText, TextEncoder
 from linchain_cli.data.fingerprint import encoding_fingerprint
 from linchain_cli.data.report import DataReport, SourceReport
+from linchain_cli.data.rows import Rendered, RowError, Template
 from linchain_cli.data.sources import Rows, Source, SourceRequest, check_text, resolve_source
 from linchain_cli.data.store import FORMAT_VERSION, EncodedRows, EncodedStore, StoreWriter
-from linchain_cli.data.templates import Rendered, RowError, Template, get_template
+from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.gguf import cache_root
 from linchain_cli.storage import staged_directory
@@ -274,13 +275,14 @@ def _rendered(
         for row in rows:
             try:
                 rendered = template.render(row)
-                check_text(rendered.text, row)
+                for one in rendered:
+                    check_text(one.text, row)
             except RowError as error:
                 rows.reject(error)
                 continue
             finally:
                 counts.total, counts.bad = rows.total, rows.skipped
-            yield _Row(counts, rows.place(), rendered)
+            yield from (_Row(counts, rows.place(), one) for one in rendered)
         counts.total, counts.bad = rows.total, rows.skipped
         report.bad_examples += rows.problems[: _EXAMPLES - len(report.bad_examples)]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from linchain_cli.data.templates import Rendered, Row, Template
+from linchain_cli.data.rows import Rendered, Row, Template
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.data.encoding import serialized_tokenizer
+from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source, generated_rows
-from linchain_cli.data.templates import Template
 from linchain_cli.storage import sha256_bytes, sha256_file, write_json
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from linchain_cli.data.templates import RowError
+from linchain_cli.data.rows import RowError
 from linchain_cli.errors import InputError
 
 MAX_CELL = 5_000_000  # characters; tokenising more takes minutes and gigabytes, for a few hundred tokens kept

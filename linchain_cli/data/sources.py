@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from linchain_cli.data import readers
 from linchain_cli.data.readers import MAX_CELL, open_reader
-from linchain_cli.data.templates import Layout, RowError, Template
+from linchain_cli.data.rows import Layout, RowError, Template
 from linchain_cli.errors import InputError, did_you_mean, nearest
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"

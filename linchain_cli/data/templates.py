@@ -1,7 +1,7 @@
 """Templates: how a row becomes text, and which characters of it the model has to learn.
 
 The same object builds what is trained on and what is asked at evaluation, so that the two cannot drift
-apart: `render(row).text` starts with `prompt(row)`. A template knows nothing of tokens, except that
+apart: the text of `render(row)` starts with `prompt(row)`. A template knows nothing of tokens, except that
 `chat` renders through the tokenizer's own chat template.
 
     alpaca          Stanford Alpaca's prompt and a line break behind it, as Alpaca-LoRA and most tools have it
@@ -19,7 +19,7 @@ import string
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from linchain_cli.data.rendering import Layout, Rendered, Row, RowError, Template
+from linchain_cli.data.rows import Layout, Rendered, Row, RowError, Template
 from linchain_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -89,11 +89,11 @@ class PromptTemplate:
         prompt = self.prompt(row)
         return Rendered(prompt + response, [(len(prompt), len(prompt) + len(response))])
 
-    def render(self, row: Row) -> Rendered:
+    def render(self, row: Row) -> list[Rendered]:
         response = self.response(row)
         if not response or not response.strip():
             raise RowError(f"{_quoted(self._answer)} is empty: there is nothing to learn from this row")
-        return self.complete(row, response)
+        return [self.complete(row, response)]
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -15,7 +15,8 @@ import transformers
 from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.encoding import encode_prompt, encode_responses
-from linchain_cli.data.templates import RowError, Template, get_template
+from linchain_cli.data.rows import RowError, Template
+from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import OptionTree, build_tree

@@ -147,8 +147,8 @@ def _placeholders(pattern: str) -> list[str]:
 def _raw_rows(file: TaskFile, path: Path) -> Iterator[Any]:
     from linchain_cli.data.hub import hub_rows, load_hub_dataset
     from linchain_cli.data.readers import open_reader
+    from linchain_cli.data.rows import RowError
     from linchain_cli.data.sources import SourceRequest, resolve_source
-    from linchain_cli.data.templates import RowError
 
     beside = path.parent / file.path
     source = resolve_source(

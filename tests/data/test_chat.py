@@ -7,7 +7,8 @@ import copy
 import pytest
 
 from linchain_cli.data.chat import ChatTemplate
-from linchain_cli.data.templates import RowError, get_template
+from linchain_cli.data.rows import RowError
+from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
 CONVERSATION = {
@@ -63,7 +64,7 @@ def supervised(rendered) -> list[str]:
 )
 def test_assistant_turns_and_their_endings_are_supervised(byte_level, source, answers):
     template = template_of(byte_level, source)
-    rendered = template.render(CONVERSATION)
+    (rendered,) = template.render(CONVERSATION)
     assert supervised(rendered) == answers
     assert not rendered.ends  # the template's own closing ends the answer
     assert rendered.text.endswith(answers[-1])
@@ -72,7 +73,7 @@ def test_assistant_turns_and_their_endings_are_supervised(byte_level, source, an
 
 def test_a_template_that_closes_no_turn_leaves_the_end_to_eos(byte_level):
     template = template_of(byte_level, UNCLOSED)
-    rendered = template.render(CONVERSATION)
+    (rendered,) = template.render(CONVERSATION)
     assert supervised(rendered) == ["ein end", "zwei"]
     assert rendered.ends
 
@@ -81,7 +82,7 @@ def test_prompt_and_training_text_agree(byte_level):
     for source in (LLAMA3, LLAMA2, REASONING, UNCLOSED):
         template = template_of(byte_level, source)
         messages = {"messages": CONVERSATION["messages"][:5]}
-        rendered = template.render(messages)
+        (rendered,) = template.render(messages)
         assert rendered.text.startswith(template.prompt(messages))
         assert rendered.spans[-1][0] == len(template.prompt(messages))
         completed = template.complete(messages, "drei")
@@ -104,7 +105,7 @@ def test_instruction_rows_are_one_turn_each(byte_level):
 def test_what_looks_like_the_closing_may_occur_in_an_answer(byte_level):
     template = template_of(byte_level, REASONING)
     row = {"instruction": "x", "output": "end <|end|> think end"}
-    assert supervised(template.render(row)) == ["<think>\n\n</think>\n\nend <|end|> think end<|end|>"]
+    assert supervised(template.render(row)[0]) == ["<think>\n\n</think>\n\nend <|end|> think end<|end|>"]
 
 
 def test_a_template_that_cannot_be_segmented_is_refused(byte_level):

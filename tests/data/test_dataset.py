@@ -52,7 +52,7 @@ def test_rows_are_those_of_the_encoder_in_file_order(prepare, train, rows, byte_
     prepared = prepare(train)
     template = get_template("alpaca", byte_level)
     expected = text_encoder(byte_level).encode(
-        [template.render(row) for row in rows], adds_bos=True, max_length=256
+        [rendered for row in rows for rendered in template.render(row)], adds_bos=True, max_length=256
     )
     assert all_rows(prepared.train) == [(row.input_ids.tolist(), row.supervised.tolist()) for row in expected]
     assert prepared.train.lengths.tolist() == [len(row.input_ids) for row in expected]

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linchain_cli.data.encoding import TextEncoder, encode_prompt, encode_responses, text_encoder
-from linchain_cli.data.templates import Rendered, get_template
+from linchain_cli.data.rows import Rendered
+from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
 OWN = {"prompt": "Q: {instruction} {input}A: ", "response": "{output}"}  # ends in a space, so tokens straddle
@@ -36,7 +37,7 @@ def _reference_of_the_trimmed(tokenizers_by_kind):
 
 
 def encode(tokenizer, template, row, **options):
-    return text_encoder(tokenizer).encode([template.render(row)], adds_bos=template.adds_bos, **options)[0]
+    return text_encoder(tokenizer).encode(template.render(row), adds_bos=template.adds_bos, **options)[0]
 
 
 def reference(tokenizer, rendered: Rendered) -> tuple[list[int], list[bool]]:
@@ -54,7 +55,7 @@ def reference(tokenizer, rendered: Rendered) -> tuple[list[int], list[bool]]:
 def test_rows_and_prompts(tokenizer, name, instruction, input, output):
     template = get_template(name, tokenizer)
     row = {"instruction": instruction, "input": input, "output": output}
-    rendered = template.render(row)
+    (rendered,) = template.render(row)
     encoded = encode(tokenizer, template, row)
     ids, flags = reference(tokenizer, rendered)
     leading = len(encoded.input_ids) - len(ids) - int(rendered.ends and ids[-1] != tokenizer.eos_token_id)
@@ -95,7 +96,7 @@ def test_a_token_that_straddles_is_cut_off_the_prompt_learned_and_counted(byte_l
 def test_trimmed_offsets_do_not_hide_a_straddling_token(tokenizers_by_kind):
     tokenizer = tokenizers_by_kind["byte-level-trimmed"]
     row = {"instruction": "Is it so?", "input": "", "output": "the correct answer is true"}
-    text = get_template(OWN, tokenizer).render(row)
+    (text,) = get_template(OWN, tokenizer).render(row)
     offsets = tokenizer(text.text, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
     assert (text.spans[0][0], text.spans[0][0] + 3) in offsets, (
         "the tokenizer under test trims the space of ' the'"
@@ -201,9 +202,7 @@ def test_the_callers_tokenizer_is_left_alone_and_its_state_does_not_matter(byte_
     before = encode(byte_level, template, row).input_ids.tolist()
     byte_level(["a", "b c d"], padding="max_length", truncation=True, max_length=4)
     state = byte_level.backend_tokenizer.to_str()
-    assert (
-        TextEncoder(byte_level).encode([template.render(row)], adds_bos=True)[0].input_ids.tolist() == before
-    )
+    assert TextEncoder(byte_level).encode(template.render(row), adds_bos=True)[0].input_ids.tolist() == before
     assert byte_level.backend_tokenizer.to_str() == state
 
 

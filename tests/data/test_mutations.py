@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linchain_cli.data import readers
+from linchain_cli.data.rows import RowError
 from linchain_cli.data.sources import SourceRequest, load_rows
-from linchain_cli.data.templates import RowError, get_template
+from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
 FILES = int(os.environ.get("LINCHAIN_TEST_MUTATIONS", "300"))
@@ -111,7 +112,7 @@ def test_a_broken_file_loads_or_is_refused(originals, tmp_path_factory, seed, sk
         try:
             for row in rows:
                 try:
-                    assert template.render(row).text.endswith(row["output"])
+                    assert template.render(row)[0].text.endswith(row["output"])
                     good += 1
                 except RowError as error:
                     rows.reject(error)

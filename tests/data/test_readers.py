@@ -8,7 +8,7 @@ import pytest
 
 from linchain_cli.data import readers
 from linchain_cli.data.readers import open_reader
-from linchain_cli.data.templates import RowError
+from linchain_cli.data.rows import RowError
 from linchain_cli.errors import InputError
 
 ROWS = [{"a": "eins", "b": "zwei\nlinien"}, {"a": "drei, vier", "b": 'sagt "ja" — 東京'}, {"a": "", "b": "x"}]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from linchain_cli.data.templates import RowError, get_template
+from linchain_cli.data.rows import RowError
+from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
 ROW = {
@@ -68,7 +69,7 @@ def test_prompts_byte_by_byte(name, with_input, without):
     assert template.prompt(ROW) == with_input
     assert template.prompt({**ROW, "input": ""}) == without
     assert template.prompt({"instruction": ROW["instruction"]}) == without
-    rendered = template.render(ROW)
+    (rendered,) = template.render(ROW)
     assert rendered.text == with_input + ROW["output"]
     assert rendered.spans == [(len(with_input), len(rendered.text))]
     assert rendered.ends
@@ -87,7 +88,7 @@ def test_a_template_of_ones_own():
     )
     row = {"question": "why?", "a": "1", "b": "2"}
     assert template.layouts[0].required == ("question", "a", "b")
-    assert template.render(row).text == "Q: why? {x}\nA: 1/2"
+    assert template.render(row)[0].text == "Q: why? {x}\nA: 1/2"
     assert template.complete(row, " 3").text == "Q: why? {x}\nA: 3"
     assert template.response({"question": "why?"}) is None
 

@@ -1,4 +1,4 @@
-"""What a template is to the rest of the program: rows in, texts with supervised spans out."""
+"""Rows, and what they become: texts with supervised spans, made by a template."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ class Rendered:
     """The text of one training row.
 
     `spans` are (start, end) character positions that are supervised, in order. `ends` says that the text
-    ends the answer, so that the end-of-sequence token belongs behind it.
+    ends the answer, so that the end-of-sequence token belongs behind it. `trimmed` counts the answers whose
+    outer white space the template takes away.
     """
 
     text: str
     spans: list[tuple[int, int]]
     ends: bool = True
+    trimmed: int = 0
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Layout:
 
 @runtime_checkable
 class Template(Protocol):
-    """What training and evaluation ask of a template."""
+    """What training and evaluation ask of a template: what is trained on begins with what is asked."""
 
     name: str
     layouts: tuple[Layout, ...]
@@ -55,5 +57,5 @@ class Template(Protocol):
     def complete(self, row: Row, response: str) -> Rendered:
         """The row's prompt followed by `response`, and nothing that closes it: what evaluation scores."""
 
-    def render(self, row: Row) -> Rendered:
-        """The full training text; raises RowError when the row's values do not fit."""
+    def render(self, row: Row) -> list[Rendered]:
+        """The training rows that a row becomes; raises RowError when its values do not fit."""
