@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,8 @@ class Definition:
         for arm in arms:
             if arm.identity not in known:
                 if arm.name in names:
-                    arm = Arm(
-                        f"{arm.name[:180]}-{storage.sha256_bytes(arm.identity.encode())[:8]}", arm.recipe
-                    )
+                    mark = storage.sha256_bytes(arm.identity.encode())[:8]
+                    arm = replace(arm, name=f"{arm.name[:180]}-{mark}")
                 known[arm.identity] = arm
                 names.add(arm.name)
                 self.arms.append(arm)
@@ -54,7 +53,12 @@ class Definition:
 
     def write(self, directory: ComparisonDirectory) -> None:
         arms = [
-            {"name": arm.name, "seeds": self.seeds[arm.name], "recipe": arm.recipe.model_dump(mode="json")}
+            {
+                "name": arm.name,
+                "seeds": self.seeds[arm.name],
+                "alpha": arm.alpha,
+                "recipe": arm.recipe.model_dump(mode="json"),
+            }
             for arm in self.arms
         ]
         content = {
@@ -79,16 +83,26 @@ def read_definition(directory: ComparisonDirectory) -> Definition:
         content: dict[str, Any] = json.loads(path.read_bytes())
         if content["format"] != FORMAT_VERSION:
             raise InputError(f"{path} has format {content['format']}; this linchain reads {FORMAT_VERSION}")
+        base = Recipe.model_validate(content["recipe"])
         return Definition(
-            Recipe.model_validate(content["recipe"]),
+            base,
             bool(content["equal_parameters"]),
-            [Arm(arm["name"], Recipe.model_validate(arm["recipe"])) for arm in content["arms"]],
+            [_read_arm(arm, base) for arm in content["arms"]],
             {arm["name"]: list(map(int, arm["seeds"])) for arm in content["arms"]},
             [list(map(str, words)) for words in content["commands"]],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged ({reason}): start over with --fresh") from error
+
+
+def _read_arm(content: Mapping[str, Any], base: Recipe) -> Arm:
+    recipe = Recipe.model_validate(content["recipe"])
+    alpha = content.get("alpha")
+    if alpha is None:  # version 0.1 did not keep it: what --equal-parameters has changed, changed back
+        adapter = recipe.adapter
+        alpha = float(f"{adapter.alpha * base.adapter.rank / adapter.rank:.12g}")
+    return Arm(content["name"], recipe, float(alpha))
 
 
 def open_definition(directory: ComparisonDirectory, grid: Grid, equal_parameters: bool) -> Definition:
@@ -128,6 +142,11 @@ def remove(directory: ComparisonDirectory) -> None:
 
 
 def arm_recipe(arm: Arm, seed: int, directory: ComparisonDirectory) -> Recipe:
-    """The recipe of one run: an arm with a seed, below arms/."""
+    """The recipe of one run: an arm with a seed, below arms/.
+
+    It keeps its last adapter, so that accuracies and losses are those of the same one, and no run has chosen
+    it by the rows that arms are compared on.
+    """
+    training = arm.recipe.training.model_copy(update={"keep": "last"})
     update = {"name": f"{arm.name}_seed-{seed}", "output_dir": str(directory.arms_dir), "seed": seed}
-    return arm.recipe.model_copy(update=update)
+    return arm.recipe.model_copy(update={**update, "training": training})

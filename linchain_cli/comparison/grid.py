@@ -33,16 +33,21 @@ FREE = (
     "evaluation",
     "training.save_every",
     "training.keep_checkpoints",
+    "training.keep",
     "training.trackers",
 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One combination of values. `recipe.seed` is whatever the recipe has; a run of the arm sets its own."""
+    """One combination of values. `recipe.seed` is whatever the recipe has; a run of the arm sets its own.
+
+    `alpha` is the one that was asked for: with --equal-parameters the recipe's was changed with its rank.
+    """
 
     name: str
     recipe: Recipe
+    alpha: float
 
     @property
     def identity(self) -> str:
@@ -71,8 +76,7 @@ def expand(path: Path | str, words: Sequence[str]) -> Grid:
 
     Raises:
         InputError: a word or a recipe that comes out of it is wrong, nothing is varied, or something is
-        varied that
-            arms must share.
+            varied that arms must share.
     """
     fixed, axes = _sort(words)
     base = load_recipe(path, fixed)
@@ -211,7 +215,7 @@ def _name(recipes: Iterable[Recipe], base: Recipe) -> list[Arm]:
         if name in names:  # two long values that are cut to the same text
             name = f"{name[:180]}-{sha256_bytes(identity(recipe).encode())[:8]}"
         names.add(name)
-        arms.append(Arm(name, recipe))
+        arms.append(Arm(name, recipe, recipe.adapter.alpha))
     return arms
 
 

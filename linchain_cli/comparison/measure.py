@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from linchain_cli.comparison.halves import read_halves
 from linchain_cli.run import RunDirectory, read_jsonl
 
 
@@ -24,7 +25,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run. `reason` says why it did not finish; `accuracies` are those of its tasks, by name."""
+    """One run. `reason` says why it did not finish; `accuracies` are those of its tasks, by name; `halves`
+    are the last adapter's losses on either half of the validation rows.
+
+    `kept_step` is the step of a kept adapter that is not the last one. What is known of that one (accuracies)
+    is left out, because the losses are the last one's.
+    """
 
     arm: str
     seed: int
@@ -39,6 +45,8 @@ class Measurement:
     peak_memory_bytes: int | None = None
     accuracies: dict[str, float] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
+    halves: tuple[float, float] | None = None
+    kept_step: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -46,7 +54,7 @@ class Measurement:
 
     @property
     def final_loss(self) -> float:
-        """The validation loss after the last step, whatever adapter the run kept."""
+        """The validation loss after the last step."""
         return self.validation[-1].loss
 
     @property
@@ -95,6 +103,7 @@ def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: st
     rows = read_jsonl(run.metrics_path)
     trained = [row for row in rows if "loss" in row]
     peaks = [row["peak_memory_bytes"] for row in trained if row.get("peak_memory_bytes")]
+    kept_step = earlier_step(status)
     return Measurement(
         arm,
         seed,
@@ -108,9 +117,17 @@ def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: st
         status.get("tokens_per_second"),
         # A peak that the process had reached in an earlier arm says nothing about this one.
         max(peaks) if peaks and status.get("own_peak_memory", True) else None,
-        _accuracies(run, protocol),
+        _accuracies(run, protocol) if kept_step is None else {},
         status.get("hashes", {}),
+        read_halves(run),
+        kept_step,
     )
+
+
+def earlier_step(status: Mapping[str, Any]) -> int | None:
+    """The step whose adapter a finished run has kept, by its run.json, if that is not the last one."""
+    step = (status.get("adapter") or {}).get("step")
+    return step if step != status.get("step") else None
 
 
 def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> tuple[Point, ...]:

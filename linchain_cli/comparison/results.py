@@ -11,7 +11,14 @@ from typing import Any
 from linchain_cli import storage
 from linchain_cli.comparison.definition import Definition, arm_recipe
 from linchain_cli.comparison.measure import Measurement, measure
-from linchain_cli.comparison.tables import Candidate, at_best_rate, at_recipe_rate, candidates
+from linchain_cli.comparison.statistics import smallest_telling
+from linchain_cli.comparison.tables import (
+    Candidate,
+    at_best_rate,
+    at_recipe_rate,
+    candidates,
+    has_halves,
+)
 from linchain_cli.errors import InputError
 from linchain_cli.report.wording import table_cells, table_titles
 from linchain_cli.run import ComparisonDirectory, RunDirectory
@@ -34,9 +41,9 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
             place = str(run.path.relative_to(directory.path))
             measurements.append(measure(run, arm.name, seed, place, definition.base.evaluation.protocol))
     _refuse_mixture(measurements)
-    arms = candidates(definition, measurements)
+    found = candidates(definition, measurements)
     rate = definition.base.training.learning_rate
-    by_name = {one.arm.name: one for one in arms}
+    by_name = {one.arm.name: one for one in found}
     return {
         "format": FORMAT_VERSION,
         "name": directory.path.name,
@@ -47,9 +54,9 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
         "hashes": {
             kind: value for one in measurements[:1] for kind, value in one.hashes.items() if kind in SHARED
         },
-        "tables": {"recipe_rate": at_recipe_rate(arms, rate), "best_rate": at_best_rate(arms)},
+        "tables": {"recipe_rate": at_recipe_rate(found, rate), "best_rate": at_best_rate(found)},
         "runs": [_run_entry(one, by_name[one.arm]) for one in measurements],
-        "notes": notes(definition, measurements, arms),
+        "notes": notes(definition, measurements, found),
     }
 
 
@@ -65,10 +72,10 @@ def _refuse_mixture(measurements: Sequence[Measurement]) -> None:
             )
 
 
-def _run_entry(one: Measurement, arm: Candidate) -> dict[str, Any]:
-    recipe = arm.arm.recipe
+def _run_entry(one: Measurement, candidate: Candidate) -> dict[str, Any]:
+    recipe = candidate.recipe
     entry = asdict(one) | {
-        "label": arm.label,
+        "label": candidate.label,
         "depth": recipe.adapter.depth,
         "rank": recipe.adapter.rank,
         "learning_rate": recipe.training.learning_rate,
@@ -76,6 +83,7 @@ def _run_entry(one: Measurement, arm: Candidate) -> dict[str, Any]:
         "area": one.area if one.finished else None,
         "accuracy": one.accuracy,
         "training": [list(point) for point in one.training],
+        "halves": list(one.halves) if one.halves else None,
         "validation": [[point.step, point.tokens, point.loss] for point in one.validation],
     }
     del entry["hashes"]
@@ -96,20 +104,30 @@ def notes(
         found.append(
             "± is the standard deviation over seeds. Differences are paired by seed; their 95 % intervals"
             " (Student's t) cover what the seed changes (initial values, row order, dropout), not the"
-            " choice of validation rows. An interval that holds 0 is called within the spread. Each stands"
-            " alone: of twenty arms without any effect, one would be expected to fall outside."
+            " choice of validation rows, and each stands alone. The word behind it does not: lower and higher"
+            " are said where chance alone would lead to such a word, for any arm of the table, in one of"
+            " twenty comparisons (Holm's method, each measure and table by itself). An interval that holds 0"
+            " is within the spread; one that does not, and is one of so many that it may be chance, is called"
+            " that. The smallest telling difference is the one that would have got a word, at the spread that"
+            f" was found; {_at_more_seeds(arms)}"
         )
     else:
         found.append("One seed: there is no spread to judge a difference by. Use --seeds 1,2,3.")
-    if not any(one.arm.recipe.training.learning_rate == base.training.learning_rate for one in arms):
+    if not any(one.rate == base.training.learning_rate for one in arms):
         found.append(
             f"No arm was trained at the recipe's learning rate {base.training.learning_rate:g}; add it to"
             " the rates to see that table."
         )
     if len({one.rate for one in arms}) > 1:
+        chosen = (
+            "Best learning rates were chosen by the loss on one half of the validation rows; the losses shown"
+            " with them are those on the other half. Area and tokens are of all rows."
+            if has_halves(arms)
+            else "Best learning rates were chosen by the validation loss that is shown, so these losses are a"
+            " little too good."
+        )
         found.append(
-            "Best learning rates were chosen by the validation loss that is shown, so these losses are a"
-            " little too good; every arm had its choice among the rates it was trained at. (edge): the best"
+            f"{chosen} An arm that was trained at more rates had more luck to choose from. (edge): the best"
             " rate is the lowest or the highest one tried, so a better one may lie beyond."
         )
     if definition.equal_parameters:
@@ -120,12 +138,30 @@ def notes(
             f"Only {points} validation(s) per run: area and tokens to a loss are coarse. Lower"
             " training.eval_every."
         )
+    kept = [one for one in measurements if one.finished and one.kept_step is not None]
+    if kept:
+        found.append(
+            f"{len(kept)} of the runs kept an earlier adapter than their last one, as an earlier version of"
+            f" linchain did ({kept[0].directory}: step {kept[0].kept_step}). Their losses are the last one's,"
+            " so their accuracies are left out."
+        )
     found += [
         f"{one.directory}: {one.status}{f' ({one.reason})' if one.reason else ''}"
         for one in measurements
         if not one.finished
     ]
     return found
+
+
+def _at_more_seeds(arms: Sequence[Candidate]) -> str:
+    """How it depends on the number of seeds: the t quantile of one of these comparisons over √seeds."""
+    comparisons = max(1, len({one.group() for one in arms}) - 1)
+    seeds = min((len(one.runs) for one in arms if len(one.runs) > 1), default=2)
+    now, more = (smallest_telling(1.0, n, comparisons) for n in (seeds, seeds + 2))
+    return (
+        f"with {seeds} seeds that is {now:.1f} times the differences' standard deviation, with {seeds + 2} it"
+        f" would be {more:.1f} times."
+    )
 
 
 def _parameter_note(arms: Sequence[Candidate]) -> str:
@@ -144,7 +180,7 @@ def write(directory: ComparisonDirectory, results: Mapping[str, Any]) -> None:
     storage.write_json(directory.results_path, results)
     tables = [{"table": name, **_flat(row)} for name, rows in results["tables"].items() for row in rows]
     storage.write_atomic(directory.table_path, _csv(tables))
-    left_out = ("training", "validation", "accuracies")
+    left_out = ("training", "validation", "accuracies", "halves")
     runs = [
         {k: v for k, v in run.items() if k not in left_out} | _accuracy_columns(run)
         for run in results["runs"]

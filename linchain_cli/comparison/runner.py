@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from linchain_cli.chain import attach, detach, load_adapter
-from linchain_cli.comparison import results as found
 from linchain_cli.comparison.definition import (
     Definition,
     arm_recipe,
@@ -21,8 +21,12 @@ from linchain_cli.comparison.definition import (
     remove,
 )
 from linchain_cli.comparison.grid import Arm, Grid
+from linchain_cli.comparison.halves import half_losses, read_halves, write_halves
+from linchain_cli.comparison.measure import earlier_step
 from linchain_cli.comparison.parameters import with_equal_parameters
+from linchain_cli.comparison.results import collect, write
 from linchain_cli.data.dataset import PreparedData, prepare_data
+from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.task import Task
@@ -107,7 +111,7 @@ def _adjusted(grid: Grid) -> list[Arm]:
     model = grid.base.model
     directory = locate(model.path, model.revision, weights=False)
     recipes = with_equal_parameters([arm.recipe for arm in grid.arms], grid.base, directory)
-    return [Arm(arm.name, recipe) for arm, recipe in zip(grid.arms, recipes, strict=True)]
+    return [replace(arm, recipe=recipe) for arm, recipe in zip(grid.arms, recipes, strict=True)]
 
 
 def _tasks(recipe: Recipe) -> list[Task]:
@@ -120,8 +124,8 @@ def _tasks(recipe: Recipe) -> list[Task]:
 def _write(directory: ComparisonDirectory) -> dict[str, Any]:
     """Writes what there is now, also of arms that another process added in the meantime."""
     with locked(directory.path, _WAIT):
-        results = found.collect(directory, read_definition(directory))
-        found.write(directory, results)
+        results = collect(directory, read_definition(directory))
+        write(directory, results)
         comparison_plot(directory, results)
     return results
 
@@ -133,6 +137,7 @@ class _Runner:
         self.directory, self.definition, self.tasks = directory, definition, tasks
         self.accelerator = Accelerator()
         self._base: Base | None = None
+        self._validation: EncodedRows | None = None
         self._base_section: dict[str, Any] | None = None
 
     def run(self, wanted: Sequence[tuple[Arm, int]]) -> list[str]:
@@ -184,6 +189,10 @@ class _Runner:
             note(title)
             self._train(recipe, arm, run)
             shutil.rmtree(run.checkpoints_dir, ignore_errors=True)  # a finished run has no use for them
+        status = run.read_status()
+        if read_halves(run) is None and earlier_step(status) is None:
+            with run.lock():
+                self._measure_halves(recipe, run, status)
         if self.tasks and not self._is_evaluated(run):
             with run.lock():
                 note(f"{title}: evaluating")
@@ -210,6 +219,16 @@ class _Runner:
             if run.exists() and not in_use(run.path):
                 loss_plot(run)
 
+    def _measure_halves(self, recipe: Recipe, run: RunDirectory, status: Mapping[str, Any]) -> None:
+        base, rows = self._loaded(recipe), self._validation
+        if rows is None or len(rows) < 2:
+            return
+        attach(base.model, load_adapter(run.adapter_dir))
+        try:
+            write_halves(run, half_losses(base.model, rows, status["micro_batch_size"], base.pad_id))
+        finally:
+            detach(base.model)
+
     def _loaded(self, recipe: Recipe) -> Base:
         """The base model of a recipe, without chains."""
         section = recipe.model.model_dump()
@@ -223,6 +242,7 @@ class _Runner:
     def _check(self, base: Base) -> None:
         """Refuses to add to runs that had other rows or another base; says when there are few validations."""
         data = prepare_data(self.definition.base.data, base.tokenizer)
+        self._validation = data.validation
         now = {"data": data.report.fingerprint, "base": base.hash}
         for path in sorted(self.directory.arms_dir.iterdir()) if self.directory.arms_dir.is_dir() else ():
             run = RunDirectory(path)

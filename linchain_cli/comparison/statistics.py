@@ -6,9 +6,11 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 CONFIDENCE = 0.95
+LEVEL = 0.05  # how often some arm of a table without any effect may be called better or worse
 
 
 def student_t(t: float, df: int) -> float:
@@ -24,6 +26,7 @@ def student_t(t: float, df: int) -> float:
     return 2 / math.pi * (theta + sine * total) if odd else sine * total
 
 
+@lru_cache(maxsize=256)
 def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
     """The t with P(|T| ≤ t) = confidence, found by bisection."""
     low, high = 0.0, 1.0
@@ -61,3 +64,28 @@ def interval(found: Estimate) -> tuple[float, float] | None:
         return None
     half = t_quantile(found.n - 1) * found.deviation / math.sqrt(found.n)
     return found.mean - half, found.mean + half
+
+
+def p_value(found: Estimate) -> float | None:
+    """The two-sided t test's p of a mean that is 0 if nothing but chance is at work; None with one value."""
+    if found.deviation is None:
+        return None
+    if found.deviation == 0:
+        return 1.0 if found.mean == 0 else 0.0
+    return max(0.0, 1 - student_t(abs(found.mean) * math.sqrt(found.n) / found.deviation, found.n - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's p values (Scandinavian Journal of Statistics 6, 1979): calling those below `LEVEL` something is
+    wrong about any of them in at most that share of families, however they depend on each other."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = highest
+    return adjusted
+
+
+def smallest_telling(deviation: float, n: int, comparisons: int) -> float:
+    """The smallest mean of n values that would be told from 0 at this spread, as the clearest of so many
+    comparisons."""
+    return t_quantile(n - 1, 1 - LEVEL / comparisons) * deviation / math.sqrt(n)

@@ -11,15 +11,13 @@ from typing import Any
 from linchain_cli.comparison.definition import Definition
 from linchain_cli.comparison.grid import DEPTH, INIT, LINKS_RATE, RATE, Arm, labels, settings
 from linchain_cli.comparison.measure import Measurement
-from linchain_cli.comparison.statistics import estimate, interval
+from linchain_cli.comparison.statistics import LEVEL, estimate, holm, interval, p_value, smallest_telling
+from linchain_cli.recipe import Recipe
 
-LOWER, HIGHER, WITHIN, ONE_SEED, REFERENCE = (
-    "lower",
-    "higher",
-    "within the spread",
-    "one seed, no spread",
-    "reference",
-)
+LOWER, HIGHER, WITHIN = "lower", "higher", "within the spread"
+# The interval alone leaves 0 out, and as one of so many that is no surprise.
+BY_CHANCE = "may be chance"
+ONE_SEED, REFERENCE = "one seed, no spread", "reference"
 # Keys that have no meaning for a depth of 0, so that they need not agree between an arm and its LoRA.
 _OF_LINKS = (DEPTH, INIT, LINKS_RATE)
 
@@ -34,12 +32,16 @@ class Candidate:
     runs: Mapping[int, Measurement]
 
     @property
-    def rate(self) -> float:
-        return self.arm.recipe.training.learning_rate
+    def recipe(self) -> Recipe:
+        return self.arm.recipe
 
     @property
-    def final_loss(self) -> float:
-        return statistics.fmean(run.final_loss for run in self.runs.values())
+    def rate(self) -> float:
+        return self.recipe.training.learning_rate
+
+    def mean(self, read: Callable[[Measurement], float]) -> float:
+        """Over its runs."""
+        return statistics.fmean(map(read, self.runs.values()))
 
     def group(self) -> str:
         """What arms that differ in their learning rate alone have in common."""
@@ -54,8 +56,10 @@ def candidates(definition: Definition, measurements: Sequence[Measurement]) -> l
         runs = {one.seed: one for one in measurements if one.arm == arm.name and one.finished}
         own = settings(arm.recipe)
         if definition.equal_parameters:
-            # Ranks were chosen, not compared: what an arm shares with its LoRA is the scale.
-            own["adapter.alpha"] /= own.pop("adapter.rank")
+            # Ranks were chosen, not compared, and alpha with them: what an arm shares with its LoRA is alpha
+            # as it was asked for.
+            del own["adapter.rank"]
+            own["adapter.alpha"] = arm.alpha
         found.append(Candidate(arm, label, own, runs))
     return found
 
@@ -63,37 +67,59 @@ def candidates(definition: Definition, measurements: Sequence[Measurement]) -> l
 def at_recipe_rate(all_arms: Sequence[Candidate], rate: float) -> list[dict[str, Any]]:
     """Rows for the arms that were trained at the recipe's learning rate."""
     chosen = [one for one in all_arms if one.rate == rate and one.runs]
-    return [_row(one, _reference_of(one, chosen)) for one in chosen]
+    return _judged([_row(one, _reference_of(one, chosen), _final_loss) for one in chosen])
 
 
 def at_best_rate(all_arms: Sequence[Candidate]) -> list[dict[str, Any]]:
     """Rows for every arm at the learning rate that gave it the lowest mean validation loss.
 
-    Rates are compared over the seeds that all of the group's finished rates have. `edge` says that the best
-    rate is the lowest or the highest one tried, so that a better one may lie beyond.
+    Rates are compared over the seeds that all of the group's finished rates have. Where every run has its
+    loss on either half of the validation rows (see `has_halves`), a rate is chosen on the first half and its
+    loss on the second one is reported. `edge` says that the best rate is the lowest or the highest one tried,
+    so that a better one may lie beyond.
     """
     groups: dict[str, list[Candidate]] = {}
     for one in all_arms:
         groups.setdefault(one.group(), []).append(one)
+    chosen_by, reported = (_first_half, _second_half) if has_halves(all_arms) else (_final_loss, _final_loss)
     best, edges, counts = [], {}, {}
     for tried in groups.values():
         whole = max((len(one.runs) for one in tried), default=0)
         usable = [one for one in tried if one.runs and len(one.runs) == whole]
         if not usable:
             continue
-        winner = min(usable, key=lambda one: one.final_loss)
+        winner = min(usable, key=lambda one: one.mean(chosen_by))
         rates = sorted(one.rate for one in tried)
         edges[winner.arm.name] = len(rates) > 1 and winner.rate in (rates[0], rates[-1])
         counts[winner.arm.name] = len(rates)
         best.append(winner)
-    return [
-        {
-            **_row(one, _reference_of(one, best)),
-            "edge": edges[one.arm.name],
-            "rates_tried": counts[one.arm.name],
-        }
-        for one in best
-    ]
+    return _judged(
+        [
+            {
+                **_row(one, _reference_of(one, best), reported),
+                "edge": edges[one.arm.name],
+                "rates_tried": counts[one.arm.name],
+            }
+            for one in best
+        ]
+    )
+
+
+def has_halves(all_arms: Sequence[Candidate]) -> bool:
+    """Whether the loss on either half of the validation rows is known of every run."""
+    return all(run.halves is not None for one in all_arms for run in one.runs.values())
+
+
+def _final_loss(run: Measurement) -> float:
+    return run.final_loss
+
+
+def _first_half(run: Measurement) -> float:
+    return run.halves[0]
+
+
+def _second_half(run: Measurement) -> float:
+    return run.halves[1]
 
 
 def _reference_of(one: Candidate, table: Sequence[Candidate]) -> Candidate:
@@ -103,14 +129,16 @@ def _reference_of(one: Candidate, table: Sequence[Candidate]) -> Candidate:
     def rest(candidate: Candidate) -> dict[str, Any]:
         return {key: value for key, value in candidate.settings.items() if key not in (*_OF_LINKS, RATE)}
 
-    loras = [candidate for candidate in table if candidate.arm.recipe.adapter.depth == 0]
+    loras = [candidate for candidate in table if candidate.recipe.adapter.depth == 0]
     alike = [candidate for candidate in loras if rest(candidate) == rest(one)]
     return (alike or loras or list(table))[0]
 
 
-def _row(one: Candidate, reference: Candidate) -> dict[str, Any]:
-    runs = list(one.runs.values())
-    recipe = one.arm.recipe
+Read = Callable[[Measurement], float | None]
+
+
+def _row(one: Candidate, reference: Candidate, loss: Read) -> dict[str, Any]:
+    runs, recipe = list(one.runs.values()), one.recipe
     row = {
         "arm": one.arm.name,
         "label": one.label,
@@ -121,7 +149,7 @@ def _row(one: Candidate, reference: Candidate) -> dict[str, Any]:
         "learning_rate": one.rate,
         "seeds": sorted(one.runs),
         "trainable_parameters": runs[0].trainable_parameters,
-        "validation_loss": _mean(runs, lambda run: run.final_loss),
+        "validation_loss": _mean(runs, loss),
         "area": _mean(runs, lambda run: run.area),
         "tokens_to_reference": _reached(one, reference),
         "step_seconds": _mean(runs, lambda run: run.step_seconds),
@@ -131,24 +159,22 @@ def _row(one: Candidate, reference: Candidate) -> dict[str, Any]:
         ),
         "accuracy": _mean(runs, lambda run: run.accuracy),
     }
-    pairs = {
-        "validation_loss": lambda run: run.final_loss,
+    measures = {
+        "validation_loss": loss,
         "area": lambda run: run.area,
         "accuracy": lambda run: run.accuracy,
     }
-    row["difference"] = {name: _difference(one, reference, read) for name, read in pairs.items()}
+    row["difference"] = {name: _difference(one, reference, read) for name, read in measures.items()}
     return row
 
 
-def _mean(runs: Sequence[Measurement], read: Callable[[Measurement], float | None]) -> dict[str, Any] | None:
+def _mean(runs: Sequence[Measurement], read: Read) -> dict[str, Any] | None:
     found = estimate([value for run in runs if (value := read(run)) is not None])
     return found.as_json() if found else None
 
 
-def _difference(
-    one: Candidate, reference: Candidate, read: Callable[[Measurement], float | None]
-) -> dict[str, Any] | None:
-    """`one` minus `reference`, paired by seed, with its 95 % t interval and what may be said of it."""
+def _difference(one: Candidate, reference: Candidate, read: Read) -> dict[str, Any] | None:
+    """`one` minus `reference`, paired by seed, with its 95 % t interval and its p, each as if alone."""
     if one is reference:
         return {"verdict": REFERENCE}
     pairs = [
@@ -158,13 +184,34 @@ def _difference(
     if found is None:
         return None
     bounds = interval(found)
-    if bounds is None:
-        verdict = ONE_SEED
-    elif bounds[0] <= 0 <= bounds[1]:
-        verdict = WITHIN
-    else:
-        verdict = LOWER if found.mean < 0 else HIGHER
-    return {**found.as_json(), "interval": bounds and list(bounds), "verdict": verdict}
+    return {**found.as_json(), "interval": bounds and list(bounds), "p": p_value(found)}
+
+
+def _judged(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with what may be said of their differences, each measure's as one family: of twenty tables of
+    arms without any effect, however many arms they have, one calls some arm's loss lower or higher.
+
+    A difference's `p` becomes Holm's; `smallest_telling` is the one that would have been told from none.
+    """
+    for measure in rows[0]["difference"] if rows else ():
+        found = [row["difference"][measure] or {} for row in rows]
+        tested = [one for one in found if one.get("p") is not None]
+        for one, p in zip(tested, holm([one["p"] for one in tested]), strict=True):
+            one["p"] = p
+            one["smallest_telling"] = smallest_telling(one["sd"], one["n"], len(tested))
+        for one in found:
+            if "p" in one:
+                one["verdict"] = _verdict(one)
+    return rows
+
+
+def _verdict(difference: Mapping[str, Any]) -> str:
+    if difference["p"] is None:
+        return ONE_SEED
+    if difference["p"] <= LEVEL:
+        return LOWER if difference["mean"] < 0 else HIGHER
+    low, high = difference["interval"]
+    return WITHIN if low <= 0 <= high else BY_CHANCE
 
 
 def _reached(one: Candidate, reference: Candidate) -> dict[str, Any] | None:

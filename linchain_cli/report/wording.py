@@ -36,6 +36,12 @@ def difference(found: Row | None, digits: int = 4) -> str:
     return f"{value} [{low}, {high}] {found['verdict']}"
 
 
+def smallest_telling(found: Row | None, digits: int = 4) -> str:
+    """`0.0040`: the difference that would have been called lower or higher."""
+    value = (found or {}).get("smallest_telling")
+    return "" if value is None else f"{value:.{digits}f}"
+
+
 def _signed(value: float, digits: int) -> str:
     """With a minus sign, behind which no line breaks, instead of a hyphen."""
     return f"{value:+.{digits}f}".replace("-", "−")
@@ -74,11 +80,13 @@ def table_cells(rows: Sequence[Row], rates: bool) -> list[dict[str, str]]:
             "validation loss": spread(row["validation_loss"]),
             "reference": "" if common else row["reference"],
             f"difference to {against} [95 %]": difference(row["difference"]["validation_loss"]),
+            "smallest telling difference": smallest_telling(row["difference"]["validation_loss"]),
             "area under the curve": spread(row["area"]),
             "difference of areas [95 %]": difference(row["difference"]["area"]),
             f"tokens to {against}'s final loss": reached(row["tokens_to_reference"]),
             "accuracy": spread(row["accuracy"]),
             "difference of accuracies [95 %]": difference(row["difference"]["accuracy"]),
+            "smallest telling difference of accuracies": smallest_telling(row["difference"]["accuracy"]),
             "seconds per step": number(row["step_seconds"], 3),
             "memory": gigabytes(row["peak_memory_bytes"]),
             "parameters": f"{row['trainable_parameters']:,}" if row["trainable_parameters"] else "",

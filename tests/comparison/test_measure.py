@@ -83,6 +83,17 @@ def test_accuracies_are_those_of_the_protocol(run):
     assert measure(run, "arm", 3, "", "generate").accuracy is None
 
 
+def test_accuracies_of_an_earlier_adapter_do_not_stand_beside_the_last_ones_loss(run):
+    run.eval_dir.mkdir()
+    (run.eval_dir / "likelihood.json").write_text(json.dumps({"tasks": {"boolq": {"accuracy": 0.5}}}))
+    run.update_status(step=6, adapter={"step": 3, "kept": "best"})
+    found = measure(run, "arm", 3, "", "likelihood")
+    assert (found.accuracy, found.kept_step, found.final_loss) == (None, 3, 1.0)
+    run.update_status(adapter={"step": 6, "kept": "best"})
+    found = measure(run, "arm", 3, "", "likelihood")
+    assert (found.accuracy, found.kept_step) == (0.5, None)
+
+
 def test_a_peak_of_the_whole_process_is_not_the_arms(run):
     run.update_status(own_peak_memory=False)
     assert measure(run, "arm", 3, "", "likelihood").peak_memory_bytes is None

@@ -15,8 +15,11 @@ import torch
 from linchain_cli.commands.compare import parse_seeds
 from linchain_cli.comparison import runner
 from linchain_cli.comparison.grid import expand
+from linchain_cli.comparison.halves import read_halves, write_halves
 from linchain_cli.comparison.runner import run_comparison
+from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
+from linchain_cli.model.loading import load_tokenizer
 from linchain_cli.recipe import load_recipe
 from linchain_cli.run import ComparisonDirectory, RunDirectory, locked, newest_finished_run, read_jsonl
 from linchain_cli.training.progress import Display
@@ -70,6 +73,33 @@ def test_every_arm_has_a_finished_run_with_every_seed(finished):
     assert [run["status"] for run in results["runs"]] == ["finished"] * 4
     assert len(results["tables"]["recipe_rate"]) == 2
     assert results == json.loads(directory.results_path.read_bytes())
+
+
+def test_the_halves_make_up_the_loss_of_the_adapter_that_is_kept(finished, tiny_llama_dir):
+    _, directory, results = finished
+    recipe = load_recipe(finished[0])
+    rows = prepare_data(recipe.data, load_tokenizer(tiny_llama_dir)).validation
+    counts = [int(rows.supervised_counts[first::2].sum()) for first in (0, 1)]
+    for name, run in runs_of(directory).items():
+        assert run.read_status()["adapter"] == {"step": 6, "kept": "last"}  # the recipe's keep is best
+        both = read_halves(run)
+        whole = sum(loss * count for loss, count in zip(both, counts, strict=True)) / sum(counts)
+        (entry,) = (one for one in results["runs"] if one["directory"] == f"arms/{name}")
+        assert whole == pytest.approx(entry["validation_loss"], rel=1e-5)
+        assert entry["halves"] == list(both) and both[0] != both[1]
+
+
+def test_halves_that_are_missing_are_measured_of_what_is_there(finished, loads):
+    path, directory, results = finished
+    run = RunDirectory(directory.arms_dir / "depth-0_seed-1")
+    before = read_halves(run)
+    (run.path / "halves.json").unlink()
+    assert run_comparison(expand(path, WORDS), [1, 2]) == results
+    assert read_halves(run) == before and len(loads) == 1
+    (run.path / "halves.json").write_text("[]")
+    with pytest.raises(InputError, match="halves.json is damaged"):
+        read_halves(run)
+    write_halves(run, before)
 
 
 def test_arms_see_the_same_rows_in_the_same_order(finished):

@@ -7,7 +7,16 @@ import random
 
 import pytest
 
-from linchain_cli.comparison.statistics import Estimate, estimate, interval, student_t, t_quantile
+from linchain_cli.comparison.statistics import (
+    Estimate,
+    estimate,
+    holm,
+    interval,
+    p_value,
+    smallest_telling,
+    student_t,
+    t_quantile,
+)
 
 # Two-sided 95 % quantiles of Student's t, from printed tables.
 TABLE = {
@@ -57,3 +66,28 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         low, high = interval(estimate([draw.gauss(1.0, 2.0) for _ in range(3)]))
         covered += low <= 1.0 <= high
     assert covered / 4000 == pytest.approx(0.95, abs=0.011)  # three standard errors
+
+
+def test_p_values_and_intervals_say_the_same():
+    draw = random.Random(1)
+    for _ in range(200):
+        found = estimate([draw.gauss(1.0, 1.0) for _ in range(4)])
+        low, high = interval(found)
+        assert (p_value(found) > 0.05) == (low <= 0 <= high)
+    assert p_value(Estimate(4.302652729911275 / math.sqrt(3), 1.0, 3)) == pytest.approx(0.05)
+    assert p_value(Estimate(1.0, None, 1)) is None
+    assert (p_value(Estimate(0.0, 0.0, 3)), p_value(Estimate(0.1, 0.0, 3))) == (1.0, 0.0)
+
+
+def test_holm_by_hand():
+    # Smallest first: 4 · 0.005, 3 · 0.01, 2 · 0.03, 1 · 0.04, each at least as large as the one before.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.6, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_smallest_telling_difference_is_where_the_word_begins():
+    smallest = smallest_telling(0.2, 3, 7)
+    for factor, told in ((1.0001, True), (0.9999, False)):
+        p = p_value(Estimate(smallest * factor, 0.2, 3))
+        assert (holm([p, *[0.9] * 6])[0] <= 0.05) is told

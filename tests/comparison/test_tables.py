@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
+import random
+from dataclasses import replace
 
 import pytest
 
-from linchain_cli.comparison.definition import Definition
+from linchain_cli.comparison.definition import Definition, read_definition
 from linchain_cli.comparison.grid import expand
 from linchain_cli.comparison.measure import Measurement, Point
 from linchain_cli.comparison.results import collect, lines, notes, write
@@ -16,7 +19,12 @@ from linchain_cli.run import ComparisonDirectory
 
 
 def measurement(
-    arm: str, seed: int, final: float, start: float = 3.0, status: str = "finished"
+    arm: str,
+    seed: int,
+    final: float,
+    start: float = 3.0,
+    status: str = "finished",
+    halves: tuple[float, float] | None = None,
 ) -> Measurement:
     points = (Point(2, 100.0, start), Point(4, 200.0, final))
     return Measurement(
@@ -27,6 +35,7 @@ def measurement(
         validation=points,
         trainable_parameters=100,
         step_seconds=0.5,
+        halves=halves,
     )
 
 
@@ -81,6 +90,145 @@ def test_a_difference_is_called_what_it_is(compared, differences, verdict):
     assert rows["depth 3, kaiming"]["difference"]["validation_loss"]["verdict"] == verdict
     assert rows["LoRA"]["difference"]["validation_loss"] == {"verdict": "reference"}
     assert verdict in difference(rows["depth 3, kaiming"]["difference"]["validation_loss"])
+
+
+def equal_arms(recipe_path, rates: str = "3e-3") -> Definition:
+    """A LoRA and seven others, with three seeds, at each of the rates."""
+    words = ["adapter.depth=0,1,2,3,4,5,6,7", f"training.learning_rate={rates}"]
+    grid = expand(recipe_path, words)
+    definition = Definition(grid.base, False)
+    definition.add(grid.arms, [1, 2, 3])
+    return definition
+
+
+def words_of(rows) -> set[str]:
+    return {row["difference"]["validation_loss"]["verdict"] for row in rows}
+
+
+def test_equal_arms_are_called_different_in_one_of_twenty_comparisons_at_most(recipe_path):
+    """The seed moves all arms together, and each a little by itself; no arm is better than another."""
+    arms, draw = candidates(equal_arms(recipe_path), []), random.Random(3)
+    called = alone = 0
+    for _ in range(1000):
+        seeds = {seed: draw.gauss(1.0, 0.1) for seed in (1, 2, 3)}
+        found = [
+            replace(
+                one,
+                runs={s: measurement(one.arm.name, s, seeds[s] + draw.gauss(0, 0.01)) for s in seeds},
+            )
+            for one in arms
+        ]
+        words = words_of(at_recipe_rate(found, 3e-3))
+        called += bool(words & {"lower", "higher"})
+        alone += bool(words & {"lower", "higher", "may be chance"})
+    assert called / 1000 <= 0.05
+    assert alone / 1000 > 0.15  # what each arm for itself would have led to
+
+
+def test_equal_arms_at_their_best_rates_are_no_more_often_called_different(recipe_path):
+    """Every arm has the same rates, among which noise alone chooses: what of it belongs to the rows shows in
+    one half, what belongs to the run in both."""
+    arms, draw = candidates(equal_arms(recipe_path, "3e-3,1e-2"), []), random.Random(4)
+    called = 0
+    for _ in range(500):
+        found = []
+        for one in arms:
+            runs = {}
+            for seed in (1, 2, 3):
+                run = 1.0 + draw.gauss(0, 0.01)
+                halves = run + draw.gauss(0, 0.01), run + draw.gauss(0, 0.01)
+                runs[seed] = measurement(one.arm.name, seed, sum(halves) / 2, halves=halves)
+            found.append(replace(one, runs=runs))
+        called += bool(words_of(at_best_rate(found)) & {"lower", "higher"})
+    assert called / 500 <= 0.05
+
+
+def test_a_clear_difference_is_called_among_many(recipe_path):
+    definition = equal_arms(recipe_path)
+    losses = {arm.name: (1.0, 1.01, 0.99) for arm in definition.arms}
+    losses["depth-3-kaiming"] = (0.8, 0.811, 0.789)  # always about 0.2 lower
+    losses["depth-2-kaiming"] = (0.88, 0.92, 0.9)  # 0.1 ± 0.01, clear only if it stood alone
+    found = [
+        measurement(name, seed, loss)
+        for name, one in losses.items()
+        for seed, loss in zip((1, 2, 3), one, strict=True)
+    ]
+    rows = by_label(at_recipe_rate(candidates(definition, found), 3e-3))
+    clear, unclear = (rows[f"depth {n}, kaiming"]["difference"]["validation_loss"] for n in (3, 2))
+    assert (clear["verdict"], unclear["verdict"]) == ("lower", "may be chance")
+    for one in (clear, unclear):
+        low, high = one["interval"]
+        assert not low <= 0 <= high
+        assert (abs(one["mean"]) >= one["smallest_telling"]) is (one is clear)
+    cells = {line["arm"]: line for line in table_cells(list(rows.values()), rates=False)}
+    telling = float(cells["depth 2, kaiming"]["smallest telling difference"])
+    assert telling == pytest.approx(unclear["smallest_telling"], abs=1e-4)
+
+
+def test_a_rate_is_chosen_on_one_half_and_reported_on_the_other(recipe_path):
+    grid = expand(recipe_path, ["adapter.depth=0,3", "training.learning_rate=3e-3,1e-2"])
+    definition = Definition(grid.base, False)
+    definition.add(grid.arms, [1])
+    halves = {
+        "depth-0": (1.0, 1.5),
+        "depth-0_learning_rate-0.01": (1.2, 0.5),  # better over all rows, and not on the first half
+        "depth-3-kaiming": (0.9, 1.4),
+        "depth-3-kaiming_learning_rate-0.01": (0.8, 1.6),
+    }
+    found = [measurement(name, 1, sum(each) / 2, halves=each) for name, each in halves.items()]
+    rows = by_label(at_best_rate(candidates(definition, found)))
+    assert (rows["LoRA"]["learning_rate"], rows["LoRA"]["validation_loss"]["mean"]) == (3e-3, 1.5)
+    chain = rows["depth 3, kaiming"]
+    assert (chain["learning_rate"], chain["validation_loss"]["mean"]) == (0.01, 1.6)
+    assert chain["difference"]["validation_loss"]["mean"] == pytest.approx(0.1)
+    text = "\n".join(notes(definition, found, candidates(definition, found)))
+    assert "chosen by the loss on one half" in text and "too good" not in text
+    # One run of an earlier version, of which the halves are not known: all rates are chosen as they were.
+    found[0] = measurement("depth-0", 1, 1.25)
+    rows = by_label(at_best_rate(candidates(definition, found)))
+    assert rows["LoRA"]["validation_loss"]["mean"] == pytest.approx(0.85)
+
+
+@pytest.mark.parametrize(("alpha", "rank", "chosen"), [(8, 12, 10), (32, 16, 15), (1, 3, 7), (0.1, 49, 47)])
+def test_with_equal_parameters_an_arm_finds_the_lora_of_its_scale(recipe_path, tmp_path, alpha, rank, chosen):
+    """alpha · r' / r / r' is not alpha / r in floating point, for one pair in ten."""
+    grid = expand(recipe_path, ["adapter.depth=0,3", f"adapter.alpha={alpha},77", f"adapter.rank={rank}"])
+    arms = [
+        replace(arm, recipe=with_rank(arm.recipe, chosen)) if arm.recipe.adapter.depth else arm
+        for arm in grid.arms
+    ]
+    definition = Definition(grid.base, True)
+    definition.add(arms, [1])
+    directory = ComparisonDirectory(tmp_path / "tiny")
+    definition.write(directory)
+    found = [measurement(arm.name, 1, 1.0) for arm in arms]
+    for kept in (definition, read_definition(directory)):
+        rows = at_recipe_rate(candidates(kept, found), 3e-3)
+        own = {row["arm"]: row["reference"] for row in rows}
+        arms_found = candidates(kept, found)
+        loras = {one.arm.alpha: one.label for one in arms_found if one.recipe.adapter.depth == 0}
+        for arm in arms:
+            assert own[arm.name] == loras[arm.alpha]
+
+
+def with_rank(recipe, rank: int):
+    """The recipe as --equal-parameters changes it."""
+    adapter = recipe.adapter
+    changed = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
+    return recipe.model_copy(update={"adapter": changed})
+
+
+def test_a_comparison_written_before_alpha_was_kept_is_read_right(recipe_path, tmp_path):
+    grid = expand(recipe_path, ["adapter.depth=0,3", "adapter.alpha=8,77", "adapter.rank=12"])
+    definition = Definition(grid.base, True)
+    definition.add([replace(arm, recipe=with_rank(arm.recipe, 10)) for arm in grid.arms], [1])
+    directory = ComparisonDirectory(tmp_path / "tiny")
+    definition.write(directory)
+    content = json.loads(directory.definition_path.read_bytes())
+    for arm in content["arms"]:
+        del arm["alpha"]
+    directory.definition_path.write_text(json.dumps(content))
+    assert [arm.alpha for arm in read_definition(directory).arms] == [arm.alpha for arm in definition.arms]
 
 
 def test_only_seeds_that_both_have_are_paired(compared):
