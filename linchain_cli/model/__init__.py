@@ -2,6 +2,7 @@
 
 files       hub ids, directories and .gguf files → a checkpoint directory, its hash and its weight files
 gguf        .gguf files → checkpoint directories, once
+portable    configuration files that older readers read alike
 quiet       transformers without its remarks
 loading     configurations, tokenizers, models in any precision
 checkpoint  weight files tensor by tensor, without loading a model

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
 from linchain_cli.storage import sha256_file, staged_directory
 
@@ -43,6 +44,8 @@ def converted_gguf(path: Path) -> Path:
         with _one_at_a_time(target):
             if not target.is_dir():
                 convert_gguf(path, target)
+    with contextlib.suppress(OSError):  # an earlier version wrote transformers 5's names alone
+        make_portable(target)
     return target
 
 
@@ -84,6 +87,7 @@ def _write_checkpoint(path: Path, staging: Path) -> None:
     _restore_special_tokens(tokenizer, model.config)
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
+    make_portable(staging)
     _make_readable(staging)
 
 
