@@ -17,9 +17,10 @@ import numpy as np
 
 from linchain_cli.data.encoding import EncodedText, TextEncoder
 from linchain_cli.data.fingerprint import encoding_fingerprint
+from linchain_cli.data.formats import Rows, check_text
 from linchain_cli.data.report import DataReport, SourceReport
 from linchain_cli.data.rows import Rendered, RowError, Template
-from linchain_cli.data.sources import Rows, Source, SourceRequest, check_text, resolve_source
+from linchain_cli.data.sources import Source, SourceRequest, resolve_source
 from linchain_cli.data.store import FORMAT_VERSION, EncodedRows, EncodedStore, StoreWriter
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError

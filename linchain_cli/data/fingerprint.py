@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.data.encoding import serialized_tokenizer
+from linchain_cli.data.reading import hub_dataset
 from linchain_cli.data.rows import Template
-from linchain_cli.data.sources import Source, generated_rows
+from linchain_cli.data.sources import Source
+from linchain_cli.data.streams import ending
 from linchain_cli.storage import sha256_bytes, sha256_file, write_json
 
 if TYPE_CHECKING:
@@ -52,20 +54,32 @@ def _without_state(serialized: str) -> str:
 
 def _source_parts(source: Source, cache_dir: Path) -> dict[str, Any]:
     """Everything about a source that its rows depend on. Its path is no part of it."""
-    parts: dict[str, Any] = {"kind": source.kind, "columns": sorted(source.columns.items())}
-    if source.kind == "file":
-        path = Path(source.location)
-        return {**parts, "format": path.suffix.lower(), "content": file_hash(path, cache_dir)}
-    parts["split"] = source.split
+    parts: dict[str, Any] = {"columns": sorted(source.columns.items())}
+    if source.max_rows is not None:
+        parts["max_rows"] = source.max_rows
+    if file := source.single_file:
+        form, content = "".join(ending(file.path.name)), file_hash(file.path, cache_dir)
+        return {**parts, "kind": "file", "format": form, "content": content}
+    parts |= {"kind": source.kind, "split": source.split or "train"}
     if source.kind == "generated":
-        return {**parts, "content": sha256_bytes(json.dumps(generated_rows(source)).encode())}
-    from linchain_cli.data.hub import content_of, load_hub_dataset
+        from linchain_cli.data.everyday import everyday_rows
 
-    content = content_of(load_hub_dataset(source.location, source.split, source.revision))
-    return {
-        **parts,
-        "content": [file_hash(Path(name), cache_dir) if os.path.isfile(name) else name for name in content],
-    }
+        return {**parts, "content": sha256_bytes(json.dumps(everyday_rows(parts["split"])).encode())}
+    return {**parts, "content": _content(source, cache_dir)}
+
+
+def _content(source: Source, cache_dir: Path) -> Any:
+    """What identifies the rows of a source: its files, split by split, or those of the data set."""
+    if source.files is not None:
+        return {
+            split: [["".join(ending(file.path.name)), file_hash(file.path, cache_dir)] for file in files]
+            for split, files in source.files.splits.items()
+        }
+    from linchain_cli.data.hub import content_of, load_saved
+
+    saved = load_saved(source.location).values() if source.kind == "saved" else [hub_dataset(source)]
+    names = [name for dataset in saved for name in content_of(dataset)]
+    return [file_hash(Path(name), cache_dir) if os.path.isfile(name) else name for name in names]
 
 
 def file_hash(path: Path, cache_dir: Path) -> str:

@@ -1,10 +1,13 @@
-"""Data sets of the Hugging Face hub, through `datasets`, with its failures as one message each."""
+"""Data sets through `datasets`: those of the Hugging Face hub, with its failures as one message each, and
+those that it saved."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,23 +16,49 @@ from linchain_cli.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     import datasets
 
-_LOCAL_FILE = "or give the path of a .json, .jsonl, .csv or .parquet file"
+_LOCAL_FILE = "or give the path of files on this machine"
 
 
 @functools.lru_cache(maxsize=4)
-def load_hub_dataset(name: str, split: str, revision: str | None) -> datasets.Dataset:
-    """One split of a hub data set, downloaded once and memory-mapped.
+def load_hub_dataset(
+    name: str, split: str, revision: str | None, config: str | None = None, data_files: str | None = None
+) -> datasets.Dataset:
+    """One split of a hub data set, downloaded once and memory-mapped; or a directory, as `datasets` sees it.
 
-    `name` is owner/data-set, or owner/data-set/configuration. Raises InputError when there is no such data
-    set, split, revision or configuration, it is gated, or the hub cannot be reached.
+    `name` is owner/data-set, owner/data-set/configuration or a directory. `data_files` is JSON: a pattern of
+    file names, a list of them, or an object from split to either. Raises InputError when there is no such
+    data set, split, revision or configuration, it is gated, or the hub cannot be reached.
     """
     import datasets
 
-    owner, _, rest = name.partition("/")
-    repository, _, configuration = rest.partition("/")
-    repository = f"{owner}/{repository}" if repository else owner
+    repository = name
+    if not os.path.isdir(name):
+        owner, _, rest = name.partition("/")
+        repository, _, named = rest.partition("/")
+        repository, config = f"{owner}/{repository}" if repository else owner, config or named or None
+    options = {"data_files": json.loads(data_files)} if data_files else {}
     with _hub_problems(repository, split, revision), _retries_told_once():
-        return datasets.load_dataset(repository, configuration or None, split=split, revision=revision)
+        return datasets.load_dataset(repository, config, split=split, revision=revision, **options)
+
+
+@functools.lru_cache(maxsize=4)
+def load_saved(directory: str) -> dict[str, datasets.Dataset]:
+    """What `save_to_disk` wrote, by split; a data set without splits is `train`.
+
+    Raises InputError when it cannot be read.
+    """
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(directory)
+    except Exception as error:  # pyarrow's, and those of damaged or foreign JSON
+        raise InputError(
+            f"data: {directory} cannot be read as a data set that `save_to_disk` wrote: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
+    if isinstance(found, datasets.DatasetDict):
+        return dict(found)
+    return {"train": found}
 
 
 def content_of(dataset: datasets.Dataset) -> list[str]:
@@ -115,7 +144,10 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
                 f"The data set '{name}' has no split '{split}'. Splits: {known}.{hint}"
             ) from error
         if isinstance(error, ValueError) and text.startswith(("Config name is missing", "BuilderConfig")):
-            raise InputError(f"The data set '{name}': {text} Give it as {name}/CONFIGURATION.") from error
+            raise InputError(
+                f"The data set '{name}': {text} Give it as {name}/CONFIGURATION, or as `config` beside "
+                "its path."
+            ) from error
         if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
             raise InputError(
                 f"The data set '{name}' is made by a script, which is not run. Try data.revision: "

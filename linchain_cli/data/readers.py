@@ -1,4 +1,4 @@
-"""File formats: .json (a list, or one object after another), .jsonl, .csv and .parquet, one row at a time.
+"""Files of text, one row at a time: .json (a list, or one object after another), .jsonl, .csv and .tsv.
 
 A reader yields a row (a dict), or a RowError for one that cannot be read but can be skipped. What breaks
 the file as a whole raises InputError. Both name the line. Memory does not grow with the file, and a row of
@@ -11,11 +11,12 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from linchain_cli.data.rows import RowError
+from linchain_cli.data.streams import open_bytes
 from linchain_cli.errors import InputError
 
 MAX_CELL = 5_000_000  # characters; tokenising more takes minutes and gigabytes, for a few hundred tokens kept
@@ -31,11 +32,12 @@ class Reader:
     """Rows of one file, in one pass.
 
     `row` is the number of the last one, from 1; `line` is where it begins, for formats that have lines;
-    `header` the columns, for formats that name them once.
+    `header` the columns, for formats that name them once. `name` is what messages call the file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, name: str = ""):
         self.path = path
+        self.name = name or str(path)
         self.row = 0
         self.line: int | None = None
         self.header: list[str] | None = None
@@ -44,20 +46,20 @@ class Reader:
         raise NotImplementedError
 
     def problem(self, message: str, line: int | None = None) -> InputError:
-        place = f"{self.path}:{line}" if line else str(self.path)
+        place = f"{self.name}:{line}" if line else self.name
         return InputError(f"{place}: {message}")
 
 
 class _LineReader(Reader):
     """Lines of UTF-8 text, each with its number and the offset of its first byte."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, name: str = ""):
+        super().__init__(path, name)
         self._line = 0
 
     def _lines(self, handle: BinaryIO) -> Iterator[tuple[bytes | None, int]]:
         """(line, offset); None in place of a line of more than MAX_LINE bytes."""
-        offset = _check_encoding(handle, self)
+        offset = _skip_byte_order_mark(handle, self)
         while raw := handle.readline(MAX_LINE):
             self._line += 1
             start, offset = offset, offset + len(raw)
@@ -67,17 +69,15 @@ class _LineReader(Reader):
             yield whole, start
 
 
-def _check_encoding(handle: BinaryIO, reader: Reader) -> int:
-    """Skips a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
-    start = handle.read(4)
+def _skip_byte_order_mark(handle: BinaryIO, reader: Reader) -> int:
+    """Reads over a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
+    start = handle.peek(4)
     if not start:
         raise reader.problem("the file is empty.")
     for mark, name in _OTHER_BOMS.items():
         if start.startswith(mark):
             raise reader.problem(f"the file is {name} text. Save it as UTF-8.")
-    offset = len(_BOM) if start.startswith(_BOM) else 0
-    handle.seek(offset)
-    return offset
+    return len(handle.read(len(_BOM))) if start.startswith(_BOM) else 0
 
 
 def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
@@ -89,7 +89,7 @@ class JsonLinesReader(_LineReader):
     """One JSON object per line; blank lines don't count."""
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
-        with open(self.path, "rb") as handle:
+        with open_bytes(self.path, self.name) as handle:
             for raw, offset in self._lines(handle):
                 if raw is not None and not raw.strip():
                     continue
@@ -143,8 +143,8 @@ def _unreadable_json(error: Exception) -> str:
 class JsonReader(Reader):
     """A list of objects, or objects one after another, parsed as the file is read."""
 
-    def __init__(self, path: Path):
-        super().__init__(path)
+    def __init__(self, path: Path, name: str = ""):
+        super().__init__(path, name)
         self._decoder = json.JSONDecoder()
         self._text, self._at = "", 0  # a window of the file's text, and where in it we are
         self._dropped = 0  # characters before the window
@@ -155,8 +155,8 @@ class JsonReader(Reader):
         )  # line breaks up to a position of the window
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
-        with open(self.path, "rb") as handle:
-            self._handle, self._offset = handle, _check_encoding(handle, self)
+        with open_bytes(self.path, self.name) as handle:
+            self._handle, self._offset = handle, _skip_byte_order_mark(handle, self)
             self._decode = codecs.getincrementaldecoder("utf-8")()
             self._ended = False
             first = self._next_character()
@@ -285,7 +285,7 @@ class CsvReader(_LineReader):
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
         before = csv.field_size_limit(MAX_CELL)  # a setting of the whole process
         try:
-            with open(self.path, "rb") as handle:
+            with open_bytes(self.path, self.name) as handle:
                 yield from self._rows(csv.reader(self._decoded(handle), strict=True))
         finally:
             csv.field_size_limit(before)
@@ -332,32 +332,55 @@ class CsvReader(_LineReader):
                 raise self.problem(_not_utf8(error, offset), self._line) from None
 
 
-class ParquetReader(Reader):
-    """A parquet file, read by row groups; only the columns in `wanted` (all, if none of them is there)."""
-
-    def __init__(self, path: Path, wanted: set[str]):
-        super().__init__(path)
-        self._wanted = wanted
+class TsvReader(_LineReader):
+    """Tab-separated values with a header line. Quotes are part of the text, as in GLUE's files; only a cell
+    that was quoted because it holds quotes is taken out of them."""
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            with pyarrow.parquet.ParquetFile(self.path) as file:
-                self.header = file.schema_arrow.names
-                columns = [name for name in self.header if name in self._wanted]
-                for batch in file.iter_batches(batch_size=1024, columns=columns or None):
-                    for row in batch.to_pylist():
-                        self.row += 1
-                        yield row
-        except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise self.problem(
-                f"not a parquet file that can be read: {reason}. Get or write it again."
-            ) from None
+        with open_bytes(self.path, self.name) as handle:
+            for raw, offset in self._lines(handle):
+                if raw is not None and not raw.strip():
+                    continue
+                if self.header is None:
+                    self.header = self._header(raw, offset)
+                    continue
+                self.row += 1
+                self.line = self._line
+                yield self._parse(raw, offset)
         if not self.row:
-            raise self.problem("the file has no rows.")
+            raise self.problem("there is a header line and no row.")
+
+    def _header(self, raw: bytes | None, offset: int) -> list[str]:
+        cells = self._cells(raw, offset)
+        if isinstance(cells, RowError):
+            raise self.problem(f"{cells}.", self._line)
+        if twice := [name for name in cells if cells.count(name) > 1]:
+            raise self.problem(f"the header names the column '{shown(twice[0])}' twice.", self._line)
+        return cells
+
+    def _parse(self, raw: bytes | None, offset: int) -> dict[str, Any] | RowError:
+        cells = self._cells(raw, offset)
+        if isinstance(cells, RowError) or len(cells) == len(self.header):
+            return cells if isinstance(cells, RowError) else dict(zip(self.header, cells, strict=True))
+        return RowError(
+            f"the row has {len(cells)} cells where the header names {len(self.header)} columns; a .tsv file "
+            "cannot hold tabs or line breaks inside a cell (.csv and .jsonl can)"
+        )
+
+    def _cells(self, raw: bytes | None, offset: int) -> list[str] | RowError:
+        if raw is None:
+            return RowError(f"the line has more than {MAX_LINE:,} bytes")
+        try:
+            line = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return RowError(_not_utf8(error, offset))
+        return [_unquoted(cell) if '""' in cell else cell for cell in line.rstrip("\r\n").split("\t")]
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "\0")
+    quoted = len(cell) > 3 and cell[0] == cell[-1] == '"' and '"' not in inner
+    return inner.replace("\0", '"') if quoted else cell
 
 
 def shown(value: Any) -> str:
@@ -366,29 +389,7 @@ def shown(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
-def _json_reader(path: Path, wanted: set[str]) -> Reader:
-    return JsonReader(path)
-
-
-def _json_lines_reader(path: Path, wanted: set[str]) -> Reader:
-    """A list in a file named .jsonl is read as what it is."""
-    with open(path, "rb") as handle:
-        start = handle.read(4096).removeprefix(_BOM).lstrip()
-    return JsonReader(path) if start.startswith(b"[") else JsonLinesReader(path)
-
-
-def _csv_reader(path: Path, wanted: set[str]) -> Reader:
-    return CsvReader(path)
-
-
-FORMATS: dict[str, Callable[[Path, set[str]], Reader]] = {
-    ".json": _json_reader,
-    ".jsonl": _json_lines_reader,
-    ".csv": _csv_reader,
-    ".parquet": ParquetReader,
-}
-
-
-def open_reader(path: Path, wanted: set[str]) -> Reader:
-    """The reader for a file by its name's ending; `wanted` are the columns that will be asked for."""
-    return FORMATS[path.suffix.lower()](path, wanted)
+def starts_list(reader: Reader) -> bool:
+    """Whether the file begins with the [ of a JSON list."""
+    with open_bytes(reader.path, reader.name) as handle:
+        return handle.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")

@@ -145,8 +145,7 @@ def _placeholders(pattern: str) -> list[str]:
 
 
 def _raw_rows(file: TaskFile, path: Path) -> Iterator[Any]:
-    from linchain_cli.data.hub import hub_rows, load_hub_dataset
-    from linchain_cli.data.readers import open_reader
+    from linchain_cli.data.reading import RawRows
     from linchain_cli.data.rows import RowError
     from linchain_cli.data.sources import SourceRequest, resolve_source
 
@@ -154,13 +153,10 @@ def _raw_rows(file: TaskFile, path: Path) -> Iterator[Any]:
     source = resolve_source(
         SourceRequest(str(beside) if beside.is_file() else file.path, file.split, file.revision)
     )
-    if source.kind == "hub":
-        yield from hub_rows(load_hub_dataset(source.location, source.split, source.revision), set())
-        return
-    reader = open_reader(Path(source.location), set())
-    for row in reader:
+    rows = RawRows(source, set())
+    for row in rows:
         if isinstance(row, RowError):
-            raise reader.problem(str(row), reader.line)
+            raise InputError(f"{rows.place()}: {row}")
         yield row
 
 

@@ -7,7 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from linchain_cli.data.encoding import encode_prompt
-from linchain_cli.data.sources import load_rows
+from linchain_cli.data.formats import load_rows
 from linchain_cli.data.templates import get_template
 
 if TYPE_CHECKING:

@@ -95,12 +95,23 @@ Columns = dict[Text, Text]
 class SourceConfig(StrictModel):
     """One data source; what is null here is taken from the data section."""
 
-    path: Annotated[Text, Expected("a registered name, a hub id, or a .json, .jsonl, .csv or .parquet file")]
-    """Registered name, hub id, or a .json, .jsonl, .csv or .parquet file."""
+    path: Annotated[
+        Text,
+        Expected("a registered name, a hub id, a file, a directory, a pattern (data/*.jsonl), an address"),
+    ]
+    """Registered name, hub id, file, directory, pattern such as data/*.jsonl, or address such as
+    s3://bucket/rows.jsonl."""
+    config: Text | None = None
+    """Configuration of a hub data set; owner/data-set/configuration as path says the same."""
+    data_files: Text | list[Text] | dict[Text, Text | list[Text]] | None = None
+    """Files of a hub data set or directory that are read, by name or pattern: one, a list, or by split."""
     split: Text | None = None
-    """Split of a hub data set."""
+    """Split, or a slice of one: train[:1000], train[10%:20%], train+test. A file or pattern is one split,
+    whatever it is called."""
     revision: Text | None = None
     """Branch, tag or commit of a hub data set."""
+    max_rows: Count | None = None
+    """Only so many rows, the first ones."""
     columns: Columns | None = None
     """Column names, ours to theirs."""
 
@@ -161,11 +172,13 @@ class DataConfig(StrictModel):
     """Rows, and how they become text."""
 
     train: Sources
-    """Registered name (commonsense170k, everyday), hub id, or path of a .json, .jsonl, .csv or .parquet
-    file; or a list of these; or mappings with path, split, revision and columns. Paths are relative to the
-    current directory."""
-    split: Text = "train"
-    """Split of a hub data set."""
+    """Registered name (commonsense170k, everyday), hub id, file (.json, .jsonl, .ndjson, .csv, .tsv, also
+    .gz, .bz2, .xz, .zst; .parquet, .arrow), directory, pattern (data/*.jsonl) or address
+    (s3://bucket/rows.jsonl); or a list of these; or mappings with path and what one source alone needs. Paths
+    are relative to the current directory."""
+    split: Text | None = None
+    """Split of the sources that name none, or a slice of it, such as train[:1000]; null is train, or the only
+    one."""
     revision: Text | None = None
     """Branch, tag or commit of a hub data set."""
     columns: Columns = {}
@@ -193,11 +206,12 @@ class DataConfig(StrictModel):
         """The sources of `train`, with this section's split, revision and columns filled in where theirs are
         null."""
         return [
-            SourceConfig(
-                path=source.path,
-                split=source.split or self.split,
-                revision=source.revision or self.revision,
-                columns=self.columns if source.columns is None else source.columns,
+            source.model_copy(
+                update={
+                    "split": source.split or self.split,
+                    "revision": source.revision or self.revision,
+                    "columns": self.columns if source.columns is None else source.columns,
+                }
             )
             for source in self.train
         ]

@@ -15,8 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linchain_cli.data import readers
+from linchain_cli.data.formats import load_rows
 from linchain_cli.data.rows import RowError
-from linchain_cli.data.sources import SourceRequest, load_rows
+from linchain_cli.data.sources import SourceRequest
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 

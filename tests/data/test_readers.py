@@ -7,7 +7,7 @@ import json
 import pytest
 
 from linchain_cli.data import readers
-from linchain_cli.data.readers import open_reader
+from linchain_cli.data.files import open_reader
 from linchain_cli.data.rows import RowError
 from linchain_cli.errors import InputError
 

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from linchain_cli.data import hub, sources
-from linchain_cli.data.sources import load_rows, resolve_source
+from linchain_cli.data import hub
+from linchain_cli.data.formats import load_rows
+from linchain_cli.data.rows import RowError
+from linchain_cli.data.sources import resolve_source
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
@@ -70,7 +72,7 @@ def test_a_row_can_be_rejected_later(write, source):
     rows = rows_of(source(path), skip_bad=True)
     for number, _ in enumerate(rows):
         if number == 1:
-            rows.reject(sources.RowError("no good"))
+            rows.reject(RowError("no good"))
     assert (rows.total, rows.kept, rows.skipped) == (2, 1, 1)
     assert rows.problems == [f"{path}:1 (row 2): no good"]
 
@@ -116,20 +118,20 @@ def test_parquet_cells_are_checked_too(tmp_path, source):
 def test_registered_names_are_found_as_files_first(write, source, tmp_path, monkeypatch):
     write("commonsense_170k.json", json.dumps([GOOD]))
     found = resolve_source(source("commonsense170k"), tmp_path)
-    assert (found.kind, found.location) == ("file", str(tmp_path / "commonsense_170k.json"))
+    assert (found.kind, found.location) == ("files", str(tmp_path / "commonsense_170k.json"))
     monkeypatch.setenv("LINCHAIN_DATA_DIR", str(tmp_path))
-    assert resolve_source(source("commonsense170k")).kind == "file"
+    assert resolve_source(source("commonsense170k")).kind == "files"
     monkeypatch.delenv("LINCHAIN_DATA_DIR")
     assert resolve_source(source("commonsense170k")).location == "zwhe99/commonsense_170k"
     monkeypatch.chdir(tmp_path)
-    assert resolve_source(source("commonsense170k")).kind == "file"
+    assert resolve_source(source("commonsense170k")).kind == "files"
 
 
 def test_llm_adapters_keeps_training_files_beside_its_tests(tmp_path, source):
     (tmp_path / "dataset").mkdir()
     (tmp_path / "ft-training_set").mkdir()
     (tmp_path / "ft-training_set" / "math_10k.json").write_text("[]")
-    assert resolve_source(source("math10k"), tmp_path / "dataset").kind == "file"
+    assert resolve_source(source("math10k"), tmp_path / "dataset").kind == "files"
     with pytest.raises(InputError, match="needs the file math_10k.json"):
         resolve_source(source("math10k"))
 
@@ -137,7 +139,7 @@ def test_llm_adapters_keeps_training_files_beside_its_tests(tmp_path, source):
 def test_everyday_is_generated(source):
     rows = list(rows_of(source("everyday", split="train")))
     assert rows and set(rows[0]) == {"instruction", "input", "output"}
-    with pytest.raises(InputError, match="splits train and test, not 'validation'"):
+    with pytest.raises(InputError, match="no split 'validation'. Splits: train, test"):
         list(rows_of(source("everyday", split="validation")))
 
 
@@ -148,7 +150,7 @@ def test_everyday_is_generated(source):
         ("everday", "Did you mean 'everyday'"),
         ("trian.json", "there is no file .*trian.json. Did you mean 'train.json'"),
         ("rows.txt", "rows.txt is a file; a data file ends in"),
-        (".", "is a directory; a data file ends in"),
+        ("empty", r"the directory empty holds no data file \(it holds notes.txt\); one ends in"),
         ("a b/c", "no file, hub id"),
     ],
 )
@@ -156,6 +158,8 @@ def test_what_cannot_be_found_gets_a_suggestion(write, source, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     write("train.json", "[]")
     write("rows.txt", "")
+    (tmp_path / "empty").mkdir()
+    write("empty/notes.txt", "")
     with pytest.raises(InputError, match=said):
         resolve_source(source(name))
 

@@ -95,7 +95,7 @@ def test_sources_inherit_what_they_leave_out(write):
     train = "[a, {path: b, split: dev, columns: {}}]"
     text = f"name: r\nmodel: {{path: m}}\ndata: {{train: {train}, revision: r1, columns: {{input: x}}}}"
     first, second = load_recipe(write(text)).data.sources
-    assert first == SourceConfig(path="a", split="train", revision="r1", columns={"input": "x"})
+    assert first == SourceConfig(path="a", revision="r1", columns={"input": "x"})
     assert second == SourceConfig(path="b", split="dev", revision="r1", columns={})
 
 

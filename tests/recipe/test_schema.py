@@ -26,7 +26,7 @@ seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
 adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
           target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
-data: {split: train, revision: null, columns: {}, validation: auto, split_seed: 42, template: alpaca,
+data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, template: alpaca,
 train_on_inputs: false,
        max_length: 256, on_bad_row: error, max_unsupervised_share: 0.0}
 training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4,
@@ -48,7 +48,10 @@ def test_defaults():
     expected["training"]["learning_rate"] = 3e-4
     expected |= {"name": "r"}
     expected["model"]["path"] = "m"
-    expected["data"]["train"] = [{"path": "d.json", "split": None, "revision": None, "columns": None}]
+    expected["data"]["train"] = [
+        dict.fromkeys(("path", "config", "data_files", "split", "revision", "columns", "max_rows"))
+        | {"path": "d.json"}
+    ]
     assert dumped == expected
 
 
