@@ -345,13 +345,38 @@ ARCHITECTURES = {
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
     "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
 }
+# Models with a peculiarity that some tests are about.
+PECULIAR = {
+    "llama4_text": {
+        **HEADS,
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 4,
+        "attention_chunk_size": 8,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "no_rope_layers": [1, 0],
+        "moe_layers": [0, 1],
+    },
+    "mamba": {"state_size": 4, "time_step_rank": 3},
+    "phimoe": {"num_local_experts": 4},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 1},
+    "zamba": {
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "mamba_d_state": 4,
+        "mamba_dt_rank": 3,
+        "n_mamba_heads": 2,
+        "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "use_mamba_kernels": False,
+    },
+}
 
 
 def _small_model(kind: str):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fields = ARCHITECTURES[kind]
+    fields = (ARCHITECTURES | PECULIAR)[kind]
     names = set(AutoConfig.for_model(kind).to_dict()) | set(fields)
     known = {
         name: value
@@ -366,7 +391,7 @@ def _small_model(kind: str):
 
 @pytest.fixture(scope="session")
 def small_model() -> Callable:
-    """small_model(kind): a random two-block model (float32, frozen, in eval mode) of a model type."""
+    """small_model(kind): a random model of two or three blocks (float32, frozen, in eval mode)."""
     return _small_model
 
 

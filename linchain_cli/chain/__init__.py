@@ -18,29 +18,36 @@ from linchain_cli.chain.files import (
 from linchain_cli.chain.fold import find_siblings, fold_all, folded
 from linchain_cli.chain.inject import (
     ChainConfig,
-    Matches,
-    chain_layers,
     detach,
     disabled,
     drops,
     inject,
-    match_modules,
     merge,
     set_enabled,
 )
-from linchain_cli.chain.layer import ChainLinear, collapse, delta_weight, fold_into_a, linear_shape
+from linchain_cli.chain.layer import (
+    ChainLinear,
+    chain_layers,
+    collapse,
+    delta_weight,
+    fold_into_a,
+    linear_shape,
+)
+from linchain_cli.chain.targets import Coverage, Matches, coverage, match_modules, refuse_shared
 
 __all__ = [
     "Adapter",
     "ChainConfig",
     "ChainLinear",
     "ChainTensors",
+    "Coverage",
     "Matches",
     "adapter_files",
     "adapter_of",
     "attach",
     "chain_layers",
     "collapse",
+    "coverage",
     "delta_weight",
     "detach",
     "disabled",
@@ -56,6 +63,7 @@ __all__ = [
     "match_modules",
     "merge",
     "named_tensors",
+    "refuse_shared",
     "save_adapter",
     "set_enabled",
     "with_depth",

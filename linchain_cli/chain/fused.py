@@ -47,7 +47,9 @@ class FusedChains(torch.autograd.Function):
         ctx.save_for_backward(rows, a, h, *weights, *bs)
         ctx.types = folded_a.dtype, Bs[0].dtype
         ctx.input_shape = x.shape
-        return tuple(y.view(*x.shape[:-1], -1) for y in outputs)
+        # Not as views, which nobody might change in place: a model does what it likes with a layer's output.
+        shape = x.shape[:-1]
+        return tuple(torch.ops.aten._unsafe_view(y, (*shape, y.shape[-1])) for y in outputs)
 
     @staticmethod
     @once_differentiable
@@ -150,16 +152,17 @@ class Siblings:
         """Drops outputs that nobody took."""
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
-        self._with_gradients = False
+        self._state: tuple[bool, int | None] | None = None  # gradients on or off, the input's version
 
     def output(self, layer: Any, x: Tensor) -> Tensor | None:
         """A layer's output for x (..., d_in), or None where the layers cannot be computed together."""
         place = self.layers.index(layer)
-        known = self._input is x and self._with_gradients == torch.is_grad_enabled()
+        state = torch.is_grad_enabled(), None if x.is_inference() else x._version
+        known = self._input is x and self._state == state
         if not known or self._outputs[place] is None:
             if not all(member.is_fused(x) for member in self.layers):
                 return None
-            self._input, self._with_gradients = x, torch.is_grad_enabled()
+            self._input, self._state = x, state
             self._outputs = list(fused_chains(x, self.folded_a, self.layers))
         output, self._outputs[place] = self._outputs[place], None
         if all(other is None for other in self._outputs):

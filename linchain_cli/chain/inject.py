@@ -1,10 +1,8 @@
-"""Model surgery: which modules get a chain, putting it in, taking it out, folding it into the weights."""
+"""Model surgery: putting chains in, taking them out, folding them into the weights."""
 
 from __future__ import annotations
 
 import contextlib
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,10 +11,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linchain_cli.chain.init import SCHEMES, initialise
-from linchain_cli.chain.layer import ChainLinear, linear_shape
+from linchain_cli.chain.layer import ChainLinear, chain_layers
+from linchain_cli.chain.targets import ALL_LINEAR, match_modules, owners_of_weight, refuse_shared
 from linchain_cli.errors import InputError, did_you_mean
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -46,88 +43,6 @@ class ChainConfig:
             )
 
 
-@dataclass(frozen=True)
-class Matches:
-    """The modules a target specification selects: `paths` in model order, and how many each pattern met."""
-
-    paths: tuple[str, ...]
-    per_pattern: dict[str, int]
-
-
-def match_modules(model: nn.Module, target_modules: str | Sequence[str], prefix: str = "") -> Matches:
-    """Finds the linear modules that `target_modules` names, below the dotted `prefix` only (the text
-    decoder's).
-
-    Raises:
-        InputError: a pattern meets nothing; the message says what could be matched.
-    """
-    scope = {path: module for path, module in model.named_modules() if _below(path, prefix)}
-    linear = {path: module for path, module in scope.items() if linear_shape(module) and ".base" not in path}
-    if target_modules == ALL_LINEAR:
-        head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-        tests = {ALL_LINEAR: lambda path: path in linear and linear[path] is not head}
-    elif isinstance(target_modules, str):
-        try:
-            expression = re.compile(rf"(?:.*\.)?(?:{target_modules})")
-        except re.error as error:
-            raise InputError(
-                f"adapter.target_modules: '{target_modules}' is no regular expression: {error}"
-            ) from error
-        tests = {target_modules: lambda path: expression.fullmatch(path) is not None}
-    else:
-        tests = {
-            name: (lambda path, name=name: path == name or path.endswith("." + name))
-            for name in target_modules
-        }
-
-    met = {pattern: [path for path in linear if test(path)] for pattern, test in tests.items()}
-    for pattern, paths in met.items():
-        if not paths:
-            raise InputError(_nothing_matched(pattern, tests[pattern], model, scope, linear, prefix))
-    chosen = {path for paths in met.values() for path in paths}
-    return Matches(
-        tuple(path for path in linear if path in chosen),
-        {pattern: len(paths) for pattern, paths in met.items()},
-    )
-
-
-def _below(path: str, prefix: str) -> bool:
-    return not prefix or path == prefix or path.startswith(prefix + ".")
-
-
-def _nothing_matched(pattern, test, model, scope, linear, prefix) -> str:
-    message = f"adapter.target_modules: '{pattern}' matches no linear module"
-    message += f" of the text decoder ('{prefix}')." if prefix else "."
-    outside = [
-        path
-        for path, module in model.named_modules()
-        if path not in scope and linear_shape(module) and test(path)
-    ]
-    if outside:
-        message += f" It does match {len(outside)} outside the text decoder, which get no adapter"
-        message += f" (e.g. {outside[0]})."
-    experts = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 3 and (test(name) or test(name.rpartition(".")[0]))
-    ]
-    if experts:
-        message += f" It only meets 3-D expert parameters (e.g. {experts[0]}), which a chain cannot adapt."
-    kinds = [
-        type(module).__name__ for path, module in scope.items() if path and path not in linear and test(path)
-    ]
-    if kinds:
-        message += f" It does name {len(kinds)} modules of type {kinds[0]}, which are not linear."
-    names = Counter(path.rpartition(".")[2] for path in linear)
-    listing = ", ".join(f"{name} ({count})" for name, count in names.items())
-    return message + did_you_mean(pattern, names) + f" This model's linear modules: {listing or 'none'}."
-
-
-def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
-    """A model's chain layers by module path (the path of the module each one replaces), in model order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ChainLinear)}
-
-
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
@@ -143,10 +58,13 @@ def inject(model: nn.Module, config: ChainConfig, seed: int = 0, prefix: str = "
         The new layers by module path.
 
     Raises:
-        InputError: a pattern matches nothing, or the model carries chains already (`detach` it first).
+        InputError: a pattern matches nothing or a weight that another module shares, or the model carries
+            chains already (`detach` it first).
     """
     refuse_second_adapter(model)
-    return inject_at(model, match_modules(model, config.target_modules, prefix).paths, config, seed)
+    paths = match_modules(model, config.target_modules, prefix).paths
+    refuse_shared(model, paths)
+    return inject_at(model, paths, config, seed)
 
 
 def refuse_second_adapter(model: nn.Module) -> None:
@@ -209,17 +127,16 @@ def merge(model: nn.Module) -> None:
 
     Raises:
         InputError: a base weight is quantised (merge into the original weights instead, `linchain merge`
-        does), or
-            shared with another module, which the sum would corrupt. Nothing is changed then.
+            does), or shared with another module, which the sum would corrupt. Nothing is changed then.
     """
     layers = chain_layers(model)
-    owners = Counter(parameter.data_ptr() for _, parameter in model.named_parameters(remove_duplicate=False))
+    owners = owners_of_weight(model)
     for path, layer in layers.items():
         if type(layer.base) not in (nn.Linear, Conv1D):
             raise InputError(
                 f"{path} is a quantised {type(layer.base).__name__}: merge into the full-precision weights"
             )
-        if owners[layer.base.weight.data_ptr()] > 1:
+        if len(owners[layer.base.weight]) > 1:
             raise InputError(
                 f"{path} shares its weight with another module, which merging would change as well"
             )

@@ -7,6 +7,7 @@ and adapter in one autograd node, and is what training runs when nothing stands 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -53,20 +54,45 @@ def delta_weight(
     return B.to(dtype) @ fold_into_a(A.to(dtype), links.to(dtype), scaling)
 
 
+# bitsandbytes' layers compute W0·x, too, from weights that they have packed.
+_QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(d_in, d_out) of a module that can carry a chain, None of any other."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if isinstance(module, Conv1D):
+    """(d_in, d_out) of a module that can carry a chain, None of any other.
+
+    It can if W0·x + b is all that it computes. Some subclasses of nn.Linear compute more, such as routers
+    that return which experts they chose.
+    """
+    if type(module) is Conv1D:
         return module.nx, module.nf
+    if isinstance(module, nn.Linear) and (type(module).__name__ in _QUANTISED or _is_plain(type(module))):
+        return module.in_features, module.out_features
     return None
+
+
+@functools.cache
+def _is_plain(kind: type[nn.Linear]) -> bool:
+    """Whether a class of linear layers gives W·x + b and nothing else, tried out on small numbers."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    probe = nn.utils.skip_init(nn.Linear, 2, 3)
+    probe.weight.data = torch.arange(6.0).view(3, 2)
+    probe.bias.data = torch.arange(3.0)
+    probe.__class__ = kind
+    x = torch.arange(8.0).view(4, 2)
+    try:
+        return torch.equal(probe.forward(x), F.linear(x, probe.weight, probe.bias))
+    except Exception:  # whatever a class needs that a plain layer does not have
+        return False
 
 
 class ChainLinear(nn.Module):
     """h = W0·x + (α/r)·B·Wn…W1·A·x with W0 frozen (LinChain, arXiv 2411.00039; n = 0 is LoRA, n = 1 MoSLoRA).
 
     The trained tensors are float32 whatever the base's type: `A` (r, d_in), `links` (n, r, r) with
-    links[0] = W1, and `B` (d_out, r). The products run in the input's type.
+    links[0] = W1, and `B` (d_out, r). The products run in the input's type. To the model around it the layer
+    looks like the one it replaces: some read a projection's `weight` and multiply by themselves (Mamba's).
 
     Args:
         base: an nn.Linear (also bitsandbytes' subclasses of it) or a transformers Conv1D.
@@ -102,6 +128,28 @@ class ChainLinear(nn.Module):
         return self.A.shape[0]
 
     @property
+    def in_features(self) -> int:
+        return self.A.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.B.shape[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """W0 + ΔW in the base's type and form, with gradients for the chain; W0 while it is switched off. The
+        packed numbers of a quantised W0 stay as they are."""
+        weight = self.base.weight
+        if not self.enabled or not weight.is_floating_point():
+            return weight
+        delta = self.B @ self._folded()
+        return (weight + (delta.T if isinstance(self.base, Conv1D) else delta)).to(weight.dtype)
+
+    @property
     def base_weight(self) -> Tensor:
         """W0 (d_out, d_in); in 4 bit, whatever shape its numbers are packed in."""
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
@@ -121,7 +169,7 @@ class ChainLinear(nn.Module):
             output = self.siblings.output(self, x)
             if output is not None:
                 return output
-        folded_a = fold_into_a(self.A, self.links, self.scaling) if self.folded_a is None else self.folded_a
+        folded_a = self._folded()
         if fused:
             return fused_chains(x, folded_a, [self])[0]
         rows = x.reshape(-1, x.shape[-1])
@@ -131,6 +179,10 @@ class ChainLinear(nn.Module):
             added = AddBase.apply(term, rows, self.base_weight, self.base_scale, self.base.bias)
             return added.view(*x.shape[:-1], -1)
         return self.base(x) + term.view(*x.shape[:-1], -1)
+
+    def _folded(self) -> Tensor:
+        """A' (r, d_in), as `folded` installed it or folded now."""
+        return fold_into_a(self.A, self.links, self.scaling) if self.folded_a is None else self.folded_a
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the layer adds its chain, without dropout, to a matrix that `_adds_to_base` takes."""
@@ -163,3 +215,8 @@ class ChainLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, depth={self.depth}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
+    """A model's chain layers by module path (the path of the module each one replaces), in model order."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, ChainLinear)}

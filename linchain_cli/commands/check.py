@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 from linchain_cli.commands.options import Overrides, RecipePath
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import Console
 
-    from linchain_cli.chain import Matches
     from linchain_cli.recipe import Recipe
 
 
@@ -40,8 +41,7 @@ def _check(recipe: Recipe, console: Console) -> None:
     limit_threads()
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
-    matches, shapes, parameters = _matches(recipe, directory)
-    check_view.modules(console, matches, shapes, parameters, recipe)
+    _modules(recipe, directory, console)
 
     with counting_rows() as progress:
         data = prepare_data(recipe.data, tokenizer, progress=progress)
@@ -56,12 +56,19 @@ def _check(recipe: Recipe, console: Console) -> None:
     check_view.plan(console, plan)
 
 
-def _matches(recipe: Recipe, directory) -> tuple[Matches, list[tuple[int, int]], int]:
-    """The modules that get a chain, their (d_in, d_out), and the parameters of the base model."""
-    from linchain_cli.chain import linear_shape, match_modules
+def _modules(recipe: Recipe, directory: Path, console: Console) -> None:
+    """The modules that get a chain, as `train` would choose or refuse them."""
+    from linchain_cli.chain import coverage, linear_shape, match_modules, refuse_shared
+    from linchain_cli.commands import check_view
     from linchain_cli.model.loading import empty_model, text_decoder_prefix
+    from linchain_cli.training.base import refuse_unfit
 
     model = empty_model(directory)
-    matches = match_modules(model, recipe.adapter.target_modules, text_decoder_prefix(model))
+    refuse_unfit(model, recipe.training)
+    prefix = text_decoder_prefix(model)
+    matches = match_modules(model, recipe.adapter.target_modules, prefix)
+    refuse_shared(model, matches.paths)
     shapes = [linear_shape(model.get_submodule(path)) for path in matches.paths]
-    return matches, shapes, sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    covered = coverage(model, matches.paths, prefix)
+    check_view.modules(console, matches, shapes, parameters, covered, recipe)

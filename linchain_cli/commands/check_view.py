@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from linchain_cli.chain import Matches
+    from linchain_cli.chain import Coverage, Matches
     from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
     from linchain_cli.recipe import Recipe
     from linchain_cli.training.plan import Plan
@@ -63,9 +63,14 @@ def recipe(console: Console, text: str) -> None:
 
 
 def modules(
-    console: Console, matches: Matches, shapes: Sequence[tuple[int, int]], base: int, recipe: Recipe
+    console: Console,
+    matches: Matches,
+    shapes: Sequence[tuple[int, int]],
+    base: int,
+    covered: Coverage,
+    recipe: Recipe,
 ) -> None:
-    """What gets a chain, and how many parameters that trains."""
+    """What gets a chain and what does not, and how many parameters that trains."""
     rank, depth = recipe.adapter.rank, recipe.adapter.depth
     trained = sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
     _section(console, "Model")
@@ -75,6 +80,7 @@ def modules(
         f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules, beside "
         f"{_count(base)} frozen ones ({_share(trained, base)})"
     )
+    console.print(covered.describe(most=len(covered.without_chain)))
 
 
 def sources(console: Console, data: PreparedData) -> None:

@@ -30,6 +30,12 @@ def backbone(model: nn.Module) -> nn.Module:
     return model.base_model if multimodal else model.get_decoder()
 
 
+def vocabulary_size(model: nn.Module) -> int:
+    """How many logits the model's output head gives for a position."""
+    head = model.get_output_embeddings()
+    return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+
+
 def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     """The backbone's last hidden states (batch, length, d) for right-padded rows (batch, length).
 

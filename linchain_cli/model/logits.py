@@ -50,7 +50,8 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
         return (hidden[positions.to(hidden.device)].unsqueeze(0), *inputs[1:])
 
     handles = [head.register_forward_pre_hook(gather)]
-    if float32 and isinstance(head, nn.Linear) and head.weight.dtype in (torch.bfloat16, torch.float16):
+    linear = hasattr(head, "out_features")  # also one that carries a chain
+    if float32 and linear and head.weight.dtype in (torch.bfloat16, torch.float16):
         handles.append(
             head.register_forward_hook(lambda module, inputs, _: _project_in_float32(module, inputs[0]))
         )
@@ -65,7 +66,7 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
         )
 
 
-def _project_in_float32(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+def _project_in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The projection's logits in float32, its weight converted block by block."""
     hidden = hidden.float()
     blocks = [hidden @ block.float().T for block in head.weight.split(VOCABULARY_BLOCK)]

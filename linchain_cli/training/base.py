@@ -12,7 +12,7 @@ from torch import nn
 
 from linchain_cli.errors import InputError
 from linchain_cli.model.head import allow_flat_rows, check_split
-from linchain_cli.model.last_block import trim_last_block
+from linchain_cli.model.last_block import decoder_blocks, trim_last_block
 from linchain_cli.model.loading import (
     base_hash,
     empty_model,
@@ -21,7 +21,7 @@ from linchain_cli.model.loading import (
     locate,
     resolve_dtype,
 )
-from linchain_cli.recipe import Recipe
+from linchain_cli.recipe import Recipe, TrainingConfig
 from linchain_cli.training.blocks import shard
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
@@ -72,10 +72,26 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
         return Base(directory, model, load_tokenizer(directory), base_hash(directory), sharded)
 
     base = together(accelerator, load)
+    together(accelerator, lambda: refuse_unfit(base.model, recipe.training))
     if sharded:
         together(accelerator, lambda: shard(base.model, device))
     together(accelerator, lambda: suit_to_training(base.model))
     return base
+
+
+def refuse_unfit(model: nn.Module, training: TrainingConfig) -> None:
+    """What a model's structure alone (on the meta device will do) speaks against.
+
+    Raises:
+        InputError: it has no output projection or no blocks, and the recipe needs them.
+    """
+    if model.get_output_embeddings() is None:
+        raise InputError(
+            f"{type(model).__name__} has no output projection, whose logits the loss is computed from; this"
+            " architecture is not supported"
+        )
+    if training.gradient_checkpointing or training.compile or training.parallel == "shard":
+        decoder_blocks(model)
 
 
 def suit_to_training(model: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from linchain_cli.chain import (
     Adapter,
     ChainConfig,
     ChainLinear,
+    Coverage,
     adapter_files,
     adapter_of,
+    coverage,
     find_siblings,
     inject,
     load_adapter,
@@ -189,6 +191,11 @@ def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: B
     return Job(recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks)
 
 
+def chain_coverage(job: Job) -> Coverage:
+    """How much of the base's text decoder the chains adapt."""
+    return coverage(job.model, tuple(job.layers), text_decoder_prefix(job.model))
+
+
 def warnings(job: Job) -> list[str]:
     """What the user should know before the first step."""
     recipe = job.recipe
@@ -283,6 +290,7 @@ def description(job: Job) -> dict[str, Any]:
         "micro_batch_size": job.state.micro_batch_size,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "adapted_modules": len(job.layers),
+        "coverage": asdict(chain_coverage(job)),
         "rows": data.counts(),
     }
 

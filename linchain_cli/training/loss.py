@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from linchain_cli.chain import drops
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.model.attention import TOKEN_STEP, FlatRows
-from linchain_cli.model.head import flat_hidden_states, head_logits, hidden_states, reads_flat
+from linchain_cli.model.head import (
+    flat_hidden_states,
+    head_logits,
+    hidden_states,
+    reads_flat,
+    vocabulary_size,
+)
 from linchain_cli.model.last_block import reading_only
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
@@ -68,7 +74,7 @@ def positions_at_once(vocabulary: int, device: torch.device) -> int:
 
 
 def _pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
-    size = positions_at_once(model.get_output_embeddings().weight.shape[0], hidden.device)
+    size = positions_at_once(vocabulary_size(model), hidden.device)
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 

@@ -60,14 +60,11 @@ def make_norms_lean(model: nn.Module) -> int:
     proven: dict[tuple, Callable | None] = {}
     count = 0
     for module in model.modules():
+        if not type(module).__name__.endswith("RMSNorm"):
+            continue
         epsilon = next((getattr(module, name) for name in _EPSILONS if hasattr(module, name)), None)
         weight = getattr(module, "weight", None)
-        if (
-            not type(module).__name__.endswith("RMSNorm")
-            or epsilon is None
-            or weight is None
-            or weight.requires_grad
-        ):
+        if epsilon is None or weight is None or weight.requires_grad:
             continue
         key = (type(module), epsilon)
         if key not in proven:

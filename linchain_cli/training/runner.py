@@ -70,6 +70,7 @@ def run_training(
             say(f"{run.path} is finished already; nothing to resume")
             return None
         job = jobs.prepare(recipe, run, accelerator, base)
+        say(jobs.chain_coverage(job).describe())
         for warning in jobs.warnings(job):
             say(f"warning: {warning}")
         if resume:

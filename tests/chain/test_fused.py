@@ -162,3 +162,31 @@ def test_a_layer_with_several_inputs_has_no_siblings():
         model[0].k(BATCHES[1])
 
     assert find_siblings(model, forward) == GROUPS[1:]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_model_may_change_outputs_in_place(together):
+    """As Gemma 3n does."""
+    results = []
+    for in_place in (False, True):
+        model = grouped(make_model()) if together else make_model()
+        handles = [
+            layer.register_forward_hook(lambda _m, _i, y, in_place=in_place: y.mul_(2) if in_place else 2 * y)
+            for layer in (model[0].q, model[0].k, model[2].v)
+        ]
+        with folded(model):
+            model(BATCHES[0]).sin().sum().backward()
+        results.append([layer.B.grad for layer in model.modules() if hasattr(layer, "links")])
+        assert len(handles) == 3
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_an_input_that_was_changed_in_place_is_read_again():
+    model = grouped(make_model())[0]
+    x = BATCHES[0].clone()
+    with torch.no_grad(), folded(model):
+        model.q(x)
+        x.mul_(2)
+        changed = model.k(x)
+        torch.testing.assert_close(changed, model.k(x.clone()))

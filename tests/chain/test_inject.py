@@ -1,22 +1,23 @@
-"""Which modules are matched, how a mismatch is told, and taking chains out or into the weights."""
+"""Taking chains out or into the weights, and what does not go."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from linchain_cli.chain import (
     ChainConfig,
     chain_layers,
     detach,
     disabled,
+    folded,
     inject,
-    match_modules,
     merge,
     set_enabled,
 )
+from linchain_cli.chain.inject import inject_at
 from linchain_cli.errors import InputError
 
 IDS = torch.tensor([[3, 14, 15, 92, 65]])
@@ -36,56 +37,6 @@ def randomise_b(model: nn.Module) -> None:
     torch.manual_seed(1)
     for layer in chain_layers(model).values():
         nn.init.normal_(layer.B, std=0.05)
-
-
-def test_names_regex_and_all_linear(llama):
-    assert match_modules(llama, ["q_proj", "up_proj"]).per_pattern == {"q_proj": 2, "up_proj": 2}
-    assert match_modules(llama, ["layers.1.self_attn.q_proj"]).paths == ("model.layers.1.self_attn.q_proj",)
-    assert len(match_modules(llama, r"layers\.0\..*_proj").paths) == 7
-    assert match_modules(llama, "k_proj").per_pattern == {"k_proj": 2}
-    everything = match_modules(llama, "all-linear").paths
-    assert len(everything) == 14 and "lm_head" not in everything
-
-
-def test_a_module_met_twice_is_adapted_once(llama):
-    assert len(match_modules(llama, ["q_proj", "self_attn.q_proj"]).paths) == 2
-
-
-def test_a_pattern_without_a_match_lists_what_there_is(llama):
-    with pytest.raises(InputError) as error:
-        inject(llama, ChainConfig(target_modules=["q_proj", "qproj"]))
-    message = str(error.value)
-    assert "'qproj' matches no linear module" in message
-    assert "Did you mean 'q_proj'?" in message
-    assert "down_proj (2)" in message
-    assert not chain_layers(llama)
-
-
-def test_a_broken_regex_is_told(llama):
-    with pytest.raises(InputError, match="no regular expression"):
-        match_modules(llama, "q_(proj")
-
-
-def test_a_module_that_is_not_linear_is_named_as_such(llama):
-    with pytest.raises(InputError, match="LlamaRMSNorm, which are not linear"):
-        match_modules(llama, ["input_layernorm"])
-
-
-def test_expert_parameters_are_named_as_such():
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=50, num_local_experts=2,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config)
-    with pytest.raises(InputError, match="only meets 3-D expert parameters"):
-        match_modules(model, r".*experts.*")
-
-
-def test_prefix_limits_matching(llama):
-    assert len(match_modules(llama, ["q_proj"], prefix="model.layers.0").paths) == 1
-    with pytest.raises(InputError, match="outside the text decoder"):
-        match_modules(llama, ["q_proj"], prefix="model.embed_tokens")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -129,9 +80,13 @@ def test_detach_restores_the_base(llama):
     assert torch.equal(llama(IDS).logits, before)
 
 
-def test_merging_into_a_tied_weight_is_refused(tiny_tied_dir):
+def test_a_tied_weight_is_refused_before_anything_is_spent(tiny_tied_dir):
     model = AutoModelForCausalLM.from_pretrained(tiny_tied_dir).eval()
-    inject(model, ChainConfig(rank=4, target_modules=["lm_head"]))
+    config = ChainConfig(rank=4, target_modules=["lm_head"])
+    with pytest.raises(InputError, match="'lm_head' shares its weight with 'model.embed_tokens'"):
+        inject(model, config)
+    assert not chain_layers(model)
+    inject_at(model, ["lm_head"], config, seed=0)  # as an adapter from elsewhere comes in
     with pytest.raises(InputError, match="shares its weight"):
         merge(model)
 
@@ -146,3 +101,22 @@ def test_a_second_injection_is_refused(llama):
 def test_an_impossible_chain_is_refused(wrong):
     with pytest.raises(InputError):
         ChainConfig(**wrong)
+
+
+def test_a_model_that_multiplies_by_a_layers_weight_itself_trains_its_chain(small_model):
+    """Mamba reads dt_proj's weight and bias, and never calls it."""
+    model = small_model("mamba")
+    before = model(IDS).logits
+    inject(model, ChainConfig(rank=4, depth=2, alpha=400, target_modules=["dt_proj", "x_proj"]))
+    assert torch.equal(model(IDS).logits, before)
+    randomise_b(model)
+    adapted = model(IDS).logits
+    adapted.sin().sum().backward()
+    gradients = [layer.B.grad.abs().max() for layer in chain_layers(model).values()]
+    assert len(gradients) == 4 and min(gradients) > 0 and (adapted - before).abs().max() > 1e-3
+    with folded(model):
+        torch.testing.assert_close(model(IDS).logits, adapted)
+    with disabled(model):
+        assert torch.equal(model(IDS).logits, before)
+    merge(model)
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-5, atol=1e-5)

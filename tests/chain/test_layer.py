@@ -127,6 +127,30 @@ def test_dropout_acts_on_the_chain_alone_and_only_in_training():
     assert torch.equal(layer(x), layer.base(x))
 
 
+@pytest.mark.parametrize("base", BASES)
+def test_it_looks_like_the_module_that_it_replaces(base):
+    """Some models multiply by a projection's weight themselves: with it they compute what the layer does."""
+    layer = make_layer(base).double()
+    assert (layer.in_features, layer.out_features) == (12, 10)
+    assert layer.bias is layer.base.bias and layer.weight.shape == layer.base.weight.shape
+    x = torch.randn(3, 12, dtype=torch.float64)
+    found = []
+    for by_weight in (False, True):
+        layer.zero_grad()
+        if by_weight:
+            y = x @ (layer.weight if base == "conv1d" else layer.weight.T)
+            y = y if layer.bias is None else y + layer.bias
+        else:
+            y = layer(x)
+        y.sin().sum().backward()
+        found.append([y, *(each.grad.clone() for each in (layer.A, layer.links, layer.B))])
+    for ours, reference in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference)
+    assert layer.to(torch.bfloat16).weight.dtype == torch.bfloat16
+    layer.enabled = False
+    assert layer.weight is layer.base.weight
+
+
 def test_disabled_layer_is_the_base():
     layer = make_layer()
     layer.enabled = False

@@ -51,6 +51,7 @@ def test_everything_is_shown(recipe, capsys):
     assert lines_of(out, "q_proj") == [["q_proj", "2"]] and lines_of(out, "down_proj") == [["down_proj", "2"]]
     trained = 2 * (4 * (64 + 64) + 2 * 16) + 2 * (4 * (128 + 64) + 2 * 16)
     assert f"{trained:,} trainable parameters in 4 modules" in out
+    assert "chains on 33.3% of the decoder's weights; without: mlp.gate_proj 22.2%" in out
     assert lines_of(out, "train.jsonl") == [["train.jsonl", "41", "40", "1", "0"]]
     assert "36 rows to train on, 4 to validate on" in out
     assert "skipped train.jsonl:41 (row 41): not JSON" in out
@@ -101,6 +102,13 @@ def test_what_is_wrong_is_one_message(recipe, capsys, override, said):
     assert check(recipe, override) == 2
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err
+
+
+def test_what_train_would_refuse_is_refused(recipe, capsys):
+    config = recipe.parent / "model" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    assert check(recipe, "adapter.target_modules=[q_proj,lm_head]") == 2
+    assert "'lm_head' shares its weight with 'model.embed_tokens'" in capsys.readouterr().err
 
 
 class Rows:

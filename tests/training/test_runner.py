@@ -49,6 +49,14 @@ def test_a_finished_run(run_tiny, recipe_of):
     assert all(len(status["hashes"][name]) == 64 for name in ("recipe", "base")) and status["hashes"]["data"]
     assert status["seed"] == 42 and status["machine"]["threads"] == 1 and status["machine"]["processes"] == 1
     assert status["trainable_parameters"] == sum(p.numel() for p in job.parameters.values())
+    matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert status["coverage"]["weights"] == matrices
+    assert status["coverage"]["without_chain"] == {
+        "mlp.gate_proj": 2 * 64 * 128,
+        "mlp.up_proj": 2 * 64 * 128,
+        "self_attn.o_proj": 2 * 64 * 64,
+        "self_attn.k_proj": 2 * 64 * 32,
+    }
     assert status["rows"]["kept"] == 46 and status["rows"]["skipped"] == 0
     assert status["adapter"] == {"step": 6, "kept": "best"}
     assert status["timings"]["prepare_seconds"] > 0 and status["timings"]["train_seconds"] > 0
@@ -117,6 +125,12 @@ def test_a_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_tiny, st
     assert "has no checkpoint yet: starting at step 0" in capfd.readouterr().err
     assert [row["step"] for row in read_jsonl(job.run.rows_path)] == [1, 2, 3, 4, 5, 6]
     assert job.run.read_status()["status"] == "finished"
+
+
+def test_an_output_head_of_its_own_trains(run_tiny, capfd):
+    job = run_tiny({"adapter.target_modules": ["q_proj", "lm_head"], "training.max_steps": 2})
+    assert job.run.read_status()["status"] == "finished" and job.layers["lm_head"].B.abs().max() > 0
+    assert "chains on 11.1% of the decoder's weights; without: mlp.gate_proj 22.2%" in capfd.readouterr().err
 
 
 def test_a_directory_that_is_no_run_is_left_alone(run_tiny, recipe_of):
