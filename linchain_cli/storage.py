@@ -19,11 +19,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linchain_cli.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
 STAGING_PREFIX = ".staging-"
 REPLACED_PREFIX = ".replaced-"
+
+
+def expand(path: Path | str) -> Path:
+    """`path` with its `~` written out.
+
+    Raises:
+        InputError: nobody knows that home directory.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        whose = "your" if str(path).partition("/")[0] == "~" else "that user's"
+        raise InputError(f"{path}: {whose} home directory is not known here; write the path out") from None
 
 
 def _write(handle, data: bytes) -> None:

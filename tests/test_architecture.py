@@ -28,14 +28,16 @@ LEVELS = [
         "recipe": ["recipe"],
         "run": ["run"],
     },
-    {"base": ["__init__", "errors", "storage", "machine", "shipped"]},
+    {"base": ["__init__", "errors", "storage", "records", "machine", "shipped"]},
 ]
 ROOM_OF = {module: room for level in LEVELS for room, modules in level.items() for module in modules}
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
 
 # What `linchain --help` and recipe validation go through: no torch, and nothing else that takes its time to
 # import.
-LIGHT = ["cli", "__main__", "commands", "recipe", "run", "errors", "storage", "shipped", "__init__"]
+LIGHT = [
+    *("cli", "__main__", "commands", "recipe", "run", "errors", "storage", "records", "shipped", "__init__")
+]
 HEAVY = {
     "torch",
     "transformers",

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import Dtype, ModelName
+from linchain_cli.commands.options import Base, Dtype, ModelName
+from linchain_cli.commands.origin import is_first_process
 from linchain_cli.commands.subject import Subject, find_subject, load_subject, locate_subject
 from linchain_cli.errors import InputError
 
@@ -69,6 +70,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    base: Base = None,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -83,14 +85,17 @@ def run(
     ] = False,
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
-    subject = find_subject(model)
+    subject = find_subject(model, base)
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
-    if model is None and _is_first_process():
-        print(f"evaluating {subject.name}")
     from linchain_cli.evaluation.results import read_results, refuse_other_rows
     from linchain_cli.evaluation.tasks import load_tasks
 
+    # Before rows are fetched and before the first evaluation, which may take long, it is known that both
+    # models are there.
+    for each in (subject, other):
+        if each is not None:
+            locate_subject(each)
     second = (read_results(earlier), earlier) if earlier is not None else None
     if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
         data_dir = Path(subject.recipe.evaluation.data_dir)
@@ -102,10 +107,6 @@ def run(
             raise InputError(
                 f"--against {earlier} is where this evaluation's own result goes: name another --out"
             )
-    # Before the first evaluation, which may take long, it is known that there will be a second one.
-    for each in (subject, other):
-        if each is not None:
-            locate_subject(each)
     settings = _Settings(protocol, beams, dtype, batch_tokens)
     first = settings.evaluate(subject, template or subject.template, loaded_tasks, path)
     if other is None:
@@ -146,7 +147,7 @@ class _Settings:
 
         loaded = load_subject(subject, self.dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=_stderr(), transient=True, disable=not _is_first_process()) as bar:
+        with Progress(*columns, console=_stderr(), transient=True, disable=not is_first_process()) as bar:
             handle = bar.add_task(subject.name, total=sum(len(task.rows) for task in tasks))
             return evaluate(
                 loaded.model,
@@ -163,12 +164,6 @@ class _Settings:
             )
 
 
-def _is_first_process() -> bool:
-    import os
-
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _stderr():
     from rich.console import Console
 
@@ -177,7 +172,7 @@ def _stderr():
 
 def _show(first: Results, path: Path, references: bool, second: tuple[Results, Path] | None = None) -> None:
     """Tables, the chart and where everything lies; of several processes the first one does it."""
-    if not _is_first_process():
+    if not is_first_process():
         return
     from linchain_cli import storage
     from linchain_cli.evaluation.results import compare

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from linchain_cli.commands.options import Overwrite, RunPath
+from linchain_cli.commands.options import Base, Overwrite, RunPath
 from linchain_cli.commands.origin import open_run
 
 
@@ -17,14 +17,7 @@ def run(
     format: Annotated[
         Literal["peft"], typer.Option(help="peft: a plain LoRA of the same rank in PEFT's file format.")
     ] = "peft",
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The base model, where it is not where the run found it.",
-            show_default=False,
-        ),
-    ] = None,
+    base: Base = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -41,7 +34,7 @@ def run(
     from linchain_cli.model.loading import empty_model
 
     subject = open_run(run_path)
-    out = out or subject.run.path / format
+    out = out or subject.opened.place(format)
     target = check_output(out, overwrite=overwrite, sources=subject.inputs)
     model = empty_model(subject.base_directory(base, weights=False))
     with staged_output(target) as staging:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli.commands.options import Dtype
-from linchain_cli.commands.subject import find_subject, load_subject
+from linchain_cli.commands.options import Base, Dtype
+from linchain_cli.commands.subject import find_subject, is_model, load_subject
 from linchain_cli.errors import InputError
 
 
@@ -27,6 +27,7 @@ def run(
     ] = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
+    base: Base = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
@@ -40,7 +41,11 @@ def run(
     prompt = model_and_prompt[-1]
     if not prompt.strip():
         raise InputError("the prompt is empty.")
-    subject = find_subject(model_and_prompt[0] if len(model_and_prompt) == 2 else None)
+    if len(model_and_prompt) == 1 and is_model(prompt):
+        raise InputError(
+            f'{prompt} is a model, and the prompt is missing: linchain generate {prompt} "PROMPT"'
+        )
+    subject = find_subject(model_and_prompt[0] if len(model_and_prompt) == 2 else None, base)
     from linchain_cli.data.templates import get_template
     from linchain_cli.evaluation.evaluate import answer
 

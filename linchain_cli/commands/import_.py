@@ -103,26 +103,27 @@ def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignA
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
     from linchain_cli.export.output import staged_output
-    from linchain_cli.run import RunDirectory, now
+    from linchain_cli.records import write_record
+    from linchain_cli.run import RunDirectory, RunStatus, now
 
     recipe = _recipe(target, adapter, foreign)
-    status = {
-        "name": recipe.name,
-        "status": "finished",
-        "created": now(),
-        "finished": now(),
-        "imported": {
+    status = RunStatus(
+        name=recipe.name,
+        status="finished",
+        created_at=now(),
+        finished_at=now(),
+        imported={
             "from": str(foreign.directory),
             "padded": list(imported.padded),
             "rescaled": list(imported.rescaled),
             "biases_dropped": [asdict(loss) for loss in imported.losses],
         },
-    }
+    )
     with staged_output(target) as staging:
         run = RunDirectory(staging)
         save_adapter(adapter, run.adapter_dir)
         storage.write_atomic(run.recipe_path, recipe.to_yaml())
-        storage.write_json(run.status_path, status)
+        write_record(run.status_path, status)
 
 
 def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from linchain_cli.commands.options import RunPath
+from linchain_cli.commands.options import Base, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import LinchainError
 
@@ -19,14 +17,7 @@ if TYPE_CHECKING:
 
 def run(
     run_path: RunPath = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The base model, where it is not where the run found it.",
-            show_default=False,
-        ),
-    ] = None,
+    base: Base = None,
 ) -> None:
     """Show spectra and sizes of what was learned."""
     from linchain_cli import storage
@@ -40,7 +31,7 @@ def run(
     layers = layer_numbers(subject.adapter, directory)
     config = subject.adapter.config
     _show(layers, config.rank, config.depth)
-    target = subject.run.path / "inspect.json"
+    target = Path(f"{subject.opened.place('inspect')}.json")
     storage.write_json(target, _as_json(subject, layers))
     print(f"written: {target}")
     heat_map = layer_map_plot(layers, lambda layer: layer.entropy_rank, "entropy rank of ΔW")

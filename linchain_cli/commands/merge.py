@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import Overwrite, RunPath
+from linchain_cli.commands.options import Base, Overwrite, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import InputError
 
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 def run(
     run_path: RunPath = None,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="The base model, where it is not where the run found it.",
-            show_default=False,
-        ),
-    ] = None,
+    base: Base = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +51,7 @@ def run(
         prompts=() if no_proof else _prompts(subject, directory),
         quantization=subject.recipe.model.quantization,
     )
-    _show(_merge(subject, directory, out or subject.run.merged_dir, options), proof=not no_proof)
+    _show(_merge(subject, directory, out or subject.opened.place("merged"), options), proof=not no_proof)
 
 
 def _merge(subject: AdaptedRun, directory: Path, out: Path, options: MergeOptions) -> MergeResult:

@@ -22,7 +22,7 @@ RunPath = Annotated[
     Path | None,
     typer.Argument(
         metavar="RUN",
-        help="A run directory; left out, the newest finished run under ./runs.",
+        help="A run directory, or one of its checkpoints; left out, the newest finished run under ./runs.",
         show_default=False,
     ),
 ]
@@ -30,8 +30,16 @@ ModelName = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="A run directory, a checkpoint directory or a hub id; left out, the newest finished run under "
-        "./runs.",
+        help="A run directory, one of its checkpoints, a model's directory or a hub id; left out, the newest "
+        "finished run under ./runs.",
+        show_default=False,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The run's base model, where it is not where the run found it.",
         show_default=False,
     ),
 ]

@@ -1,15 +1,16 @@
-"""What `merge`, `export` and `inspect` know of the run they work on: its adapter, its recipe, its base and
-its results."""
+"""RUN, as several commands take it: its adapter, its recipe, its base and its results."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.errors import InputError
-from linchain_cli.run import RunDirectory, find_run
+from linchain_cli.run import Opened, RunDirectory, find_adapter
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
@@ -18,13 +19,61 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class AdaptedRun:
-    """A finished run with its adapter in memory."""
+class NamedRun:
+    """A run and the adapter of it that is meant, not loaded."""
 
-    run: RunDirectory
+    opened: Opened
     recipe: Recipe
+
+    @property
+    def run(self) -> RunDirectory:
+        return self.opened.run
+
+    @property
+    def imported(self) -> bool:
+        return self.opened.status.imported is not None
+
+    @property
+    def inputs(self) -> list[Path]:
+        """The parts of the run that nothing may be written over."""
+        return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
+
+    def base_directory(self, base: str | None = None, weights: bool = True) -> Path:
+        """Where the base's checkpoint is: at `base`, or where the run found it.
+
+        Raises:
+            InputError: it is not there, or cannot be fetched.
+        """
+        from linchain_cli.model.files import find_base
+
+        model = self.recipe.model
+        known = self.opened.status.base_of(model.path, model.revision)
+        try:
+            return find_base(known, named=base, near=self.run.path, weights=weights).directory
+        except InputError as error:
+            if base is not None:
+                raise
+            raise InputError(
+                f"the base model of {self.opened.name}, '{model.path}': {error} Say where it is now with"
+                " --base MODEL."
+            ) from error
+
+    def load_adapter(self) -> Adapter:
+        """Reads it.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        from linchain_cli.chain import load_adapter
+
+        return load_adapter(self.opened.adapter_dir)
+
+
+@dataclass(frozen=True)
+class AdaptedRun(NamedRun):
+    """A run with its adapter in memory."""
+
     adapter: Adapter
-    imported: bool
 
     @property
     def origin(self) -> Origin:
@@ -38,46 +87,41 @@ class AdaptedRun:
             results={path.stem: result for path, result in _results(self.run.eval_dir)},
         )
 
-    @property
-    def inputs(self) -> list[Path]:
-        """The parts of the run that nothing may be written over."""
-        return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
 
-    def base_directory(self, base: str | None = None, weights: bool = True) -> Path:
-        """Where the base's checkpoint is: at `base`, or where the run found it.
+def name_run(path: Path | str | None) -> NamedRun:
+    """The run at `path`, or the newest finished one. Which adapter that is goes to stderr, unless it was
+    named.
 
-        Raises:
-            InputError: it is not there, or cannot be fetched.
-        """
-        from linchain_cli.model.files import locate
+    Raises:
+        InputError: there is none, or its recipe cannot be read.
+    """
+    opened = find_adapter(path)
+    if is_first_process():
+        if opened.note:
+            print(opened.note, file=sys.stderr)
+        elif path is None:
+            print(f"run {opened.name}", file=sys.stderr)
+    from linchain_cli.recipe import load_recipe
 
-        if base is not None:
-            return locate(base, weights=weights)
-        model = self.recipe.model
-        try:
-            return locate(model.path, model.revision, weights=weights)
-        except InputError as error:
-            raise InputError(
-                f"the run's base model: {error} Or say where it is now: --base MODEL."
-            ) from error
+    return NamedRun(opened, load_recipe(opened.run.recipe_path))
 
 
 def open_run(path: Path | None) -> AdaptedRun:
-    """The finished run at `path`, or the newest one, whose name is printed then.
+    """`name_run`, with its adapter loaded.
 
     Raises:
-        InputError: there is none, or its adapter or recipe cannot be read.
+        InputError: as `name_run`, or its adapter cannot be read.
     """
-    run = find_run(path)
-    if path is None:
-        print(f"run {run.path}")
-    from linchain_cli.chain import load_adapter
+    named = name_run(path)
     from linchain_cli.machine import limit_threads
-    from linchain_cli.recipe import load_recipe
 
     limit_threads()
-    imported = bool(run.read_status().get("imported"))
-    return AdaptedRun(run, load_recipe(run.recipe_path), load_adapter(run.adapter_dir), imported)
+    return AdaptedRun(named.opened, named.recipe, named.load_adapter())
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _results(directory: Path) -> list[tuple[Path, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from linchain_cli.commands.options import Base
 from linchain_cli.errors import InputError
 
 
@@ -19,6 +20,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    base: Base = None,
 ) -> None:
     """Write one HTML page about a run or a comparison."""
     from linchain_cli.run import ComparisonDirectory, find_run
@@ -30,10 +32,10 @@ def run(
 
             written = write_comparison_report(directory)
         else:
-            found = find_run(path, finished=False)
+            found = find_run(path)
             from linchain_cli.report.run_page import write_run_report
 
-            written = write_run_report(found)
+            written = write_run_report(found, base)
     except PermissionError as error:
         raise InputError(f"{error.filename} cannot be written: {error.strerror}") from error
     print(written)

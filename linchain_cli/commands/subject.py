@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linchain_cli.commands.origin import NamedRun, name_run
 from linchain_cli.errors import InputError
-from linchain_cli.run import RunDirectory, find_run, is_run
+from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
 
 if TYPE_CHECKING:
     from linchain_cli.recipe import Recipe
@@ -18,11 +19,20 @@ DEFAULT_TEMPLATE = "alpaca"
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is named but not loaded. `run` and `recipe` are None unless it is a run."""
+    """A model that is named but not loaded. `named` is None unless it is a run; `base` is where its base is
+    now, None where the run found it."""
 
     name: str
-    run: RunDirectory | None = None
-    recipe: Recipe | None = None
+    named: NamedRun | None = None
+    base: str | None = None
+
+    @property
+    def run(self) -> RunDirectory | None:
+        return self.named and self.named.run
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return self.named and self.named.recipe
 
     @property
     def template(self) -> str | Mapping[str, Any]:
@@ -34,8 +44,8 @@ class Subject:
 
     def result_path(self, protocol: str) -> Path:
         """Where an evaluation of it goes by default."""
-        if self.run is not None:
-            return self.run.eval_dir / f"{protocol}.json"
+        if self.named is not None:
+            return self.named.opened.place("eval") / f"{protocol}.json"
         return Path(f"eval-{Path(self.name).name}.json")
 
 
@@ -48,31 +58,44 @@ class LoadedModel:
     identity: dict[str, Any]
 
 
-def find_subject(name: str | None) -> Subject:
+def find_subject(name: str | None, base: str | None = None) -> Subject:
     """The run or checkpoint of that name; None is the newest finished run.
 
     Raises:
-        InputError: a run that is not there or not finished. Other names are looked up when they are loaded.
+        InputError: a run without an adapter, a name that can be neither a run, a checkpoint nor a hub id, or
+        `base` for what is no run. Whether the hub has it shows in `locate_subject`.
     """
-    if name is not None and not is_run(name):
-        return Subject(name.rstrip("/") or name)
-    run = find_run(name)
-    from linchain_cli.recipe import load_recipe
+    from linchain_cli.model.files import looks_local, refuse_missing
 
-    return Subject(str(run.path), run, load_recipe(run.recipe_path))
+    if name is None or is_run(name) or is_adapter(name):
+        named = name_run(name)
+        return Subject(named.opened.name, named, base)
+    if base is not None:
+        raise InputError(f"--base is for runs, and {name} is none")
+    if not Path(name).exists() and is_run(Path("runs", name)):
+        raise InputError(f"there is no {name} here. Did you mean 'runs/{name}'?")
+    if looks_local(name) and not Path(name).exists():
+        refuse_missing(name, [str(path) for path in runs_below(Path("runs"))])
+    return Subject(name.rstrip("/") or name)
 
 
-def locate_subject(subject: Subject) -> Path:
+def is_model(name: str) -> bool:
+    """Whether a word on the command line names a run, an adapter or a checkpoint that is here."""
+    path = Path(name)
+    return len(name) < 1000 and (is_run(path) or is_adapter(path) or (path / "config.json").is_file())
+
+
+def locate_subject(subject: Subject, weights: bool = True) -> Path:
     """The checkpoint directory of its base, downloaded or converted first where need be.
 
     Raises:
         InputError: there is none.
     """
-    from linchain_cli.model.loading import locate
+    from linchain_cli.model.files import locate
 
-    if subject.recipe is None:
-        return locate(subject.name)
-    return locate(subject.recipe.model.path, subject.recipe.model.revision)
+    if subject.named is not None:
+        return subject.named.base_directory(subject.base, weights=weights)
+    return locate(subject.name, weights=weights)
 
 
 def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
@@ -83,7 +106,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     Raises:
         InputError: the model cannot be found or read, or a run's base is not the one it was trained on.
     """
-    from linchain_cli.chain import attach, load_adapter
+    from linchain_cli.chain import attach
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.loading import base_hash, load_model, load_tokenizer
 
@@ -96,12 +119,12 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     quantization = config.quantization if config else "none"
     options = {"quantization": quantization, "attention": config.attention if config else "auto"}
     weights = base_hash(directory)
-    adapter = load_adapter(subject.run.adapter_dir) if subject.run else None
+    adapter = subject.named.load_adapter() if subject.named else None
     if adapter is not None and adapter.base.get("hash") not in (None, weights):
         raise InputError(
             f"{subject.name} was trained on other weights than {directory} now holds (base hash"
-            f" {str(adapter.base['hash'])[:12]}… and {weights[:12]}…). Put the original base back, or name it"
-            f" in {subject.run.recipe_path}."
+            f" {str(adapter.base['hash'])[:12]}… and {weights[:12]}…). Say where the original is with --base"
+            " MODEL."
         )
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtype=dtype, device=device, **options)

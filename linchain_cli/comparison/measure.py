@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from linchain_cli.comparison.halves import read_halves
-from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -108,26 +108,26 @@ def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: st
         arm,
         seed,
         directory,
-        status["status"],
-        status.get("reason"),
+        status.status,
+        status.reason,
         tuple((row["step"], row["loss"]) for row in trained),
         _validation(rows, trained),
-        status.get("trainable_parameters"),
+        status.trainable_parameters,
         statistics.median(row["step_seconds"] for row in trained) if trained else None,
-        status.get("tokens_per_second"),
+        status.tokens_per_second,
         # A peak that the process had reached in an earlier arm says nothing about this one.
-        max(peaks) if peaks and status.get("own_peak_memory", True) else None,
+        max(peaks) if peaks and status.own_peak_memory else None,
         _accuracies(run, protocol) if kept_step is None else {},
-        status.get("hashes", {}),
+        status.hashes,
         read_halves(run),
         kept_step,
     )
 
 
-def earlier_step(status: Mapping[str, Any]) -> int | None:
+def earlier_step(status: RunStatus) -> int | None:
     """The step whose adapter a finished run has kept, by its run.json, if that is not the last one."""
-    step = (status.get("adapter") or {}).get("step")
-    return step if step != status.get("step") else None
+    step = status.adapter.step if status.adapter else None
+    return step if step != status.step else None
 
 
 def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> tuple[Point, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ from linchain_cli.machine import release_memory
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
-from linchain_cli.run import ComparisonDirectory, RunDirectory, in_use, locked
+from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.progress import note
@@ -184,7 +184,7 @@ class _Runner:
         run = RunDirectory(recipe.run_path)
         if in_use(run.path):  # before the base model is loaded for it
             raise InUse(str(run.path))
-        finished = run.exists() and run.read_status()["status"] == "finished"
+        finished = run.exists() and run.read_status().finished
         if not finished:
             note(title)
             self._train(recipe, arm, run)
@@ -219,13 +219,13 @@ class _Runner:
             if run.exists() and not in_use(run.path):
                 loss_plot(run)
 
-    def _measure_halves(self, recipe: Recipe, run: RunDirectory, status: Mapping[str, Any]) -> None:
+    def _measure_halves(self, recipe: Recipe, run: RunDirectory, status: RunStatus) -> None:
         base, rows = self._loaded(recipe), self._validation
         if rows is None or len(rows) < 2:
             return
         attach(base.model, load_adapter(run.adapter_dir))
         try:
-            write_halves(run, half_losses(base.model, rows, status["micro_batch_size"], base.pad_id))
+            write_halves(run, half_losses(base.model, rows, status.micro_batch_size, base.pad_id))
         finally:
             detach(base.model)
 
@@ -246,7 +246,7 @@ class _Runner:
         now = {"data": data.report.fingerprint, "base": base.hash}
         for path in sorted(self.directory.arms_dir.iterdir()) if self.directory.arms_dir.is_dir() else ():
             run = RunDirectory(path)
-            before = run.read_status().get("hashes", {}) if run.exists() else {}
+            before = run.read_status().hashes if run.exists() else {}
             changed = [name for name in now if before.get(name, now[name]) != now[name]]
             if changed:
                 raise InputError(

@@ -16,7 +16,7 @@ from linchain_cli.data.streams import COMPRESSIONS, ending
 from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.gguf import cache_root
-from linchain_cli.storage import sha256_bytes
+from linchain_cli.storage import expand, sha256_bytes
 
 TEXTS: dict[str, type[Reader]] = {
     ".json": JsonReader,
@@ -80,7 +80,7 @@ def find_files(name: str) -> FoundFiles | None:
     """
     if "://" in name:
         return _at_address(name)
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_dir():
         return _in_directory(path)
     if glob.has_magic(name) and not path.exists():

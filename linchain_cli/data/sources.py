@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from linchain_cli.data.files import ENDINGS, DataFile, FoundFiles, find_files
 from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.storage import expand
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+){1,2}")
@@ -105,7 +106,7 @@ def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> So
     name = source.path
     if name in _REGISTERED:
         return _registered(name, settings, data_dir)
-    directory = Path(name).expanduser()
+    directory = expand(name)
     if any((directory / mark).is_file() for mark in _SAVED):
         return Source(name, "saved", str(directory), **settings)
     if directory.is_dir() and any(of_the_hub.values()):
@@ -144,7 +145,7 @@ def _registered(name: str, settings: dict[str, Any], data_dir: str | Path | None
 
 def _data_folders(data_dir: str | Path | None) -> list[Path]:
     """Where registered files may lie; LLM-Adapters has them in ft-training_set/, beside its tests."""
-    roots = [Path(root).expanduser() for root in (data_dir, os.environ.get(DATA_DIR_VARIABLE)) if root]
+    roots = [expand(root) for root in (data_dir, os.environ.get(DATA_DIR_VARIABLE)) if root]
     return [
         folder
         for root in roots

@@ -55,7 +55,7 @@ def check_output(out: Path, *, overwrite: bool, sources: Iterable[Path]) -> Path
         InputError: it exists and `overwrite` is not given, is no directory, or meets a source, the current
         directory or home.
     """
-    target = Path(out).expanduser().resolve()
+    target = storage.expand(out).resolve()
     for source in (Path(source).resolve() for source in sources):
         if target == source or target in source.parents or source in target.parents:
             raise InputError(

@@ -12,20 +12,96 @@ import functools
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn, Protocol
 
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.gguf import converted_gguf
-from linchain_cli.storage import sha256_bytes, sha256_file
+from linchain_cli.storage import expand, sha256_bytes, sha256_file
 
 logger = logging.getLogger(__name__)
 
 SAFETENSORS = "model.safetensors"
 PICKLED = "pytorch_model.bin"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+LOCAL_SUFFIXES = (".gguf", ".safetensors", ".bin")
+# Directories that people keep models in. A path below one that is misspelt, or read from another directory,
+# must not become the weights of a stranger who calls himself so.
+LOCAL_FOLDERS = frozenset(
+    "adapter adapters base bases checkpoint checkpoints data dataset datasets home merged model models out"
+    " output outputs results run runs tmp weights".split()
+)
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 HUB_TIMEOUT = 10.0  # seconds until an unresponsive hub counts as unreachable
+
+
+class KnownBase(Protocol):
+    """What a run knows of its base; run.RunBase has it."""
+
+    path: str
+    revision: str | None
+    commit: str | None
+    source: str | None
+    directory: str | None
+
+
+@dataclass(frozen=True)
+class FoundBase:
+    """A base model that has been found.
+
+    directory: its checkpoint directory
+    source: absolute path of the directory or .gguf file that was named, None for a hub id
+    commit: of the hub's repository, None for a local model
+    """
+
+    directory: Path
+    source: str | None = None
+    commit: str | None = None
+
+
+def find_base(
+    known: KnownBase, *, named: str | None = None, near: Path | None = None, weights: bool = True
+) -> FoundBase:
+    """The base model of a run, from wherever one looks: where it was when the run began, or `named` instead.
+
+    A local model is looked for in its place of then, and below the current directory and those around `near`
+    (the run's directory), where its path may fit if everything was moved together; the hub is never asked for
+    it. A hub model is taken at the commit that the run had.
+
+    Raises:
+        InputError: as `locate`; it is in none of these places.
+    """
+    if named is not None:
+        return _found(named, locate(named, weights=weights))
+    if known.source is None:
+        kept = Path(known.directory) if known.directory else None
+        if kept and kept.is_dir() and (not weights or _has_weights(kept)):
+            return FoundBase(kept, commit=known.commit)
+        return _found(known.path, locate(known.path, known.commit or known.revision, weights=weights))
+    below = [] if near is None else near.resolve().parents
+    places = [Path(known.source), *(root / known.path for root in (Path.cwd(), *below))]
+    for place in places:
+        if place.exists():
+            return _found(str(place), locate(str(place), weights=weights))
+    raise InputError(
+        f"it was at {known.source}, where nothing is now; nor is there any {known.path} below {Path.cwd()}."
+    )
+
+
+def _found(path: str, directory: Path) -> FoundBase:
+    local = expand(path)
+    if local.exists():
+        return FoundBase(directory, source=str(local.resolve()))
+    return FoundBase(directory, commit=directory.name if directory.parent.name == "snapshots" else None)
+
+
+def _has_weights(directory: Path) -> bool:
+    try:
+        return bool(weight_files(directory))
+    except InputError:
+        return False
 
 
 def locate(path: str, revision: str | None = None, weights: bool = True) -> Path:
@@ -37,7 +113,7 @@ def locate(path: str, revision: str | None = None, weights: bool = True) -> Path
     """
     if not path.strip():
         raise InputError("model.path is empty: give a hub id, a checkpoint directory or a .gguf file.")
-    local = Path(path).expanduser()
+    local = expand(path)
     if local.is_dir():
         _check_directory(local)
         if weights:
@@ -47,8 +123,8 @@ def locate(path: str, revision: str | None = None, weights: bool = True) -> Path
         return converted_gguf(local)
     if local.exists():
         raise InputError(f"'{path}' is a file; a model is a hub id, a directory or a .gguf file.")
-    if not _could_be_hub_id(path):
-        raise InputError(_missing_message(path))
+    if looks_local(path):
+        refuse_missing(path)
     return _hub_directory(path, revision, weights)
 
 
@@ -73,7 +149,7 @@ def weight_files(directory: Path) -> list[Path]:
             return files
     raise InputError(
         f"{directory} holds no weights: expected {SAFETENSORS} or {SAFETENSORS}.index.json. "
-        + _found(directory)
+        + _contents(directory)
     )
 
 
@@ -158,32 +234,40 @@ def _check_directory(directory: Path) -> None:
         raise InputError(
             f"{directory} holds no config.json but GGUF files; give one of them: {directory / quantised[0]}"
         )
-    raise InputError(f"{directory} is not a checkpoint: it has no config.json. {_found(directory)}")
+    raise InputError(f"{directory} is not a checkpoint: it has no config.json. {_contents(directory)}")
 
 
-def _found(directory: Path) -> str:
+def _contents(directory: Path) -> str:
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in directory.iterdir())
     if not names:
         return "The directory is empty."
     return f"Found: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
 
 
-def _could_be_hub_id(path: str) -> bool:
-    """Whether a name may be meant for the hub: `org/name` or `name`, and there is no folder `org` here."""
-    if not HUB_ID.fullmatch(path) or path.lower().endswith((".gguf", ".safetensors", ".bin")):
-        return False
-    return "/" not in path or not Path(path).parent.is_dir()
+def looks_local(path: str) -> bool:
+    """Whether a name is meant as a path, which the hub is never asked for.
+
+    A hub id is `name` or `organisation/name`. What lies below a directory that is here, or below one that is
+    called as such directories are, is a path, as is anything that cannot be a hub id.
+    """
+    if not HUB_ID.fullmatch(path) or path.lower().endswith(LOCAL_SUFFIXES):
+        return True
+    folder, slash, _ = path.partition("/")
+    return bool(slash) and (folder.lower() in LOCAL_FOLDERS or Path(folder).is_dir())
 
 
-def _missing_message(path: str) -> str:
-    """Names the first part of `path` that does not exist, and the entry beside it that is most like it."""
-    local = Path(path).expanduser()
+def refuse_missing(path: str, more: Iterable[str] = ()) -> NoReturn:
+    """Raises InputError for a path that is not there, with the nearest of what is, or of `more`."""
+    local = expand(path)
     missing = local
     while not missing.parent.exists():
         missing = missing.parent
-    siblings = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    siblings = [str(entry) for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
     part = "" if missing == local else f" ({missing} does not exist)"
-    return f"There is no model at '{path}'{part}.{did_you_mean(missing.name, siblings)}"
+    hint = did_you_mean(str(missing), [*siblings, *more])
+    raise InputError(
+        f"There is no model at '{path}'{part}, and it looks like a path, so the hub was not asked.{hint}"
+    )
 
 
 # The hub

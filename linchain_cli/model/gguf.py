@@ -20,7 +20,7 @@ from pathlib import Path
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
-from linchain_cli.storage import sha256_file, staged_directory
+from linchain_cli.storage import expand, sha256_file, staged_directory
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +31,8 @@ SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 def cache_root() -> Path:
     """Where converted models are kept: $LINCHAIN_CACHE, $XDG_CACHE_HOME/linchain or ~/.cache/linchain."""
     if root := os.environ.get("LINCHAIN_CACHE"):
-        return Path(root).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "linchain"
+        return expand(root)
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "linchain"
 
 
 def converted_gguf(path: Path) -> Path:

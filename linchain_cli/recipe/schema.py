@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, model_validator
 
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
+from linchain_cli.storage import expand
 
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$"), Expected("non-empty text")]
 Count = Annotated[int, Field(ge=1)]
@@ -388,7 +389,7 @@ class Recipe(StrictModel):
     @property
     def run_path(self) -> Path:
         """Where the run is written."""
-        return Path(self.output_dir).expanduser() / self.name
+        return expand(self.output_dir) / self.name
 
     def to_yaml(self) -> str:
         """The recipe with every default written out. Reading it again gives an equal recipe."""

@@ -6,6 +6,7 @@ import json
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from linchain_cli.report.layers import layer_numbers
 from linchain_cli.report.parts import origin_section, recipe_section, samples_section
 from linchain_cli.report.run_page import FILE
 from linchain_cli.report.wording import table_cells, table_titles
-from linchain_cli.run import ComparisonDirectory, RunDirectory
+from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus
 
 
 def write_comparison_report(directory: ComparisonDirectory) -> Path:
@@ -32,7 +33,7 @@ def write_comparison_report(directory: ComparisonDirectory) -> Path:
     recipe = Recipe.model_validate(results["recipe"])
     finished = [run for run in results["runs"] if run["status"] == "finished"]
     first = RunDirectory(directory.path / finished[0]["directory"]) if finished else None
-    status = first.read_status() if first and first.exists() else {}
+    status = first.read_status() if first and first.exists() else None
     parts: list[Markup] = []
     for title, rows, rates in table_titles(results):
         drawn = [figure(one) for one in comparison_pictures(results, rows)]
@@ -46,7 +47,9 @@ def write_comparison_report(directory: ComparisonDirectory) -> Path:
         _learned(directory, results),
         _runs(results),
         samples_section(first, recipe) if status else Markup(""),
-        origin_section(status | {"hashes": results["hashes"]}, _commands(results)),
+        origin_section(
+            replace(status or RunStatus(status="failed"), hashes=results["hashes"]), _commands(results)
+        ),
         recipe_section(recipe),
     )
     target = directory.path / FILE
@@ -84,14 +87,14 @@ def _commands(results: Mapping[str, Any]) -> str:
 
 
 def _summary(
-    results: Mapping[str, Any], finished: Sequence[Mapping[str, Any]], status: Mapping[str, Any]
+    results: Mapping[str, Any], finished: Sequence[Mapping[str, Any]], status: RunStatus | None
 ) -> Markup:
-    rows = status.get("rows", {})
+    rows, steps = (status.rows, status.total_steps) if status else ({}, None)
     return facts(
         [
             ("runs", f"{len(finished)} finished of {len(results['runs'])}"),
             ("seeds", ", ".join(map(str, sorted({run["seed"] for run in results["runs"]})))),
-            ("steps per run", f"{status['total_steps']:,}" if "total_steps" in status else None),
+            ("steps per run", f"{steps:,}" if steps is not None else None),
             ("rows", f"{rows['kept']:,} kept, {rows['skipped']:,} skipped" if rows else None),
             ("same number of parameters", "ranks are adjusted" if results.get("equal_parameters") else None),
         ]

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 from linchain_cli.chain import load_adapter
 from linchain_cli.errors import LinchainError
+from linchain_cli.model.loading import find_base
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.figures import layer_map, spectrum_lines
 from linchain_cli.report.html import Markup, facts, figure, section, table, tag
 from linchain_cli.report.layers import LayerNumbers, layer_numbers
 from linchain_cli.report.samples import row_samples
-from linchain_cli.run import RunDirectory
+from linchain_cli.run import RunDirectory, RunStatus
 
 MOST_ROWS = 1000  # of the table of modules
 
@@ -28,12 +27,12 @@ def problem(what: str, error: Exception) -> Markup:
     return tag("p", f"{what}: {error}", class_="faint")
 
 
-def layers_section(run: RunDirectory, status: Mapping[str, Any]) -> Markup:
-    """Spectra and sizes of ΔW, of the adapter that the run kept."""
+def layers_section(run: RunDirectory, status: RunStatus, recipe: Recipe, base: str | None = None) -> Markup:
+    """Spectra and sizes of ΔW, of the adapter that the run kept; `base` is where its base is now."""
     if not run.adapter_dir.is_dir():
         return Markup("")
     try:
-        layers, missing = read_layers(run, status)
+        layers, missing = read_layers(run, status, recipe, base)
     except LinchainError as error:
         return section("What was learned", problem("The adapter cannot be shown", error))
     relative = layer_map(
@@ -57,21 +56,21 @@ def layers_section(run: RunDirectory, status: Mapping[str, Any]) -> Markup:
     )
 
 
-def read_layers(run: RunDirectory, status: Mapping[str, Any]) -> tuple[list[LayerNumbers], Markup]:
+def read_layers(
+    run: RunDirectory, status: RunStatus, recipe: Recipe, base: str | None = None
+) -> tuple[list[LayerNumbers], Markup]:
     """(numbers of every module in the order of layers, a sentence if ‖W0‖ could not be read).
 
     Raises:
         LinchainError: the adapter is missing or damaged.
     """
     adapter = load_adapter(run.adapter_dir)
-    directory, missing = status.get("base", {}).get("directory"), Markup("")
-    base = Path(directory) if directory and Path(directory).is_dir() else None
+    missing = Markup("")
+    known = status.base_of(recipe.model.path, recipe.model.revision)
     try:
-        layers = layer_numbers(adapter, base)
+        layers = layer_numbers(adapter, find_base(known, named=base, near=run.path, weights=False).directory)
     except LinchainError as error:
         layers, missing = layer_numbers(adapter), problem("‖W0‖ is not shown", error)
-    if base is None:
-        missing = tag("p", "‖W0‖ is not shown: the base model is not where the run found it.", class_="faint")
     return sorted(layers, key=lambda one: (one.place[0] or 0, one.place[1])), missing
 
 
@@ -96,10 +95,10 @@ def _layer_table(layers: Sequence[LayerNumbers]) -> Markup:
     )
 
 
-def samples_section(run: RunDirectory, recipe: Recipe) -> Markup:
+def samples_section(run: RunDirectory, recipe: Recipe, base: str | None = None) -> Markup:
     """Rows of the first step, with the tokens that the loss is over."""
     try:
-        samples = row_samples(run, recipe)
+        samples = row_samples(run, recipe, base=base)
     except LinchainError as error:
         return section("Rows", problem("Sample rows cannot be shown", error))
     if not samples:
@@ -113,18 +112,18 @@ def samples_section(run: RunDirectory, recipe: Recipe) -> Markup:
     return section("Rows", tag("p", note), shown)
 
 
-def origin_section(status: Mapping[str, Any], command: str) -> Markup:
+def origin_section(status: RunStatus, command: str) -> Markup:
     """Versions, hashes, machine, and the command that does it again."""
-    machine, base = status.get("machine", {}), status.get("base", {})
-    pairs = [(f"version of {name}", version) for name, version in status.get("versions", {}).items()]
-    pairs += [(f"SHA-256 of {name}", value) for name, value in status.get("hashes", {}).items()]
+    machine, base = status.machine, status.base
+    pairs = [(f"version of {name}", version) for name, version in status.versions.items()]
+    pairs += [(f"SHA-256 of {name}", value) for name, value in status.hashes.items()]
     pairs += [
-        ("base model", base.get("path")),
-        ("number format of the base", base.get("dtype")),
-        ("device", machine.get("device")),
-        ("processor", machine.get("processor")),
-        ("threads", machine.get("threads")),
-        ("processes", machine.get("processes")),
+        ("base model", base and base.path),
+        ("number format of the base", base and base.dtype),
+        ("device", machine.device),
+        ("processor", machine.processor),
+        ("threads", machine.threads),
+        ("processes", machine.processes),
     ]
     note = (
         "Save the recipe of this page as recipe.yaml. With the same versions, hashes, device and number of"

@@ -15,13 +15,15 @@ from linchain_cli.report.figures import loss_curves
 from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
 from linchain_cli.report.parts import layers_section, origin_section, recipe_section, samples_section
 from linchain_cli.report.wording import gigabytes
-from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
 FILE = "report.html"
 
 
-def write_run_report(run: RunDirectory) -> Path:
+def write_run_report(run: RunDirectory, base: str | None = None) -> Path:
     """Writes report.html into a run's directory and returns its path; the run need not have finished.
+
+    `base` is where its base model is, if not where the run found it.
 
     Raises:
         InputError: what the run's directory holds is damaged.
@@ -38,8 +40,8 @@ def write_run_report(run: RunDirectory) -> Path:
         section("Loss", tag("div", figure(_losses(training, validation)), class_="figures")),
         _evaluations(run),
         _speed(status, training),
-        layers_section(run, status),
-        samples_section(run, recipe),
+        layers_section(run, status, recipe, base),
+        samples_section(run, recipe, base),
         origin_section(status, "linchain train recipe.yaml"),
         recipe_section(recipe),
     )
@@ -61,32 +63,33 @@ def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[
     )
 
 
-def _summary(status: Mapping[str, Any], recipe: Recipe, training: Sequence, validation: Sequence) -> Markup:
-    adapter, rows = status.get("adapter", {}), status.get("rows", {})
-    steps = status.get("step", training[-1]["step"] if training else None)
+def _summary(status: RunStatus, recipe: Recipe, training: Sequence, validation: Sequence) -> Markup:
+    adapter, rows, steps = status.adapter, status.rows, status.step
+    if steps is None and training:
+        steps = training[-1]["step"]
     best = min(validation, key=lambda row: row["eval_loss"], default=None)
-    state = status["status"] + (f": {status['reason']}" if status.get("reason") else "")
-    of = f" of {status['total_steps']:,}" if "total_steps" in status else ""
+    state = status.status + (f": {status.reason}" if status.reason else "")
+    of = f" of {status.total_steps:,}" if status.total_steps is not None else ""
     return facts(
         [
             ("status", state),
-            ("finished", status.get("finished_at")),
+            ("finished", status.finished_at),
             ("steps", None if steps is None else f"{steps:,}{of}"),
             ("lowest validation loss", best and f"{best['eval_loss']:.4f} after step {best['step']:,}"),
             (
                 "last validation loss",
                 validation[-1]["eval_loss"] and f"{validation[-1]['eval_loss']:.4f}" if validation else None,
             ),
-            ("adapter/ holds", adapter and f"the {adapter['kept']} values, of step {adapter['step']:,}"),
-            ("trained parameters", _count(status.get("trainable_parameters"))),
-            ("adapted modules", _count(status.get("adapted_modules"))),
+            ("adapter/ holds", adapter and f"the {adapter.kept} values, of step {_count(adapter.step)}"),
+            ("trained parameters", _count(status.trainable_parameters)),
+            ("adapted modules", _count(status.adapted_modules)),
             (
                 "rows",
                 rows
                 and f"{rows['kept']:,} kept, {rows['skipped']:,} skipped, {rows['truncated']:,} truncated",
             ),
-            ("tokens trained on", _count(status.get("tokens"))),
-            ("of these supervised", _count(status.get("supervised_tokens"))),
+            ("tokens trained on", _count(status.tokens)),
+            ("of these supervised", _count(status.supervised_tokens)),
             ("seed", recipe.seed),
         ]
     )
@@ -94,6 +97,10 @@ def _summary(status: Mapping[str, Any], recipe: Recipe, training: Sequence, vali
 
 def _count(value: int | None) -> str | None:
     return None if value is None else f"{value:,}"
+
+
+def _seconds(value: float | None) -> str | None:
+    return None if value is None else f"{value:,.1f}"
 
 
 def _evaluations(run: RunDirectory) -> Markup:
@@ -134,13 +141,13 @@ def _interval(bounds: Sequence[float] | None) -> str:
     return f"{bounds[0]:.1%} to {bounds[1]:.1%}" if bounds else ""
 
 
-def _speed(status: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> Markup:
+def _speed(status: RunStatus, training: Sequence[Mapping[str, Any]]) -> Markup:
     if not training:
         return Markup("")
     seconds = [row["step_seconds"] for row in training]
-    timings = status.get("timings", {})
+    timings = status.timings
     peak = max((row.get("peak_memory_bytes") or 0 for row in training), default=0)
-    speed = status.get("tokens_per_second")
+    speed = status.tokens_per_second
     padding = [row["padding_share"] for row in training if "padding_share" in row]
     return section(
         "Speed and memory",
@@ -151,14 +158,8 @@ def _speed(status: Mapping[str, Any], training: Sequence[Mapping[str, Any]]) -> 
                     "seconds per step",
                     f"{statistics.median(seconds):.3f} (median; {min(seconds):.3f} to {max(seconds):.3f})",
                 ),
-                (
-                    "seconds in steps",
-                    f"{timings['train_seconds']:,.1f}" if "train_seconds" in timings else None,
-                ),
-                (
-                    "seconds before the first step",
-                    f"{timings['prepare_seconds']:,.1f}" if "prepare_seconds" in timings else None,
-                ),
+                ("seconds in steps", _seconds(timings.train_seconds)),
+                ("seconds before the first step", _seconds(timings.prepare_seconds)),
                 ("padding among computed tokens", f"{statistics.fmean(padding):.1%}" if padding else None),
                 ("peak memory", gigabytes(peak) or None),
             ]

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError
-from linchain_cli.model.loading import load_tokenizer, locate
+from linchain_cli.model.loading import find_base, load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 
@@ -26,8 +25,8 @@ class Sample:
     pieces: tuple[tuple[str, bool], ...]
 
 
-def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3) -> list[Sample]:
-    """The first rows of a run's first optimizer step.
+def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3, base: str | None = None) -> list[Sample]:
+    """The first rows of a run's first optimizer step; `base` is where its base is now, None where it was.
 
     Raises:
         InputError: tokenizer or rows cannot be read any more, or the rows are not those of the run.
@@ -36,15 +35,10 @@ def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3) -> list[Sampl
     if not steps:
         return []
     status = run.read_status()
-    kept = status.get("base", {}).get("directory")
-    directory = (
-        Path(kept)
-        if kept and Path(kept).is_dir()
-        else locate(recipe.model.path, recipe.model.revision, weights=False)
-    )
-    tokenizer = load_tokenizer(directory)
+    known = status.base_of(recipe.model.path, recipe.model.revision)
+    tokenizer = load_tokenizer(find_base(known, named=base, near=run.path, weights=False).directory)
     data = prepare_data(recipe.data, tokenizer)
-    if data.report.fingerprint != status.get("hashes", {}).get("data"):
+    if data.report.fingerprint != status.hashes.get("data"):
         raise InputError("the data are not the ones of the run any more")
     samples = []
     for row in steps[0]["rows"][:count]:

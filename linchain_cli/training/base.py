@@ -11,17 +11,19 @@ from accelerate import Accelerator
 from torch import nn
 
 from linchain_cli.errors import InputError
+from linchain_cli.model.files import FoundBase
 from linchain_cli.model.head import allow_flat_rows, check_split
 from linchain_cli.model.last_block import decoder_blocks, trim_last_block
 from linchain_cli.model.loading import (
     base_hash,
     empty_model,
+    find_base,
     load_model,
     load_tokenizer,
-    locate,
     resolve_dtype,
 )
 from linchain_cli.recipe import Recipe, TrainingConfig
+from linchain_cli.run import RunDirectory, RunStatus
 from linchain_cli.training.blocks import shard
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
@@ -32,13 +34,18 @@ WHOLE_SHARE = 0.6
 
 @dataclass
 class Base:
-    """A frozen base model with its tokenizer; one may serve several runs after another."""
+    """A frozen base model with its tokenizer; one may serve several runs after another.
+
+    `source` and `commit` are those of model.files.FoundBase.
+    """
 
     directory: Path
     model: nn.Module
     tokenizer: Any
     hash: str
     sharded: bool = False
+    source: str | None = None
+    commit: str | None = None
 
     @property
     def pad_id(self) -> int:
@@ -47,16 +54,23 @@ class Base:
         return next(token for token in candidates if token is not None)
 
 
-def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
-    """Finds and loads a recipe's base model and tokenizer.
+def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None = None) -> Base:
+    """Finds and loads a recipe's base model and tokenizer: the same one that `run`, which goes on, had.
 
     Raises:
-        InputError: as `model.locate` and `load_model` do, or the model cannot be trained as the recipe wants.
+        InputError: as `model.find_base` and `load_model` do, or the model cannot be trained as the recipe
+        wants.
     """
     config, device = recipe.model, accelerator.device
-    # One process downloads or converts; the others find what it left.
-    on_main(accelerator, lambda: locate(config.path, config.revision))
-    directory = together(accelerator, lambda: locate(config.path, config.revision))
+
+    def find() -> FoundBase:
+        status = RunStatus(status="running") if run is None else run.read_status()
+        return find_base(status.base_of(config.path, config.revision), near=run and run.path)
+
+    # One process downloads or converts; the others find what it left, or do so on a machine of their own.
+    found = from_main(accelerator, on_main(accelerator, find))
+    found = together(accelerator, lambda: found if found.directory.is_dir() else find())
+    directory = found.directory
     sharded = from_main(accelerator, on_main(accelerator, lambda: _shards(recipe, directory, accelerator)))
 
     def load() -> Base:
@@ -69,7 +83,8 @@ def load_base(recipe: Recipe, accelerator: Accelerator) -> Base:
             runs_on=device,
             spread=sharded,
         )
-        return Base(directory, model, load_tokenizer(directory), base_hash(directory), sharded)
+        tokenizer = load_tokenizer(directory)
+        return Base(directory, model, tokenizer, base_hash(directory), sharded, found.source, found.commit)
 
     base = together(accelerator, load)
     together(accelerator, lambda: refuse_unfit(base.model, recipe.training))

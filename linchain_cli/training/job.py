@@ -33,7 +33,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.recipe import Recipe
-from linchain_cli.run import RunDirectory
+from linchain_cli.run import Machine, RunBase, RunDirectory
 from linchain_cli.training import optimizer as optimizers
 from linchain_cli.training import schedule
 from linchain_cli.training import state as states
@@ -152,16 +152,23 @@ def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, ChainLinear]:
     return layers
 
 
-def prepare(recipe: Recipe, run: RunDirectory, accelerator: Accelerator, base: Base | None = None) -> Job:
+def prepare(
+    recipe: Recipe,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    base: Base | None = None,
+    resume: bool = False,
+) -> Job:
     """Loads what the recipe names and puts the job together. Nothing is written to the run directory.
 
     Args:
         base: a base model that is loaded already (without chains); None loads the recipe's.
+        resume: whether the run goes on, on the base that it had.
 
     Raises:
         InputError: whatever is wrong with model, data or adapter.
     """
-    base = base or load_base(recipe, accelerator)
+    base = base or load_base(recipe, accelerator, run if resume else None)
     # The first process encodes; the others find its cache.
     with counting_rows(quiet=not accelerator.is_main_process) as progress:
         data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer, progress=progress))
@@ -263,7 +270,7 @@ def versions() -> dict[str, str]:
 
 
 def description(job: Job) -> dict[str, Any]:
-    """What run.json tells about a job besides its status."""
+    """What run.json tells about a job besides its status: fields of RunStatus."""
     data, parameters, recipe = job.data.report, job.parameters, job.recipe
     return {
         "versions": versions(),
@@ -272,20 +279,23 @@ def description(job: Job) -> dict[str, Any]:
             "data": data.fingerprint,
             "base": job.base.hash,
         },
-        "base": {
-            "path": recipe.model.path,
-            "directory": str(job.base.directory),
-            "dtype": _name(job.model.dtype),
-        },
+        "base": RunBase(
+            path=recipe.model.path,
+            revision=recipe.model.revision,
+            commit=job.base.commit,
+            source=job.base.source,
+            directory=str(job.base.directory.resolve()),
+            dtype=_name(job.model.dtype),
+        ),
         "seed": recipe.seed,
         "split_seed": recipe.data.split_seed,
-        "machine": {
-            "device": str(job.device),
-            "processor": _processor(job.device),
-            "threads": torch.get_num_threads(),
-            "processes": job.accelerator.num_processes,
-            "sharded": job.base.sharded,
-        },
+        "machine": Machine(
+            device=str(job.device),
+            processor=_processor(job.device),
+            threads=torch.get_num_threads(),
+            processes=job.accelerator.num_processes,
+            sharded=job.base.sharded,
+        ),
         "total_steps": job.total_steps,
         "micro_batch_size": job.state.micro_batch_size,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),

@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from linchain_cli.chain import save_adapter
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import limit_threads
 from linchain_cli.recipe import Recipe
-from linchain_cli.run import RunDirectory
+from linchain_cli.run import KeptAdapter, RunDirectory, Timings
 from linchain_cli.training import job as jobs
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base
@@ -69,7 +70,7 @@ def run_training(
         if plan == FINISHED:
             say(f"{run.path} is finished already; nothing to resume")
             return None
-        job = jobs.prepare(recipe, run, accelerator, base)
+        job = jobs.prepare(recipe, run, accelerator, base, resume=plan == CONTINUE)
         say(jobs.chain_coverage(job).describe())
         for warning in jobs.warnings(job):
             say(f"warning: {warning}")
@@ -97,7 +98,7 @@ def _claim(run: RunDirectory, resume: bool, fresh: bool, held: contextlib.ExitSt
     """Locks the run for this process, and says what there is to do."""
     held.enter_context(run.lock())
     if resume and run.exists():
-        return FINISHED if run.read_status()["status"] == "finished" else CONTINUE
+        return FINISHED if run.read_status().finished else CONTINUE
     run.check_free(replace=fresh)
     return NEW
 
@@ -149,7 +150,7 @@ def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -
         reason=None,
         started_at=runs.now(),
         resumed_from=step if plan == CONTINUE else None,
-        timings={"prepare_seconds": prepare_seconds},
+        timings=Timings(prepare_seconds=prepare_seconds),
         **jobs.description(job),
         **labels,
     )
@@ -162,8 +163,8 @@ def _finish(job: Job) -> None:
         states.restore(job.parameters, job.best)
     save_adapter(job.adapter(), run.adapter_dir)
     status = run.read_status()
-    timings = status["timings"] | {"train_seconds": round(state.seconds, 3)}
-    if plan := status.get("plan"):
+    timings = replace(status.timings, train_seconds=round(state.seconds, 3))
+    if plan := status.plan:
         plan["measured"] = {
             "peak_memory_bytes": peak_memory_bytes(job.device),
             "train_seconds": round(state.seconds, 2),
@@ -178,7 +179,7 @@ def _finish(job: Job) -> None:
         supervised_tokens=state.supervised_tokens,
         tokens_per_second=round(state.tokens / state.seconds, 2) if state.seconds else None,
         validation_loss=state.best_loss,
-        adapter={"step": state.best_step if keep == "best" else state.step, "kept": keep},
+        adapter=KeptAdapter(step=state.best_step if keep == "best" else state.step, kept=keep),
         timings=timings,
     )
 

@@ -44,7 +44,7 @@ def make_run(name, status="finished", template="plain"):
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     run = RunDirectory(Path("runs") / name)
     run.create(load_recipe("recipe.yaml").to_yaml())
-    run.update_status(status=status, finished="2024-01-01T00:00:00")
+    run.update_status(status=status, finished_at="2024-01-01T00:00:00")
     model = load_model(Path("base"), dtype="float32", device="cpu")
     layers = inject(model, config, seed=1)
     generator = torch.Generator().manual_seed(1)
@@ -81,7 +81,7 @@ def test_a_run_is_evaluated_through_its_template(workplace, capsys):
 def test_left_out_it_is_the_newest_run_with_its_own_tasks(workplace, capsys):
     make_run("unfinished", status="running")
     assert linchain("eval", "--data-dir", "data") == 0
-    assert "evaluating runs/tuned" in capsys.readouterr().out
+    assert "run runs/tuned" in capsys.readouterr().err
     assert list(read("runs/tuned/eval/likelihood.json")["tasks"]) == ["boolq"]
 
 
@@ -211,7 +211,10 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
             "Did you mean 'alpaca'?",
         ),
         (["eval", "runs/nothing", "--tasks", "boolq", "--data-dir", "data"], "runs/nothing"),
-        (["eval", "runs/unfinished"], "is running, not finished"),
+        (["eval", "runs/unfinished"], "was killed and has no checkpoint yet"),
+        (["eval", "tuned"], "Did you mean 'runs/tuned'?"),
+        (["eval", "base", "--tasks", "boolq", "--base", "base"], "--base is for runs, and base is none"),
+        (["generate", "runs/tuned"], "runs/tuned is a model, and the prompt is missing"),
         (["generate", "base", "a", "b"], "put the prompt in quotes"),
         (["generate", "base", "  "], "the prompt is empty"),
     ],

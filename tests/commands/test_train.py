@@ -68,7 +68,7 @@ def test_from_a_recipe_to_a_finished_run(linchain, recipe, run):
     assert told.startswith("chains on 16.7% of the decoder's weights; without: mlp.gate_proj 22.2%")
     assert lines[0].startswith("step 2/4  loss ") and "tokens/s" in lines[0] and lines[0].endswith("left")
     assert lines[1].startswith("step 2: validation loss ") and lines[1].endswith("(best so far)")
-    assert run.read_status()["status"] == "finished"
+    assert run.read_status().status == "finished"
     assert run.loss_plot_path.read_bytes().startswith(b"\x89PNG")
     assert [row["step"] for row in read_jsonl(run.rows_path)] == [1, 2, 3, 4]
     assert (
@@ -90,7 +90,7 @@ def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
     code, _, err = linchain("train", recipe, "--resume", "--fresh")
     assert code == 2 and "give one of them" in err
     assert linchain("train", recipe, "--fresh")[0] == 0
-    assert run.read_status()["step"] == 4
+    assert run.read_status().step == 4
     assert linchain("train", recipe, "name=new")[0] == 0
 
 
@@ -135,4 +135,4 @@ def test_a_run_that_fails_says_why_and_exits_1(linchain, recipe, run, monkeypatc
         and "Its rows" not in err
         and "The step's rows are [" in err
     )
-    assert run.read_status()["status"] == "failed"
+    assert run.read_status().status == "failed"

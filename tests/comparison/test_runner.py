@@ -21,7 +21,14 @@ from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.model.loading import load_tokenizer
 from linchain_cli.recipe import load_recipe
-from linchain_cli.run import ComparisonDirectory, RunDirectory, locked, newest_finished_run, read_jsonl
+from linchain_cli.run import (
+    ComparisonDirectory,
+    KeptAdapter,
+    RunDirectory,
+    locked,
+    newest_finished_run,
+    read_jsonl,
+)
 from linchain_cli.training.progress import Display
 from linchain_cli.training.runner import run_training
 
@@ -66,8 +73,8 @@ def test_every_arm_has_a_finished_run_with_every_seed(finished):
     assert set(runs) == {f"{arm}_seed-{seed}" for arm in ("depth-0", "depth-3-kaiming") for seed in (1, 2)}
     for name, run in runs.items():
         status = run.read_status()
-        assert status["status"] == "finished" and status["comparison"] == "tiny"
-        assert status["arm"] == name.partition("_seed")[0]
+        assert status.finished and status.comparison == "tiny"
+        assert status.arm == name.partition("_seed")[0]
         assert not run.checkpoints_dir.exists()
         assert run.loss_plot_path.read_bytes()[:4] == b"\x89PNG"
     assert [run["status"] for run in results["runs"]] == ["finished"] * 4
@@ -81,7 +88,7 @@ def test_the_halves_make_up_the_loss_of_the_adapter_that_is_kept(finished, tiny_
     rows = prepare_data(recipe.data, load_tokenizer(tiny_llama_dir)).validation
     counts = [int(rows.supervised_counts[first::2].sum()) for first in (0, 1)]
     for name, run in runs_of(directory).items():
-        assert run.read_status()["adapter"] == {"step": 6, "kept": "last"}  # the recipe's keep is best
+        assert run.read_status().adapter == KeptAdapter(step=6, kept="last")  # the recipe's keep is best
         both = read_halves(run)
         whole = sum(loss * count for loss, count in zip(both, counts, strict=True)) / sum(counts)
         (entry,) = (one for one in results["runs"] if one["directory"] == f"arms/{name}")
@@ -108,7 +115,7 @@ def test_arms_see_the_same_rows_in_the_same_order(finished):
     assert rows["depth-0_seed-1"] == rows["depth-3-kaiming_seed-1"]
     assert rows["depth-0_seed-2"] == rows["depth-3-kaiming_seed-2"]
     assert rows["depth-0_seed-1"] != rows["depth-0_seed-2"]
-    hashes = [run.read_status()["hashes"] for run in runs_of(directory).values()]
+    hashes = [run.read_status().hashes for run in runs_of(directory).values()]
     assert len({one["data"] for one in hashes}) == len({one["base"] for one in hashes}) == 1
 
 
@@ -201,7 +208,7 @@ def test_an_interrupted_comparison_continues(finished, write_recipe, tmp_path, m
     assert stop.value.exit_code == 143
     assert "stopped during depth-3-kaiming_seed-1" in str(stop.value)
     directory = ComparisonDirectory(tmp_path / "tiny")
-    statuses = {name: run.read_status()["status"] for name, run in runs_of(directory).items()}
+    statuses = {name: run.read_status().status for name, run in runs_of(directory).items()}
     assert statuses == {"depth-0_seed-1": "finished", "depth-3-kaiming_seed-1": "stopped"}
     assert [run["status"] for run in json.loads(directory.results_path.read_bytes())["runs"]].count(
         "missing"
@@ -297,7 +304,7 @@ def test_fresh_starts_over(recipe_path, tmp_path, loads):
     run_comparison(expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=2"]), [1], fresh=True)
     assert len(loads) == 2
     runs = runs_of(ComparisonDirectory(tmp_path / "tiny"))
-    assert {run.read_status()["step"] for run in runs.values()} == {2}
+    assert {run.read_status().step for run in runs.values()} == {2}
 
 
 def test_a_damaged_definition_is_told(recipe_path, tmp_path):

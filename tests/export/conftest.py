@@ -62,7 +62,7 @@ def make_run(tmp_path: Path, adapter_of_base) -> Callable[..., Any]:
         run = RunDirectory(recipe.run_path)
         run.create(recipe.to_yaml())
         save_adapter(adapter, run.adapter_dir)
-        run.update_status(status="finished", finished=now())
+        run.update_status(status="finished", finished_at=now())
         return run
 
     return build

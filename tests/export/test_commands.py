@@ -52,7 +52,7 @@ def test_merge_without_a_name_takes_the_newest_run_and_says_so(
     run = make_run(base_of("llama"))
     monkeypatch.chdir(tmp_path)
     assert linchain("merge", "--no-proof") == 0
-    assert f"run runs/{run.path.name}" in capsys.readouterr().out
+    assert f"run runs/{run.path.name}" in capsys.readouterr().err
     assert json.loads((run.merged_dir / "merge.json").read_bytes())["logits"] is None
 
 
@@ -83,12 +83,24 @@ def test_wrong_options_are_told_and_nothing_is_written(make_run, base_of, capsys
     assert files_of(run.path) == before
 
 
-def test_a_run_that_is_not_finished_is_refused(make_run, base_of, capsys):
+def test_a_stopped_run_gives_its_newest_checkpoint(make_run, base_of, capsys):
+    run = make_run(base_of("llama"))
+    run.update_status(status="stopped")
+    shutil.move(run.adapter_dir, run.checkpoints_dir / "step-000200")
+    for command in (["merge", "--no-proof"], ["export", "--format", "peft"], ["inspect"]):
+        assert linchain(command[0], run.path, *command[1:]) == 0
+        assert "was stopped: taking its newest checkpoint, step-000200" in capsys.readouterr().err
+    assert (run.path / "merged-step-000200" / "merge.json").is_file()
+    assert (run.path / "peft-step-000200" / "adapter_model.safetensors").is_file()
+    assert (run.path / "inspect-step-000200.json").is_file() and not run.merged_dir.exists()
+
+
+def test_a_run_without_an_adapter_is_refused(make_run, base_of, capsys):
     run = make_run(base_of("llama"))
     run.update_status(status="stopped")
     for command in (["merge"], ["export", "--format", "peft"], ["inspect"]):
         assert linchain(command[0], run.path, *command[1:]) == 2
-        assert "stopped, not finished" in capsys.readouterr().err
+        assert "was stopped and has no checkpoint yet" in capsys.readouterr().err
 
 
 def test_a_base_that_has_moved_is_named_with_base(make_run, base_of, capsys, tmp_path):
@@ -206,7 +218,7 @@ def test_import_drops_biases_only_when_asked(base_of, capsys, tmp_path):
     assert re.search(r"the largest has norm \d.*--drop-bias", capsys.readouterr().err)
     assert linchain("import", source, "--out", tmp_path / "back", "--drop-bias") == 0
     assert "a chain of 3 links of rank 4" in capsys.readouterr().out
-    (loss,) = RunDirectory(tmp_path / "back").read_status()["imported"]["biases_dropped"]
+    (loss,) = RunDirectory(tmp_path / "back").read_status().imported["biases_dropped"]
     assert loss["norm"] > 0
     assert (
         yaml.safe_load((tmp_path / "back" / "recipe.yaml").read_text())["data"]["template"] == "llm-adapters"

@@ -7,12 +7,14 @@ import json
 import shutil
 import socket
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from linchain_cli.errors import InputError
 from linchain_cli.model import files as model_files
+from linchain_cli.model.files import FoundBase, find_base, looks_local
 from linchain_cli.model.loading import base_hash, load_model, locate, weight_files
 
 # Local paths
@@ -24,16 +26,16 @@ def test_a_directory_is_taken_as_it_is(tiny_llama_dir):
 
 def test_a_missing_path_names_the_part_that_is_missing_and_the_nearest_name(tmp_path):
     (tmp_path / "models" / "SmolLM2-135M").mkdir(parents=True)
-    with pytest.raises(InputError, match="no model at.*SmolLM-135M.*Did you mean 'SmolLM2-135M'"):
+    with pytest.raises(InputError, match="no model at.*SmolLM-135M.*Did you mean '.*/models/SmolLM2-135M'"):
         locate(str(tmp_path / "models" / "SmolLM-135M"))
-    with pytest.raises(InputError, match=r"modles does not exist.*Did you mean 'models'"):
+    with pytest.raises(InputError, match=r"modles does not exist.*Did you mean '.*/models'"):
         locate(str(tmp_path / "modles" / "SmolLM2-135M"))
 
 
 def test_a_relative_path_below_an_existing_folder_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "models" / "SmolLM2-135M").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="no model at 'models/SmolLM-135M'.*Did you mean 'SmolLM2-135M'"):
+    with pytest.raises(InputError, match="at 'models/SmolLM-135M'.*Did you mean 'models/SmolLM2-135M'"):
         locate("models/SmolLM-135M")
 
 
@@ -276,3 +278,76 @@ def test_an_earlier_download_serves_when_the_hub_is_away(fake_download, hub, mon
     monkeypatch.setattr(hub.HfApi, "repo_info", unreachable)
     assert locate("org/model") == directory
     assert "using the earlier download" in caplog.text
+
+
+# The base of a run, from wherever one looks
+
+
+@dataclass(frozen=True)
+class Known:
+    path: str
+    revision: str | None = None
+    commit: str | None = None
+    source: str | None = None
+    directory: str | None = None
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """Fails the test that asks the hub."""
+    monkeypatch.setattr(model_files, "_hub_directory", lambda *_: pytest.fail("the hub was asked"))
+
+
+def test_a_runs_base_is_found_from_another_directory(tmp_path, tiny_llama_dir, monkeypatch, no_hub):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    base = Path(shutil.copytree(tiny_llama_dir, project / "models" / "tiny"))
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    known = Known("models/tiny", source=str(base), directory=str(base))
+    assert find_base(known) == FoundBase(base, source=str(base))
+    # Another base of the same relative path is not the run's.
+    other = Path(shutil.copytree(tiny_llama_dir, elsewhere / "models" / "tiny"))
+    assert find_base(known).directory == base
+    assert find_base(known, named="models/tiny").source == str(other)
+
+
+def test_a_runs_base_is_found_after_both_were_moved(tmp_path, tiny_llama_dir, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    gone = str(tmp_path / "before" / "models" / "tiny")
+    known = Known("models/tiny", source=gone, directory=gone)
+    with pytest.raises(InputError, match=f"it was at {gone}, where nothing is now"):
+        find_base(known, near=tmp_path / "now" / "runs" / "a")
+    base = Path(shutil.copytree(tiny_llama_dir, tmp_path / "now" / "models" / "tiny"))
+    assert find_base(known, near=tmp_path / "now" / "runs" / "a").directory == base
+    monkeypatch.chdir(tmp_path / "now")
+    assert find_base(known).directory == base
+
+
+def test_a_runs_base_from_the_hub_is_taken_at_its_commit(tmp_path, tiny_llama_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(model_files, "_hub_directory", lambda *words: asked.append(words) or tiny_llama_dir)
+    snapshot = Path(shutil.copytree(tiny_llama_dir, tmp_path / "snapshots" / "0123abc"))
+    known = Known("org/tiny", revision="main", commit="0123abc", directory=str(snapshot))
+    assert find_base(known) == FoundBase(snapshot, commit="0123abc") and not asked
+    shutil.rmtree(snapshot)
+    find_base(known)
+    assert asked == [("org/tiny", "0123abc", True)]
+
+
+@pytest.mark.parametrize(
+    "name", ["models/tiny", "runs/a", "./tiny", "../tiny", "tiny.gguf", "~/tiny", "a/b/c"]
+)
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    assert looks_local(name)
+    with pytest.raises(InputError, match="it looks like a path, so the hub was not asked"):
+        locate(name)
+
+
+def test_a_hub_id_is_no_path():
+    assert not looks_local("gpt2") and not looks_local("HuggingFaceTB/SmolLM2-135M-Instruct")
+
+
+def test_an_unknown_home_directory_is_named():
+    with pytest.raises(InputError, match="~nobody-knows/tiny: that user's home directory is not known"):
+        locate("~nobody-knows/tiny")

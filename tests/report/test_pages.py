@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,11 @@ def test_a_run_that_stopped_early_has_a_page(check_page, run_path, hostile, show
 def test_what_cannot_be_read_is_said_on_the_page(check_page, run_path, tmp_path):
     run = RunDirectory(run_path)
     status = run.read_status()
-    run.update_status(base={**status["base"], "directory": str(tmp_path / "gone")}, hashes={"data": "0" * 64})
+    gone = replace(status.base, source=str(tmp_path / "gone"), path="gone")
+    run.recipe_path.write_text(run.recipe_path.read_text().replace(status.base.path, "gone"))
+    run.update_status(base=gone, hashes={"data": "0" * 64})
     page = check_page(write_run_report(run).read_text())
-    assert "the base model is not where the run found it" in page.text
+    assert "‖W0‖ is not shown: it was at" in page.text
     assert "Sample rows cannot be shown" in page.text
     (run_path / "adapter" / "chain.safetensors").write_bytes(b"damaged")
     assert "The adapter cannot be shown" in check_page(write_run_report(run).read_text()).text

@@ -213,7 +213,7 @@ def test_a_power_cut_after_a_save_loses_nothing_of_the_run(
     for step, tree in enumerate(pictures, start=1):
         left = RunDirectory(tree / "run")
         assert newest(CheckpointStore(left.checkpoints_dir, 1))[0] == step
-        assert left.read_status()["status"] == "running"
+        assert left.read_status().status == "running"
         assert [row["step"] for row in read_jsonl(left.rows_path)] == list(range(1, step + 1))
         assert {row["step"] for row in read_jsonl(left.metrics_path)} == {s for s in (2, 3) if s <= step}
 
@@ -231,7 +231,7 @@ def test_a_run_directory_is_a_run_or_not_there(tmp_path, disk_at, fresh):
     run.create("name: new\n", replace=fresh)
     for tree in disk.crashes + disk.power_cuts:
         left = RunDirectory(tree / "runs" / "a")
-        assert not left.path.exists() or left.read_status()["status"] == "running"
+        assert not left.path.exists() or left.read_status().status == "running"
         if left.path.exists():
             assert left.recipe_path.read_text() in ("name: old\n", "name: new\n")
         left.check_free(replace=True)
@@ -305,7 +305,7 @@ def test_a_run_whose_disk_fails_says_so_and_resumes_to_the_same_end(
             run_tiny({**changes, "name": name})
         disk.fail_at = None
         if run.exists():
-            assert run.read_status()["status"] in ("failed", "running")
+            assert run.read_status().status in ("failed", "running")
         assert run_tiny({**changes, "name": name}, resume=True) is not None
         assert (run.adapter_dir / "chain.safetensors").read_bytes() == expected
         assert run.rows_path.read_bytes() == whole.run.rows_path.read_bytes()

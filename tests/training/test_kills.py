@@ -82,7 +82,7 @@ def test_killed_runs_end_as_untouched_ones(starter, recipe_of, recipe_file):
                 )  # all that is there is whole
             continue
         assert code == 0, process.log
-        assert run.read_status()["status"] == "finished"
+        assert run.read_status().status == "finished"
         assert state_of(run) == expected, f"{run.path.name} ended differently: {process.log}"
         assert not [path for path in run.checkpoints_dir.iterdir() if not path.name.startswith("step-")]
         run = None

@@ -92,7 +92,7 @@ def test_two_machines_under_slurm(tmp_path, recipe_file, recipe_of, alone, envir
     assert "has no checkpoint yet: starting at step 0" in done.stderr
     assert done.stdout.count("finished: ") == 1
     run = RunDirectory(recipe_of({"name": "two"}).run_path)
-    assert run.read_status()["machine"]["processes"] == 2
+    assert run.read_status().machine.processes == 2
     close(run, alone)
 
 
@@ -122,7 +122,7 @@ def test_accelerate_launch(tmp_path, recipe_file, recipe_of, alone, environment)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     run = RunDirectory(recipe_of({"name": "two"}).run_path)
-    assert run.read_status()["machine"]["processes"] == 2
+    assert run.read_status().machine.processes == 2
     close(run, alone)
 
 
@@ -141,13 +141,9 @@ def test_nproc_and_a_signal_to_the_launcher(recipe_file, recipe_of, environment)
     _, printed = launcher.communicate(timeout=60)
     assert launcher.returncode == 143
     status = run.read_status()
-    assert (
-        status["status"] == "stopped"
-        and status["machine"]["processes"] == 2
-        and status["machine"]["threads"] == 1
-    )
+    assert status.status == "stopped" and status.machine.processes == 2 and status.machine.threads == 1
     assert printed.count("continue with --resume") == 1 and "Traceback" not in printed
-    assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{status['step']:06d}"]
+    assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{status.step:06d}"]
 
 
 def children(monkeypatch, script: str) -> None:

@@ -315,7 +315,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
     run = RunDirectory(recipe_of().run_path)
     rows = step_rows(40, 42, 4, 3).tolist()
     assert str(rows) in str(caught.value) and caught.value.exit_code == 1
-    assert run.read_status()["status"] == "failed"
+    assert run.read_status().status == "failed"
     assert [row["step"] for row in read_jsonl(run.rows_path)] == [1, 2, 3]
     assert sorted(path.name for path in run.checkpoints_dir.iterdir()) == ["step-000002", "step-000003"]
 

@@ -81,7 +81,7 @@ def test_the_probe_measures_and_leaves_nothing_behind(job_of):
 def test_a_run_with_auto_trains_as_with_any_other_size_and_keeps_it(run_tiny, monkeypatch, capfd):
     fixed = run_tiny({"name": "fixed", "training.micro_batch_size": 4})
     auto = run_tiny({"name": "auto", "training.micro_batch_size": "auto"})
-    assert auto.state.micro_batch_size == 4 == auto.run.read_status()["micro_batch_size"]
+    assert auto.state.micro_batch_size == 4 == auto.run.read_status().micro_batch_size
     assert "micro_batch_size: auto is 4 of 4 rows" in capfd.readouterr().err
     assert (auto.run.adapter_dir / "chain.safetensors").read_bytes() == (
         fixed.run.adapter_dir / "chain.safetensors"
@@ -157,5 +157,5 @@ def test_a_run_that_runs_out_of_memory_fails_with_a_reason(run_tiny, recipe_of, 
     from linchain_cli.run import RunDirectory
 
     status = RunDirectory(recipe_of().run_path).read_status()
-    assert status["status"] == "failed" and status["reason"].startswith("out of memory: ")
+    assert status.status == "failed" and status.reason.startswith("out of memory: ")
     assert read_jsonl(RunDirectory(recipe_of().run_path).rows_path) == []

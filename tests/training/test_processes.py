@@ -68,7 +68,7 @@ def compared(starter, recipe_file, recipe_of, tmp_path):
 def test_two_and_four_processes_train_as_one_does(compared):
     one, gradients = compared(1)
     losses = [row["loss"] for row in read_jsonl(one.metrics_path) if "loss" in row]
-    validation = one.read_status()["validation_loss"]
+    validation = one.read_status().validation_loss
     for world in (2, 4):
         # Of four processes, two get one row of six and the others two: the micro-batches do not go round.
         several, their_gradients = compared(world)
@@ -83,10 +83,10 @@ def test_two_and_four_processes_train_as_one_does(compared):
             losses, rel=1e-5
         )
         status = several.read_status()
-        assert status["validation_loss"] == pytest.approx(validation, rel=1e-5)
-        assert status["machine"]["processes"] == world and not status["machine"]["sharded"]
+        assert status.validation_loss == pytest.approx(validation, rel=1e-5)
+        assert status.machine.processes == world and not status.machine.sharded
         for key in ("tokens", "supervised_tokens", "step"):
-            assert status[key] == one.read_status()[key]
+            assert getattr(status, key) == getattr(one.read_status(), key)
 
 
 def test_a_sharded_base_trains_as_a_whole_one_does(compared, starter):
@@ -105,7 +105,7 @@ def test_a_sharded_base_trains_as_a_whole_one_does(compared, starter):
         ADAPTER_TOLERANCE,
     )
     assert sharded.rows_path.read_bytes() == whole.rows_path.read_bytes()
-    assert sharded.read_status()["machine"]["sharded"]
+    assert sharded.read_status().machine.sharded
 
 
 def test_a_4_bit_base_in_shards_trains_as_a_whole_one_does(compared):
@@ -115,7 +115,7 @@ def test_a_4_bit_base_in_shards_trains_as_a_whole_one_does(compared):
     sizes = [found.pop("base bytes").item() - WHOLE_BYTES for found in (gradients, their_gradients)]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
     close(their_gradients, gradients, GRADIENT_TOLERANCE)
-    assert sharded.read_status()["machine"]["sharded"] and not whole.read_status()["machine"]["sharded"]
+    assert sharded.read_status().machine.sharded and not whole.read_status().machine.sharded
 
 
 def test_several_processes_resume_bit_for_bit(starter, recipe_file, recipe_of):
@@ -158,8 +158,8 @@ def test_a_signal_to_any_one_process_stops_all_of_them(starter, recipe_file, rec
     wait_for_step(run, 2, ranks[0])
     os.kill(ranks[2].pid, number)
     assert [rank.wait() for rank in ranks] == [code] * 3
-    step = run.read_status()["step"]
-    assert run.read_status()["status"] == "stopped"
+    step = run.read_status().step
+    assert run.read_status().status == "stopped"
     assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{step:06d}"]
     assert f"stopped at step {step} of 500" in ranks[0].log and ranks[1].log == ranks[2].log == ""
 
@@ -184,7 +184,7 @@ def test_an_error_on_one_process_ends_all_of_them(
         assert ranks[0].log == "" and not run.path.exists()
     else:
         assert "error: another process of this run ended while this one waited for it" in ranks[0].log
-        assert run.read_status()["status"] == "failed"
+        assert run.read_status().status == "failed"
     assert time.monotonic() - began < 90
     assert all("Traceback" not in rank.log for rank in ranks)
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
 from linchain_cli.training import loop
 from linchain_cli.training.checkpoints import CheckpointStore
 
@@ -44,22 +44,22 @@ def test_a_finished_run(run_tiny, recipe_of):
         "rows.jsonl",
         "run.json",
     ]
-    assert status["status"] == "finished" and status["step"] == 6 and status["total_steps"] == 6
-    assert set(status["versions"]) == {"linchain", "python", "torch", "transformers", "accelerate"}
-    assert all(len(status["hashes"][name]) == 64 for name in ("recipe", "base")) and status["hashes"]["data"]
-    assert status["seed"] == 42 and status["machine"]["threads"] == 1 and status["machine"]["processes"] == 1
-    assert status["trainable_parameters"] == sum(p.numel() for p in job.parameters.values())
+    assert status.status == "finished" and status.step == 6 and status.total_steps == 6
+    assert set(status.versions) == {"linchain", "python", "torch", "transformers", "accelerate"}
+    assert all(len(status.hashes[name]) == 64 for name in ("recipe", "base")) and status.hashes["data"]
+    assert status.seed == 42 and status.machine.threads == 1 and status.machine.processes == 1
+    assert status.trainable_parameters == sum(p.numel() for p in job.parameters.values())
     matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert status["coverage"]["weights"] == matrices
-    assert status["coverage"]["without_chain"] == {
+    assert status.coverage["weights"] == matrices
+    assert status.coverage["without_chain"] == {
         "mlp.gate_proj": 2 * 64 * 128,
         "mlp.up_proj": 2 * 64 * 128,
         "self_attn.o_proj": 2 * 64 * 64,
         "self_attn.k_proj": 2 * 64 * 32,
     }
-    assert status["rows"]["kept"] == 46 and status["rows"]["skipped"] == 0
-    assert status["adapter"] == {"step": 6, "kept": "best"}
-    assert status["timings"]["prepare_seconds"] > 0 and status["timings"]["train_seconds"] > 0
+    assert status.rows["kept"] == 46 and status.rows["skipped"] == 0
+    assert status.adapter == KeptAdapter(step=6, kept="best")
+    assert status.timings.prepare_seconds > 0 and status.timings.train_seconds > 0
     assert run.recipe_path.read_text() == recipe_of().to_yaml()
 
     rows = read_jsonl(run.metrics_path)
@@ -81,8 +81,8 @@ def test_a_finished_run(run_tiny, recipe_of):
     lengths, labels = job.data.train.lengths, job.data.train.supervised_counts
     consumed = [index for row in read_jsonl(run.rows_path) for index in row["rows"]]
     assert len(consumed) == len(set(consumed)) == 24
-    assert logged[-1]["tokens"] == status["tokens"] == lengths[consumed].sum()
-    assert logged[-1]["supervised_tokens"] == status["supervised_tokens"] == labels[consumed].sum()
+    assert logged[-1]["tokens"] == status.tokens == lengths[consumed].sum()
+    assert logged[-1]["supervised_tokens"] == status.supervised_tokens == labels[consumed].sum()
     assert logged[-1]["epoch"] == pytest.approx(0.6)
 
 
@@ -91,7 +91,7 @@ def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, sto
     with pytest.raises(LinchainError, match="pulled the plug"):
         run_tiny()
     run = RunDirectory(recipe_of().run_path)
-    assert run.read_status()["status"] == "failed" and run.read_status()["reason"] == "pulled the plug"
+    assert run.read_status().status == "failed" and run.read_status().reason == "pulled the plug"
     with pytest.raises(
         InputError, match="holds a run that failed. Use --resume to continue it or --fresh to start over."
     ):
@@ -101,7 +101,7 @@ def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, sto
     run_tiny(resume=True)
     assert "resuming" in (printed := capfd.readouterr().err) and "after step 2 of 6" in printed
     status = run.read_status()
-    assert status["status"] == "finished" and status["reason"] is None and status["resumed_from"] == 2
+    assert status.status == "finished" and status.reason is None and status.resumed_from == 2
     resumed = adapter_bytes(run)
 
     assert run_tiny(resume=True) is None
@@ -124,12 +124,12 @@ def test_a_resume_without_a_checkpoint_starts_at_step_0_and_says_so(run_tiny, st
     job = run_tiny(resume=True)
     assert "has no checkpoint yet: starting at step 0" in capfd.readouterr().err
     assert [row["step"] for row in read_jsonl(job.run.rows_path)] == [1, 2, 3, 4, 5, 6]
-    assert job.run.read_status()["status"] == "finished"
+    assert job.run.read_status().status == "finished"
 
 
 def test_an_output_head_of_its_own_trains(run_tiny, capfd):
     job = run_tiny({"adapter.target_modules": ["q_proj", "lm_head"], "training.max_steps": 2})
-    assert job.run.read_status()["status"] == "finished" and job.layers["lm_head"].B.abs().max() > 0
+    assert job.run.read_status().status == "finished" and job.layers["lm_head"].B.abs().max() > 0
     assert "chains on 11.1% of the decoder's weights; without: mlp.gate_proj 22.2%" in capfd.readouterr().err
 
 
@@ -150,7 +150,7 @@ def test_what_is_wrong_with_the_recipe_costs_no_earlier_run(run_tiny, tmp_path):
         run_tiny({"data.train": str(tmp_path / "missing.json")}, fresh=True)
     with pytest.raises(InputError, match="matches no linear module"):
         run_tiny({"adapter.target_modules": ["nothing"]}, fresh=True)
-    assert adapter_bytes(job.run) == before and job.run.read_status()["status"] == "finished"
+    assert adapter_bytes(job.run) == before and job.run.read_status().status == "finished"
 
 
 def test_a_second_start_is_refused_while_the_first_one_lives(run_tiny, recipe_of):
@@ -261,7 +261,7 @@ def test_length_and_intervals_may_change_and_the_schedule_follows(run_tiny, stop
         and rates[4] == pytest.approx(0.01 * (1 - 1 / 6))
         and rates[8] == pytest.approx(0.01 / 6)
     )
-    assert job.run.read_status()["total_steps"] == 8
+    assert job.run.read_status().total_steps == 8
     assert [path.name for path in job.run.checkpoints_dir.iterdir()] == ["step-000008"]
 
 
@@ -273,7 +273,7 @@ def test_a_run_cannot_end_before_where_it_stands(run_tiny, stop_after):
     with pytest.raises(InputError, match="has taken 4 steps already: it cannot end at step 3"):
         run_tiny({"training.max_steps": 3}, resume=True)
     job = run_tiny({"training.max_steps": 4}, resume=True)
-    assert job.state.step == 4 and job.run.read_status()["status"] == "finished"
+    assert job.state.step == 4 and job.run.read_status().status == "finished"
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(run_tiny, recipe_of, monkeypatch):
@@ -281,7 +281,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(run_tiny, recipe_of,
     with pytest.raises(LinchainError, match="step 6: the validation loss is nan"):
         run_tiny()
     run = RunDirectory(recipe_of().run_path)
-    assert run.read_status()["status"] == "failed"
+    assert run.read_status().status == "failed"
     assert CheckpointStore(run.checkpoints_dir, 2).steps() == [2, 4]
 
 
@@ -308,15 +308,13 @@ def test_keep_best_and_last(run_tiny, monkeypatch):
         step: (best.run.checkpoints_dir / f"step-{step:06d}" / "chain.safetensors").read_bytes()
         for step in (4, 6)
     }
-    assert adapter_bytes(best.run) == saved[4] and best.run.read_status()["adapter"] == {
-        "step": 4,
-        "kept": "best",
-    }
-    assert adapter_bytes(last.run) == saved[6] and last.run.read_status()["adapter"] == {
-        "step": 6,
-        "kept": "last",
-    }
-    assert best.run.read_status()["validation_loss"] == 1.0
+    assert adapter_bytes(best.run) == saved[4] and best.run.read_status().adapter == KeptAdapter(
+        step=4, kept="best"
+    )
+    assert adapter_bytes(last.run) == saved[6] and last.run.read_status().adapter == KeptAdapter(
+        step=6, kept="last"
+    )
+    assert best.run.read_status().validation_loss == 1.0
     # The model carries what adapter/ holds.
     values = load_file(best.run.adapter_dir / "chain.safetensors")
     assert all(
@@ -345,7 +343,7 @@ def test_early_stopping(run_tiny, monkeypatch, stop_after, capfd):
     job = run_tiny(changes)
     assert "stopped early at step 4: 2 validations without a lower loss" in capfd.readouterr().err
     status = job.run.read_status()
-    assert status["status"] == "finished" and status["step"] == 4 and status["adapter"]["step"] == 2
+    assert status.status == "finished" and status.step == 4 and status.adapter.step == 2
     assert [row["step"] for row in read_jsonl(job.run.rows_path)] == [1, 2, 3, 4]
 
     # Killed between the early stop's checkpoint and the end: it does not train on.
@@ -358,7 +356,7 @@ def test_early_stopping(run_tiny, monkeypatch, stop_after, capfd):
 
 def test_no_validation_rows(run_tiny):
     job = run_tiny({"data.validation": 0, "training.keep": "last"})
-    assert job.run.read_status()["validation_loss"] is None
+    assert job.run.read_status().validation_loss is None
     assert not [row for row in read_jsonl(job.run.metrics_path) if "eval_loss" in row]
 
 

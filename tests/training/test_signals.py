@@ -33,7 +33,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(starter, recipe_file, recipe
     assert process.wait() == code
     step = read_jsonl(run.rows_path)[-1]["step"]
     status = run.read_status()
-    assert status["status"] == "stopped" and status["step"] == step < 500
+    assert status.status == "stopped" and status.step == step < 500
     assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{step:06d}"]
     assert f"error: stopped at step {step} of 500; continue with --resume" in process.log
     assert "Traceback" not in process.log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from linchain_cli.run import (
     RunDirectory,
     append_jsonl,
     cut_jsonl,
+    find_adapter,
     find_run,
     in_use,
     is_run,
@@ -37,12 +39,18 @@ def test_a_new_run_is_running_and_holds_its_recipe(tmp_path):
     assert run.exists() and is_run(run.path)
     assert run.recipe_path.read_text() == "name: a\n"
     status = run.read_status()
-    assert status["status"] == "running" and status["name"] == "a" and status["created_at"].endswith("+00:00")
+    assert status.status == "running" and status.name == "a" and status.created_at.endswith("+00:00")
     run.update_status(step=3)
-    assert run.read_status() == {**status, "step": 3}
+    assert run.read_status() == dataclasses.replace(status, step=3)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"step": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"[]", b'{"step": 1}', b"\xff\xfe", b'{"status": "done"}'),
+        *(b'{"status": "finished", "step": "4"}', b'{"status": "finished", "base": {}}', b"[" * 100_000),
+    ],
+)
 def test_a_damaged_status_is_named(tmp_path, content):
     run = RunDirectory(tmp_path / "a")
     run.create("name: a\n")
@@ -120,7 +128,7 @@ with RunDirectory({path!r}).lock():
 
 def test_the_lock_ends_with_its_process_however_that_ends(tmp_path):
     run = RunDirectory(tmp_path / "runs" / "a")
-    code = HOLDER.format(root=str(Path(__file__).resolve().parents[1]), path=str(run.path))
+    code = HOLDER.format(root=str(Path(__file__).resolve().parents[2]), path=str(run.path))
     holder = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "locked\n"
     assert in_use(run.path)
@@ -150,7 +158,7 @@ def test_an_output_directory_that_cannot_be_written_is_named(tmp_path):
             pass
 
 
-def test_the_newest_finished_run_is_no_arm_of_a_comparison(tmp_path):
+def test_the_newest_finished_run_is_no_arm_of_a_comparison(tmp_path, caplog):
     with pytest.raises(InputError, match="no finished run below .*: name a run directory, or train one"):
         newest_finished_run(tmp_path / "runs")
     runs = tmp_path / "runs"
@@ -160,9 +168,18 @@ def test_the_newest_finished_run_is_no_arm_of_a_comparison(tmp_path):
     stopped = finished(runs / "stopped", "2026-01-04T00:00:00")
     stopped.update_status(status="stopped")
     finished(runs / "damaged", "2026-01-05T00:00:00").status_path.write_text("{")
+    unknown = finished(runs / "unknown", "2026-01-06")
+    unknown.update_status(finished_at=None, created_at=None)
+    finished(runs / ".replaced-new-77", "2026-01-07T00:00:00")
+    later = finished(runs / "later", "2026-01-08T00:00:00")
+    later.status_path.write_text('{"format": "linchain run", "format_version": 99, "status": "finished"}')
     (runs / "directory").mkdir()
     (runs / "file").touch()
     assert newest_finished_run(runs).path == newest.path
+    assert {record.args[0].args[0].split()[0] for record in caplog.records} == {
+        str(runs / "damaged" / "run.json"),
+        str(runs / "later" / "run.json"),
+    }
 
 
 def test_find_run(tmp_path, monkeypatch):
@@ -173,10 +190,53 @@ def test_find_run(tmp_path, monkeypatch):
         InputError, match=r"runs/lama is not a run directory: it has no run.json. Did you mean 'llama'\?"
     ):
         find_run("runs/lama")
+    with pytest.raises(InputError, match=r"Did you mean 'runs/llama'\?"):
+        find_run("llama")
     run.update_status(status="stopped")
-    with pytest.raises(InputError, match="runs/llama is stopped, not finished: continue it with .*--resume"):
-        find_run("runs/llama")
-    assert find_run("runs/llama", finished=False).path == run.path
+    assert find_run("runs/llama").path == run.path
+
+
+def keep(directory: Path) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "chain.json").write_text("{}")
+    return directory
+
+
+def test_the_adapter_that_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = finished(Path("runs") / "llama", "2026-01-01")
+    with pytest.raises(InputError, match="runs/llama is finished, but its adapter is gone"):
+        find_adapter("runs/llama")
+    keep(run.adapter_dir)
+    early, late = (keep(run.checkpoints_dir / f"step-{step:06d}") for step in (200, 1000))
+    for name in ("runs/llama", "runs/llama/", "runs/llama/adapter", None):
+        found = find_adapter(name)
+        assert (found.adapter_dir, found.step, found.name) == (run.adapter_dir, None, "runs/llama")
+        assert found.place("merged") == Path("runs/llama/merged") and not found.note
+    named = find_adapter("runs/llama/checkpoints/step-000200")
+    assert (named.run.path, named.adapter_dir, named.step) == (run.path, early, 200)
+    assert named.name == "runs/llama/checkpoints/step-000200" and not named.note
+    assert named.place("merged") == Path("runs/llama/merged-step-000200")
+    for status, said in (("stopped", "was stopped"), ("failed", "failed"), ("running", "was killed")):
+        run.update_status(status=status)
+        newest = find_adapter("runs/llama")
+        assert (newest.adapter_dir, newest.step) == (late, 1000)
+        assert newest.note == f"runs/llama {said}: taking its newest checkpoint, step-001000"
+    with run.lock():
+        assert "is going on" in find_adapter("runs/llama").note
+    monkeypatch.chdir(early)
+    assert find_adapter(".").step == 200
+
+
+def test_without_an_adapter_there_is_a_way_on(tmp_path):
+    run = finished(tmp_path / "a", "2026-01-01")
+    run.update_status(status="stopped")
+    with pytest.raises(
+        InputError, match="was stopped and has no checkpoint yet: continue it with .*--resume"
+    ):
+        find_adapter(run.path)
+    with pytest.raises(InputError, match="is an adapter apart from its run"):
+        find_adapter(keep(tmp_path / "elsewhere" / "step-000200"))
 
 
 def test_rows_go_through_their_file(tmp_path):
@@ -214,16 +274,16 @@ def test_a_status_is_never_seen_half_written(tmp_path):
     run = RunDirectory(tmp_path / "a")
     run.create("name: a\n")
     code = (
-        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parents[2])!r})\n"
         "from linchain_cli.run import RunDirectory\n"
         f"run = RunDirectory({str(run.path)!r})\n"
-        "for step in range(200): run.update_status(status='running', step=step, padding='x' * 5000)\n"
+        "for step in range(200): run.update_status(status='running', step=step, reason='x' * 5000)\n"
     )
     writer = subprocess.Popen([sys.executable, "-c", code])
     reads = 0
     while writer.poll() is None:
-        assert run.read_status()["status"] == "running"
+        assert run.read_status().status == "running"
         reads += 1
         time.sleep(0.001)
     assert writer.returncode == 0 and reads > 3
-    assert run.read_status()["step"] == 199
+    assert run.read_status().step == 199
