@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,9 +16,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 def cpu_limit() -> int:
     """CPUs this process may keep busy: those it may run on, within its control group's quota (rounded up)."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quotas = [math.ceil(quota) for quota in _cpu_quotas()]
-    return max(1, min([allowed, *quotas]))
+    return max(1, min([len(_allowed_cpus()), *quotas]))
 
 
 def limit_threads() -> None:
@@ -29,6 +29,61 @@ def limit_threads() -> None:
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), cpu_limit()))
+
+
+class SharedCpus:
+    """How many threads to compute with while other processes use the same CPUs.
+
+    The threads of a parallel loop wait for the slowest one, and they wait by spinning. Where another process
+    holds one of the CPUs, that wait lasts as long as a scheduler's time slice, in every loop, and one thread
+    for each CPU is slower than a thread fewer. So the count follows what others leave: down at once, up by
+    one when there was room for it `_PATIENCE` looks in a row, since two programs that both look would swing.
+    """
+
+    _PATIENCE = 3
+    _INTERVAL = 1.0  # seconds between two looks; /proc/stat counts in hundredths
+
+    def __init__(self, limit: int):
+        self.limit = self.threads = limit
+        self._roomy, self._before = 0, _cpu_seconds()
+
+    def look(self) -> int:
+        """The number of threads to go on with, 1 to `limit`; where the system does not tell its load, the
+        limit."""
+        now = _cpu_seconds()
+        if now is None or self._before is None or now[0] - self._before[0] < self._INTERVAL:
+            return self.threads
+        seconds, busy, own = (after - before for after, before in zip(now, self._before, strict=True))
+        self._before = now
+        left = len(_allowed_cpus()) - (busy - own) / seconds
+        fits = max(1, min(self.limit, math.floor(left + 0.45)))
+        self._roomy = self._roomy + 1 if fits > self.threads else 0
+        if fits < self.threads:
+            self.threads = fits
+        elif self._roomy >= self._PATIENCE:
+            self.threads, self._roomy = self.threads + 1, 0
+        return self.threads
+
+
+def _allowed_cpus() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """The time, the CPU seconds that all processes took so far on the CPUs this one may use, and those that
+    it took itself; None where the system does not tell."""
+    names = {f"cpu{number}" for number in _allowed_cpus()}
+    # Columns: user, nice, system, idle, iowait, irq, softirq, steal. Who is nice stands back by itself.
+    counted = (1, 3, 6, 7, 8) if os.getpriority(os.PRIO_PROCESS, 0) <= 0 else (1, 2, 3, 6, 7, 8)
+    try:
+        rows = [line.split() for line in (PROC / "stat").read_text().splitlines()]
+        ticks = [sum(int(row[column]) for column in counted) for row in rows if row and row[0] in names]
+    except (OSError, ValueError, IndexError):
+        return None
+    if not ticks:
+        return None
+    own = os.times()
+    return time.monotonic(), sum(ticks) / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
 
 def cpu_vendor() -> str:

@@ -51,10 +51,11 @@ def parse() -> argparse.Namespace:
 class Arm:
     """A worker process and what it measured."""
 
-    def __init__(self, name: str, settings: dict, scratch: Path):
+    def __init__(self, name: str, settings: dict, scratch: Path, environment: dict[str, str] | None = None):
         path = scratch / f"{name}.json"
         path.write_text(json.dumps(settings | {"scratch": str(scratch / name)}))
-        environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        fixed = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | fixed | (environment or {})
         if settings["device"] == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self.name, self.rounds = name, []

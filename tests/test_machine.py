@@ -94,6 +94,80 @@ def test_threads_stay_within_the_limit(monkeypatch: pytest.MonkeyPatch):
     assert set_to == [3]
 
 
+class Load:
+    """A made-up /proc/stat and clock: each `pass_seconds` adds what this process and others took."""
+
+    def __init__(self, box, monkeypatch: pytest.MonkeyPatch, cpus: int):
+        self.time, self.own, self.busy, self.nice = 100.0, 5.0, 50.0, 7.0
+        self._box, self._cpus = box, cpus
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+        monkeypatch.setattr(machine.time, "monotonic", lambda: self.time)
+        monkeypatch.setattr(os, "times", lambda: os.times_result((self.own, 0.0, 0.0, 0.0, self.time)))
+        self.pass_seconds(0, 0, 0)
+
+    def pass_seconds(self, seconds: float, own: float, others: float, nice: float = 0.0) -> None:
+        """`own` and `others` are in CPUs."""
+        self.time += seconds
+        self.own += own * seconds
+        self.busy += (own + others) * seconds
+        self.nice += nice * seconds
+        ticks = (round(100 * value / self._cpus) for value in (self.busy, self.nice))
+        row = "{} {} 0 1000 10 0 0 0 0 0".format(*ticks)
+        rows = "".join(f"cpu{number} {row}\n" for number in range(self._cpus))
+        # A CPU that this process may not use, always busy.
+        self._box("proc/stat", f"cpu 1 1 1 1\n{rows}cpu{self._cpus} {round(100 * self.time)} 0 0 0\nintr 5\n")
+
+
+def test_threads_give_way_to_other_processes_at_once_and_come_back_slowly(box, monkeypatch):
+    load = Load(box, monkeypatch, cpus=2)
+    cpus = machine.SharedCpus(2)
+    load.pass_seconds(2, own=2, others=0)
+    assert cpus.look() == 2
+    load.pass_seconds(2, own=1.33, others=0.67)  # two spinning threads and one other process
+    assert cpus.look() == 1
+    counts = []
+    for _ in range(4):
+        load.pass_seconds(2, own=1, others=0)
+        counts.append(cpus.look())
+    assert counts == [1, 1, 2, 2]
+
+
+def test_two_programs_that_both_look_share_the_cpus(box, monkeypatch):
+    load = Load(box, monkeypatch, cpus=8)
+    cpus = machine.SharedCpus(8)
+    load.pass_seconds(2, own=4, others=4)
+    assert cpus.look() == 4
+    load.pass_seconds(2, own=4, others=4)
+    assert cpus.look() == 4
+
+
+def test_a_quota_bounds_what_an_idle_machine_offers(box, monkeypatch):
+    load = Load(box, monkeypatch, cpus=8)
+    cpus = machine.SharedCpus(3)
+    for others, expected in ((4, 3), (6, 2), (9, 1)):
+        load.pass_seconds(2, own=1, others=others)
+        assert cpus.look() == expected
+
+
+def test_a_moment_is_too_short_to_tell_and_nice_processes_do_not_count(box, monkeypatch):
+    load = Load(box, monkeypatch, cpus=2)
+    cpus = machine.SharedCpus(2)
+    load.pass_seconds(0.5, own=1, others=1)
+    assert cpus.look() == 2
+    load.pass_seconds(2, own=2, others=0, nice=1)
+    assert cpus.look() == 2
+    monkeypatch.setattr(os, "getpriority", lambda which, who: 10)  # nice itself, it competes with them
+    cpus = machine.SharedCpus(2)
+    load.pass_seconds(2, own=1, others=0, nice=1)
+    assert cpus.look() == 1
+
+
+def test_a_system_that_does_not_tell_its_load_keeps_all_threads(box):
+    cpus = machine.SharedCpus(2)
+    box("proc/stat", "nothing of this kind\n")
+    assert cpus.look() == 2
+
+
 def test_the_real_machine_gives_sane_numbers():
     assert 1 <= machine.cpu_limit() <= (os.cpu_count() or 1)
     assert machine.available_memory() > 1 << 20

@@ -28,12 +28,13 @@ from linchain_cli.training.processes import on_main, raise_on_all, sum_over_proc
 from linchain_cli.training.progress import Display
 from linchain_cli.training.schedule import learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
+from linchain_cli.training.threads import LoadedCpus
 
 # Between two returns of freed memory. Taking a gigabyte again costs the next step a quarter of a second.
 _RELEASE_SECONDS = 30.0
 
 
-def train(job: Job, display: Display, stop: StopRequest) -> None:
+def train(job: Job, display: Display, stop: StopRequest, cpus: LoadedCpus) -> None:
     """Runs optimizer steps until the last one, an early stop, or a signal.
 
     Raises:
@@ -50,6 +51,7 @@ def train(job: Job, display: Display, stop: StopRequest) -> None:
         rate = learning_rate(
             state.step, job.total_steps, training.learning_rate, warmup, training.lr_scheduler
         )
+        cpus.adjust(rows)
         step = optimizer_step(job, rows, rate, stop)
 
         state.step += 1

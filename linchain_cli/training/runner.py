@@ -15,7 +15,7 @@ from linchain_cli import run as runs
 from linchain_cli import storage
 from linchain_cli.chain import save_adapter
 from linchain_cli.errors import LinchainError, Stopped
-from linchain_cli.machine import limit_threads
+from linchain_cli.machine import SharedCpus, limit_threads
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import KeptAdapter, RunDirectory, Timings
 from linchain_cli.training import job as jobs
@@ -29,6 +29,7 @@ from linchain_cli.training.plan import predict
 from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main
 from linchain_cli.training.progress import Display, note
 from linchain_cli.training.signals import stop_requests
+from linchain_cli.training.threads import LoadedCpus
 from linchain_cli.training.trackers import check_trackers, start_trackers
 
 
@@ -59,8 +60,10 @@ def run_training(
     """
     check_trackers(recipe)
     limit_threads()
+    cpus = SharedCpus(torch.get_num_threads())
     run = RunDirectory(recipe.run_path)
     with contextlib.ExitStack() as held:
+        held.callback(torch.set_num_threads, cpus.limit)
         stop = held.enter_context(stop_requests())
         held.enter_context(_deterministic(recipe.training.deterministic))
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
@@ -86,7 +89,7 @@ def run_training(
             start_trackers(job)
             quiet = quiet or not accelerator.is_main_process
             with Display(job.total_steps, job.state.step, quiet) as display:
-                train(job, display, stop)
+                train(job, display, stop, LoadedCpus(job, cpus, display.note))
             on_main(accelerator, lambda: _finish(job))
     return job
 

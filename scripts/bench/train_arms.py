@@ -121,14 +121,18 @@ def serve(settings: dict, job, rows: Rows, step) -> None:
 
 
 def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
-    """linchain's own optimizer step."""
+    """linchain's own optimizer step, with its threads set by the load as training sets them."""
+    from linchain_cli.machine import SharedCpus
     from linchain_cli.training.loop import optimizer_step
     from linchain_cli.training.signals import StopRequest
+    from linchain_cli.training.threads import LoadedCpus
 
     job = make_job(settings, depth, compiled)
     rows, stop = Rows(job), StopRequest()
+    cpus = LoadedCpus(job, SharedCpus(torch.get_num_threads()), lambda message: None)
 
     def step(index: int) -> float:
+        cpus.adjust(rows.by_step(index))
         return optimizer_step(job, rows.by_step(index), RATE, stop).loss
 
     serve(settings, job, rows, step)

@@ -1,0 +1,66 @@
+"""CPU threads that follow what other processes leave, without a changed bit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from linchain_cli.chain import folded
+from linchain_cli.data.batches import collate, micro_batches
+from linchain_cli.machine import SharedCpus
+from linchain_cli.training import loss
+from linchain_cli.training.job import Job
+
+
+class LoadedCpus:
+    """Sets torch's thread count before each optimizer step to what other processes leave of the CPUs.
+
+    A count is taken only after it has given the same gradients, bit for bit, as all threads do on the longest
+    and the shortest micro-batch of the step it comes up in: an exact resume must not depend on what else ran.
+    Nothing is looked at on a GPU, with several processes, in compiled runs, or where OMP_NUM_THREADS is set.
+    The count stays as the last step had it.
+    """
+
+    def __init__(self, job: Job, cpus: SharedCpus, note: Callable[[str], None]):
+        self._job, self._cpus, self._note = job, cpus, note
+        self._exact = {cpus.limit: True}  # whether a count gives the gradients of all threads
+        alone = job.device.type == "cpu" and job.accelerator.num_processes == 1
+        # Compiled loops have their number of threads written into them.
+        free = not job.recipe.training.compile and "OMP_NUM_THREADS" not in os.environ
+        self._looks = alone and free and cpus.limit > 1
+
+    def adjust(self, rows: np.ndarray) -> None:
+        """Looks at the load; `rows` are those of the step that follows."""
+        if not self._looks or (wanted := self._cpus.look()) == torch.get_num_threads():
+            return
+        if wanted not in self._exact:
+            self._exact[wanted] = self._same_gradients(wanted, rows)
+            how = "while they do" if self._exact[wanted] else "would round differently: none is given up"
+            self._note(f"other processes use the CPUs: {wanted} of {self._cpus.limit} threads {how}")
+        if self._exact[wanted]:
+            torch.set_num_threads(wanted)
+
+    def _same_gradients(self, threads: int, rows: np.ndarray) -> bool:
+        job = self._job
+        parts = micro_batches(rows, job.data.train.lengths, job.state.micro_batch_size)
+        for part in (parts[0], parts[-1]):
+            gradients = self._gradients(self._cpus.limit, part)
+            if not all(map(torch.equal, gradients, self._gradients(threads, part))):
+                return False
+        return True
+
+    def _gradients(self, threads: int, rows: np.ndarray) -> list[Tensor]:
+        job, before = self._job, torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with folded(job.model):
+                batch = collate(job.data.train, rows, job.base.pad_id)
+                loss.backward(job.model, batch, 1.0, job.device)
+            return [parameter.grad for parameter in job.parameters.values()]
+        finally:
+            job.optimizer.zero_grad(set_to_none=True)
+            torch.set_num_threads(before)
