@@ -266,7 +266,7 @@ def flips(directory: Path, tasks: Sequence[Task], reference: Predictions) -> dic
     for batch_tokens in (1, 300, 2048):
         results = evaluate(model, tokenizer, template, tasks, name="bench", batch_tokens=batch_tokens)
         runs.append({(row["task"], row["index"]): row["prediction"] for row in results.predictions})
-        ties = sum(entry["near_ties"] for entry in results.summary["tasks"].values())
+        ties = sum(score.near_ties for score in results.summary.tasks.values())
     changed = sum(len({run[key] for run in runs}) > 1 for key in reference)
     return {
         "rows": len(reference),

@@ -28,7 +28,8 @@ MODEL = Path("models/SmolLM2-135M-Instruct")
 RECIPE = Path("configs/quickstart.yaml")
 RUN = Path("runs/quickstart")
 RESULTS = RUN / "eval" / "likelihood.json"
-AGAINST = Path(f"eval-{MODEL.name}.json")  # where `linchain eval` writes what is no run's
+# Where `linchain eval` writes what is no run's.
+AGAINST = Path(f"eval-{MODEL.parent.name}-{MODEL.name}", "likelihood.json")
 MERGED = RUN / "merged"
 EXAMPLE = "Please answer the following question with true or false, question: is a piano a kind of animal?"
 VERIFIED_ROWS = 32
@@ -181,7 +182,7 @@ def print_table(agreeing: int, seconds: float) -> None:
     run, adapted = read_json(RUN / "run.json"), read_json(RESULTS)
     base = read_json(AGAINST)
     ours, theirs = adapted["tasks"]["everyday"], base["tasks"]["everyday"]
-    paired = adapted["against"]["all_rows"]
+    paired = adapted["against"][-1]["all_rows"]
     low, high = paired["interval"]
     rows = [
         ("most frequent answer", f"{100 * ours['majority']:.1f} %", ""),

@@ -27,6 +27,7 @@ LEVELS = [
         "model": ["model"],
         "recipe": ["recipe"],
         "run": ["run"],
+        "evaluations": ["evaluations"],
     },
     {"base": ["__init__", "errors", "storage", "records", "machine", "shipped"]},
 ]

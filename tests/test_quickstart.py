@@ -92,7 +92,7 @@ def test_results_and_merge_are_made_once(quickstart):
     quickstart.evaluate()
     quickstart.merge()
     assert [command[0] for command in quickstart.commands] == ["eval", "merge"]
-    write_json(quickstart.RESULTS, {"against": {}})
+    write_json(quickstart.RESULTS, {"against": [{}]})
     write_json(quickstart.AGAINST, {})
     write_json(quickstart.MERGED / "merge.json", {})
     quickstart.evaluate()
@@ -121,6 +121,7 @@ def evaluated(quickstart, tiny_llama_dir, monkeypatch):
     from linchain_cli.data.templates import get_template
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.results import compare
+    from linchain_cli.evaluation.store import add_comparison
     from linchain_cli.evaluation.tasks import load_task
     from linchain_cli.model.loading import load_model, load_tokenizer
 
@@ -133,7 +134,7 @@ def evaluated(quickstart, tiny_llama_dir, monkeypatch):
     template, tasks = get_template("plain", tokenizer), [load_task("everyday", limit=40)]
     results = evaluate(model, tokenizer, template, tasks, name="run", out=quickstart.RESULTS)
     evaluate(model, tokenizer, template, tasks, name="base", out=quickstart.AGAINST)
-    write_json(quickstart.RESULTS, {**results.summary, "against": compare(results, results)})
+    add_comparison(quickstart.RESULTS, compare(results, results))
     return quickstart
 
 

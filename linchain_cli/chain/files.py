@@ -95,6 +95,12 @@ def save_adapter(adapter: Adapter, directory: Path) -> None:
         storage.write_atomic(directory / name, data)
 
 
+def adapter_hash(directory: Path) -> str | None:
+    """SHA-256 of the adapter's values, whatever chain.json says of them; None without any."""
+    path = Path(directory) / TENSORS_FILE
+    return storage.sha256_file(path) if path.is_file() else None
+
+
 def load_adapter(directory: Path) -> Adapter:
     """Reads what `save_adapter` wrote.
 

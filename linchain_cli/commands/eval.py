@@ -66,7 +66,8 @@ def run(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where the JSON goes; left out, the run's eval/<protocol>.json or ./eval-<model name>.json.",
+            help="A .json file, or a directory, for the result; left out, the run's eval/ or "
+            "./eval-<organisation>-<model name>/.",
             show_default=False,
         ),
     ] = None,
@@ -89,36 +90,32 @@ def run(
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
     from linchain_cli.evaluation.results import read_results, refuse_other_rows
+    from linchain_cli.evaluation.store import results_directory
     from linchain_cli.evaluation.tasks import load_tasks
 
     # Before rows are fetched and before the first evaluation, which may take long, it is known that both
-    # models are there.
+    # models are there, and that their results can be written.
     for each in (subject, other):
         if each is not None:
             locate_subject(each)
-    second = (read_results(earlier), earlier) if earlier is not None else None
+    place = out if out is not None else subject.results_dir
+    for target in (place, other.results_dir if other is not None else place):
+        results_directory(target)
+    second = read_results(earlier) if earlier is not None else None
     if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
         data_dir = Path(subject.recipe.evaluation.data_dir)
     loaded_tasks = load_tasks(_task_names(tasks, subject), data_dir, limit)
-    path = out if out is not None else subject.result_path(protocol)
     if second is not None:
-        refuse_other_rows(second[0], loaded_tasks, earlier)
-        if earlier.resolve() == path.resolve():
-            raise InputError(
-                f"--against {earlier} is where this evaluation's own result goes: name another --out"
-            )
-    settings = _Settings(protocol, beams, dtype, batch_tokens)
-    first = settings.evaluate(subject, template or subject.template, loaded_tasks, path)
-    if other is None:
-        _show(first, path, references, second)
-        return
-    # A second model that is no run has no template of its own: it gets the same prompts as the first.
-    other_template = template or (other if other.recipe else subject).template
-    other_path = other.result_path(protocol)
-    if other_path == path:
-        other_path = path.with_name(f"{path.stem}-against.json")
-    second = settings.evaluate(other, other_template, loaded_tasks, other_path), other_path
-    _show(first, path, references, second)
+        refuse_other_rows(second, loaded_tasks, earlier)
+        second = second.of_tasks(task.name for task in loaded_tasks)
+    settings = _Settings(protocol, beams, dtype, limit, batch_tokens)
+    first = settings.evaluate(subject, template or subject.template, loaded_tasks, place)
+    if other is not None:
+        # A second model that is no run has no template of its own: it gets the same prompts as the first.
+        other_template = template or (other if other.recipe else subject).template
+        second = settings.evaluate(other, other_template, loaded_tasks, other.results_dir)
+    if is_first_process():
+        _show(first, second, references)
 
 
 def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:
@@ -134,10 +131,11 @@ class _Settings:
     protocol: Literal["likelihood", "generate"]
     beams: int
     dtype: str | None
+    limit: int | None
     batch_tokens: int | None
 
     def evaluate(
-        self, subject: Subject, template: str | Mapping[str, Any], tasks: Sequence[Task], path: Path
+        self, subject: Subject, template: str | Mapping[str, Any], tasks: Sequence[Task], out: Path
     ) -> Results:
         """Loads the subject, evaluates it, and lets go of it again."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -157,9 +155,11 @@ class _Settings:
                 name=subject.name,
                 protocol=self.protocol,
                 beams=self.beams,
+                limit=self.limit,
                 batch_tokens=self.batch_tokens,
-                identity=loaded.identity,
-                out=path,
+                base_sha256=loaded.base_sha256,
+                quantization=loaded.quantization,
+                out=out,
                 on_progress=lambda task, done, _: bar.update(handle, description=task, completed=done),
             )
 
@@ -170,22 +170,30 @@ def _stderr():
     return Console(stderr=True)
 
 
-def _show(first: Results, path: Path, references: bool, second: tuple[Results, Path] | None = None) -> None:
-    """Tables, the chart and where everything lies; of several processes the first one does it."""
-    if not is_first_process():
-        return
-    from linchain_cli import storage
+def _show(first: Results, second: Results | None, references: bool) -> None:
+    """Tables, the chart, and where everything lies."""
     from linchain_cli.evaluation.results import compare
     from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
+    from linchain_cli.evaluation.store import add_comparison
+    from linchain_cli.evaluations import describe, find_evaluations
 
-    print_results(first)
+    for results in (first, second):
+        if results is not None:
+            if results.known:
+                print(f"measured before: {', '.join(results.known)} (in {results.path})")
+            print_results(results)
     if second is not None:
-        print_results(second[0])
-        comparison = compare(first, second[0])
+        comparison = compare(first, second)
         print_comparison(first, comparison)
-        storage.write_json(path, {**first.summary, "against": comparison})
+        add_comparison(first.path, comparison)
     if references:
         print_published(first)
-    chart = path.with_suffix(".png")
-    write_chart([first] if second is None else [first, second[0]], chart)
-    print(f"results: {path}, chart: {chart}" + (f", second model: {second[1]}" if second else ""))
+    chart = first.path.with_suffix(".png")
+    drawn = write_chart([first] if second is None else [first, second], chart)
+    places = [f"results: {first.path}"]
+    places += [f"chart: {chart}"] if drawn else []
+    places += [f"second model: {second.path}"] if second is not None else []
+    print(", ".join(places))
+    for one in find_evaluations(first.path.parent)[0]:
+        if one.path != first.path and one.evaluation.base_sha256 == first.summary.base_sha256:
+            print(f"beside it: {one.path.name} ({describe(one.evaluation)})")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from linchain_cli.errors import InputError
 from linchain_cli.run import Opened, RunDirectory, find_adapter
@@ -78,13 +77,20 @@ class AdaptedRun(NamedRun):
     @property
     def origin(self) -> Origin:
         """What a model card says of it."""
+        from linchain_cli import evaluations
+        from linchain_cli.chain.files import adapter_hash
         from linchain_cli.export.card import Origin
 
+        found, _ = evaluations.find_evaluations(self.opened.place("eval"))
         return Origin(
             name=self.recipe.name,
             recipe=None if self.imported else self.recipe.to_yaml(),
             data=() if self.imported else tuple(source.path for source in self.recipe.data.sources),
-            results={path.stem: result for path, result in _results(self.run.eval_dir)},
+            results=tuple(
+                line
+                for line in evaluations.table(found, adapter_hash(self.opened.adapter_dir))
+                if line.age != "earlier"
+            ),
         )
 
 
@@ -122,16 +128,3 @@ def open_run(path: Path | None) -> AdaptedRun:
 def is_first_process() -> bool:
     """Whether this is the one of several processes that speaks."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _results(directory: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The run's evaluations; a file that is none is passed over, since a card can do without."""
-    found = []
-    for path in sorted(directory.glob("*.json")) if directory.is_dir() else ():
-        try:
-            result = json.loads(path.read_bytes())
-        except ValueError:
-            continue
-        if isinstance(result, dict) and isinstance(result.get("tasks"), dict):
-            found.append((path, result))
-    return found

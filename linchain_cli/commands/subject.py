@@ -42,11 +42,13 @@ class Subject:
         template = self.recipe.data.template
         return template if isinstance(template, str) else template.model_dump()
 
-    def result_path(self, protocol: str) -> Path:
-        """Where an evaluation of it goes by default."""
+    @property
+    def results_dir(self) -> Path:
+        """Where evaluations of it go by default."""
         if self.named is not None:
-            return self.named.opened.place("eval") / f"{protocol}.json"
-        return Path(f"eval-{Path(self.name).name}.json")
+            return self.named.opened.place("eval")
+        parts = [part for part in Path(self.name).parts if part not in ("/", ".", "..")]
+        return Path("-".join(["eval", *parts[-2:]]))
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class LoadedModel:
 
     model: Any
     tokenizer: Any
-    identity: dict[str, Any]
+    base_sha256: str
+    quantization: str
 
 
 def find_subject(name: str | None, base: str | None = None) -> Subject:
@@ -130,7 +133,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     model = load_model(directory, dtype=dtype, device=device, **options)
     if adapter is not None:
         attach(model, adapter)
-    return LoadedModel(model, tokenizer, {"quantization": quantization, "base_sha256": weights})
+    return LoadedModel(model, tokenizer, weights, quantization)
 
 
 def process_device():

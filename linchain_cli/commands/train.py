@@ -95,19 +95,19 @@ def _evaluate(job: Job, tasks: list[Task]) -> None:
     from linchain_cli.evaluation.show import print_results
     from linchain_cli.training.processes import is_first_process
 
-    protocol, sharded = job.recipe.evaluation.protocol, job.base.sharded
-    out = job.run.eval_dir / f"{protocol}.json"
+    section = job.recipe.evaluation
     results = evaluate(
         job.model,
         job.base.tokenizer,
         job.data.template,
         tasks,
         name=str(job.run.path),
-        protocol=protocol,
-        out=None if sharded else out,
-        share=not sharded,
+        protocol=section.protocol,
+        limit=section.limit,
+        base_sha256=job.base.hash,
+        quantization=job.recipe.model.quantization,
+        out=job.run.eval_dir,
+        share=not job.base.sharded,
     )
     if is_first_process():
-        if sharded:
-            results.write(out)
         print_results(results)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from linchain_cli.chain.files import adapter_hash
 from linchain_cli.comparison.halves import read_halves
+from linchain_cli.evaluation.tasks import expand_tasks
+from linchain_cli.evaluations import Evaluation, find_evaluations, first_of
+from linchain_cli.recipe.schema import EvaluationConfig
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
 
@@ -91,8 +94,11 @@ class Measurement:
         return None
 
 
-def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: str) -> Measurement:
-    """Reads a run's files; one that was never started has the status `missing`.
+def measure(
+    run: RunDirectory, arm: str, seed: int, directory: str, evaluation: EvaluationConfig
+) -> Measurement:
+    """Reads a run's files, and of its results the one that `evaluation` asked for; a run that was never
+    started has the status `missing`.
 
     Raises:
         InputError: run.json or metrics.jsonl is damaged.
@@ -117,7 +123,7 @@ def measure(run: RunDirectory, arm: str, seed: int, directory: str, protocol: st
         status.tokens_per_second,
         # A peak that the process had reached in an earlier arm says nothing about this one.
         max(peaks) if peaks and status.own_peak_memory else None,
-        _accuracies(run, protocol) if kept_step is None else {},
+        _accuracies(run, evaluation) if kept_step is None else {},
         status.hashes,
         read_halves(run),
         kept_step,
@@ -140,9 +146,22 @@ def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]
     )
 
 
-def _accuracies(run: RunDirectory, protocol: str) -> dict[str, float]:
-    try:
-        tasks = json.loads((run.eval_dir / f"{protocol}.json").read_bytes())["tasks"]
-    except FileNotFoundError:
-        return {}
-    return {name: entry["accuracy"] for name, entry in tasks.items()}
+def run_evaluation(
+    run: RunDirectory, section: EvaluationConfig, tasks: Sequence[str] = ()
+) -> Evaluation | None:
+    """The result, of those below the run's eval/, that `section` asked for: of its adapter as it is now."""
+    found, _ = find_evaluations(run.eval_dir)
+    adapter = adapter_hash(run.adapter_dir)
+    return first_of(found, section.protocol, limit=section.limit, adapter_sha256=adapter, tasks=tasks)
+
+
+def _accuracies(run: RunDirectory, section: EvaluationConfig) -> dict[str, float]:
+    # The name of a task of the user's own stands in its file, which need not be there any more.
+    own = any(name.endswith((".yaml", ".yml")) for name in section.tasks)
+    wanted = None if own or not section.tasks else expand_tasks(section.tasks)
+    result = run_evaluation(run, section, wanted or ())
+    return {
+        name: score.accuracy
+        for name, score in (result.tasks.items() if result else ())
+        if score.accuracy is not None and (wanted is None or name in wanted)
+    }

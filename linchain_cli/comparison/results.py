@@ -39,7 +39,7 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
         for seed in definition.seeds[arm.name]:
             run = RunDirectory(arm_recipe(arm, seed, directory).run_path)
             place = str(run.path.relative_to(directory.path))
-            measurements.append(measure(run, arm.name, seed, place, definition.base.evaluation.protocol))
+            measurements.append(measure(run, arm.name, seed, place, definition.base.evaluation))
     _refuse_mixture(measurements)
     found = candidates(definition, measurements)
     rate = definition.base.training.learning_rate

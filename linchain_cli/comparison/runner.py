@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from linchain_cli.comparison.definition import (
 )
 from linchain_cli.comparison.grid import Arm, Grid
 from linchain_cli.comparison.halves import half_losses, read_halves, write_halves
-from linchain_cli.comparison.measure import earlier_step
+from linchain_cli.comparison.measure import earlier_step, run_evaluation
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.comparison.results import collect, write
 from linchain_cli.data.dataset import PreparedData, prepare_data
@@ -267,20 +266,17 @@ class _Runner:
             )
 
     def _is_evaluated(self, run: RunDirectory) -> bool:
-        """Whether the run's result file is of exactly these rows."""
-        path = run.eval_dir / f"{self.definition.base.evaluation.protocol}.json"
-        try:
-            entries = json.loads(path.read_bytes())["tasks"]
-        except (OSError, ValueError, KeyError):
-            return False
-        return {name: entry.get("rows_sha256") for name, entry in entries.items()} == {
-            task.name: task.fingerprint for task in self.tasks
-        }
+        """Whether the run's adapter has a result of exactly these rows."""
+        names = [task.name for task in self.tasks]
+        result = run_evaluation(run, self.definition.base.evaluation, names)
+        return result is not None and all(
+            result.tasks[task.name].rows_sha256 == task.fingerprint for task in self.tasks
+        )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
         from linchain_cli.data.templates import get_template
 
-        base, protocol = self._loaded(recipe), self.definition.base.evaluation.protocol
+        base, section = self._loaded(recipe), self.definition.base.evaluation
         attach(base.model, load_adapter(run.adapter_dir))
         try:
             evaluate(
@@ -289,8 +285,11 @@ class _Runner:
                 get_template(recipe.data.template, base.tokenizer),
                 self.tasks,
                 name=str(run.path),
-                protocol=protocol,
-                out=run.eval_dir / f"{protocol}.json",
+                protocol=section.protocol,
+                limit=section.limit,
+                base_sha256=base.hash,
+                quantization=recipe.model.quantization,
+                out=run.eval_dir,
             )
         finally:
             detach(base.model)

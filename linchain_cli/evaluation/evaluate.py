@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -21,8 +21,10 @@ from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import OptionTree, build_tree
 from linchain_cli.evaluation.progress import Progress
-from linchain_cli.evaluation.results import Prediction, Results, summarise
+from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
+from linchain_cli.evaluation.store import ResultStore
 from linchain_cli.evaluation.task import Task, TaskRow
+from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
 from linchain_cli.model.products import fast_products
 from linchain_cli.storage import sha256_bytes, tensor_bytes
 
@@ -43,7 +45,8 @@ class Job(Protocol):
     task: Task
     batches: list[list[int]]
 
-    def run(self, batch: Sequence[int]) -> list[Prediction]: ...
+    def run(self, batch: Sequence[int]) -> list[Prediction]:
+        """The predictions of one of `batches`."""
 
 
 class LikelihoodJob:
@@ -133,8 +136,10 @@ def evaluate(
     name: str,
     protocol: ProtocolName = "likelihood",
     beams: int = BEAMS,
+    limit: int | None = None,
     batch_tokens: int | None = None,
-    identity: Mapping[str, Any] | None = None,
+    base_sha256: str | None = None,
+    quantization: str = "none",
     out: Path | None = None,
     on_progress: Callable[[str, int, int], None] | None = None,
     share: bool = True,
@@ -143,45 +148,72 @@ def evaluate(
 
     Args:
         name: how the result names the model.
-        identity: what else tells this model from others (hashes, quantisation): it goes into the result and
-            decides whether an interrupted evaluation can be continued.
-        out: where the result goes. With it, finished rows are kept on disk from batch to batch, a stopped
-            evaluation of the same model, rows and settings continues, and the result is written at the end.
+        limit: how many rows of each task were loaded at most: results of other limits are other results.
+        base_sha256: what tells the base from others, as `quantization` does: they go into the result and
+            decide whether an earlier or interrupted evaluation is one of the same model.
+        out: where the result goes, a directory or a .json file. With it, finished rows are kept on disk from
+            batch to batch, a stopped evaluation of the same model, rows and setting continues, tasks that
+            were measured so before are not measured again, and the result is added to what is there.
         on_progress: called with the task's name, the rows done and all rows, after each batch.
         share: under torch.distributed the processes share the batches, each returns all results, and the
             first one writes. Otherwise each process runs all batches, which a model that is spread over
-            them needs; then `out` must be None.
+            them needs.
+
+    Returns:
+        The results of these tasks; `path` is the file that holds them, perhaps among others.
 
     Raises:
-        InputError: a task cannot be evaluated under this protocol, or a row cannot be encoded.
+        InputError: a task cannot be evaluated under this protocol, a row cannot be encoded, or nothing can be
+            written at `out`.
     """
-    settings = _settings(model, template, tasks, name, protocol, beams, identity)
-    rank, world = _rank_and_world() if share else (0, 1)
-    progress = Progress(out, _fingerprint(settings, template, tasks), rank) if out is not None else None
+    setting = _setting(model, template, tasks, name, protocol, beams, limit, base_sha256, quantization)
+    own = {task.name: _own_template(task, template, tokenizer) for task in tasks}
+    fingerprints = {task.name: fingerprint(setting, task, own[task.name].fingerprint) for task in tasks}
+    rank, world = _rank_and_world()
+    turn_of, shares = (rank, world) if share else (0, 1)
+    store = ResultStore(out, setting) if out is not None else None
+    earlier = store.measured(fingerprints) if store else None
+    missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
+    progress = Progress(store.directory, _only(fingerprints, missing)) if store and share else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
-    if done and on_progress:
-        on_progress("continuing", len(done), total)
+    known = total - sum(len(task.rows) for task in missing)
+    if on_progress and known + len(done):
+        on_progress("continuing", known + len(done), total)
     try:
         with _evaluating(model):
-            for turn, job, batch in _batches(model, tokenizer, template, tasks, settings, batch_tokens):
+            for turn, job, batch in _batches(model, tokenizer, own, missing, setting, batch_tokens):
                 keys = [(job.task.name, job.task.rows[position].index) for position in batch]
-                if turn % world != rank or all(key in done for key in keys):
+                if turn % shares != turn_of or all(key in done for key in keys):
                     continue
                 predictions = _run(job, batch)
                 done.update(zip(keys, predictions, strict=True))
                 if progress:
                     progress.append(predictions)
                 if on_progress:
-                    on_progress(job.task.name, len(done), total)
+                    on_progress(job.task.name, known + len(done), total)
     finally:
         if progress:
             progress.close()
-    results = summarise(tasks, _gather(list(done.values()), world), settings)
-    if out is not None and rank == 0:
-        results.write(out)
-        progress.remove()
-    return results
+    if not missing:
+        return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
+    results = summarise(missing, _gather(list(done.values()), shares), setting, fingerprints)
+    path = earlier.path if earlier else None
+    if store and rank == 0:
+        path = store.add(results).path
+        if progress:
+            progress.remove()
+    known_tasks = tuple(earlier.summary.tasks) if earlier else ()
+    results = results.with_tasks_of(earlier) if earlier else results
+    return replace(results.of_tasks(fingerprints), path=path, known=known_tasks)
+
+
+def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, str]:
+    return {task.name: fingerprints[task.name] for task in tasks}
+
+
+def _own_template(task: Task, template: Template, tokenizer) -> Template:
+    return template if task.template is None else get_template(task.template, tokenizer)
 
 
 def _run(job: Job, batch: Sequence[int]) -> list[Prediction]:
@@ -222,57 +254,59 @@ def _evaluating(model) -> Iterator[None]:
 
 
 def _batches(
-    model, tokenizer, template, tasks, settings, batch_tokens
+    model, tokenizer, templates, tasks, setting, batch_tokens
 ) -> Iterator[tuple[int, Job, list[int]]]:
     """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
     if batch_tokens is None:
-        by_device = BATCH_TOKENS[settings["protocol"]]
+        by_device = BATCH_TOKENS[setting.protocol]
         batch_tokens = by_device.get(model.get_input_embeddings().weight.device.type, by_device["cuda"])
     number = 0
     for task in tasks:
-        own = template if task.template is None else get_template(task.template, tokenizer)
-        if settings["protocol"] == "likelihood":
+        own = templates[task.name]
+        if setting.protocol == "likelihood":
             job: Job = LikelihoodJob(model, tokenizer, own, task, batch_tokens)
         else:
-            job = GenerationJob(model, tokenizer, own, task, batch_tokens, settings["beams"])
+            job = GenerationJob(model, tokenizer, own, task, batch_tokens, setting.beams)
         for batch in job.batches:
             yield number, job, batch
             number += 1
 
 
-def _settings(model, template, tasks, name, protocol, beams, identity) -> dict[str, Any]:
+def _setting(model, template, tasks, name, protocol, beams, limit, base_sha256, quantization) -> Evaluation:
     for task in tasks:
         if protocol == "likelihood" and task.rule.kind != "options":
             raise InputError(
                 f"{task.name} has no options whose likelihood could be compared: use --protocol generate"
             )
-    settings = {
-        "model": name,
-        "protocol": protocol,
-        "template": template.name,
-        "dtype": str(model.dtype).split(".")[-1],
-    }
-    if protocol == "generate":
-        settings["beams"] = beams
-    versions = {"linchain": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    return {**settings, **(identity or {}), "adapter_sha256": _adapter_hash(model), "versions": versions}
+    return Evaluation(
+        format_version=FORMAT_VERSION,
+        model=name,
+        protocol=protocol,
+        beams=beams if protocol == "generate" else None,
+        template=template.name,
+        template_sha256=template.fingerprint,
+        dtype=str(model.dtype).split(".")[-1],
+        quantization=quantization,
+        limit=limit,
+        base_sha256=base_sha256,
+        adapter_sha256=_adapter_hash(model),
+        versions={
+            "linchain": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        tasks={},
+    )
 
 
 def _adapter_hash(model) -> str | None:
-    """SHA-256 over the values of the model's chains; None without chains."""
+    """SHA-256 over the values of the model's chains, as that of the adapter's file; None without any."""
     chains = {
         f"{path}.{name}": value
         for path, chain in chain_layers(model).items()
         for name, value in chain.named_parameters(recurse=False)
     }
     return sha256_bytes(tensor_bytes(chains)) if chains else None
-
-
-def _fingerprint(settings: Mapping[str, Any], template: Template, tasks: Sequence[Task]) -> str:
-    """Changes with anything that could change a prediction; the model's name does not."""
-    rows = {task.name: [task.fingerprint, task.template] for task in tasks}
-    parts = [{**settings, "model": None}, template.fingerprint, rows]
-    return sha256_bytes(json.dumps(parts, sort_keys=True, default=dict).encode())
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -1,78 +1,72 @@
 """The rows an evaluation has finished so far, on disk, so that it continues where it stopped.
 
-Every process appends to a file of its own beside the result: a header that fingerprints the evaluation
-(model, protocol, template, dtype, rows), then finished rows. All of them are read at the start, whatever
+Every process appends to files of its own beside the results, one per task, named by the task's fingerprint
+(its rows, model, protocol, template, dtype): evaluations that run at once never meet, and one that was cut
+off continues with whatever tasks are asked for next. All of a task's files are read at the start, whatever
 number of processes wrote them, and removed once the result is written.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import secrets
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from linchain_cli.evaluation.results import Prediction
+from linchain_cli.storage import make_directory
 
 
 class Progress:
-    """Finished rows of the evaluation whose result goes to `path`."""
+    """Finished rows, below `directory`, of tasks by name and fingerprint."""
 
-    def __init__(self, path: Path, fingerprint: str, rank: int = 0):
-        self._path, self._fingerprint = path, fingerprint
-        self._own = path.with_name(f".{path.stem}.part-{rank}.jsonl")
+    def __init__(self, directory: Path, fingerprints: Mapping[str, str]):
+        self._directory, self._fingerprints = directory, fingerprints
+        self._token = secrets.token_hex(4)
+        self._handles: dict[str, Any] = {}
         self.done: dict[tuple[str, int], Prediction] = {}
-        for part in self._parts():
-            self.done.update(_read(part, fingerprint))
-        self._handle: Any = None
+        for task, fingerprint in fingerprints.items():
+            for part in self._parts(fingerprint):
+                self.done.update({(task, row["index"]): {**row, "task": task} for row in _read(part)})
 
-    def _parts(self) -> Iterator[Path]:
-        escaped = "".join(
-            f"[{character}]" if character in "*?[" else character for character in self._path.stem
-        )
-        return self._path.parent.glob(f".{escaped}.part-*.jsonl")
+    def _parts(self, fingerprint: str) -> Iterator[Path]:
+        return self._directory.glob(f".{fingerprint[:16]}.part-*.jsonl")
 
     def append(self, rows: Sequence[Prediction]) -> None:
-        """Adds the rows of one batch in one write."""
-        if self._handle is None:
-            self._handle = self._open()
-        self._handle.write(
-            "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows).encode()
-        )
-        self._handle.flush()
-
-    def _open(self) -> Any:
-        """The process's own file; rows of another evaluation in it, or a torn last line, are dropped."""
-        self._own.parent.mkdir(parents=True, exist_ok=True)
-        kept = _read(self._own, self._fingerprint)
-        handle = open(self._own, "wb")  # noqa: SIM115 (kept open from batch to batch)
-        lines = [{"fingerprint": self._fingerprint}, *kept.values()]
-        handle.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
-        handle.flush()
-        return handle
+        """Adds the rows of one task's batch in one write."""
+        task = rows[0]["task"]
+        if task not in self._handles:
+            make_directory(self._directory)
+            path = self._directory / f".{self._fingerprints[task][:16]}.part-{self._token}.jsonl"
+            self._handles[task] = open(path, "xb")  # noqa: SIM115 (kept open from batch to batch)
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        self._handles[task].write("".join(lines).encode())
+        self._handles[task].flush()
 
     def close(self) -> None:
         """Keeps the files."""
-        if self._handle is not None:
-            self._handle.close()
-            self._handle = None
+        for handle in self._handles.values():
+            handle.close()
+        self._handles = {}
 
     def remove(self) -> None:
         """Removes the files of all processes; called by one of them when the result is written."""
         self.close()
-        for part in list(self._parts()):
-            part.unlink(missing_ok=True)
+        for fingerprint in self._fingerprints.values():
+            for part in list(self._parts(fingerprint)):
+                part.unlink(missing_ok=True)
 
 
-def _read(path: Path, fingerprint: str) -> dict[tuple[str, int], Prediction]:
-    """The complete rows of one file, or nothing if it is of another evaluation."""
-    if not path.is_file():
-        return {}
-    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+def _read(path: Path) -> Iterable[Prediction]:
+    """The complete rows of one file, up to a line that a killed process left damaged."""
+    rows = []
     try:
-        header, *rows = [json.loads(line) for line in lines] or [None]
-        if header != {"fingerprint": fingerprint}:
-            return {}
-        return {(row["task"], row["index"]): row for row in rows}
-    except (ValueError, KeyError, TypeError):
-        return {}
+        for line in path.read_bytes().splitlines(keepends=True):
+            row = json.loads(line) if line.endswith(b"\n") else None
+            if not isinstance(row, dict) or not isinstance(row.get("index"), int):
+                break
+            rows.append(row)
+    except (OSError, ValueError):
+        pass
+    return rows

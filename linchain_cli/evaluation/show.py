@@ -13,40 +13,44 @@ from rich.text import Text
 from linchain_cli import storage
 from linchain_cli.evaluation.published import PUBLISHED, published_beside
 from linchain_cli.evaluation.results import Results
+from linchain_cli.evaluations import Evaluation, Metric, describe
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
     """One row per task: accuracy, 95 % interval, what always giving the most frequent answer would get."""
     console = console or Console()
     summary = results.summary
+    scores = summary.tasks.values()
     table = Table(title=Text(title(summary)), title_justify="left")
     for heading in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
         table.add_column(heading, justify="left" if heading == "task" else "right")
+    others = list(dict.fromkeys(name for score in scores for name in score.metrics))
     counted = {"unparsable": "no answer", "near_ties": "near ties"}
-    counted = {
-        key: heading for key, heading in counted.items() if any(e.get(key) for e in summary["tasks"].values())
-    }
-    for heading in counted.values():
+    counted = {key: word for key, word in counted.items() if any(getattr(score, key) for score in scores)}
+    for heading in (*others, *counted.values()):
         table.add_column(heading, justify="right")
-    for name, entry in summary["tasks"].items():
-        numbers = [
-            str(entry["n"]),
-            percent(entry["accuracy"]),
-            percent(entry["stderr"]),
-            span(entry["interval"]),
-        ]
-        table.add_row(
-            name, *numbers, percent(entry["majority"]), *(str(entry.get(key, 0)) for key in counted)
-        )
-    if len(summary["tasks"]) > 1:
+    for name, score in summary.tasks.items():
+        numbers = [count(score.n), percent(score.accuracy), percent(score.stderr), span(score.interval)]
+        metrics = [metric_text(score.metrics.get(other)) for other in others]
+        counts = [str(getattr(score, key) or 0) for key in counted]
+        table.add_row(name, *numbers, percent(score.majority), *metrics, *counts)
+    if len(summary.tasks) > 1 and summary.average is not None:
         table.add_section()
-        average = [
-            percent(summary["average"]),
-            percent(summary["average_stderr"]),
-            span(summary["average_interval"]),
-        ]
+        average = [percent(summary.average), percent(summary.average_stderr), span(summary.average_interval)]
         table.add_row("average", "", *average)
     console.print(table)
+
+
+def metric_text(metric: Metric | None) -> str:
+    """A number beside the accuracy: a share in per cent, a loss as it is."""
+    if metric is None:
+        return "–"
+    return percent(metric.value) if metric.is_share else f"{metric.value:.4g}"
+
+
+def count(value: int | None) -> str:
+    """A number of rows, or a dash."""
+    return "–" if value is None else str(value)
 
 
 def print_comparison(first: Results, comparison: dict[str, Any], console: Console | None = None) -> None:
@@ -54,21 +58,17 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     console = console or Console()
     for difference in comparison["differences_in_settings"]:
         console.print(Text.assemble(("not evaluated alike", "bold yellow"), f" — {difference}"))
-    heading = f"{first.summary['model']} minus {comparison['model']}, same rows"
+    heading = f"{first.summary.model} minus {comparison['model']}, same rows"
     table = Table(title=Text(heading), title_justify="left")
     table.add_column("task")
-    for heading in (
-        "rows",
-        "difference",
-        "95 % interval",
-        "gained",
-        "lost",
-        "McNemar p",
-    ):
+    several = len(comparison["tasks"]) > 1
+    for heading in ("rows", "difference", "95 % interval", "gained", "lost", "McNemar p"):
         table.add_column(heading, justify="right")
+    if several:
+        table.add_column(f"Holm's p of {len(comparison['tasks'])}", justify="right")
     for name, entry in comparison["tasks"].items():
-        table.add_row(name, *_paired_cells(entry))
-    if len(comparison["tasks"]) > 1:
+        table.add_row(name, *_paired_cells(entry), *([f"{entry['p_holm']:.2g}"] if several else []))
+    if several:
         table.add_section()
         table.add_row("all rows", *_paired_cells(comparison["all_rows"]))
         difference, interval = comparison["average_difference"], comparison["average_interval"]
@@ -90,7 +90,7 @@ def _paired_cells(entry: dict[str, Any]) -> list[str]:
 def print_published(results: Results, console: Console | None = None) -> None:
     """Published rows over the same tasks, in a table of their own."""
     console = console or Console()
-    rows = published_beside(list(results.summary["tasks"]))
+    rows = published_beside(list(results.summary.tasks))
     if not rows:
         groups = {len(row.tasks): ", ".join(row.tasks) for row in PUBLISHED}
         console.print(f"No published rows for these tasks; there are some for {'; '.join(groups.values())}.")
@@ -105,12 +105,9 @@ def print_published(results: Results, console: Console | None = None) -> None:
     console.print(table)
 
 
-def title(summary: dict[str, Any]) -> str:
+def title(summary: Evaluation) -> str:
     """What was evaluated and how, in one line."""
-    protocol = summary["protocol"]
-    if "beams" in summary:
-        protocol += f" ({summary['beams']} beam{'s' if summary['beams'] > 1 else ''})"
-    return f"{summary['model']} · {protocol} · template {summary['template']} · {summary['dtype']}"
+    return f"{summary.model} · {describe(summary)}"
 
 
 def percent(value: float | None) -> str:
@@ -131,26 +128,34 @@ def span(interval: Sequence[float] | None, number=None) -> str:
     return f"{number(interval[0])} … {number(interval[1])}"
 
 
-def write_chart(results: Sequence[Results], path: Path) -> None:
-    """A PNG: a group of bars per task, a bar per result, 95 % intervals, the majority class as a line."""
+CHART_SOFTWARE = "linchain eval"
+
+
+def write_chart(results: Sequence[Results], path: Path) -> bool:
+    """A PNG: a group of bars per task, a bar per result, 95 % intervals, the majority class as a line.
+
+    Returns whether it was written: not over a picture of someone else's, and not without an accuracy.
+    """
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tasks = list(results[0].summary["tasks"])
+    tasks = [name for name, score in results[0].summary.tasks.items() if score.interval is not None]
+    if not tasks or (path.exists() and CHART_SOFTWARE.encode() not in path.read_bytes()):
+        return False
     figure = Figure(figsize=(max(5.0, 1.1 * len(tasks) * len(results) ** 0.5 + 2), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(results)
     for number, result in enumerate(results):
-        entries = [result.summary["tasks"][task] for task in tasks]
-        heights = [100 * entry["accuracy"] for entry in entries]
-        below = [100 * (entry["accuracy"] - entry["interval"][0]) for entry in entries]
-        above = [100 * (entry["interval"][1] - entry["accuracy"]) for entry in entries]
+        scores = [result.summary.tasks[task] for task in tasks]
+        heights = [100 * score.accuracy for score in scores]
+        below = [100 * (score.accuracy - score.interval[0]) for score in scores]
+        above = [100 * (score.interval[1] - score.accuracy) for score in scores]
         places = [task - 0.4 + (number + 0.5) * width for task in range(len(tasks))]
         axes.bar(places, heights, width, yerr=[below, above], capsize=3, label=title(result.summary))
-    majority = {place: results[0].summary["tasks"][task]["majority"] for place, task in enumerate(tasks)}
+    majority = {place: results[0].summary.tasks[task].majority for place, task in enumerate(tasks)}
     known = [place for place, share in majority.items() if share is not None]
     if known:
         levels = [100 * majority[place] for place in known]
@@ -162,5 +167,6 @@ def write_chart(results: Sequence[Results], path: Path) -> None:
     axes.set_ylim(0, 100)
     figure.legend(fontsize="small", loc="outside lower center")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=120, metadata={"Software": CHART_SOFTWARE})
     storage.write_atomic(path, buffer.getvalue())
+    return True

@@ -3,14 +3,15 @@ it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import yaml
 
 from linchain_cli import __version__
 from linchain_cli.chain import Adapter
+from linchain_cli.evaluations import Line, TaskScore
 from linchain_cli.model.files import HUB_ID
 
 _MERGED_USE = """```python
@@ -36,13 +37,13 @@ class Origin:
 
     recipe: the resolved recipe as YAML; None for an adapter that was imported
     data: the training sources by name
-    results: protocol -> evaluation JSON of the adapted model
+    results: the adapter's evaluations, a line per task and setting
     """
 
     name: str
     recipe: str | None = None
     data: tuple[str, ...] = ()
-    results: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    results: tuple[Line, ...] = ()
 
 
 def model_card(
@@ -93,20 +94,25 @@ def _front_matter(kind: str, base: str) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---"
 
 
-def _results(results: Mapping[str, Mapping[str, Any]]) -> str:
-    if not results:
+def _results(lines: Sequence[Line]) -> str:
+    """One table of all tasks and settings; accuracies in per cent."""
+    if not lines:
         return "Not evaluated."
-    blocks = []
-    for protocol, result in sorted(results.items()):
-        rows = [
-            f"| {task} | {100 * score['accuracy']:.2f} | {100 * score['stderr']:.2f} | {score['n']} |"
-            for task, score in result.get("tasks", {}).items()
-        ]
-        settings = ", ".join(
-            f"{key} {result[key]}" for key in ("template", "dtype") if isinstance(result.get(key), str)
-        )
-        blocks.append(
-            f"Protocol {protocol}" + (f" ({settings})" if settings else "") + ", accuracy in per cent:\n\n"
-            "| task | accuracy | standard error | rows |\n|---|---|---|---|\n" + "\n".join(rows)
-        )
-    return "\n\n".join(blocks)
+    rows = [
+        f"| {line.task} | {_percent(line.score.accuracy)} | {_percent(line.score.stderr)} |"
+        f" {'–' if line.score.n is None else line.score.n} | {_others(line.score)} | {line.setting} |"
+        for line in lines
+    ]
+    head = "| task | accuracy | standard error | rows | beside it | how |\n|---|---|---|---|---|---|\n"
+    return "Accuracy in per cent:\n\n" + head + "\n".join(rows)
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.2f}"
+
+
+def _others(score: TaskScore) -> str:
+    return ", ".join(
+        f"{name} {_percent(metric.value) if metric.is_share else f'{metric.value:.4g}'}"
+        for name, metric in score.metrics.items()
+    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linchain_cli import storage
-from linchain_cli.errors import InputError
+from linchain_cli import evaluations, storage
+from linchain_cli.chain.files import adapter_hash
+from linchain_cli.evaluations import find_evaluations
 from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.report.figures import loss_curves
 from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
@@ -104,37 +104,34 @@ def _seconds(value: float | None) -> str | None:
 
 
 def _evaluations(run: RunDirectory) -> Markup:
-    tables = []
-    for path in sorted(run.eval_dir.glob("*.json")) if run.eval_dir.is_dir() else ():
-        try:
-            found = json.loads(path.read_bytes())
-            tables.append(_evaluation(found))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is damaged ({error}): evaluate again") from error
-    return section("Evaluation", tables)
+    found, problems = find_evaluations(run.eval_dir)
+    rows = [_line(line) for line in evaluations.table(found, adapter_hash(run.adapter_dir))]
+    averages = [
+        tag("p", f"Average of {len(one.evaluation.tasks)} tasks ({evaluations.describe(one.evaluation)}): ",
+            f"{one.evaluation.average:.1%}, 95 % interval {_interval(one.evaluation.average_interval)}")
+        for one in found
+        if one.evaluation.average is not None and len(one.evaluation.tasks) > 1
+    ]  # fmt: skip
+    notes = [tag("p", f"Not shown: {problem}") for problem in problems]
+    return section("Evaluation", table(rows, "Accuracy by task and setting"), averages, notes)
 
 
-def _evaluation(found: Mapping[str, Any]) -> Markup:
-    rows = [
-        {
-            "task": name,
-            "accuracy": f"{entry['accuracy']:.1%}",
-            "95 % interval": _interval(entry.get("interval")),
-            "rows": f"{entry['n']:,}",
-            "unparsable": entry.get("unparsable", ""),
-            "most frequent answer": f"{entry['majority']:.1%}" if entry.get("majority") is not None else "",
-        }
-        for name, entry in found["tasks"].items()
-    ]
-    average = {
-        "task": "average of tasks",
-        "accuracy": f"{found['average']:.1%}",
-        "95 % interval": _interval(found.get("average_interval")),
+def _line(line: evaluations.Line) -> dict[str, Any]:
+    score = line.score
+    others = (f"{name} {metric.value:.1%}" if metric.is_share else f"{name} {metric.value:.4g}"
+              for name, metric in score.metrics.items())  # fmt: skip
+    earlier = " · of an earlier adapter" if line.age == "earlier" else ""
+    return {
+        "task": line.task,
+        "accuracy": "" if score.accuracy is None else f"{score.accuracy:.1%}",
+        "95 % interval": _interval(score.interval),
+        "beside it": ", ".join(others),
+        "rows": "" if score.n is None else f"{score.n:,}",
+        "unparsable": score.unparsable or "",
+        "most frequent answer": "" if score.majority is None else f"{score.majority:.1%}",
+        "how": line.setting + earlier,
+        "file": line.path.name,
     }
-    if len(rows) > 1:
-        rows.append({**dict.fromkeys(rows[0], ""), **average})
-    what = ", ".join(str(found[key]) for key in ("protocol", "template", "dtype") if found.get(key))
-    return table(rows, f"Accuracy ({what})")
 
 
 def _interval(bounds: Sequence[float] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import yaml
 
 from linchain_cli import cli
 from linchain_cli.chain import ChainConfig, adapter_of, inject, save_adapter
+from linchain_cli.chain.files import adapter_hash
 from linchain_cli.model.loading import base_hash, load_model
 from linchain_cli.recipe import load_recipe
 from linchain_cli.run import RunDirectory
@@ -70,7 +72,8 @@ def test_a_run_is_evaluated_through_its_template(workplace, capsys):
     assert linchain("eval", "runs/tuned", "--tasks", "boolq,piqa", "--data-dir", "data", "--limit", 5) == 0
     result = read("runs/tuned/eval/likelihood.json")
     assert (result["model"], result["template"], result["dtype"]) == ("runs/tuned", "plain", "float32")
-    assert result["adapter_sha256"] and result["base_sha256"] == base_hash(Path("base"))
+    assert result["adapter_sha256"] == adapter_hash(Path("runs/tuned/adapter"))
+    assert result["base_sha256"] == base_hash(Path("base"))
     assert {name: entry["n"] for name, entry in result["tasks"].items()} == {"boolq": 5, "piqa": 5}
     assert Path("runs/tuned/eval/likelihood.png").is_file()
     assert len(Path("runs/tuned/eval/likelihood.predictions.jsonl").read_text().splitlines()) == 10
@@ -87,8 +90,8 @@ def test_left_out_it_is_the_newest_run_with_its_own_tasks(workplace, capsys):
 
 def test_a_checkpoint_gets_alpaca_and_a_file_beside(workplace):
     assert linchain("eval", "base/", "--tasks", "boolq", "--data-dir", "data") == 0
-    result = read("eval-base.json")
-    assert (result["model"], result["template"], result["adapter_sha256"]) == ("base", "alpaca", None)
+    result = read("eval-base/likelihood.json")
+    assert (result["model"], result["template"], result.get("adapter_sha256")) == ("base", "alpaca", None)
     assert (
         linchain(
             "eval",
@@ -119,11 +122,11 @@ def test_two_models_are_compared_on_the_same_prompts(workplace, capsys):
     assert linchain(*arguments, "--against", "base") == 0
     out = capsys.readouterr().out
     assert "runs/tuned minus base" in out and "not evaluated alike" not in out
-    comparison = read("runs/tuned/eval/likelihood.json")["against"]
+    (comparison,) = read("runs/tuned/eval/likelihood.json")["against"]
     assert comparison["model"] == "base" and comparison["all_rows"]["n"] == 16
-    assert read("eval-base.json")["template"] == "plain"  # that of the run
+    assert read("eval-base/likelihood.json")["template"] == "plain"  # that of the run
     one = [json.loads(line) for line in Path("runs/tuned/eval/likelihood.predictions.jsonl").open()]
-    two = [json.loads(line) for line in Path("eval-base.predictions.jsonl").open()]
+    two = [json.loads(line) for line in Path("eval-base/likelihood.predictions.jsonl").open()]
     gained = sum(a["correct"] and not b["correct"] for a, b in zip(one, two, strict=True))
     assert comparison["all_rows"]["gained"] == gained
 
@@ -132,29 +135,152 @@ def test_an_earlier_result_is_compared_without_its_model(workplace, capsys, monk
     arguments = ["eval", "--tasks", "boolq,piqa", "--data-dir", "data"]
     assert linchain(*arguments, "--against", "base") == 0
     expected = read("runs/tuned/eval/likelihood.json")["against"]
-    shutil.move("eval-base.json", "earlier.json")
-    shutil.move("eval-base.predictions.jsonl", "earlier.predictions.jsonl")
+    shutil.move("eval-base/likelihood.json", "earlier.json")
+    shutil.move("eval-base/likelihood.predictions.jsonl", "earlier.predictions.jsonl")
     capsys.readouterr()
     assert linchain(*arguments, "--against", "earlier.json") == 0
     assert "runs/tuned minus base" in capsys.readouterr().out
     assert read("runs/tuned/eval/likelihood.json")["against"] == expected
-    assert not Path("eval-base.json").exists()
+    assert not Path("eval-base/likelihood.json").exists()
 
 
-def test_a_result_is_not_overwritten_by_the_one_that_is_compared_with_it(workplace, capsys):
+def contents(directory):
+    """What was measured: the results below a directory and their rows."""
+    return {path: path.read_bytes() for path in Path(directory).glob("*.json*")}
+
+
+OTHER_SETTINGS = [
+    ("--limit", 3),
+    ("--template", "alpaca"),
+    ("--dtype", "bfloat16"),
+    ("--protocol", "generate", "--beams", 1),
+    ("--protocol", "generate", "--beams", 2),
+]
+
+
+def test_no_setting_is_written_over_another(workplace, capsys):
+    """Each of them once replaced what the one before had measured."""
     arguments = ("eval", "runs/tuned", "--tasks", "boolq", "--data-dir", "data")
     assert linchain(*arguments) == 0
-    before = read("runs/tuned/eval/likelihood.json")
-    assert linchain(*arguments, "--against", "runs/tuned/eval/likelihood.json") == 2
-    assert "name another --out" in capsys.readouterr().err
-    assert read("runs/tuned/eval/likelihood.json") == before
+    for number, options in enumerate(OTHER_SETTINGS, 2):
+        before = contents("runs/tuned/eval")
+        assert linchain(*arguments, *options) == 0
+        after = contents("runs/tuned/eval")
+        assert len(after) == 2 * number and before.items() <= after.items()
+    assert sorted(path.name for path in Path("runs/tuned/eval").glob("*.json")) == [
+        "generate-beams2.json", "generate.json", "likelihood-alpaca.json", "likelihood-bfloat16.json",
+        "likelihood-limit3.json", "likelihood.json",
+    ]  # fmt: skip
+
+
+def test_another_task_joins_the_results_of_its_setting(workplace, capsys):
+    arguments = ("eval", "runs/tuned", "--data-dir", "data", "--tasks")
+    assert linchain(*arguments, "boolq") == 0
+    boolq = read("runs/tuned/eval/likelihood.json")
+    assert linchain(*arguments, "piqa") == 0
+    both = read("runs/tuned/eval/likelihood.json")
+    assert list(both["tasks"]) == ["boolq", "piqa"] and both["tasks"]["boolq"] == boolq["tasks"]["boolq"]
+    assert both["average"] == pytest.approx(sum(task["accuracy"] for task in both["tasks"].values()) / 2)
+    assert len(Path("runs/tuned/eval/likelihood.predictions.jsonl").read_text().splitlines()) == 16
+    assert "boolq" not in capsys.readouterr().out.rpartition("template plain")[2]  # asked for piqa alone
+
+
+def test_what_was_measured_is_not_measured_again(workplace, capsys, monkeypatch):
+    from linchain_cli.evaluation.evaluate import LikelihoodJob
+
+    arguments = ("eval", "runs/tuned", "--data-dir", "data", "--tasks")
+    assert linchain(*arguments, "boolq") == 0
+    before, shown = contents("runs/tuned/eval"), capsys.readouterr().out
+    monkeypatch.setattr(LikelihoodJob, "run", None)
+    assert linchain(*arguments, "boolq") == 0
+    assert contents("runs/tuned/eval") == before
+    again = capsys.readouterr().out
+    assert again.startswith("measured before: boolq") and again.endswith(shown)
+
+
+def test_the_second_models_results_are_kept(workplace, capsys):
+    make_run("other", template="alpaca")
+    task = ("--tasks", "boolq", "--data-dir", "data")
+    assert linchain("eval", "runs/other", *task) == 0
+    before = contents("runs/other/eval")
+    assert linchain("eval", "runs/tuned", *task, "--limit", 4, "--against", "runs/other") == 0
+    after = contents("runs/other/eval")
+    assert before.items() <= after.items() and len(after) == 4
+    assert linchain("eval", "runs/tuned", *task, "--limit", 4, "--against", "base") == 0
+    models = [one["model"] for one in read("runs/tuned/eval/likelihood.json")["against"]]
+    assert models == ["runs/other", "base"]
+
+
+def test_two_templates_of_ones_own_are_two_results(workplace, capsys):
+    own = [{"prompt": f"{word} {{instruction}}\n", "response": "{output}"} for word in ("Ask:", "Tell:")]
+    for number, template in enumerate(own):
+        make_run(f"own{number}", template=template)
+    task = ("--tasks", "boolq", "--data-dir", "data")
+    assert linchain("eval", "runs/own0", *task, "--against", "runs/own1") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    hashes = [read(f"runs/own{number}/eval/likelihood.json")["template_sha256"][:8] for number in range(2)]
+    assert f"not evaluated alike — template: custom {hashes[0]} and {hashes[1]}" in out
+
+
+def test_the_file_that_was_named_is_never_anothers(workplace, capsys):
+    task = ("--tasks", "boolq", "--data-dir", "data")
+    Path("mine.json").write_text("{}")
+    Path("rows.predictions.jsonl").write_text("mine")
+    Path("chart.png").write_bytes(b"my picture")
+    assert linchain("eval", "base", *task, "--out", "result.json") == 0
+    kept = contents(".")
+    capsys.readouterr()
+    for out, reason in {
+        "mine.json": "mine.json: this is no result of linchain eval",
+        "rows.json": "rows.predictions.jsonl is there already",
+        "result.json": "result.json holds another result (base: likelihood · template alpaca · float32)",
+        "chart.png": "expected a .json file or a directory",
+        "mine.json/x": "mine.json is not a directory: name another place",
+    }.items():
+        assert linchain("eval", "base", *task, "--limit", 2, "--out", out) == 2
+        assert reason in capsys.readouterr().err
+    assert contents(".") == kept and Path("chart.png").read_bytes() == b"my picture"
+    assert linchain("eval", "base", *task, "--out", "chart.json") == 0
+    assert Path("chart.png").read_bytes() == b"my picture" and "chart:" not in capsys.readouterr().out
+
+
+def test_a_directory_can_be_named(workplace):
+    task = ("--tasks", "boolq", "--data-dir", "data")
+    Path("there").mkdir()
+    for out in ("there", "new/results"):
+        assert linchain("eval", "base", *task, "--out", out) == 0
+        assert read(f"{out}/likelihood.json")["tasks"]["boolq"]["n"] == 8
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_evaluated(
+    workplace, capsys, monkeypatch
+):
+    arguments = ("eval", "runs/tuned", "--tasks", "boolq", "--data-dir", "data")
+    monkeypatch.setattr("linchain_cli.commands.eval.load_subject", None)
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    assert linchain(*arguments) == 2
+    assert (
+        "cannot be written to: name another place for the results, such as --out" in capsys.readouterr().err
+    )
+
+
+def test_predictions_may_hold_any_line_separator(workplace, capsys):
+    """U+2028 in a text is no end of a line; --against once called such a file damaged."""
+    task = ("--tasks", "boolq", "--data-dir", "data", "--protocol", "generate")
+    assert linchain("eval", "base", *task, "--out", "earlier.json") == 0
+    rows = [json.loads(line) for line in Path("earlier.predictions.jsonl").read_text().split("\n") if line]
+    rows[0]["text"] = "one\u2028two\x85three"
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path("earlier.predictions.jsonl").write_text("".join(lines))
+    assert linchain("eval", "runs/tuned", *task, "--against", "earlier.json") == 0
 
 
 @pytest.mark.parametrize(
     ("against", "reason"),
     [
         ("nowhere.json", "nowhere.json: cannot read this result: nowhere.json: No such file"),
-        ("recipe.json", "recipe.json: cannot read this result: recipe.predictions.jsonl: No such file"),
+        ("recipe.json", "recipe.json: this is no result of linchain eval: it has no tasks"),
+        ("alone.json", "alone.json: cannot read this result: alone.predictions.jsonl: No such file"),
         ("broken.json", "broken.json: this is no result of linchain eval, or a damaged one"),
         ("shorter.json", "shorter.predictions.jsonl beside it is not of the same evaluation"),
         ("limited.json", r"limited.json is of other rows (boolq: 3 rows there, 8 here)"),
@@ -163,10 +289,16 @@ def test_a_result_is_not_overwritten_by_the_one_that_is_compared_with_it(workpla
     ],
 )
 def test_a_wrong_second_model_is_told_before_the_first_is_evaluated(workplace, capsys, against, reason):
-    for name, tasks, limit in (("limited", "boolq", 3), ("piqa", "piqa", 8), ("shorter", "boolq", 8)):
+    for name, tasks, limit in (
+        ("limited", "boolq", 3),
+        ("piqa", "piqa", 8),
+        ("shorter", "boolq", 8),
+        ("alone", "boolq", 8),
+    ):
         options = ("--tasks", tasks, "--limit", limit, "--data-dir", "data", "--out", f"{name}.json")
         assert linchain("eval", "base", *options) == 0
     Path("recipe.json").write_text("{}")
+    Path("alone.predictions.jsonl").unlink()
     Path("broken.json").write_text("{")
     Path("broken.predictions.jsonl").write_text("")
     rows = Path("shorter.predictions.jsonl").read_text().splitlines(keepends=True)

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from linchain_cli.comparison.measure import Measurement, Point, measure
+from linchain_cli.recipe.schema import EvaluationConfig
 from linchain_cli.run import RunDirectory, jsonl_bytes
 
 
@@ -63,7 +64,7 @@ def run(tmp_path) -> RunDirectory:
 
 
 def test_a_run_is_read(run):
-    found = measure(run, "arm", 3, "arms/arm_seed-3", "likelihood")
+    found = measure(run, "arm", 3, "arms/arm_seed-3", EvaluationConfig())
     assert found.finished and found.final_loss == 1.0
     # Step 3 was not logged itself: its tokens lie between those of steps 2 and 4.
     assert found.validation == (Point(3, 30.0, 2.0), Point(6, 60.0, 1.0))
@@ -78,30 +79,30 @@ def test_accuracies_are_those_of_the_protocol(run):
     run.eval_dir.mkdir()
     tasks = {"boolq": {"accuracy": 0.5}, "piqa": {"accuracy": 0.7}}
     (run.eval_dir / "likelihood.json").write_text(json.dumps({"tasks": tasks}))
-    found = measure(run, "arm", 3, "", "likelihood")
+    found = measure(run, "arm", 3, "", EvaluationConfig())
     assert found.accuracy == pytest.approx(0.6)
-    assert measure(run, "arm", 3, "", "generate").accuracy is None
+    assert measure(run, "arm", 3, "", EvaluationConfig(protocol="generate")).accuracy is None
 
 
 def test_accuracies_of_an_earlier_adapter_do_not_stand_beside_the_last_ones_loss(run):
     run.eval_dir.mkdir()
     (run.eval_dir / "likelihood.json").write_text(json.dumps({"tasks": {"boolq": {"accuracy": 0.5}}}))
     run.update_status(step=6, adapter={"step": 3, "kept": "best"})
-    found = measure(run, "arm", 3, "", "likelihood")
+    found = measure(run, "arm", 3, "", EvaluationConfig())
     assert (found.accuracy, found.kept_step, found.final_loss) == (None, 3, 1.0)
     run.update_status(adapter={"step": 6, "kept": "best"})
-    found = measure(run, "arm", 3, "", "likelihood")
+    found = measure(run, "arm", 3, "", EvaluationConfig())
     assert (found.accuracy, found.kept_step) == (0.5, None)
 
 
 def test_a_peak_of_the_whole_process_is_not_the_arms(run):
     run.update_status(own_peak_memory=False)
-    assert measure(run, "arm", 3, "", "likelihood").peak_memory_bytes is None
+    assert measure(run, "arm", 3, "", EvaluationConfig()).peak_memory_bytes is None
 
 
 def test_what_has_not_finished_is_not_measured_as_if_it_had(run, tmp_path):
     run.update_status(status="failed", reason="the loss is nan")
-    found = measure(run, "arm", 3, "", "likelihood")
+    found = measure(run, "arm", 3, "", EvaluationConfig())
     assert not found.finished and found.reason == "the loss is nan"
-    missing = measure(RunDirectory(tmp_path / "nothing"), "arm", 3, "", "likelihood")
+    missing = measure(RunDirectory(tmp_path / "nothing"), "arm", 3, "", EvaluationConfig())
     assert missing.status == "missing" and not missing.finished

@@ -352,10 +352,11 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
     # Other rows of the task: evaluated again, not trained again.
     before = metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"]))
     results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=8"]), [1])
-    found = json.loads(
-        (tmp_path / "tiny" / results["runs"][0]["directory"] / "eval" / "likelihood.json").read_bytes()
-    )
+    eval_dir = tmp_path / "tiny" / results["runs"][0]["directory"] / "eval"
+    found = json.loads((eval_dir / "likelihood-limit8.json").read_bytes())
     assert found["tasks"]["boolq"]["n"] == 8
+    assert results["runs"][0]["accuracies"] == {"boolq": found["tasks"]["boolq"]["accuracy"]}
+    assert json.loads((eval_dir / "likelihood.json").read_bytes())["tasks"]["boolq"]["n"] == 6
     assert metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"])) == before
     assert len(loads) == 2
 

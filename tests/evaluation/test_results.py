@@ -13,37 +13,43 @@ from linchain_cli.evaluation.published import COMMONSENSE, PUBLISHED, published_
 from linchain_cli.evaluation.results import compare, summarise
 from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
 from linchain_cli.evaluation.task import Task, TaskRow
+from linchain_cli.evaluations import Evaluation
 
-SETTINGS = {
-    "model": "one",
-    "protocol": "likelihood",
-    "template": "alpaca",
-    "dtype": "float32",
-    "quantization": "none",
-}
+SETTING = Evaluation(
+    format_version=2, model="one", protocol="likelihood", template="alpaca", dtype="float32",
+    quantization="none", tasks={},
+)  # fmt: skip
+
+
+def make_task(name, count):
+    """A task whose right answer is always `a`."""
+    rows = tuple(TaskRow(index, {"instruction": f"Q{index}"}, "a", ("a", "b")) for index in range(count))
+    return Task(name, rows, f"{name}.json", AnswerRule("options"), 8)
+
+
+def rows_of(task, right, margin=1.0):
+    """Predictions of which the given ones are right."""
+    rows = []
+    for row, is_right in zip(task.rows, right, strict=True):
+        prediction, other = ("a", "b") if is_right else ("b", "a")
+        rows.append(
+            {
+                "index": row.index,
+                "task": task.name,
+                "prediction": prediction,
+                "answer": "a",
+                "correct": is_right,
+                "scores": {prediction: -1.0, other: -1.0 - margin},
+            }
+        )
+    return rows
 
 
 def make(correct, names=("boolq", "piqa"), margin=1.0, **settings):
-    """Results in which the given rows (per task) are right; the right answer is always `a`."""
-    tasks, predictions = [], []
-    for name in names:
-        rows = tuple(
-            TaskRow(index, {"instruction": f"Q{index}"}, "a", ("a", "b")) for index in range(len(correct))
-        )
-        tasks.append(Task(name, rows, f"{name}.json", AnswerRule("options"), 8))
-        for index, right in enumerate(correct):
-            prediction = "a" if right else "b"
-            scores = {prediction: -1.0, "b" if right else "a": -1.0 - margin}
-            row = {
-                "index": index,
-                "task": name,
-                "prediction": prediction,
-                "answer": "a",
-                "correct": right,
-                "scores": scores,
-            }
-            predictions.append(row)
-    return summarise(tasks, list(reversed(predictions)), {**SETTINGS, **settings})
+    """Results in which the given rows (per task) are right."""
+    tasks = [make_task(name, len(correct)) for name in names]
+    predictions = [row for task in tasks for row in rows_of(task, correct, margin)]
+    return summarise(tasks, list(reversed(predictions)), SETTING.model_copy(update=settings))
 
 
 def shown(function, *args):
@@ -57,8 +63,8 @@ def test_rows_are_put_in_order_and_near_ties_counted():
     assert [(row["task"], row["index"]) for row in results.predictions][:5] == [
         ("boolq", 0), ("boolq", 1), ("boolq", 2), ("boolq", 3), ("piqa", 0),
     ]  # fmt: skip
-    assert results.summary["tasks"]["boolq"]["near_ties"] == 0
-    assert make([True] * 3, margin=5e-5).summary["tasks"]["piqa"]["near_ties"] == 3
+    assert results.summary.tasks["boolq"].near_ties == 0
+    assert make([True] * 3, margin=5e-5).summary.tasks["piqa"].near_ties == 3
 
 
 def test_two_models_are_compared_row_by_row():
@@ -74,6 +80,24 @@ def test_two_models_are_compared_row_by_row():
     assert comparison["differences_in_settings"] == []
     text = shown(print_comparison, first, comparison)
     assert "one minus two" in text and "+20.0" in text and "not evaluated alike" not in text
+
+
+def test_eight_p_values_are_eight():
+    """One of eight tests is below 0.05 by chance in a third of comparisons of equal models."""
+    names = [f"task{number}" for number in range(8)]
+    first = make([True] * 9 + [False] * 20, names=names)
+    second = make([True] * 2 + [False] * 27, names=names, model="two")
+    entries = compare(first, second)["tasks"].values()
+    assert all(entry["p"] == pytest.approx(2 / 2**7) for entry in entries)
+    assert all(entry["p_holm"] == pytest.approx(8 * 2 / 2**7) for entry in entries)
+    assert "Holm's p of 8" in shown(print_comparison, first, compare(first, second))
+
+
+def test_intervals_stay_within_what_a_share_can_be():
+    certain = make([True] * 5 + [False] * 1)
+    assert certain.summary.average_interval[1] == 1.0
+    other = make([False] * 6, model="two")
+    assert compare(certain, other)["average_interval"][1] <= 1.0
 
 
 def test_different_settings_are_said():
@@ -98,7 +122,7 @@ def test_the_table_names_the_settings_and_the_majority():
     assert "75.0 %" in text and "100.0 %" in text and "average" in text
     assert "no answer" not in text  # no column for what did not happen
     generated = make([True, False], protocol="generate", beams=4)
-    generated.summary["tasks"]["boolq"]["unparsable"] = 7
+    generated.summary.tasks["boolq"] = generated.summary.tasks["boolq"].model_copy(update={"unparsable": 7})
     text = shown(print_results, generated)
     assert "generate (4 beams)" in text and "no answer" in text and "7" in text
 

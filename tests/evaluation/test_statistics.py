@@ -11,6 +11,7 @@ import pytest
 
 from linchain_cli.evaluation.statistics import (
     Paired,
+    holm,
     macro_average,
     mcnemar,
     normal_interval,
@@ -46,8 +47,9 @@ def test_macro_average_weighs_tasks_alike():
     mean, error = macro_average([0.5, 0.9], [0.03, 0.04])
     assert mean == pytest.approx(0.7) and error == pytest.approx(0.025)
     assert macro_average([0.5, 0.9], [0.03, None]) == (pytest.approx(0.7), None)
-    assert normal_interval(0.7, 0.025) == pytest.approx((0.651, 0.749), abs=1e-4)
-    assert normal_interval(0.7, None) is None
+    assert normal_interval(0.7, 0.025, 0, 1) == pytest.approx((0.651, 0.749), abs=1e-4)
+    assert normal_interval(0.7, None, 0, 1) is None
+    assert normal_interval(0.99, 0.025, 0, 1)[1] == 1 and normal_interval(-0.99, 0.025, -1, 1)[0] == -1
 
 
 def test_mcnemar_is_the_exact_binomial_test():
@@ -86,3 +88,16 @@ def test_paired_intervals_cover_the_truth():
         paired = Paired(120, sum(d < gain for d in draws), sum(gain <= d < gain + loss for d in draws))
         covered += paired.interval[0] <= gain - loss <= paired.interval[1]
     assert 930 <= covered <= 975
+
+
+def test_holms_p_values():
+    """The textbook's steps: the smallest times all, the next times one less, never falling."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.8, 0.9]) == [1.0, 1.0] and holm([0.3]) == [0.3] and holm([]) == []
+
+
+def test_holm_rejects_a_true_null_in_one_family_of_twenty():
+    rng = random.Random(1)
+    families = [[rng.random() for _ in range(8)] for _ in range(4000)]
+    wrong = [sum(min(adjust(family)) < 0.05 for family in families) / 4000 for adjust in (list, holm)]
+    assert wrong[0] > 0.3 and wrong[1] == pytest.approx(0.05, abs=0.01)

@@ -287,7 +287,7 @@ def test_the_card_says_what_it_is(make_run, base_of):
         front = yaml.safe_load(card.split("---")[1])
         assert front["library_name"] == ("peft" if kind == "peft" else "transformers")
         assert str(base_of("llama")) in card and "- `everyday`" in card and "rank 4 at most" in card
-        assert "| boolq | 50.00 | 5.00 | 100 |" in card
+        assert "| boolq | 50.00 | 5.00 | 100 |  | likelihood · template alpaca · float32 |" in card
         recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
         assert recipe == yaml.safe_load(run.recipe_path.read_text())
         assert "from_pretrained" in card

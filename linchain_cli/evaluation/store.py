@@ -1,0 +1,169 @@
+"""Where results go: tasks of one setting into one file, another setting beside it, nothing over anything.
+
+Several processes may evaluate one model at once: whoever is done adds its tasks under a lock, reading again
+what the others have added in the meantime.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from linchain_cli.errors import InputError
+from linchain_cli.evaluation.results import Results, predictions_path, read_results
+from linchain_cli.evaluations import Evaluation, describe, find_evaluations, read_evaluation
+from linchain_cli.run import locked
+
+LOCK_SECONDS = 60.0
+
+
+class ResultStore:
+    """The results at `out`: a directory, whose files it names itself, or one .json file.
+
+    Raises:
+        InputError: nothing can be written there, or the file is taken by something else.
+    """
+
+    def __init__(self, out: Path, setting: Evaluation):
+        self._setting = setting
+        self.directory = results_directory(out)
+        self._file = out if self.directory != out else None
+        if self._file is not None:
+            self._refuse_taken(self._file)
+
+    def _refuse_taken(self, file: Path) -> None:
+        """A file that was named is not quietly replaced by one beside it."""
+        if not file.exists():
+            if (rows := predictions_path(file)).exists():
+                raise InputError(f"--out {file}: {rows} is there already: name another file")
+            return
+        there = read_evaluation(file)
+        if not self._same_setting(there):
+            raise InputError(
+                f"--out {file} holds another result ({there.model}: {describe(there)}): name another file, or"
+                " a directory, where each setting gets a file of its own"
+            )
+
+    def _same_setting(self, other: Evaluation) -> bool:
+        return other.format_version > 1 and other.setting == self._setting.setting
+
+    def measured(self, fingerprints: Mapping[str, str]) -> Results | None:
+        """The tasks, by name and fingerprint, that were measured already; None without any."""
+        found: Results | None = None
+        for path in self._files():
+            names = [
+                name
+                for name, score in _tasks(path).items()
+                if score.fingerprint is not None and score.fingerprint == fingerprints.get(name)
+            ]
+            if names:
+                there = read_results(path).of_tasks(names)
+                found = found.with_tasks_of(there) if found else there
+        return found
+
+    def _files(self) -> list[Path]:
+        if self._file is not None:
+            return [self._file] if self._file.exists() else []
+        found, _ = find_evaluations(self.directory)
+        return [one.path for one in found if self._same_setting(one.evaluation)]
+
+    def add(self, results: Results) -> Results:
+        """Writes the results into the file of their setting; what it held stays.
+
+        Returns all that the file holds now, with its path.
+        """
+        with locked(self.directory / "results", LOCK_SECONDS):
+            for path in self._names():
+                merged = self._merged(path, results)
+                if merged is not None:
+                    merged.write(path)
+                    return replace(merged, path=path)
+        raise AssertionError("there is always another name")
+
+    def _names(self) -> Iterator[Path]:
+        """The file that was named, or `<protocol>.json`; a name that says what is different; numbers."""
+        first = self._file or self.directory / f"{self._setting.protocol}.json"
+        yield first
+        stem = first.stem
+        if self._file is None and first.exists():
+            try:
+                stem = "-".join([stem, *_differences(self._setting, read_evaluation(first))])
+            except InputError:
+                stem = first.stem
+            if stem != first.stem:
+                yield first.with_name(f"{stem}.json")
+        yield from (first.with_name(f"{stem}-{number}.json") for number in count(2))
+
+    def _merged(self, path: Path, results: Results) -> Results | None:
+        """What the file at `path` would hold with these results; None if they do not belong there."""
+        if not path.exists():
+            return None if predictions_path(path).exists() else results
+        try:
+            there = read_results(path)
+        except InputError:
+            return None
+        if not self._same_setting(there.summary):
+            return None
+        tasks = results.summary.tasks
+        for name, score in there.summary.tasks.items():
+            if name in tasks and tasks[name].fingerprint != score.fingerprint:
+                return None
+        return there.with_tasks_of(results)
+
+
+def add_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
+    """Keeps a comparison in the result file at `path`, in place of one of the same two models and tasks."""
+    with locked(path.parent / "results", LOCK_SECONDS):
+        results = read_results(path)
+        others = [one for one in results.summary.against if _pair(one) != _pair(comparison)]
+        summary = results.summary.model_copy(update={"against": [*others, dict(comparison)]})
+        replace(results, summary=summary).write(path)
+
+
+def results_directory(out: Path) -> Path:
+    """Where the result for `out`, a .json file or a directory, goes.
+
+    Raises:
+        InputError: `out` is neither, or nothing can be written there.
+    """
+    if out.suffix != ".json" and out.suffix and not out.is_dir():
+        raise InputError(f"--out {out}: expected a .json file or a directory for the results")
+    directory = out.parent if out.suffix == ".json" and not out.is_dir() else out
+    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is not a directory: name another place for the results with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{existing} cannot be written to: name another place for the results, such as --out results"
+        )
+    return directory
+
+
+def _tasks(path: Path) -> Mapping[str, Any]:
+    return read_evaluation(path).tasks
+
+
+def _pair(comparison: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Which model, in which respects evaluated otherwise, on which tasks."""
+    keys = ("model", "adapter_sha256", "base_sha256", "differences_in_settings")
+    return (*(comparison.get(key) for key in keys), list(comparison["tasks"]))
+
+
+def _differences(setting: Evaluation, first: Evaluation) -> list[str]:
+    """What a file's name says of its setting, where it is not that of the first one."""
+    words = []
+    if setting.template != first.template and setting.template:
+        words.append(setting.template)
+    if setting.dtype != first.dtype and setting.dtype:
+        words.append(setting.dtype)
+    if setting.beams != first.beams and setting.beams:
+        words.append(f"beams{setting.beams}")
+    if setting.normalise != first.normalise and setting.normalise:
+        words.append(f"per-{setting.normalise.removesuffix('s')}" if setting.normalise != "none" else "sum")
+    if setting.limit != first.limit:
+        words.append(f"limit{setting.limit}" if setting.limit else "all")
+    return words
