@@ -150,7 +150,7 @@ class _Settings:
             return evaluate(
                 loaded.model,
                 loaded.tokenizer,
-                get_template(template, loaded.tokenizer),
+                get_template(template, loaded.tokenizer, subject.chat),
                 tasks,
                 name=subject.name,
                 protocol=self.protocol,

@@ -50,5 +50,5 @@ def run(
     from linchain_cli.evaluation.evaluate import answer
 
     loaded = load_subject(subject, dtype)
-    chosen = get_template(template or subject.template, loaded.tokenizer)
+    chosen = get_template(template or subject.template, loaded.tokenizer, subject.chat)
     print(answer(loaded.model, loaded.tokenizer, chosen, prompt, beams=beams, max_new_tokens=max_new_tokens))

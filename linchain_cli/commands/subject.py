@@ -12,7 +12,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
 
 if TYPE_CHECKING:
-    from linchain_cli.recipe import Recipe
+    from linchain_cli.recipe import ChatConfig, Recipe
 
 DEFAULT_TEMPLATE = "alpaca"
 
@@ -41,6 +41,11 @@ class Subject:
             return DEFAULT_TEMPLATE
         template = self.recipe.data.template
         return template if isinstance(template, str) else template.model_dump()
+
+    @property
+    def chat(self) -> ChatConfig | None:
+        """How its run wrote conversations, which goes for whatever goes through its chat template."""
+        return None if self.recipe is None else self.recipe.data.chat
 
     @property
     def results_dir(self) -> Path:

@@ -274,7 +274,7 @@ class _Runner:
         )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
-        from linchain_cli.data.templates import get_template
+        from linchain_cli.data.templates import template_of
 
         base, section = self._loaded(recipe), self.definition.base.evaluation
         attach(base.model, load_adapter(run.adapter_dir))
@@ -282,7 +282,7 @@ class _Runner:
             evaluate(
                 base.model,
                 base.tokenizer,
-                get_template(recipe.data.template, base.tokenizer),
+                template_of(recipe.data, base.tokenizer),
                 self.tasks,
                 name=str(run.path),
                 protocol=section.protocol,

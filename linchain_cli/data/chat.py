@@ -1,158 +1,317 @@
-"""The `chat` template: rows rendered through the tokenizer's chat template, assistant turns supervised.
+"""The `chat` template: rows rendered through a chat template, what the assistant says supervised.
 
-A chat template is a program, so where a turn begins and ends is found by rendering: what the template
-writes up to an answer (with its generation prompt) must be a prefix of what it writes with the answer.
-A template that breaks this cannot be segmented, and is refused rather than guessed at.
+A chat template is a program, so where an answer begins and ends is found by rendering. What it writes for
+the turns before an answer, asking for one, is what the model is asked with; what it writes behind that once
+the answer is there is what the model has to write, the token that ends its turn included.
+
+Many templates write an earlier answer otherwise than it was asked for, without its reasoning for instance.
+Such a conversation becomes several training rows, each of which ends with an answer as it is asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from linchain_cli.data.chat_checks import check_answer, check_read
+from linchain_cli.data.chat_program import ChatProgram, called
+from linchain_cli.data.conversation import Conversation, Message
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[dict[str, Any]]
+    from linchain_cli.recipe import ChatConfig
 
-# Some templates write today's date unless one is given; a row must not change from one day to the next.
-_DATE = "26 Jul 2024"
-_VERSION = 1
-_CANNOT_SEGMENT = (
-    "the model's chat template writes a conversation differently once an answer follows, so answers "
-    "cannot be located"
-)
+Tools = Sequence[Mapping[str, Any]] | None
+
+_VERSION = 2
+_WORD = "4f1c9a"  # stands for an answer; no template writes it
+_QUESTION: Message = {"role": "user", "content": "2 + 2"}
+_ANSWER: Message = {"role": "assistant", "content": _WORD}
+# How templates write control tokens: <|im_end|>, </s>, <｜end▁of▁sentence｜>, [/INST].
+_MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+_MARK_AT_START = re.compile(r"\s*<[^<>\s]+>")
+_LONGEST_MARK = 64
 _OTHER_TEMPLATE = "Use another template: alpaca, plain or your own."
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """An answer as the template writes it when it is asked for: all of `text` from `start` on."""
+
+    text: str
+    start: int
+    remarks: tuple[str, ...]
 
 
 class ChatTemplate:
     """Conversations (`messages`), or instruction rows taken as one user turn and one assistant turn.
 
-    An assistant turn's supervised span is its content and what the template closes it with (its
-    end-of-turn token), without the white space that follows. Text after the last answer is dropped.
+    Args:
+        tokenizer: brings the chat template and its special tokens.
+        settings: the recipe's `data.chat`.
+        turns: which answers are learned; one with `train: False` never is.
+
+    Raises:
+        InputError: there is no chat template, or none that writes answers.
     """
 
     name = "chat"
-    layouts = (Layout(("messages",)), Layout(("instruction", "output"), ("input",)))
+    layouts = (Layout(("messages",), ("tools",)), Layout(("instruction", "output"), ("input",)))
     adds_bos = False  # a chat template writes its own
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._tokenizer = tokenizer
-        try:
-            self._source = tokenizer.get_chat_template()
-        except ValueError:
-            raise InputError(
-                "data.template: the model's tokenizer has no chat template. Use another template (alpaca, "
-                "plain or your own), or a model that was tuned for chat."
-            ) from None
-        self._options = {"date_string": _DATE} if "date_string" in self._source else {}
-        self._closing = self._probe()
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: ChatConfig | None = None,
+        turns: Literal["all", "last"] = "all",
+    ):
+        file, options = (settings.template, settings.options) if settings else (None, {})
+        self._write = _program(tokenizer, file, options)
+        self._system = settings.system if settings else None
+        self._turns = turns
+        self._openings: dict[str, str] = {}
+        self._probe()
 
     @property
     def fingerprint(self) -> str:
-        parts = ["chat", _VERSION, self._source, self._options]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        parts = ["chat", _VERSION, self._write.fingerprint, self._system, self._turns]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prompt(self, row: Row) -> str:
-        return self._text(_before_answer(_conversation(row)), add_generation_prompt=True)
+        conversation = self._conversation(row)
+        asked, tools = _before_answer(conversation["messages"]), conversation.get("tools")
+        if not self._departs:
+            return self._write(asked, tools, ask=True)
+        text, start, _ = self._answered(asked, tools, _ANSWER)
+        return text[:start]
 
     def response(self, row: Row) -> str | None:
         if "messages" not in row:
             return row.get("output")
-        last = _conversation(row)[-1]
+        last = row["messages"][-1]
         return last["content"] if last["role"] == "assistant" else None
 
     def complete(self, row: Row, response: str) -> Rendered:
-        messages = [*_before_answer(_conversation(row)), {"role": "assistant", "content": response}]
-        text = self._text(messages)
-        start, end = self._answer(messages, text, last=True)
+        conversation = self._conversation(row)
+        asked, tools = _before_answer(conversation["messages"]), conversation.get("tools")
+        text, start, _ = self._answered(asked, tools, {"role": "assistant", "content": response})
+        if not text.endswith(self._closing):
+            raise RowError("the chat template closes this answer otherwise than others: its end is unknown")
+        end = len(text) - len(self._closing)
         return Rendered(text[:end], [(start, end)])
 
     def render(self, row: Row) -> list[Rendered]:
-        messages = _conversation(row)
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns or not all(messages[i]["content"].strip() for i in turns):
-            raise RowError("an assistant turn is missing or empty: there is nothing to learn from this row")
-        text = self._text(messages[: turns[-1] + 1])
-        answers = [self._answer(messages[: i + 1], text, last=i == turns[-1]) for i in turns]
-        closing = self._closing.rstrip()
-        spans = [(start, end + len(closing)) for start, end in answers]
-        # A template that closes no turn leaves that to the end-of-sequence token.
-        return [Rendered(text[: spans[-1][1]], spans, ends=not closing)]
+        conversation = self._conversation(row)
+        messages, tools = conversation["messages"], conversation.get("tools")
+        learned = self._learned(messages)
+        answers = [self._answer(messages, tools, turn) for turn in learned]
+        rows: list[Rendered] = []
+        while answers:
+            # One row for all that stand in the last one's text as they were asked for.
+            last = answers.pop()
+            spans, remarks, others = [(last.start, len(last.text))], last.remarks, []
+            for answer in reversed(answers):
+                end = self._end_within(last.text, answer)
+                if end is None:
+                    others.append(answer)
+                else:
+                    spans.append((answer.start, end))
+                    remarks += answer.remarks
+            unique = tuple(dict.fromkeys(remarks))
+            rows.append(Rendered(last.text, spans[::-1], ends=self._eos_ends, remarks=unique))
+            answers = others[::-1]
+        read = [message for message in messages[: learned[-1]] if message["role"] != "assistant"]
+        check_read(read, tools, rows[0].text)
+        return rows[::-1]
 
-    def _answer(self, messages: Messages, text: str, last: bool) -> tuple[int, int]:
-        """(start, end) in `text`, all of the conversation, of the answer that ends `messages`; no closing."""
-        before = self._text(messages[:-1], add_generation_prompt=True)
-        upto = text if last else self._text(messages)
-        if not upto.startswith(before) or not upto.endswith(self._closing):
-            raise RowError(f"{_CANNOT_SEGMENT} ({_difference(before, upto)})")
-        if text.startswith(upto):
-            return len(before), len(upto) - len(self._closing)
-        # Earlier answers may be written in another form than the last one (without their reasoning): then
-        # the content itself has to follow the prompt.
-        content = messages[-1]["content"].strip()
-        if text.startswith(before) and text.startswith(content + self._closing, len(before)):
-            return len(before), len(before) + len(content)
+    def end_marks(self) -> list[str]:
+        if self._closes_nothing:
+            return [mark.strip() for mark in map(self._opening, ("user", "tool")) if mark]
+        try:
+            behind_a_call = _MARK.findall(self._write(called(_WORD, {})))
+        except RowError:
+            behind_a_call = []
+        return list(dict.fromkeys(_MARK.findall(self._closing) + behind_a_call[-1:]))
+
+    def _conversation(self, row: Row) -> Conversation:
+        """The row's conversation, with the recipe's system prompt if it has none of its own."""
+        conversation = row if "messages" in row else _of_instruction(row)
+        messages = conversation["messages"]
+        _check_shape(messages)
+        if self._system is not None and messages[0]["role"] not in ("system", "developer"):
+            return {**conversation, "messages": [{"role": "system", "content": self._system}, *messages]}
+        return conversation
+
+    def _learned(self, messages: Sequence[Message]) -> list[int]:
+        """The turns that are learned, from 0. What an assistant says before it is asked is only read."""
+        roles = [message["role"] for message in messages]
+        asked = roles.index("user") if "user" in roles else len(roles)
+        answers = [turn for turn in range(asked, len(roles)) if roles[turn] == "assistant"]
+        if not answers:
+            raise RowError("no assistant turn follows a user's: there is nothing to learn from this row")
+        if self._turns == "last":
+            answers = answers[-1:]
+        learned = [turn for turn in answers if messages[turn].get("train", True)]
+        if not learned:
+            raise RowError("no assistant turn is to be learned (`train: false`, `weight: 0` or data.turns)")
+        for turn in learned:
+            message = messages[turn]
+            if not (message["content"].strip() or message.get("tool_calls")):
+                raise RowError(
+                    f"turn {turn + 1}, the assistant's, is empty: there is nothing to learn from it"
+                )
+        return learned
+
+    def _answer(self, messages: Sequence[Message], tools: Tools, turn: int) -> _Answer:
+        text, start, unwritten = self._answered(messages[:turn], tools, messages[turn])
+        remarks = ()
+        if unwritten:
+            remarks += (
+                f"the chat template asks for answers with {unwritten!r} and does not write that in front of "
+                "them (data.chat.options may change how it asks)",
+            )
+        if check_answer(messages[turn], text[start:], turn + 1):
+            remarks += ("the chat template trims the white space around answers",)
+        if self._closes_nothing:
+            text += self._opening(_role_after(messages, turn))
+        return _Answer(text.rstrip(), start, remarks)
+
+    def _answered(self, asked: Sequence[Message], tools: Tools, answer: Message) -> tuple[str, int, str]:
+        """The text in which `answer` follows what it was asked with, where it begins, and what of the asking
+        does not stand there."""
+        before = self._write(asked, tools, ask=True)
+        text = self._write([*asked, answer], tools)
+        if text.startswith(before):
+            return text, len(before), ""
+        # Some ask with words (<think>) that they don't write in front of an answer: what is asked ends there.
+        bare = self._write(asked, tools)
+        same = _before_mark(text, _common(before, text))
+        if same >= _before_mark(before, _common(before, bare)):
+            return text, same, before[same:]
+        # Some rewrite what was asked once it is answered (drop a call's reasoning): only the answer is taken.
+        if before.startswith(bare) and before != bare:
+            invitation = before[len(bare) :]
+            at = text.rfind(invitation, 0, _common(text, self._write([*asked, _ANSWER], tools)))
+            if at >= 0:
+                return before + text[at + len(invitation) :], len(before), ""
         raise RowError(
-            f"{_CANNOT_SEGMENT} (earlier turns change once others follow); give one row per answer"
+            "the chat template writes a conversation differently once an answer follows, so answers cannot "
+            f"be located ({_difference(before, text)})"
         )
 
-    def _text(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        import jinja2
+    def _end_within(self, text: str, answer: _Answer) -> int | None:
+        """Where an earlier answer ends in a later one's text; None if it is not there as it was asked for."""
+        if text.startswith(answer.text):
+            return len(answer.text)
+        # The last turn may be closed with more than the others are.
+        same = len(text[: _before_mark(text, _common(text, answer.text))].rstrip())
+        closed = bool(self._end_mark) and text.endswith(self._end_mark, answer.start, same)
+        return same if closed else None
 
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **self._options
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise RowError(f"the model's chat template refuses the conversation: {error}") from None
+    def _opening(self, role: str) -> str:
+        """What opens a turn of `role`: where turns are not closed, a model ends its own by writing that."""
+        if role not in self._openings:
+            before = called(_WORD, {}) if role == "tool" else [_QUESTION, _ANSWER]
+            try:
+                text = self._write(before)
+                after = self._write([*before, {"role": role, "content": "2"}])
+            except RowError:
+                text = after = ""
+            found = _MARK_AT_START.match(after, len(text)) if after.startswith(text) else None
+            self._openings[role] = found.group() if found else ""
+        return self._openings[role]
 
-    def _probe(self) -> str:
-        """What the template writes behind an answer. Refuses one that cannot be segmented, before any row."""
-        answer = "4f1c9a"  # does not occur in a template
-        asked = [{"role": "user", "content": "2 + 2"}]
+    def _probe(self) -> None:
+        """Learns how the template closes answers. Refuses one that writes none, before any row is read."""
         try:
-            before = self._text(asked, add_generation_prompt=True)
-            full = self._text([*asked, {"role": "assistant", "content": answer}])
+            text, _, unwritten = self._answered([_QUESTION], None, _ANSWER)
         except RowError as error:
             raise InputError(f"data.template: {error}. {_OTHER_TEMPLATE}") from None
-        if not full.startswith(before) or answer not in full[len(before) :]:
-            raise InputError(
-                f"data.template: {_CANNOT_SEGMENT} ({_difference(before, full)}). {_OTHER_TEMPLATE}"
-            )
-        return full[full.rindex(answer) + len(answer) :]
+        if _WORD not in text:
+            raise InputError(f"data.template: the chat template writes no answers. {_OTHER_TEMPLATE}")
+        self._departs = bool(unwritten)
+        self._closing = text[text.rindex(_WORD) + len(_WORD) :]
+        mark = _MARK.search(self._closing)
+        self._end_mark = mark.group() if mark else self._closing.strip()
+        self._closes_nothing = not self._closing.strip()
+        self._eos_ends = self._closes_nothing and not self._opening("user")
 
 
-def _conversation(row: Row) -> list[dict[str, str]]:
-    """The row's messages; an instruction row is a user turn (with its input below) and an answer."""
-    if "messages" not in row:
-        asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") is not None else []
-        return [{"role": "user", "content": asked}, *answer]
-    messages = row["messages"]
+def _program(tokenizer: PreTrainedTokenizerBase, file: str | None, options: Mapping[str, Any]) -> ChatProgram:
+    import jinja2
+
+    where = f"data.chat.template: {file}" if file else "data.template: the model's chat template"
+    try:
+        source = Path(file).expanduser().read_text(encoding="utf-8") if file else None
+        return ChatProgram(tokenizer, source, options)
+    except jinja2.TemplateSyntaxError as error:
+        raise InputError(f"{where}, line {error.lineno}: {error.message}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{where} cannot be read ({error}).") from None
+    except ValueError:
+        raise InputError(
+            "data.template: the model's tokenizer has no chat template. Give one with data.chat.template, "
+            "use another template (alpaca, plain or your own), or a model that was tuned for chat."
+        ) from None
+
+
+def _of_instruction(row: Row) -> Conversation:
+    """An instruction row is a user turn (with its input below) and an answer."""
+    asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") is not None else []
+    return {"messages": [{"role": "user", "content": asked}, *answer]}
+
+
+def _check_shape(messages: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise RowError("'messages' is not a list of turns like {role: user, content: ...}")
-    for number, message in enumerate(messages, start=1):
+    for turn, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(
             isinstance(message.get(key), str) for key in ("role", "content")
         ):
-            raise RowError(f"turn {number} of 'messages' needs a role and a content, both strings")
-    return messages
+            raise RowError(f"turn {turn} of 'messages' needs a role and a content, both strings")
 
 
-def _before_answer(messages: Messages) -> Messages:
+def _before_answer(messages: Sequence[Message]) -> Sequence[Message]:
     return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
 
-def _difference(before: str, full: str) -> str:
+def _role_after(messages: Sequence[Message], turn: int) -> str:
+    if turn + 1 < len(messages) and messages[turn + 1]["role"] != "assistant":
+        return messages[turn + 1]["role"]
+    return "tool" if messages[turn].get("tool_calls") else "user"
+
+
+def _before_mark(text: str, position: int) -> int:
+    """`position`, or where the control token begins that it would cut in two."""
+    for mark in _MARK.finditer(text, max(0, position - _LONGEST_MARK), position + _LONGEST_MARK):
+        if mark.start() < position < mark.end():
+            return mark.start()
+    return position
+
+
+def _common(first: str, second: str) -> int:
+    """The number of characters at their beginning in which two texts agree."""
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first.startswith(second[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _difference(before: str, text: str) -> str:
     """Where the text with an answer leaves the text that asks for it, in a few words."""
-    same = next(
-        (i for i, (a, b) in enumerate(zip(before, full, strict=False)) if a != b), min(len(before), len(full))
-    )
+    same = _common(before, text)
     part = slice(max(0, same - 20), same + 20)
-    return f"it asks with {before[part]!r} and writes {full[part]!r}"
+    return f"it asks with {before[part]!r} and writes {text[part]!r}"

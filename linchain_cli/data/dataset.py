@@ -22,7 +22,7 @@ from linchain_cli.data.report import DataReport, SourceReport
 from linchain_cli.data.rows import Rendered, RowError, Template
 from linchain_cli.data.sources import Source, SourceRequest, resolve_source
 from linchain_cli.data.store import FORMAT_VERSION, EncodedRows, EncodedStore, StoreWriter
-from linchain_cli.data.templates import get_template
+from linchain_cli.data.templates import template_of
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.gguf import cache_root
 from linchain_cli.storage import staged_directory
@@ -81,7 +81,7 @@ def prepare_data(
         InputError: a source is missing, a row is bad (or none is good), rows have no supervised token,
             or more rows are to be held out than there are.
     """
-    template = get_template(config.template, tokenizer)
+    template = template_of(config, tokenizer)
     cache_dir = Path(cache_dir) if cache_dir else cache_root() / "encoded"
     settings = EncodingSettings(config.max_length, config.train_on_inputs, config.on_bad_row == "skip")
 

@@ -18,14 +18,14 @@ class Rendered:
     """The text of one training row.
 
     `spans` are (start, end) character positions that are supervised, in order. `ends` says that the text
-    ends the answer, so that the end-of-sequence token belongs behind it. `trimmed` counts the answers whose
-    outer white space the template takes away.
+    ends the answer, so that the end-of-sequence token belongs behind it. `remarks` are what a user should
+    know of how the row was made; a template makes few different ones.
     """
 
     text: str
     spans: list[tuple[int, int]]
     ends: bool = True
-    trimmed: int = 0
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class Template(Protocol):
 
     def complete(self, row: Row, response: str) -> Rendered:
         """The row's prompt followed by `response`, and nothing that closes it: what evaluation scores."""
+
+    def end_marks(self) -> list[str]:
+        """What ends an answer beside the tokenizer's end of sequence: control tokens, as text."""
 
     def render(self, row: Row) -> list[Rendered]:
         """The training rows that a row becomes; raises RowError when its values do not fit."""

@@ -17,13 +17,15 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError, Template
 from linchain_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from linchain_cli.recipe import ChatConfig, DataConfig
 
 
 def _fields(pattern: str, key: str) -> tuple[str, ...]:
@@ -89,6 +91,9 @@ class PromptTemplate:
         prompt = self.prompt(row)
         return Rendered(prompt + response, [(len(prompt), len(prompt) + len(response))])
 
+    def end_marks(self) -> list[str]:
+        return []
+
     def render(self, row: Row) -> list[Rendered]:
         response = self.response(row)
         if not response or not response.strip():
@@ -151,13 +156,22 @@ _NAMED = {"alpaca": _alpaca, "llm-adapters": _llm_adapters, "plain": _plain}
 TEMPLATE_NAMES = (*_NAMED, "chat")
 
 
+def template_of(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Template:
+    """The template of a recipe's data section; see `get_template`."""
+    return get_template(data.template, tokenizer, data.chat, data.turns)
+
+
 def get_template(
-    template: str | Mapping[str, str | None] | Any, tokenizer: PreTrainedTokenizerBase
+    template: str | Mapping[str, str | None] | Any,
+    tokenizer: PreTrainedTokenizerBase,
+    chat: ChatConfig | None = None,
+    turns: Literal["all", "last"] = "all",
 ) -> Template:
     """The template of that name, or one made from a mapping with `prompt`, `response` and `prompt_no_input`.
 
-    `tokenizer` is only asked by `chat`. Raises InputError for an unknown name, a pattern with anything but
-    {column} placeholders, and a chat template that is missing or cannot be segmented.
+    `tokenizer`, `chat` and `turns` are only asked by the template `chat`. Raises InputError for an unknown
+    name, a pattern with anything but {column} placeholders, and a chat template that is missing or writes no
+    answer.
     """
     if isinstance(template, str):
         if template in _NAMED:
@@ -165,10 +179,18 @@ def get_template(
         if template == "chat":
             from linchain_cli.data.chat import ChatTemplate
 
-            return ChatTemplate(tokenizer)
+            return ChatTemplate(tokenizer, chat, turns)
         raise InputError(
             f"data.template: there is no template '{template}'.{did_you_mean(template, TEMPLATE_NAMES)} "
             f"Templates: {', '.join(TEMPLATE_NAMES)}, or a mapping with prompt and response."
         )
     values = template if isinstance(template, Mapping) else template.model_dump()
     return PromptTemplate("custom", values["prompt"], values["response"], values.get("prompt_no_input"))
+
+
+def end_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens at which an answer is over: the tokenizer's end of sequence and the template's own."""
+    known = tokenizer.get_added_vocab()
+    marks = [known[mark] for mark in template.end_marks() if mark in known]
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys(own + marks))

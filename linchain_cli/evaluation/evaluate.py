@@ -213,7 +213,7 @@ def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, s
 
 
 def _own_template(task: Task, template: Template, tokenizer) -> Template:
-    return template if task.template is None else get_template(task.template, tokenizer)
+    return template if task.template in (None, template.name) else get_template(task.template, tokenizer)
 
 
 def _run(job: Job, batch: Sequence[int]) -> list[Prediction]:

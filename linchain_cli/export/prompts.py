@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from linchain_cli.data.encoding import encode_prompt
 from linchain_cli.data.formats import load_rows
-from linchain_cli.data.templates import get_template
+from linchain_cli.data.templates import template_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +37,7 @@ def run_prompts(
     Raises:
         InputError: the data of the recipe is no longer where it was, or cannot be read.
     """
-    template = get_template(data.template, tokenizer)
+    template = template_of(data, tokenizer)
     prompts: list[list[int]] = []
     for source in data.sources:
         rows = load_rows(source, template, skip_bad=True)

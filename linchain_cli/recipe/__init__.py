@@ -3,6 +3,7 @@
 from linchain_cli.recipe.loading import load_recipe
 from linchain_cli.recipe.schema import (
     AdapterConfig,
+    ChatConfig,
     DataConfig,
     EvaluationConfig,
     LearningRateFactors,
@@ -17,6 +18,7 @@ from linchain_cli.shipped import shipped_recipes
 
 __all__ = [
     "AdapterConfig",
+    "ChatConfig",
     "DataConfig",
     "EvaluationConfig",
     "LearningRateFactors",

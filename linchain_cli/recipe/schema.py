@@ -128,6 +128,37 @@ class TemplateConfig(StrictModel):
     """The answer, which follows the prompt directly and is what the model learns to give."""
 
 
+def _as_written(value: Any) -> Any:
+    """A recipe's scalars come as text; where any type goes, true, false and numbers are what they seem."""
+    if not isinstance(value, str):
+        return value
+    if value in ("true", "false"):
+        return value == "true"
+    if re.fullmatch(r"[+-]?\d{1,18}", value):
+        return int(value)
+    if re.fullmatch(r"[+-]?\d+\.?\d*([eE][+-]?\d{1,2})?", value):
+        return float(value)
+    return value
+
+
+Scalar = Annotated[
+    bool | int | float | str | None,
+    BeforeValidator(_as_written, json_schema_input_type=bool | int | float | str | None),
+    Expected("true, false, a number, a text or null"),
+]
+
+
+class ChatConfig(StrictModel):
+    """How conversations are written, where data.template is chat."""
+
+    template: Text | None = None
+    """A Jinja file of your own in place of the chat template that the tokenizer brings."""
+    options: dict[Text, Scalar] = {}
+    """Variables that the template reads: {enable_thinking: false}."""
+    system: str | None = None
+    """System prompt of the conversations that have none."""
+
+
 def _as_sources(value: Any) -> Any:
     if value is None:
         return value
@@ -193,6 +224,10 @@ class DataConfig(StrictModel):
     """alpaca (as Alpaca-LoRA writes it: Stanford's prompt and a line break), llm-adapters (the prompt that
     LLM-Adapters and the LinChain authors train with, byte for byte), chat (the tokenizer's own), plain (input
     and output as they are), or a mapping with prompt, prompt_no_input and response."""
+    chat: ChatConfig = ChatConfig()
+    """How conversations are written."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation are learned; one with `train: false` or `weight: 0` never is."""
     train_on_inputs: bool = False
     """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
     max_length: Annotated[int, Field(ge=2)] = 256

@@ -27,7 +27,7 @@ model: {revision: null, dtype: auto, quantization: none, attention: auto}
 adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
           target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
 data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, template: alpaca,
-train_on_inputs: false,
+chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: false,
        max_length: 256, on_bad_row: error, max_unsupervised_share: 0.0}
 training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4,
 lr_scheduler: linear,
@@ -72,6 +72,9 @@ RECIPES = st.fixed_dictionaries(
                 "train": st.lists(TEXT, min_size=1, max_size=3),
                 "columns": st.dictionaries(TEXT, TEXT, max_size=3),
                 "validation": st.integers(1, 10**6) | st.just("dev.json"),
+                "chat": st.fixed_dictionaries(
+                    {"options": st.dictionaries(TEXT, st.booleans() | TEXT, max_size=2)}
+                ),
                 "template": st.sampled_from(["plain", "chat"])
                 | st.fixed_dictionaries({"prompt": TEXT, "response": TEXT}),
             }
@@ -174,3 +177,23 @@ def test_the_papers_hyper_parameters(name):
 def test_a_shipped_recipe_takes_overrides():
     with pytest.raises(InputError, match="adapter.depth"):
         load_recipe(shipped_recipes()["figure2"], ["adapter.depth=three"])
+
+
+@pytest.mark.parametrize(
+    "written, value",
+    [
+        ("false", False),
+        ("true", True),
+        ("3", 3),
+        ("-1.5", -1.5),
+        ("1e-5", 1e-5),
+        ("null", None),
+        ("no", "no"),
+        ("x", "x"),
+    ],
+)
+def test_an_option_of_the_chat_template_is_what_it_looks_like(written, value):
+    found = strict_yaml.parse(f"{{options: {{a: {written}}}}}").value
+    recipe, problems = check(Recipe, {**MINIMAL, "data": {"train": "d.json", "chat": found}})
+    assert not problems
+    assert recipe.data.chat.options["a"] == value and type(recipe.data.chat.options["a"]) is type(value)
