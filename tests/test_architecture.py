@@ -29,7 +29,7 @@ LEVELS = [
         "run": ["run"],
         "evaluations": ["evaluations"],
     },
-    {"base": ["__init__", "errors", "storage", "records", "machine", "shipped"]},
+    {"base": ["__init__", "errors", "storage", "records", "locks", "machine", "shipped"]},
 ]
 ROOM_OF = {module: room for level in LEVELS for room, modules in level.items() for module in modules}
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
@@ -37,7 +37,19 @@ LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in leve
 # What `linchain --help` and recipe validation go through: no torch, and nothing else that takes its time to
 # import.
 LIGHT = [
-    *("cli", "__main__", "commands", "recipe", "run", "errors", "storage", "records", "shipped", "__init__")
+    *(
+        "cli",
+        "__main__",
+        "commands",
+        "recipe",
+        "run",
+        "errors",
+        "storage",
+        "records",
+        "locks",
+        "shipped",
+        "__init__",
+    )
 ]
 HEAVY = {
     "torch",

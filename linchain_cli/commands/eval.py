@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import Base, Dtype, ModelName
+from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, ModelName
 from linchain_cli.commands.origin import is_first_process
 from linchain_cli.commands.subject import Subject, find_subject, load_subject, locate_subject
 from linchain_cli.errors import InputError
@@ -72,6 +72,7 @@ def run(
         ),
     ] = None,
     base: Base = None,
+    allow_other_base: AllowOtherBase = False,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
@@ -86,7 +87,7 @@ def run(
     ] = False,
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
-    subject = find_subject(model, base)
+    subject = find_subject(model, base, allow_other_base)
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
     from linchain_cli.evaluation.results import read_results, refuse_other_rows

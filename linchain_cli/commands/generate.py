@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli.commands.options import Base, Dtype
+from linchain_cli.commands.options import AllowOtherBase, Base, Dtype
 from linchain_cli.commands.subject import find_subject, is_model, load_subject
 from linchain_cli.errors import InputError
 
@@ -28,6 +28,7 @@ def run(
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
     base: Base = None,
+    allow_other_base: AllowOtherBase = False,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
@@ -45,7 +46,9 @@ def run(
         raise InputError(
             f'{prompt} is a model, and the prompt is missing: linchain generate {prompt} "PROMPT"'
         )
-    subject = find_subject(model_and_prompt[0] if len(model_and_prompt) == 2 else None, base)
+    subject = find_subject(
+        model_and_prompt[0] if len(model_and_prompt) == 2 else None, base, allow_other_base
+    )
     from linchain_cli.data.templates import get_template
     from linchain_cli.evaluation.evaluate import answer
 

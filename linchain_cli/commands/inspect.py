@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linchain_cli.commands.options import Base, RunPath
+from linchain_cli.commands.options import AllowOtherBase, Base, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import LinchainError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def run(
     run_path: RunPath = None,
     base: Base = None,
+    allow_other_base: AllowOtherBase = False,
 ) -> None:
     """Show spectra and sizes of what was learned."""
     from linchain_cli import storage
@@ -27,7 +28,7 @@ def run(
 
     subject = open_run(run_path)
     check_factors(subject.adapter)
-    directory = _base(subject, base)
+    directory = _base(subject, base, allow_other_base)
     layers = layer_numbers(subject.adapter, directory)
     config = subject.adapter.config
     _show(layers, config.rank, config.depth)
@@ -41,14 +42,19 @@ def run(
         print(f"written: {target.with_suffix('.png')}")
 
 
-def _base(subject: AdaptedRun, base: str | None) -> Path | None:
+def _base(subject: AdaptedRun, base: str | None, allow_other: bool) -> Path | None:
     """The base's directory for ‖W0‖; None where it is not at hand, since all else can be told without it.
 
     Raises:
-        LinchainError: a base that was named on the command line cannot be had.
+        LinchainError: a base that was named on the command line cannot be had, or is another one.
     """
+    from linchain_cli.model.hashing import refuse_other_base
+
     try:
-        return subject.base_directory(base)
+        directory = subject.base_directory(base)
+        wanted = subject.adapter.base.get("hash")
+        refuse_other_base(directory, wanted, subject.opened.name, allow=allow_other)
+        return directory
     except LinchainError as error:
         if base is not None:
             raise

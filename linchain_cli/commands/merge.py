@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import Base, Overwrite, RunPath
+from linchain_cli.commands.options import AllowOtherBase, Base, Overwrite, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import InputError
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def run(
     run_path: RunPath = None,
     base: Base = None,
+    allow_other_base: AllowOtherBase = False,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -48,6 +49,8 @@ def run(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=shard_bytes,
         overwrite=overwrite,
+        allow_other_base=allow_other_base,
+        name=subject.opened.name,
         prompts=() if no_proof else _prompts(subject, directory),
         quantization=subject.recipe.model.quantization,
     )

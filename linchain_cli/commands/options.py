@@ -43,5 +43,9 @@ Base = Annotated[
         show_default=False,
     ),
 ]
+AllowOtherBase = Annotated[
+    bool,
+    typer.Option("--allow-other-base", help="Take a base whose weights are not those that were trained on."),
+]
 Dtype = Literal["float32", "bfloat16"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]

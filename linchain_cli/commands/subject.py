@@ -25,6 +25,7 @@ class Subject:
     name: str
     named: NamedRun | None = None
     base: str | None = None
+    allow_other_base: bool = False
 
     @property
     def run(self) -> RunDirectory | None:
@@ -66,7 +67,7 @@ class LoadedModel:
     quantization: str
 
 
-def find_subject(name: str | None, base: str | None = None) -> Subject:
+def find_subject(name: str | None, base: str | None = None, allow_other_base: bool = False) -> Subject:
     """The run or checkpoint of that name; None is the newest finished run.
 
     Raises:
@@ -77,7 +78,7 @@ def find_subject(name: str | None, base: str | None = None) -> Subject:
 
     if name is None or is_run(name) or is_adapter(name):
         named = name_run(name)
-        return Subject(named.opened.name, named, base)
+        return Subject(named.opened.name, named, base, allow_other_base)
     if base is not None:
         raise InputError(f"--base is for runs, and {name} is none")
     if not Path(name).exists() and is_run(Path("runs", name)):
@@ -116,7 +117,8 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     """
     from linchain_cli.chain import attach
     from linchain_cli.machine import limit_threads
-    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer
+    from linchain_cli.model.hashing import refuse_other_base
+    from linchain_cli.model.loading import load_model, load_tokenizer
 
     limit_threads()
     config = subject.recipe.model if subject.recipe else None
@@ -126,14 +128,9 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
         dtype = "float32" if device.type == "cpu" else (config.dtype if config else "auto")
     quantization = config.quantization if config else "none"
     options = {"quantization": quantization, "attention": config.attention if config else "auto"}
-    weights = base_hash(directory)
     adapter = subject.named.load_adapter() if subject.named else None
-    if adapter is not None and adapter.base.get("hash") not in (None, weights):
-        raise InputError(
-            f"{subject.name} was trained on other weights than {directory} now holds (base hash"
-            f" {str(adapter.base['hash'])[:12]}… and {weights[:12]}…). Say where the original is with --base"
-            " MODEL."
-        )
+    wanted = adapter.base.get("hash") if adapter else None
+    weights = refuse_other_base(directory, wanted, subject.name, allow=subject.allow_other_base)
     tokenizer = load_tokenizer(directory)
     model = load_model(directory, dtype=dtype, device=device, **options)
     if adapter is not None:

@@ -31,6 +31,7 @@ from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import load_tasks
 from linchain_cli.machine import release_memory
+from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
@@ -247,6 +248,8 @@ class _Runner:
             run = RunDirectory(path)
             before = run.read_status().hashes if run.exists() else {}
             changed = [name for name in now if before.get(name, now[name]) != now[name]]
+            if "base" in changed and is_same_base(base.directory, base.hash, before["base"]):
+                changed.remove("base")
             if changed:
                 raise InputError(
                     f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not"

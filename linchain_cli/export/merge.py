@@ -13,14 +13,13 @@ import torch
 
 from linchain_cli import __version__, storage
 from linchain_cli.chain import Adapter, adapter_files
-from linchain_cli.errors import InputError
 from linchain_cli.export.card import Origin, model_card
 from linchain_cli.export.output import check_disk, check_factors, check_output, copy_files, staged_output
 from linchain_cli.export.proof import TensorProof, prove_logits, prove_tensors
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
 from linchain_cli.model.checkpoint import companion_files, open_checkpoint
-from linchain_cli.model.files import base_hash
+from linchain_cli.model.hashing import refuse_other_base
 from linchain_cli.model.loading import empty_model
 
 RECEIPT_FILE = "merge.json"
@@ -34,6 +33,8 @@ class MergeOptions:
     dtype: recast every floating-point tensor, None keeps each one's stored type
     max_shard_bytes: largest weight file
     overwrite: replace the output directory
+    allow_other_base: take a base that the adapter was not trained on
+    name: what messages call the adapter
     prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
     quantization: how the run had rounded its base; its logits are compared as well
     """
@@ -41,6 +42,8 @@ class MergeOptions:
     dtype: torch.dtype | None = None
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
+    allow_other_base: bool = False
+    name: str = "the adapter"
     prompts: Sequence[Sequence[int]] = ()
     quantization: str = "none"
 
@@ -74,7 +77,9 @@ def merge_checkpoint(
         left of the output.
     """
     target = check_output(out, overwrite=options.overwrite, sources=[base_directory, *keep])
-    found_hash = check_base(base_directory, adapter)
+    found_hash = refuse_other_base(
+        base_directory, adapter.base.get("hash"), options.name, allow=options.allow_other_base
+    )
     base = open_checkpoint(base_directory)
     plan = plan_merge(base, adapter, empty_model(base_directory))
     check_factors(adapter)
@@ -109,22 +114,6 @@ def _counter(phase: str, total: int, progress: Progress) -> Callable[[int], None
         progress(phase, done, total)
 
     return add
-
-
-def check_base(directory: Path, adapter: Adapter) -> str:
-    """The hash of the base's weights.
-
-    Raises:
-        InputError: the adapter was trained on other weights.
-    """
-    found, wanted = base_hash(directory), adapter.base.get("hash")
-    if wanted and found != wanted:
-        raise InputError(
-            f"{directory} does not hold the weights that the adapter was trained on"
-            f" ({adapter.base.get('path')}):"
-            f" SHA-256 {found[:12]}…, expected {wanted[:12]}…. Give the right ones with --base."
-        )
-    return found
 
 
 def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:

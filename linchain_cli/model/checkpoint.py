@@ -138,8 +138,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(Path(directory)):
-        tensors.update(read_header(path) if path.suffix == ".safetensors" else _read_pickled(path))
+        tensors.update(read_tensors(path))
     return Checkpoint(Path(directory), tensors)
+
+
+def read_tensors(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one weight file by key.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return read_header(path) if path.suffix == ".safetensors" else _read_pickled(path)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -6,9 +6,7 @@ the path and says how to get the model.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import functools
 import json
 import logging
 import re
@@ -19,7 +17,7 @@ from typing import NoReturn, Protocol
 
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.gguf import converted_gguf
-from linchain_cli.storage import expand, sha256_bytes, sha256_file
+from linchain_cli.storage import expand
 
 logger = logging.getLogger(__name__)
 
@@ -171,27 +169,6 @@ def shard_names(index: Path) -> list[str]:
                 f"{index}: the weight file name '{name}' leads out of the model's directory; refused."
             )
     return names
-
-
-def base_hash(directory: Path) -> str:
-    """One SHA-256 for a checkpoint's weights: over its weight files' SHA-256 values, in name order.
-
-    Computed once per process for files whose path, size and modification time stay the same.
-    """
-    files = weight_files(directory)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, len(files))) as pool:
-        hashes = list(pool.map(_file_hash, files))
-    return sha256_bytes("\n".join(hashes).encode())
-
-
-def _file_hash(path: Path) -> str:
-    status = path.stat()
-    return _cached_hash(path.resolve(), status.st_size, status.st_mtime_ns)
-
-
-@functools.cache
-def _cached_hash(path: Path, size: int, mtime_ns: int) -> str:
-    return sha256_file(path)
 
 
 def read_config(directory: Path) -> dict:

@@ -17,7 +17,8 @@ from torch import nn
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
 from linchain_cli.model.attention import GROUPED, use_grouped_attention
-from linchain_cli.model.files import base_hash, find_base, locate, read_config, weight_files
+from linchain_cli.model.files import find_base, locate, read_config, weight_files
+from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from linchain_cli.chain import load_adapter
 from linchain_cli.errors import LinchainError
+from linchain_cli.model.hashing import refuse_other_base
 from linchain_cli.model.loading import find_base
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.figures import layer_map, spectrum_lines
@@ -68,7 +69,9 @@ def read_layers(
     missing = Markup("")
     known = status.base_of(recipe.model.path, recipe.model.revision)
     try:
-        layers = layer_numbers(adapter, find_base(known, named=base, near=run.path, weights=False).directory)
+        directory = find_base(known, named=base, near=run.path, weights=False).directory
+        refuse_other_base(directory, adapter.base.get("hash"), str(run.path))
+        layers = layer_numbers(adapter, directory)
     except LinchainError as error:
         layers, missing = layer_numbers(adapter), problem("‖W0‖ is not shown", error)
     return sorted(layers, key=lambda one: (one.place[0] or 0, one.place[1])), missing

@@ -84,8 +84,9 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
             spread=sharded,
         )
         tokenizer = load_tokenizer(directory)
-        return Base(directory, model, tokenizer, base_hash(directory), sharded, found.source, found.commit)
+        return Base(directory, model, tokenizer, weights, sharded, found.source, found.commit)
 
+    weights = from_main(accelerator, on_main(accelerator, lambda: base_hash(directory)))
     base = together(accelerator, load)
     together(accelerator, lambda: refuse_unfit(base.model, recipe.training))
     if sharded:

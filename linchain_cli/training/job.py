@@ -30,6 +30,7 @@ from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.data.batches import steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.errors import InputError
+from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.recipe import Recipe
@@ -105,7 +106,10 @@ class Job:
         from safetensors.torch import load
 
         state, about = states.read_state(files[states.STATE_FILE])
-        refuse_differences(about["fingerprints"], self.fingerprints)
+        saved = about["fingerprints"]
+        if is_same_base(self.base.directory, self.base.hash, saved["base"]):  # of either kind of hash
+            saved = saved | {"base": self.base.hash}
+        refuse_differences(saved, self.fingerprints)
         self.state = state
         states.restore(self.parameters, load(files[TENSORS_FILE]))
         optimizers.load_optimizer_state(self.optimizer, self.parameters, load(files[states.OPTIMIZER_FILE]))
@@ -210,7 +214,7 @@ def warnings(job: Job) -> list[str]:
     found += schedule.unreachable(recipe.training, len(job.data.train), job.data.validation is not None)
     if recipe.adapter.init_from:
         trained_on = load_adapter(Path(recipe.adapter.init_from)).base.get("hash")
-        if trained_on not in (None, job.base.hash):
+        if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
     if optimizers.is_unpaged(recipe.training.optimizer, job.device):
         found.append(

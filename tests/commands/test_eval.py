@@ -364,6 +364,8 @@ def test_another_base_is_refused(workplace, capsys):
     model.save_pretrained("base")
     assert linchain("eval", "--data-dir", "data") == 2
     assert "was trained on other weights" in capsys.readouterr().err
+    assert linchain("eval", "--data-dir", "data", "--allow-other-base") == 0
+    assert linchain("generate", "Is it?", "--max-new-tokens", 2, "--allow-other-base") == 0
 
 
 def test_generate_answers_through_the_runs_template(workplace, capsys):

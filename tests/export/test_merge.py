@@ -242,7 +242,7 @@ KEY = "model.layers.0.self_attn.q_proj.weight"
 def test_another_base_is_refused_by_its_hash(tmp_path, base_of, adapter_of_base, broken_base):
     adapter = adapter_of_base(base_of("llama"), targets=["q_proj"])
     other = broken_base(lambda tensors: tensors[KEY].add_(1))
-    with pytest.raises(InputError, match="does not hold the weights that the adapter was trained on"):
+    with pytest.raises(InputError, match="the adapter was trained on other weights"):
         merge(other, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

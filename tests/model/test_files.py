@@ -1,4 +1,4 @@
-"""Where base models lie: directories, weight files and their hash, the hub and its refusals."""
+"""Where base models lie: directories, weight files, the hub and its refusals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from linchain_cli.errors import InputError
 from linchain_cli.model import files as model_files
 from linchain_cli.model.files import FoundBase, find_base, looks_local
-from linchain_cli.model.loading import base_hash, load_model, locate, weight_files
+from linchain_cli.model.loading import load_model, locate, weight_files
 
 # Local paths
 
@@ -71,7 +71,7 @@ def test_a_config_that_is_no_configuration(tmp_path, content):
         locate(str(tmp_path))
 
 
-# Weight files and their hash
+# Weight files
 
 
 def shard(directory: Path, names: list[str]) -> None:
@@ -116,17 +116,6 @@ def test_a_checkpoint_without_weights(checkpoint):
     with pytest.raises(InputError, match="holds no weights.*Found: chat_template.jinja, config.json"):
         locate(str(checkpoint))
     assert locate(str(checkpoint), weights=False) == checkpoint
-
-
-def test_the_base_hash_follows_the_weights_alone(checkpoint, tiny_llama_dir, tiny_tied_dir):
-    assert base_hash(checkpoint) == base_hash(tiny_llama_dir) != base_hash(tiny_tied_dir)
-    (checkpoint / "generation_config.json").write_text("{}")
-    assert base_hash(checkpoint) == base_hash(tiny_llama_dir)
-    weights = checkpoint / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert base_hash(checkpoint) != base_hash(tiny_llama_dir)
 
 
 # The hub

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.model.hashing import file_hash
 from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
 from linchain_cli.training import loop
 from linchain_cli.training.checkpoints import CheckpointStore
@@ -46,7 +47,10 @@ def test_a_finished_run(run_tiny, recipe_of):
     ]
     assert status.status == "finished" and status.step == 6 and status.total_steps == 6
     assert set(status.versions) == {"linchain", "python", "torch", "transformers", "accelerate"}
-    assert all(len(status.hashes[name]) == 64 for name in ("recipe", "base")) and status.hashes["data"]
+    assert (
+        all(len(status.hashes[name].removeprefix("tensors:")) == 64 for name in ("recipe", "base"))
+        and status.hashes["data"]
+    )
     assert status.seed == 42 and status.machine.threads == 1 and status.machine.processes == 1
     assert status.trainable_parameters == sum(p.numel() for p in job.parameters.values())
     matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
@@ -191,6 +195,17 @@ def test_a_resume_that_would_be_another_run_is_refused_with_each_difference(run_
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
 
 
+def test_a_run_that_knows_its_base_by_its_files_goes_on(run_tiny, stop_after, base, monkeypatch):
+    """As linchain 0.1.0 did."""
+    stop_after(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "hash", file_hash(base.directory))
+        with pytest.raises(LinchainError, match="pulled the plug"):
+            run_tiny()
+    stop_after(None)
+    assert run_tiny(resume=True).run.read_status().hashes["base"] == base.hash
+
+
 def test_other_rows_another_base_or_more_threads_are_refused(
     run_tiny, stop_after, tmp_path, commonsense_rows, base, monkeypatch
 ):
@@ -205,7 +220,7 @@ def test_other_rows_another_base_or_more_threads_are_refused(
     ):
         run_tiny({"data.train": str(other)}, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(base, "hash", "0" * 64)
+        patch.setattr(base, "hash", f"tensors:{'0' * 64}")
         with pytest.raises(InputError, match="base: .* now: the base model's weights are others"):
             run_tiny(resume=True)
     import torch

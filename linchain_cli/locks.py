@@ -1,0 +1,100 @@
+"""One lock for everything that one process at a time may do: train into a directory, convert or encode
+something that several want.
+
+The lock is a file beside what it protects, held by `flock`, so the kernel releases it however its process
+ends. It outlives what it protects, which may be replaced meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from linchain_cli.errors import InUse
+
+logger = logging.getLogger(__name__)
+
+# What file systems without locks answer: Lustre without -o flock, NFS without its lock service, some FUSE.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: float | None = 0.0, *, needed: bool = True) -> Iterator[None]:
+    """Keeps every other linchain process out of what lies at `path`.
+
+    Args:
+        wait: seconds to wait for another process; None for as long as it takes.
+        needed: whether two processes at once would do harm, which is told where files cannot be locked.
+
+    Raises:
+        InUse: another process holds it, and still does after `wait` seconds.
+        OSError: the lock file cannot be written.
+    """
+    descriptor = os.open(lock_path(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        if _acquire(descriptor, path, wait, needed):
+            with contextlib.suppress(OSError):  # for the message of another process only
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _acquire(descriptor: int, path: Path, wait: float | None, needed: bool) -> bool:
+    give_up = None if wait is None else time.monotonic() + wait
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if give_up is not None and time.monotonic() >= give_up:
+                raise InUse(in_use_message(path)) from None
+            time.sleep(0.05)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if needed:
+                logger.warning(
+                    "The file system of %s has no file locks (%s): see to it that no other process works on"
+                    " %s at the same time.",
+                    path.parent,
+                    error.strerror,
+                    path.name,
+                )
+            return False
+
+
+def in_use(path: Path) -> bool:
+    """Whether a process holds the lock of `path` now."""
+    try:
+        with open(lock_path(path)) as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def in_use_message(path: Path) -> str:
+    """That another process is at work there, which one, and what to do."""
+    try:
+        holder = lock_path(path).read_text(encoding="utf-8", errors="replace")[:200]
+    except OSError:
+        holder = ""
+    who = f" ({holder})" if holder else ""
+    return f"{path} is in use by another linchain process{who}; wait for it or stop it"
+
+
+def lock_path(path: Path) -> Path:
+    """The lock file of `path`: beside the place that a link there leads to, so that all names share it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f".{real.name}.lock")
