@@ -78,23 +78,33 @@ class _Base:
 
 
 def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
-    """Looks the checkpoint's modules up in the base, where it is at hand; its weights are not fetched for it.
+    """Looks the checkpoint's modules up in the base, where it is at hand; its weights are fetched only to be
+    compared with whole ones that were saved beside the adapter.
 
     Raises:
         InputError: the modules are not in the base, or a base that was named on the command line cannot be
         had.
     """
-    from linchain_cli.importing.fit import fit_to_model
+    from linchain_cli.importing.fit import check_base_weights, fit_to_model
+    from linchain_cli.model.checkpoint import open_checkpoint
     from linchain_cli.model.loading import base_hash, empty_model, locate
 
+    whole = list(foreign.base_weights)
     try:
-        directory = locate(path, foreign.config.get("revision"), weights=False)
+        directory = locate(path, foreign.config.get("revision"), weights=bool(whole))
         model = empty_model(directory)
     except InputError as error:
         if given:
             raise
+        if whole:
+            raise InputError(
+                f"{foreign.directory} holds the weight of '{whole[0]}' whole. Whether that is the base's own"
+                f" cannot be told without the base: {error} Say where it is with --base MODEL."
+            ) from error
         return _Base(note=f"The base is not at hand, so its modules were not checked: {error}")
     names = fit_to_model(foreign, model)
+    if whole:
+        check_base_weights(foreign, model, open_checkpoint(directory))
     return _Base(model, names, base_hash(directory) if Path(path).exists() else None)
 
 

@@ -4,11 +4,13 @@
 <path>.lora_AB.weight                           MoSLoRA's one mixer; newer PEFT calls it lora_mixer.weight
 <path>.lora_mixer.<i>.weight, .bias             the LinChain authors': i = 0 is applied first
 <path>.lora_B.bias                              PEFT with lora_bias
+<path>[.base_layer].weight                      the base's own embeddings and head, which PEFT saves with some
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import re
 from dataclasses import dataclass, field
@@ -26,6 +28,8 @@ WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+?)\.lora_(?P<part>A|B|AB|mixer)(?:\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)"
 )
+
+_BASE_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<path>[^:]+?)(?:\.base_layer)?\.weight")
 
 # Parts of the configuration that change the function in a way that no chain of matrices beside the base can.
 _REFUSED = {
@@ -57,12 +61,17 @@ class ForeignModule:
 
 @dataclass(frozen=True)
 class ForeignAdapter:
-    """A checkpoint as it was read; `module_biases` are the base's own biases that were trained along."""
+    """A checkpoint as it was read.
+
+    module_biases: the base's own biases that were trained along
+    base_weights: whole weights that were saved beside the adapter, by module path: the base's own, or not
+    """
 
     directory: Path
     config: dict[str, Any]
     modules: dict[str, ForeignModule]
     module_biases: dict[str, Tensor]
+    base_weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 def read_foreign(checkpoint: Path) -> ForeignAdapter:
@@ -81,36 +90,59 @@ def read_foreign(checkpoint: Path) -> ForeignAdapter:
     if weights is None:
         raise InputError(f"{directory} holds no weights: expected {' or '.join(WEIGHTS_FILES)}")
     modules: dict[str, ForeignModule] = {}
-    module_biases = {}
+    module_biases, base_weights = {}, {}
     for key, tensor in _read_tensors(weights).items():
         match = _KEY.fullmatch(key)
         if match:
             _put(modules.setdefault(match["path"], ForeignModule()), match, key, tensor.float(), weights)
         elif key.endswith(".bias") and config.get("bias", "none") != "none":
             module_biases[key.removeprefix("base_model.model.").removesuffix(".bias")] = tensor.float()
+        elif (match := _BASE_WEIGHT.fullmatch(key)) and "lora_" not in key and "modules_to_save" not in key:
+            base_weights[match["path"]] = tensor
         else:
             raise InputError(f"{weights}: '{key}' {_unknown(key)}")
     _check_modules(weights, config, modules)
-    return ForeignAdapter(directory, config, modules, module_biases)
+    return ForeignAdapter(directory, config, modules, module_biases, base_weights)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    """adapter_config.json, checked as far as it is used.
+
+    Raises:
+        InputError: it is damaged, or no LoRA's; the message names the key.
+    """
     try:
         config = json.loads(path.read_bytes())
-        rank, alpha = config["r"], config["lora_alpha"]
-        kind = str(config["peft_type"]).rpartition(".")[2].upper()
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} does not describe a LoRA ({error!r})") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} does not describe a LoRA: it is not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} does not describe a LoRA: expected a JSON object")
+    if "lora_parameters" in config or "fine_tune_type" in config:
+        raise InputError(
+            f"{path} is of mlx-lm, whose adapters are laid out in another way and cannot be imported. Fuse it"
+            " there (mlx_lm.fuse), or train with a tool that writes PEFT's format."
+        )
+    if missing := [key for key in ("peft_type", "r", "lora_alpha") if key not in config]:
+        raise InputError(f"{path} does not describe a LoRA: {' and '.join(missing)} missing")
+    rank, alpha = config["r"], config["lora_alpha"]
+    kind = str(config["peft_type"]).rpartition(".")[2].upper()
     if kind not in ("LORA", "MOSLORA"):
         raise InputError(
             f"{path}: peft_type {kind} cannot be imported; expected LORA (also MoSLoRA and LinChain"
             " checkpoints)"
         )
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, (int, float)) or not alpha > 0:
+    if type(rank) is not int or rank < 1 or not _is_positive(alpha):
         raise InputError(
-            f"{path}: expected a whole r ≥ 1 and lora_alpha > 0, found r = {rank!r} and lora_alpha ="
+            f"{path}: expected a whole r ≥ 1 and a finite lora_alpha > 0, found r = {rank!r} and lora_alpha ="
             f" {alpha!r}"
         )
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_pattern(path, key, config.get(key))
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(config.get(key), (str, type(None))):
+            raise InputError(f"{path}: {key} is {config[key]!r}, expected a text")
+    if not isinstance(config.get("mixer_num"), (int, type(None))):
+        raise InputError(f"{path}: mixer_num is {config['mixer_num']!r}, expected a whole number")
     for key, reason in _REFUSED.items():
         if config.get(key):
             raise InputError(f"{path}: '{key}' is set, which cannot be imported: {reason}")
@@ -122,6 +154,25 @@ def _read_config(path: Path) -> dict[str, Any]:
             " plain LoRA (PEFT: path_initial_model_for_weight_conversion) and import that."
         )
     return config
+
+
+def _is_positive(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def _check_pattern(path: Path, key: str, patterns: Any) -> None:
+    """Raises InputError unless `patterns` maps regular expressions to positive numbers (or is not there)."""
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise InputError(f"{path}: {key} is {patterns!r}, expected an object from module names to numbers")
+    for pattern, value in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{path}: {key}: '{pattern}' is no regular expression ({error})") from error
+        if not _is_positive(value):
+            raise InputError(f"{path}: {key}: '{pattern}' is {value!r}, expected a finite number > 0")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -187,7 +238,14 @@ def _check_modules(weights: Path, config: dict[str, Any], modules: dict[str, For
         absent = [f"lora_{part}.weight" for part in "AB" if getattr(module, part) is None]
         if absent:
             raise InputError(f"{weights}: module '{path}' has no {' and no '.join(absent)}")
-        rank = module.A.shape[0]
+        if not module.A.numel() or not module.B.numel():
+            raise InputError(
+                f"{weights}: module '{path}' is empty (lora_A {tuple(module.A.shape)}), as DeepSpeed ZeRO-3"
+                " leaves it when it saves without gathering: save it again with"
+                " stage3_gather_16bit_weights_on_model_save, or put its checkpoint together with"
+                " zero_to_fp32.py."
+            )
+        rank = module.A.shape[0] if module.A.dim() == 2 else 0
         if module.A.dim() != 2 or module.B.dim() != 2 or module.B.shape[1] != rank:
             raise InputError(
                 f"{weights}: module '{path}' has lora_A {tuple(module.A.shape)} and lora_B"
@@ -209,4 +267,10 @@ def _check_modules(weights: Path, config: dict[str, Any], modules: dict[str, For
             raise InputError(
                 f"{weights}: mixer {odd[0]} of module '{path}' is {tuple(module.mixers[odd[0]].shape)},"
                 f" expected {(rank, rank)}"
+            )
+        tensors = [module.A, module.B, *module.mixers.values(), *module.mixer_biases.values()]
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise InputError(
+                f"{weights}: module '{path}' holds values that are no finite numbers: its training diverged,"
+                " or the file is damaged"
             )

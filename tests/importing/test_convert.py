@@ -16,9 +16,8 @@ from torch import nn
 from linchain_cli.chain import attach, delta_weight
 from linchain_cli.errors import InputError
 from linchain_cli.importing.convert import import_adapter
-from linchain_cli.importing.fit import fit_to_model, short_targets
 from linchain_cli.importing.foreign import read_foreign
-from linchain_cli.model.loading import empty_model, load_model
+from linchain_cli.model.loading import load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])
 PATH = "model.layers.0.self_attn.q_proj"
@@ -228,6 +227,15 @@ def test_half_precision_is_read_as_it_is(tmp_path):
         ),
         ({"r": 0}, "expected a whole r"),
         ({"lora_alpha": "8"}, "lora_alpha > 0, found"),
+        ({"lora_alpha": float("inf")}, "a finite lora_alpha > 0, found .* inf"),
+        ({"lora_alpha": True}, "lora_alpha > 0, found"),
+        ({"alpha_pattern": {"(q_proj": 4}}, r"alpha_pattern: '\(q_proj' is no regular expression"),
+        ({"alpha_pattern": ["q_proj"]}, r"alpha_pattern is \['q_proj'\], expected an object"),
+        ({"rank_pattern": {"q_proj": "4"}}, "rank_pattern: 'q_proj' is '4', expected a finite number"),
+        ({"alpha_pattern": {"q_proj": float("nan")}}, "alpha_pattern: 'q_proj' is nan"),
+        ({"base_model_name_or_path": 3}, "base_model_name_or_path is 3, expected a text"),
+        ({"mixer_num": "three", "lora_use_mixer": True}, "mixer_num is 'three', expected a whole number"),
+        ({"fine_tune_type": "lora", "lora_parameters": {"rank": 8}}, "is of mlx-lm, whose adapters"),
     ],
 )
 def test_kinds_that_no_chain_can_hold_are_refused_by_name(tmp_path, config, message):
@@ -244,6 +252,11 @@ def test_kinds_that_no_chain_can_hold_are_refused_by_name(tmp_path, config, mess
         ({"strange": draw(2)}, "'strange' is not a tensor of a LoRA"),
         ({f"{PREFIX}.lora_A.other.weight": draw(4, 64)}, "is there twice"),
         ({f"{PREFIX}.lora_A.bias": draw(4)}, "is not a tensor of a LoRA"),
+        ({f"{PREFIX}.lora_A.weight": torch.tensor(1.0)}, r"has lora_A \(\) and lora_B"),
+        ({f"{PREFIX}.lora_B.weight": draw(64)}, r"lora_B \(64,\), which do not fit each other"),
+        ({f"{PREFIX}.lora_A.weight": torch.empty(0)}, "is empty .* DeepSpeed ZeRO-3"),
+        ({f"{PREFIX}.lora_B.weight": torch.full((64, 4), torch.nan)}, "values that are no finite numbers"),
+        ({f"{PREFIX}.lora_mixer.0.weight": torch.full((4, 4), torch.inf)}, "no finite numbers"),
     ],
 )
 def test_tensors_that_no_chain_can_hold_are_refused_by_name(tmp_path, extra, message):
@@ -314,32 +327,3 @@ def test_code_in_a_pickle_is_not_run(tmp_path):
 def test_a_file_of_the_checkpoint_means_its_directory(tmp_path):
     write(tmp_path, lora(), pickled=True)
     assert read_foreign(tmp_path / "adapter_model.bin").modules.keys() == {PATH}
-
-
-def test_modules_are_found_in_the_base(tmp_path, base_of):
-    foreign = read_foreign(write(tmp_path / "a", lora()))
-    model = empty_model(base_of("llama"))
-    assert fit_to_model(foreign, model) == {PATH: PATH}
-    with pytest.raises(
-        InputError, match=r"does not fit the base: it adapts 'model\.layers\.0.*GPT2LMHeadModel has no"
-    ):
-        fit_to_model(foreign, empty_model(base_of("gpt2")))
-    wide = {f"{PREFIX}.lora_A.weight": draw(4, 65), f"{PREFIX}.lora_B.weight": draw(64, 4)}
-    with pytest.raises(InputError, match=r"\(65 → 64\), LlamaForCausalLM has 64 → 64"):
-        fit_to_model(read_foreign(write(tmp_path / "b", wide)), model)
-
-
-def test_module_paths_of_older_layouts_are_translated(tmp_path, base_of):
-    old = "language_model.model.layers.0.self_attn.q_proj"
-    foreign = read_foreign(write(tmp_path, lora(f"base_model.model.{old}")))
-    names = fit_to_model(foreign, empty_model(base_of("gemma3")))
-    assert names == {old: "model.language_model.layers.0.self_attn.q_proj"}
-
-
-def test_targets_are_written_short_where_that_says_the_same(tmp_path, base_of):
-    model = empty_model(base_of("llama"))
-    one = imported(write(tmp_path / "one", lora())).adapter
-    assert short_targets(one, model, "").config.target_modules == [PATH]
-    second = PREFIX.replace("layers.0", "layers.1")
-    both = imported(write(tmp_path / "both", lora() | lora(second))).adapter
-    assert short_targets(both, model, "").config.target_modules == ["q_proj"]
