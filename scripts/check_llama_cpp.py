@@ -1,9 +1,8 @@
-"""Loads an exported adapter in llama.cpp and compares its logits with those of the chain it was made from.
+"""Loads an exported GGUF adapter in llama.cpp and compares its greedy answers with those of the chain.
 
-Needs llama-cpp-python and a Llama-shaped run whose base is a .gguf file. The LoRA of `linchain export`
-becomes a GGUF adapter (llama.cpp's own converter needs its source tree), and the base a float32 GGUF, so that
-what is compared is the adapter and not the rounding of 4-bit weights. llama.cpp keeps keys and values in
-float16, which is the floor of the differences: the base's own is printed beside them.
+Needs xllamacpp (llama.cpp as a package with wheels: pip install xllamacpp) and a run whose base is a .gguf
+file. The base becomes a float32 GGUF, so that what is compared is the adapter and not the arithmetic of 4-bit
+weights, and keys and values stay float32 as well.
 
     python scripts/check_llama_cpp.py RUN MODEL.gguf
 """
@@ -11,82 +10,84 @@ float16, which is the floor of the differences: the base's own is printed beside
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import tempfile
 from pathlib import Path
 
 import gguf
-import numpy as np
 import torch
-from safetensors.torch import load_file
 
 from linchain_cli.chain import attach, disabled, load_adapter
-from linchain_cli.export.peft import write_peft
+from linchain_cli.export.gguf_lora import ADAPTER_FILE, write_gguf
 from linchain_cli.model.loading import empty_model, load_model, load_tokenizer, locate
 
-TEXT = "The kettle began to whistle, so she took two cups from the shelf and"
-NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
+PROMPTS = (
+    "The kettle began to whistle, so she",
+    "Two plus two equals",
+    "Question: Is the sea salty? Answer:",
+    "def mean(values):\n    return",
+    "In the north the winters are long, and",
+    "Please list three colours:",
+    "A ladder is used to",
+    "Yesterday it rained; today",
+    "The opposite of heavy is",
+    "To open a jar that is shut tight,",
+)
 
 
-def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp pairs neighbouring rows of a head for the rotation, transformers pairs its halves."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1)
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def write_gguf_lora(peft: Path, config, path: Path) -> None:
-    """The two PEFT files as a GGUF adapter for a Llama."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32(
-        "adapter.lora.alpha", json.loads((peft / "adapter_config.json").read_bytes())["lora_alpha"]
-    )
-    heads = {"self_attn.q_proj": config.num_attention_heads, "self_attn.k_proj": config.num_key_value_heads}
-    for key, tensor in load_file(peft / "adapter_model.safetensors").items():
-        layer, module = key.split(".layers.")[1].split(".", 1)
-        module, factor = module.removesuffix(".weight").rsplit(".lora_", 1)
-        values = tensor.numpy()
-        if factor == "B" and module in heads:
-            values = interleaved(values, heads[module])
-        name = f"blk.{layer}.{NAMES[module]}.weight.lora_{factor.lower()}"
-        writer.add_tensor(name, np.ascontiguousarray(values))
+def write_float32(source: Path, target: Path) -> None:
+    """The same model with every tensor in float32."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(str(target), reader.fields["general.architecture"].contents())
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.reshape(tensor.shape[::-1].tolist()))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def llama_cpp_logits(model: Path, lora: Path | None, tokens: list[int]) -> np.ndarray:
-    import llama_cpp
+def llama_cpp_answers(
+    model: Path, lora: Path | None, prompts: list[list[int]], tokens: int
+) -> list[list[int]]:
+    """Greedy answers, as token ids."""
+    import xllamacpp
 
-    llama = llama_cpp.Llama(
-        str(model), n_ctx=256, logits_all=True, verbose=False, lora_path=str(lora) if lora else None
-    )
-    llama.eval(tokens)
-    return np.array(llama.scores[: len(tokens)])
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model)
+    params.n_ctx, params.n_parallel, params.n_gpu_layers, params.verbosity = 512, 1, 0, 0
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if lora is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+    server = xllamacpp.Server(params)
+    found = []
+    for prompt in prompts:
+        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "return_tokens": True}
+        found.append(server.handle_completions({**asked, "cache_prompt": False})["tokens"])
+    return found
 
 
-def as_float32(model: Path, target: Path) -> None:
-    import llama_cpp
+def transformers_answers(model, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        output = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+        )
+        found.append(output[0, len(prompt) :].tolist())
+    return found
 
-    options = llama_cpp.llama_model_quantize_default_params()
-    options.ftype, options.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
-    if llama_cpp.llama_model_quantize(str(model).encode(), str(target).encode(), options):
-        raise SystemExit(f"llama.cpp cannot rewrite {model}")
 
-
-def difference(one: np.ndarray, other: np.ndarray) -> str:
-    gap = np.abs(one - other)
-    return f"largest {gap.max():.4f}, root mean square {np.sqrt((gap**2).mean()):.4f}"
+def equal(one: list[list[int]], other: list[list[int]], end: int) -> int:
+    """How many answers are the same up to the end token, which not every engine gives back."""
+    until = lambda answer: answer[: answer.index(end)] if end in answer else answer  # noqa: E731
+    return sum(until(a) == until(b) for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:
@@ -95,29 +96,29 @@ def main() -> None:
     )
     parser.add_argument("run", type=Path)
     parser.add_argument("model", type=Path)
+    parser.add_argument("--tokens", type=int, default=24, help="length of each answer")
     args = parser.parse_args()
     base = locate(str(args.model))
-    adapter = load_adapter(args.run / "adapter")
-    tokens = load_tokenizer(base)(TEXT)["input_ids"]
+    adapter, tokenizer = load_adapter(args.run / "adapter"), load_tokenizer(base)
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
     model = load_model(base, dtype="float32", device="cpu", attention="eager")
     attach(model, adapter)
-    with torch.inference_mode():
-        ours = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
-        with disabled(model):
-            bare = model(input_ids=torch.tensor([tokens])).logits[0].numpy()
+    ours = transformers_answers(model, prompts, args.tokens)
+    with disabled(model):
+        bare = transformers_answers(model, prompts, args.tokens)
+    end = model.config.eos_token_id
+    del model
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        write_peft(adapter, empty_model(base), work / "peft")
-        write_gguf_lora(work / "peft", model.config, work / "lora.gguf")
-        as_float32(args.model, work / "base.gguf")
-        theirs = llama_cpp_logits(work / "base.gguf", work / "lora.gguf", tokens)
-        theirs_bare = llama_cpp_logits(work / "base.gguf", None, tokens)
-    print(f"base, llama.cpp against transformers:     {difference(theirs_bare, bare)}")
-    print(f"adapted, llama.cpp against transformers:  {difference(theirs, ours)}")
-    print(f"what the adapter does, in transformers:   {difference(ours, bare)}")
-    print(f"what the adapter does, in llama.cpp:      {difference(theirs, theirs_bare)}")
-    correlation = np.corrcoef((theirs - theirs_bare).ravel(), (ours - bare).ravel())[0, 1]
-    print(f"correlation of the two: {correlation:.5f}")
+        write_gguf(adapter, empty_model(base), work)
+        write_float32(args.model, work / "base.gguf")
+        theirs_bare = llama_cpp_answers(work / "base.gguf", None, prompts, args.tokens)
+        theirs = llama_cpp_answers(work / "base.gguf", work / ADAPTER_FILE, prompts, args.tokens)
+    found, number = equal(ours, theirs, end), len(prompts)
+    print(f"base, llama.cpp and transformers:     {equal(bare, theirs_bare, end)} of {number} answers equal")
+    print(f"adapted, llama.cpp and transformers:  {found} of {number} answers equal")
+    print(f"the adapter changes, in transformers: {number - equal(ours, bare, end)} of {number} answers")
+    sys.exit(found < number)
 
 
 if __name__ == "__main__":
