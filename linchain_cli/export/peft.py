@@ -6,17 +6,20 @@ The links disappear into A: A' = Wn…W1·A, in float64 and rounded once to floa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linchain_cli import storage
 from linchain_cli.chain import Adapter, ChainTensors, delta_weight, linear_shape, with_depth
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
 from linchain_cli.export.output import check_factors
+from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,14 +33,16 @@ LARGEST_ERROR = (
 
 
 @dataclass(frozen=True)
-class PeftProof:
-    """What the written files are, and the largest relative error (Frobenius) of any module's ΔW, read back
-    from them."""
+class FactorProof:
+    """The largest relative error (Frobenius) of any module's ΔW, read back from what was written.
 
-    hashes: dict[str, str]
+    not_proven: what was not shown, and why
+    """
+
     modules: int
     largest_error: float
     largest_error_module: str
+    not_proven: tuple[str, ...] = ()
 
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -54,18 +59,11 @@ def peft_config(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
     """adapter_config.json: exact module paths as targets, `fan_in_fan_out` where they are GPT-2's Conv1D.
 
     Raises:
-        InputError: `model` (on the meta device will do) lacks one of the adapter's modules.
+        InputError: as `check_modules`.
     """
     from transformers.pytorch_utils import Conv1D
 
-    modules = dict(model.named_modules())
-    for path, chain in adapter.tensors.items():
-        if path not in modules or linear_shape(modules[path]) != (chain.A.shape[1], chain.B.shape[0]):
-            raise InputError(
-                f"the adapter's module '{path}' ({chain.A.shape[1]} → {chain.B.shape[0]}) is not in"
-                f" {type(model).__name__}:"
-                f" it was trained on another model.{did_you_mean(path, modules)}"
-            )
+    modules = check_modules(adapter, model)
     alpha = adapter.config.alpha
     return {
         "peft_type": "LORA",
@@ -85,11 +83,28 @@ def peft_config(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def write_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) -> PeftProof:
+def check_modules(adapter: Adapter, model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The model's modules by path.
+
+    Raises:
+        InputError: `model` (on the meta device will do) lacks one of the adapter's.
+    """
+    modules = dict(model.named_modules())
+    for path, chain in adapter.tensors.items():
+        if path not in modules or linear_shape(modules[path]) != (chain.A.shape[1], chain.B.shape[0]):
+            raise InputError(
+                f"the adapter's module '{path}' ({chain.A.shape[1]} → {chain.B.shape[0]}) is not in"
+                f" {type(model).__name__}: it was trained on another model.{did_you_mean(path, modules)}"
+            )
+    return modules
+
+
+def write_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) -> FactorProof:
     """Writes the two files into `directory`, reads them back and compares every ΔW with the chain's.
 
     Raises:
-        InputError: the adapter does not fit `model`, or its training diverged.
+        InputError: the adapter does not fit `model`, its training diverged, or PEFT (where it is installed)
+        would not load all of it.
         LinchainError: what was read back is off.
     """
     check_factors(adapter)
@@ -99,10 +114,58 @@ def write_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) -> Pef
     data = storage.tensor_bytes(peft_tensors(adapter), {"format": "pt"})
     storage.write_durable(directory / WEIGHTS_FILE, data)
     storage.write_durable(directory / CONFIG_FILE, storage.json_bytes(config))
-    return prove_peft(adapter, directory)
+    proof = prove_peft(adapter, directory)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, which remarks on kernels
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        return replace(proof, not_proven=("loading it with PEFT: it is not installed here",))
+    load_with_peft(adapter, model, directory)
+    return proof
 
 
-def prove_peft(adapter: Adapter, directory: Path) -> PeftProof:
+def load_with_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) -> None:
+    """Has PEFT load the files in `directory` into `model`, which is on the meta device and keeps the adapter,
+    and looks whether every module found its own matrices.
+
+    PEFT rewrites the targets of architectures whose experts transformers 5 holds as one parameter, by the
+    last part of their names: dense layers and shared experts of the same name are lost with no more than a
+    warning.
+
+    Raises:
+        InputError: a module is lost, or PEFT refuses the adapter.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    instead = f"PEFT {peft.__version__} {{}} for {type(model).__name__}. Merge instead: linchain merge."
+    try:
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loaded = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(directory))
+            weights = load_file(directory / WEIGHTS_FILE)
+            taken = peft.set_peft_model_state_dict(loaded, weights, low_cpu_mem_usage=True)
+    except Exception as error:  # a converter of PEFT may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(instead.format(f"cannot load this adapter ({reason})")) from error
+    modules = dict(loaded.base_model.model.named_modules())
+    scaling = adapter.config.alpha / adapter.config.rank
+    absent = {*taken.missing_keys}
+    lost = [
+        path
+        for path in adapter.tensors
+        if "default" not in getattr(modules.get(path), "lora_A", ())
+        or modules[path].scaling["default"] != scaling
+        or any(f"{PREFIX}{path}.lora_{factor}.default.weight" in absent for factor in "AB")
+    ]
+    if lost or taken.unexpected_keys:
+        first = lost[0] if lost else taken.unexpected_keys[0]
+        raise InputError(
+            instead.format(f"would lose {len(lost)} of {len(adapter.tensors)} modules, first '{first}',")
+        )
+
+
+def prove_peft(adapter: Adapter, directory: Path) -> FactorProof:
     """Compares the files in `directory` with the adapter they were made from, module by module, in
     float64."""
     from safetensors.torch import load_file
@@ -123,12 +186,14 @@ def prove_peft(adapter: Adapter, directory: Path) -> PeftProof:
                 f" {LARGEST_ERROR:g} is allowed"
             )
     worst = max(errors, key=errors.__getitem__)
-    hashes = {name: storage.sha256_file(directory / name) for name in (WEIGHTS_FILE, CONFIG_FILE)}
-    return PeftProof(hashes, len(errors), errors[worst], worst)
+    return FactorProof(len(errors), errors[worst], worst)
 
 
-def relative_error(trained: ChainTensors, other: ChainTensors, scaling: float) -> float:
+def relative_error(
+    trained: ChainTensors, other: ChainTensors, scaling: float, other_scaling: float | None = None
+) -> float:
     """‖ΔW' − ΔW‖ / ‖ΔW‖ (Frobenius) in float64; 0 where both are zero."""
     exact = delta_weight(*trained, scaling, torch.float64)
-    difference, size = (delta_weight(*other, scaling, torch.float64) - exact).norm(), exact.norm()
+    found = delta_weight(*other, scaling if other_scaling is None else other_scaling, torch.float64)
+    difference, size = (found - exact).norm(), exact.norm()
     return float(difference / size) if size > 0 else float(difference)

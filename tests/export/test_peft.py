@@ -176,3 +176,90 @@ def test_the_proof_catches_a_wrong_file(tmp_path, base_of, adapter_of_base, dama
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     with pytest.raises(LinchainError, match="is off by|holds 3 tensors where 4 were written"):
         prove_peft(adapter, tmp_path)
+
+
+MOE = {
+    "vocab_size": 120,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "num_experts_per_tok": 2,
+}
+DEEPSEEK = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+FAMILIES = {
+    "deepseek_v3": {**DEEPSEEK, **LATENT},
+    "glm4_moe": {**DEEPSEEK, "head_dim": 8},
+    "qwen3_next": {"num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 16},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "head_dim": 8},
+}
+
+
+def chains_on(kind: str, targets):
+    """A model of that type on the meta device, and a random LoRA on those of its modules."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from linchain_cli.chain import ChainConfig, adapter_of, chain_layers, inject
+
+    config = AutoConfig.for_model(kind, **{**MOE, **FAMILIES[kind]})
+    model = AutoModelForCausalLM.from_config(config)
+    settings = ChainConfig(rank=4, depth=0, alpha=8.0, target_modules=targets)
+    inject(model, settings, 1)
+    for layer in chain_layers(model).values():
+        torch.nn.init.normal_(layer.B.data)
+    adapter = adapter_of(model, settings, {"path": "base"})
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config), adapter
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets", "lost"),
+    [
+        ("deepseek_v3", "all-linear", "model.layers.0.mlp.gate_proj"),
+        ("glm4_moe", "all-linear", "model.layers.0.mlp.gate_proj"),
+        ("qwen3_next", "all-linear", "model.layers.0.mlp.shared_expert.gate_proj"),
+        ("deepseek_v3", ["o_proj"], None),
+        ("glm4_moe", ["q_proj", "v_proj"], None),
+        ("qwen3_next", ["q_proj", "v_proj"], None),
+        ("qwen2_moe", "all-linear", None),
+        ("qwen3_moe", "all-linear", None),
+    ],
+)
+def test_what_peft_would_lose_is_refused_by_name(tmp_path, kind, targets, lost):
+    from peft import PeftModel
+
+    model, adapter = chains_on(kind, targets)
+    if lost:
+        with pytest.raises(InputError, match=f"would lose 6 of .* first '{lost}'.*Merge instead"):
+            write_peft(adapter, model, tmp_path)
+        return
+    assert not write_peft(adapter, model, tmp_path).not_proven
+    fresh, _ = chains_on(kind, targets)
+    peft = PeftModel.from_pretrained(fresh, tmp_path, low_cpu_mem_usage=True, torch_device="cpu")
+    found = {name for name, module in peft.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    assert found == set(adapter.tensors)
+
+
+def test_without_peft_the_export_says_what_it_did_not_show(tmp_path, base_of, adapter_of_base, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "peft", None)
+    base = base_of("llama")
+    proof = export(base, adapter_of_base(base, targets=["q_proj"]), tmp_path)
+    assert proof.not_proven == ("loading it with PEFT: it is not installed here",)
+
+
+def test_an_adapter_that_peft_refuses_is_refused(tmp_path, base_of, adapter_of_base, monkeypatch):
+    import peft
+
+    def fail(*_, **__):
+        raise RuntimeError("sizes differ\nand more")
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", fail)
+    base = base_of("llama")
+    with pytest.raises(InputError, match=r"cannot load this adapter \(sizes differ\).*Merge instead"):
+        export(base, adapter_of_base(base, targets=["q_proj"]), tmp_path)
