@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +14,10 @@ from linchain_cli.commands.origin import open_run
 def run(
     run_path: RunPath = None,
     format: Annotated[
-        Literal["peft"], typer.Option(help="peft: a plain LoRA of the same rank in PEFT's file format.")
+        Literal["peft", "gguf"],
+        typer.Option(
+            help="A plain LoRA of the same rank: in PEFT's file format, or as GGUF for llama.cpp and Ollama."
+        ),
     ] = "peft",
     base: Base = None,
     out: Annotated[
@@ -27,25 +29,35 @@ def run(
     overwrite: Overwrite = False,
 ) -> None:
     """Write an adapter in another tool's format."""
-    from linchain_cli import storage
-    from linchain_cli.export.card import model_card
-    from linchain_cli.export.output import check_output, staged_output
-    from linchain_cli.export.peft import write_peft
+    from linchain_cli.export.adapters import export_adapter
+    from linchain_cli.export.output import check_output
+    from linchain_cli.export.receipts import ExportReceipt
     from linchain_cli.model.loading import empty_model
 
     subject = open_run(run_path)
     out = out or subject.opened.place(format)
-    target = check_output(out, overwrite=overwrite, sources=subject.inputs)
-    model = empty_model(subject.base_directory(base, weights=False))
-    with staged_output(target) as staging:
-        proof = write_peft(subject.adapter, model, staging)
-        found = f"within {proof.largest_error:.2g} of the chain's (relative, Frobenius)"
-        facts = {"ΔW of every module, read back": found}
-        card = model_card("peft", subject.adapter, subject.origin, subject.recipe.model.path, facts)
-        storage.write_durable(staging / "README.md", card.encode())
-        storage.write_durable(staging / "export.json", storage.json_bytes(asdict(proof)))
-    print(f"{out}: a LoRA of rank {subject.adapter.config.rank} on {proof.modules} modules")
-    print(
-        f"  read back: every ΔW within {proof.largest_error:.2g} of the chain's, largest at"
-        f" {proof.largest_error_module}"
+    # Before a base is fetched or converted, which may take long.
+    check_output(out, ExportReceipt, overwrite=overwrite, sources=subject.inputs)
+    found = subject.find_base(base, weights=False)
+    receipt = export_adapter(
+        subject.adapter,
+        empty_model(found.directory),
+        out,
+        format,
+        subject.origin(found, base),
+        overwrite=overwrite,
+        keep=subject.inputs,
+        template=None if subject.imported else subject.recipe.data.template,
     )
+    print(f"{out}: a LoRA of rank {subject.adapter.config.rank} on {receipt.modules} modules")
+    print(
+        f"  read back: every ΔW within {receipt.largest_error:.2g} of the chain's, largest at"
+        f" {receipt.largest_error_module}"
+    )
+    for line in receipt.not_proven:
+        print(f"  not shown: {line}")
+    if format == "peft" and found.source is not None:
+        print(
+            f"  adapter_config.json names {found.source} as the base, for this machine; to publish it, export"
+            " with --base and the base's hub id"
+        )

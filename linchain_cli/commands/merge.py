@@ -12,7 +12,9 @@ from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from linchain_cli.export.comparison import LogitProof
     from linchain_cli.export.merge import MergeOptions, MergeResult
+    from linchain_cli.model.files import FoundBase
 
 
 def run(
@@ -40,24 +42,30 @@ def run(
     import torch
 
     from linchain_cli.export.merge import MergeOptions
-    from linchain_cli.export.output import parse_size
+    from linchain_cli.export.output import check_output, parse_size
+    from linchain_cli.export.receipts import MergeReceipt
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
     subject = open_run(run_path)
-    directory = subject.base_directory(base)
+    out = out or subject.opened.place("merged")
+    # Before a base is fetched or converted, which may take long.
+    check_output(out, MergeReceipt, overwrite=overwrite, sources=subject.inputs)
+    found = subject.find_base(base)
     options = MergeOptions(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=shard_bytes,
         overwrite=overwrite,
         allow_other_base=allow_other_base,
         name=subject.opened.name,
-        prompts=() if no_proof else _prompts(subject, directory),
+        prompts=() if no_proof else _prompts(subject, found.directory),
         quantization=subject.recipe.model.quantization,
     )
-    _show(_merge(subject, directory, out or subject.opened.place("merged"), options), proof=not no_proof)
+    _show(_merge(subject, found, base, out, options))
 
 
-def _merge(subject: AdaptedRun, directory: Path, out: Path, options: MergeOptions) -> MergeResult:
+def _merge(
+    subject: AdaptedRun, found: FoundBase, base: str | None, out: Path, options: MergeOptions
+) -> MergeResult:
     """Merges under a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -74,7 +82,13 @@ def _merge(subject: AdaptedRun, directory: Path, out: Path, options: MergeOption
             bar.update(bars[phase], completed=done)
 
         return merge_checkpoint(
-            directory, subject.adapter, out, options, subject.origin, keep=subject.inputs, progress=progress
+            found.directory,
+            subject.adapter,
+            out,
+            options,
+            subject.origin(found, base),
+            keep=subject.inputs,
+            progress=progress,
         )
 
 
@@ -94,39 +108,37 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
         return plain_prompts(tokenizer)
 
 
-def _show(result: MergeResult, proof: bool) -> None:
+def _show(result: MergeResult) -> None:
     receipt = result.receipt
-    tensors, logits = receipt["tensors"], receipt["logits"]
-    others = f"the base's, as {receipt['dtype']}" if receipt["dtype"] else "the base's"
+    tensors, logits = receipt.tensors, receipt.logits
+    others = f"the base's, as {receipt.dtype}" if receipt.dtype else "the base's"
     print(
         f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are"
         f" {others}"
     )
-    print(
-        f"  read back: at most {receipt['largest_ulp']:.3f} ulp from W0 + ΔW"
-        f" ({receipt['largest_ulp_tensor']})"
-    )
+    for line in receipt.changes:
+        print(f"  changed: {line}")
+    print(f"  read back: at most {receipt.largest_ulp:.3f} ulp from W0 + ΔW ({receipt.largest_ulp_tensor})")
     if logits:
         print(f"  logits, merged against adapted: {_logits(logits)}")
-        print(f"  (switching the adapter off changes them by up to {logits['adapter_effect']:.3g})")
-        if logits["adapter_lost"]:
+        print(f"  (switching the adapter off changes them by up to {logits.adapter_effect:.3g})")
+        if logits.adapter_lost:
             print(
                 "  WARNING: rounding to the stored type loses most of what the adapter does. Merge with"
                 " --dtype float32."
             )
-        if rounded := logits.get("quantized"):
-            print(
-                f"  logits, merged against the adapter on the {rounded['quantization']} base:"
-                f" {_logits(rounded)}"
-            )
-    elif proof:
-        print("  logits were not compared: no model of this size fits into the memory that is free")
-    print(f"  receipt: {result.directory / 'merge.json'}")
+    if receipt.quantized:
+        print(f"  logits, merged against the adapter on the rounded base: {_logits(receipt.quantized)}")
+    if receipt.generated:
+        print("  transformers' generate runs with the settings in this directory")
+    for line in receipt.not_proven:
+        print(f"  not shown: {line}")
+    print(f"  receipt: {result.directory / receipt.FILE}")
 
 
-def _logits(logits: dict[str, Any]) -> str:
+def _logits(logits: LogitProof) -> str:
     return (
-        f"largest difference {logits['largest_difference']:.3g}, top-1 agreement"
-        f" {100 * logits['top1_agreement']:.1f} %"
-        f" over {logits['positions']} positions of {logits['prompts']} prompts ({logits['dtype']})"
+        f"largest difference {logits.largest_difference:.3g}, top-1 agreement"
+        f" {100 * logits.top1_agreement:.1f} % over {logits.positions} positions of {logits.prompts} prompts"
+        f" ({logits.dtype})"
     )

@@ -14,6 +14,7 @@ from linchain_cli.run import Opened, RunDirectory, find_adapter
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
     from linchain_cli.export.card import Origin
+    from linchain_cli.model.files import FoundBase
     from linchain_cli.recipe import Recipe
 
 
@@ -37,8 +38,8 @@ class NamedRun:
         """The parts of the run that nothing may be written over."""
         return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
 
-    def base_directory(self, base: str | None = None, weights: bool = True) -> Path:
-        """Where the base's checkpoint is: at `base`, or where the run found it.
+    def find_base(self, base: str | None = None, weights: bool = True) -> FoundBase:
+        """The base's checkpoint: at `base`, or where the run found it.
 
         Raises:
             InputError: it is not there, or cannot be fetched.
@@ -48,7 +49,7 @@ class NamedRun:
         model = self.recipe.model
         known = self.opened.status.base_of(model.path, model.revision)
         try:
-            return find_base(known, named=base, near=self.run.path, weights=weights).directory
+            return find_base(known, named=base, near=self.run.path, weights=weights)
         except InputError as error:
             if base is not None:
                 raise
@@ -56,6 +57,10 @@ class NamedRun:
                 f"the base model of {self.opened.name}, '{model.path}': {error} Say where it is now with"
                 " --base MODEL."
             ) from error
+
+    def base_directory(self, base: str | None = None, weights: bool = True) -> Path:
+        """The directory of `find_base`."""
+        return self.find_base(base, weights).directory
 
     def load_adapter(self) -> Adapter:
         """Reads it.
@@ -74,21 +79,27 @@ class AdaptedRun(NamedRun):
 
     adapter: Adapter
 
-    @property
-    def origin(self) -> Origin:
-        """What a model card says of it."""
+    def origin(self, found: FoundBase, base: str | None = None) -> Origin:
+        """What a model card says of it and of its base."""
         from linchain_cli import evaluations
         from linchain_cli.chain.files import adapter_hash
-        from linchain_cli.export.card import Origin
+        from linchain_cli.export.card import Origin, PublishedBase
 
-        found, _ = evaluations.find_evaluations(self.opened.place("eval"))
+        results, _ = evaluations.find_evaluations(self.opened.place("eval"))
+        if found.source is not None:
+            published = PublishedBase.at(Path(found.source))
+        else:
+            model = self.recipe.model
+            revision = found.commit or (None if base else model.revision)
+            published = PublishedBase.on_hub(base or model.path, revision)
         return Origin(
             name=self.recipe.name,
+            base=published,
             recipe=None if self.imported else self.recipe.to_yaml(),
             data=() if self.imported else tuple(source.path for source in self.recipe.data.sources),
             results=tuple(
                 line
-                for line in evaluations.table(found, adapter_hash(self.opened.adapter_dir))
+                for line in evaluations.table(results, adapter_hash(self.opened.adapter_dir))
                 if line.age != "earlier"
             ),
         )

@@ -1,10 +1,12 @@
 """The model card: a README.md beside every export that says what it is, where it comes from and how to load
-it."""
+it. Cards get published: they name no directory of the machine that they were written on."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import yaml
@@ -12,86 +14,175 @@ import yaml
 from linchain_cli import __version__
 from linchain_cli.chain import Adapter
 from linchain_cli.evaluations import Line, TaskScore
-from linchain_cli.model.files import HUB_ID
 
-_MERGED_USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+Kind = Literal["merged", "peft", "gguf"]
+PLACE = "path/of/this/directory"
 
-model = AutoModelForCausalLM.from_pretrained("{place}")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-```"""
+# A checkpoint of the hub in its cache: models--<organisation>--<name>/snapshots/<commit>
+_SNAPSHOT = re.compile(r".*/models--(?P<id>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})")
 
-_PEFT_USE = """```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{place}")
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-```"""
+@dataclass(frozen=True)
+class PublishedBase:
+    """The base model as it is named to others.
+
+    name: its hub id, or the last part of a local path
+    hub_id, revision: where anybody can load it; None for a local model
+    path: where this machine can load it: the hub id, or the absolute path, which no card shows
+    """
+
+    name: str
+    hub_id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+
+    @classmethod
+    def on_hub(cls, hub_id: str, revision: str | None = None) -> PublishedBase:
+        return cls(hub_id, hub_id, revision, hub_id)
+
+    @classmethod
+    def at(cls, path: Path) -> PublishedBase:
+        """The model at a local path, which is the hub's if it lies in the hub's cache."""
+        path = Path(path).absolute()
+        if snapshot := _SNAPSHOT.fullmatch(path.as_posix()):
+            return cls.on_hub(snapshot["id"].replace("--", "/", 1), snapshot["commit"])
+        return cls(path.name, path=str(path))
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.hub_id is None and self.name.lower().endswith(".gguf")
 
 
 @dataclass(frozen=True)
 class Origin:
     """Where an adapter comes from, as far as it is known.
 
+    base: None where it is not known how it is called
     recipe: the resolved recipe as YAML; None for an adapter that was imported
     data: the training sources by name
     results: the adapter's evaluations, a line per task and setting
     """
 
     name: str
+    base: PublishedBase | None = None
     recipe: str | None = None
     data: tuple[str, ...] = ()
     results: tuple[Line, ...] = ()
 
 
 def model_card(
-    kind: Literal["merged", "peft"], adapter: Adapter, origin: Origin, base: str, facts: Mapping[str, str]
+    kind: Kind, adapter: Adapter, origin: Origin, facts: Mapping[str, str], auto_class: str
 ) -> str:
-    """The card's Markdown. `base` is the base model as the run names it; `facts` are lines of the proof, by
-    caption."""
+    """The card's Markdown.
+
+    Args:
+        facts: lines of the proof, by caption.
+        auto_class: transformers' class that loads the base, such as AutoModelForCausalLM.
+    """
     config = adapter.config
+    base = origin.base or PublishedBase("a base model that is not named")
     chain = {0: "LoRA", 1: "MoSLoRA (a chain of one link)"}.get(
         config.depth, f"a linear chain of {config.depth} links"
     )
     what = {
-        "merged": f"`{base}` with a trained adapter folded in. It loads and runs like the base.",
-        "peft": f"An adapter for `{base}` as a plain LoRA of rank {config.rank} in PEFT's file format.",
+        "merged": f"`{base.name}` with a trained adapter folded in. It loads and runs like the base.",
+        "peft": f"An adapter for `{base.name}` as a plain LoRA of rank {config.rank} in PEFT's file format.",
+        "gguf": f"An adapter for `{base.name}` as a LoRA of rank {config.rank} for llama.cpp and Ollama.",
     }[kind]
     parts = [
-        _front_matter(kind, base),
+        _front_matter(kind, base, auto_class),
         f"# {origin.name}",
         f"{what} The adapter was trained as {chain}, rank {config.rank}, alpha {config.alpha:g}, on"
-        f" {len(adapter.tensors)}"
-        f" linear modules. Every ΔW has rank {config.rank} at most.",
+        f" {len(adapter.tensors)} linear modules. Every ΔW has rank {config.rank} at most.",
         "## Base",
-        f"`{base}`"
+        f"`{base.name}`"
+        + (f" at revision `{base.revision}`" if base.revision else "")
         + (f", weights SHA-256 `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
         + ". Its licence and its limits hold for this derivative too.",
         "## Data",
-        "\n".join(f"- `{source}`" for source in origin.data) or "Not known: the adapter was imported.",
+        "\n".join(f"- `{_without_folders(source)}`" for source in origin.data)
+        or "Not known: the adapter was imported.",
         "## Results",
         _results(origin.results),
         "## What was verified when it was written" if facts else "",
         "\n".join(f"- {caption}: {value}" for caption, value in facts.items()),
         "## How to load it",
-        (_MERGED_USE if kind == "merged" else _PEFT_USE).format(base=base, place="path/of/this/directory"),
-        "" if origin.recipe is None else f"## Recipe\n\n```yaml\n{origin.recipe.strip()}\n```",
+        _use(kind, base, auto_class),
+        "" if origin.recipe is None else f"## Recipe\n\n```yaml\n{_published_recipe(origin.recipe)}```",
         f"Written by linchain {__version__}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(kind: str, base: str) -> str:
+def _front_matter(kind: Kind, base: PublishedBase, auto_class: str) -> str:
     fields: dict[str, Any] = {
-        "library_name": "peft" if kind == "peft" else "transformers",
-        "pipeline_tag": "text-generation",
+        "library_name": {"peft": "peft", "gguf": "gguf"}.get(kind, "transformers"),
+        "pipeline_tag": "image-text-to-text" if _has_images(auto_class) else "text-generation",
         "tags": ["linchain"],
     }
-    if HUB_ID.fullmatch(base) and base.count("/") == 1 and not base.endswith(".gguf"):
-        fields["base_model"] = base
+    if base.hub_id:
+        fields["base_model"] = base.hub_id
+        fields["base_model_relation"] = "finetune" if kind == "merged" else "adapter"
     return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---"
+
+
+def _has_images(auto_class: str) -> bool:
+    return "ImageText" in auto_class
+
+
+def _use(kind: Kind, base: PublishedBase, auto_class: str) -> str:
+    """Commands that load it."""
+    if kind == "gguf":
+        return (
+            "With llama.cpp, and with Ollama by the `Modelfile` here (its `FROM` names the base):\n\n"
+            "```bash\nllama-cli -m BASE.gguf --lora adapter.gguf\n"
+            "ollama create my-model -f Modelfile && ollama run my-model\n```"
+        )
+    reader = "AutoProcessor" if _has_images(auto_class) else "AutoTokenizer"
+    imports = f"from transformers import {', '.join(sorted((auto_class, reader)))}"
+    name = {"AutoProcessor": "processor", "AutoTokenizer": "tokenizer"}[reader]
+    if kind == "merged":
+        lines = [
+            imports,
+            "",
+            f'model = {auto_class}.from_pretrained("{PLACE}")',
+            f'{name} = {reader}.from_pretrained("{PLACE}")',
+        ]
+    else:
+        place = f'"{base.hub_id or "path/of/the/base"}"'
+        if base.revision:
+            place += f', revision="{base.revision}"'
+        if base.is_gguf:
+            place = f'"path/of/its/directory", gguf_file="{base.name}"'
+        lines = [
+            "from peft import PeftModel",
+            imports,
+            "",
+            f"base = {auto_class}.from_pretrained({place})",
+            f'model = PeftModel.from_pretrained(base, "{PLACE}")',
+            f"{name} = {reader}.from_pretrained({place})",
+        ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _published_recipe(recipe: str) -> str:
+    """A recipe whose absolute paths are cut to their last part."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        return _without_folders(value) if isinstance(value, str) else value
+
+    return yaml.safe_dump(cut(yaml.safe_load(recipe)), sort_keys=False, allow_unicode=True, width=100)
+
+
+def _without_folders(path: str) -> str:
+    """The last part of an absolute path, which says whose machine it was; anything else as it is."""
+    if "\n" not in path and (path.startswith("~") or PurePath(path).is_absolute()):
+        return PurePath(path).name or path
+    return path
 
 
 def _results(lines: Sequence[Line]) -> str:

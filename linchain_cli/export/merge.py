@@ -1,28 +1,37 @@
-"""`linchain merge` from plan to receipt: write into a staging directory, prove it there, and only then give
-it its name."""
+"""`linchain merge` from plan to receipt: written into a staging directory, its tensors proven there, given
+its name, and then tried as a model."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from linchain_cli import __version__, storage
-from linchain_cli.chain import Adapter, adapter_files
-from linchain_cli.export.card import Origin, model_card
-from linchain_cli.export.output import check_disk, check_factors, check_output, copy_files, staged_output
-from linchain_cli.export.proof import TensorProof, prove_logits, prove_tensors
+from linchain_cli import storage
+from linchain_cli.chain import Adapter
+from linchain_cli.errors import LinchainError
+from linchain_cli.export.card import Origin, PublishedBase, model_card
+from linchain_cli.export.companions import write_companions
+from linchain_cli.export.model_proof import prove_model
+from linchain_cli.export.output import check_disk, check_factors, check_output, staged_output, stops_with
+from linchain_cli.export.proof import TensorProof, prove_tensors
+from linchain_cli.export.receipts import (
+    CARD_FILE,
+    MergeReceipt,
+    ReceiptAdapter,
+    ReceiptBase,
+    hash_files,
+)
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
-from linchain_cli.model.checkpoint import companion_files, open_checkpoint
+from linchain_cli.model.checkpoint import Checkpoint, companion_files, open_checkpoint
 from linchain_cli.model.hashing import refuse_other_base
-from linchain_cli.model.loading import empty_model
+from linchain_cli.model.loading import auto_class, empty_model
+from linchain_cli.records import record_bytes
 
-RECEIPT_FILE = "merge.json"
 Progress = Callable[[str, int, int], None]
 
 
@@ -32,7 +41,7 @@ class MergeOptions:
 
     dtype: recast every floating-point tensor, None keeps each one's stored type
     max_shard_bytes: largest weight file
-    overwrite: replace the output directory
+    overwrite: replace what an earlier merge wrote to the output directory
     allow_other_base: take a base that the adapter was not trained on
     name: what messages call the adapter
     prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
@@ -50,10 +59,10 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class MergeResult:
-    """Where the merged checkpoint is, and its receipt as merge.json holds it."""
+    """Where the merged checkpoint is, and its receipt."""
 
     directory: Path
-    receipt: dict[str, Any]
+    receipt: MergeReceipt
 
 
 def merge_checkpoint(
@@ -68,40 +77,40 @@ def merge_checkpoint(
 ) -> MergeResult:
     """Merges `adapter` into the checkpoint at `base_directory` and writes the result to `out`, proven.
 
-    `keep` are further paths that the output may not touch. `progress` is called with the phase's name, the
-    bytes done and the bytes there are.
+    `keep` are further paths that the output may not touch. `progress` is called with the phase's name, how
+    much of it is done and how much there is.
 
     Raises:
         InputError: the output cannot be written, the base is not the one that was trained on, or a module
-        cannot be merged. LinchainError: the disk is too small, or the proof failed. Either way nothing is
-        left of the output.
+        cannot be merged. LinchainError: the disk is too small, or a tensor is not what it should be. Either
+        way nothing is left of the output. LinchainError, too, where the model that came of proven tensors
+        does not work: it stays, and its receipt says so.
     """
-    target = check_output(out, overwrite=options.overwrite, sources=[base_directory, *keep])
-    found_hash = refuse_other_base(
-        base_directory, adapter.base.get("hash"), options.name, allow=options.allow_other_base
-    )
+    target = check_output(out, MergeReceipt, overwrite=options.overwrite, sources=[base_directory, *keep])
     base = open_checkpoint(base_directory)
-    plan = plan_merge(base, adapter, empty_model(base_directory))
+    model = empty_model(base_directory)
+    plan = plan_merge(base, adapter, model)
     check_factors(adapter)
     tensors = new_tensors(plan, options.dtype)
     companions = companion_files(base_directory)
     total = sum(tensor.nbytes for tensor in tensors)
     check_disk(target, total + sum(path.stat().st_size for path in companions))
-    with staged_output(target) as staging:
+    found_hash = refuse_other_base(
+        base_directory, adapter.base.get("hash"), options.name, allow=options.allow_other_base
+    )
+    origin = origin if origin.base else replace(origin, base=PublishedBase.at(base_directory))
+    write_card = _CardWriter(adapter, origin, auto_class(model.config).__name__)
+    with staged_output(target, MergeReceipt, overwrite=options.overwrite) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
-        copy_files(companions, base_directory, staging)
-        if options.dtype is not None:
-            _set_config_dtype(staging / "config.json", options.dtype)
+        changes = write_companions(companions, base_directory, staging, options.dtype)
         proof = prove_tensors(plan, staging, options.dtype, _counter("proving", total, progress))
-        logits = None
-        if options.prompts:
-            logits = prove_logits(base, adapter, staging, options.prompts, options.quantization)
-        receipt = _receipt(plan, adapter, found_hash, proof, logits, options)
-        storage.write_durable(staging / RECEIPT_FILE, storage.json_bytes(receipt))
-        card = model_card(
-            "merged", adapter, origin, str(adapter.base.get("path") or base_directory), _facts(receipt)
-        )
-        storage.write_durable(staging / "README.md", card.encode())
+        receipt = _receipt(plan, adapter, origin.base, found_hash, proof, changes, options)
+        receipt = replace(receipt, files=hash_files(staging, proof.hashes))
+        receipt = write_card(staging, receipt)
+        storage.write_durable(staging / receipt.FILE, record_bytes(receipt))
+    if options.prompts:
+        with stops_with(f"stopped; {target} is complete, its tensors are proven, its logits are not"):
+            receipt = _try_model(base, adapter, target, options, receipt, write_card, progress)
     return MergeResult(target, receipt)
 
 
@@ -116,77 +125,113 @@ def _counter(phase: str, total: int, progress: Progress) -> Callable[[int], None
     return add
 
 
-def _set_config_dtype(path: Path, dtype: torch.dtype) -> None:
-    """Makes config.json name the type that the weights now have, wherever it names one."""
-    config = json.loads(path.read_bytes())
-    name = str(dtype).removeprefix("torch.")
+def _try_model(
+    base: Checkpoint,
+    adapter: Adapter,
+    target: Path,
+    options: MergeOptions,
+    receipt: MergeReceipt,
+    write_card: _CardWriter,
+    progress: Progress,
+) -> MergeReceipt:
+    """Tries the finished checkpoint as a model, and adds what came of it to its receipt and its card."""
+    try:
+        found = prove_model(
+            base, adapter, target, options.prompts, options.quantization, partial(progress, "trying")
+        )
+    except LinchainError as error:
+        failed = replace(receipt, not_proven=[f"FAILED: {error}"])
+        _rewrite(target, write_card(target, failed))
+        raise LinchainError(
+            f"{target} was written and its tensors are W0 + ΔW, but as a model it fails: {error}"
+            f" Do not serve it. {target / receipt.FILE} says so, too."
+        ) from error
+    receipt = replace(
+        receipt,
+        logits=found.logits,
+        quantized=found.quantized,
+        generated=found.generated,
+        not_proven=list(found.not_proven),
+    )
+    receipt = write_card(target, receipt)
+    _rewrite(target, receipt)
+    return receipt
 
-    def rename(part: dict[str, Any]) -> None:
-        for key in ("dtype", "torch_dtype"):
-            if key in part:
-                part[key] = name
-        for value in part.values():
-            if isinstance(value, dict):
-                rename(value)
 
-    rename(config)
-    if "dtype" not in config and "torch_dtype" not in config:
-        config["dtype"] = name
-    path.write_bytes(storage.json_bytes(config))
+def _rewrite(target: Path, receipt: MergeReceipt) -> None:
+    storage.write_atomic(target / receipt.FILE, record_bytes(receipt))
+
+
+@dataclass(frozen=True)
+class _CardWriter:
+    """Writes the model card beside a receipt. One that cannot be written costs no checkpoint: the receipt
+    that is returned says so."""
+
+    adapter: Adapter
+    origin: Origin
+    auto_class: str
+
+    def __call__(self, directory: Path, receipt: MergeReceipt) -> MergeReceipt:
+        try:
+            card = model_card("merged", self.adapter, self.origin, _facts(receipt), self.auto_class)
+        except Exception as error:  # it shows what others wrote: recipes, evaluations
+            reason = f"no model card: {type(error).__name__}: {error}"
+            return replace(receipt, not_proven=[*receipt.not_proven, reason])
+        storage.write_atomic(directory / CARD_FILE, card)
+        return receipt
 
 
 def _receipt(
     plan: MergePlan,
     adapter: Adapter,
+    base: PublishedBase,
     found_hash: str,
     proof: TensorProof,
-    logits: dict[str, Any] | None,
+    changes: list[str],
     options: MergeOptions,
-) -> dict[str, Any]:
-    """merge.json: what was made from what, and what was verified. It depends on the inputs alone: no time, no
-    place."""
-    worst = max(proof.changed, key=proof.changed.__getitem__)
-    return {
-        "linchain": __version__,
-        "base": {
-            "path": adapter.base.get("path"),
-            "hash": found_hash,
-            "hash_expected": adapter.base.get("hash"),
-        },
-        "adapter": {
-            "rank": adapter.config.rank,
-            "depth": adapter.config.depth,
-            "alpha": adapter.config.alpha,
-            "modules": len(adapter.tensors),
-            "hashes": {name: storage.sha256_bytes(data) for name, data in adapter_files(adapter).items()},
-        },
-        "dtype": None if options.dtype is None else str(options.dtype).removeprefix("torch."),
-        "files": proof.hashes,
-        "tensors": {
+) -> MergeReceipt:
+    """The receipt of a checkpoint whose tensors are proven."""
+    reason = "the comparison was cut off before its end" if options.prompts else "left out (--no-proof)"
+    return MergeReceipt(
+        base=ReceiptBase(
+            name=base.name,
+            revision=base.revision,
+            hash=found_hash,
+            hash_expected=adapter.base.get("hash"),
+        ),
+        adapter=ReceiptAdapter.of(adapter),
+        dtype=None if options.dtype is None else str(options.dtype).removeprefix("torch."),
+        files=dict(proof.hashes),
+        tensors={
             "total": len(plan.base.tensors),
             "changed": len(proof.changed),
             "untouched": proof.untouched,
             "renamed": sum(target.parameter != key for key, target in plan.plain.items()),
             "converted": sum(len(group.conversion.keys) for group in plan.converted),
         },
-        "largest_ulp": proof.largest_ulp,
-        "largest_ulp_tensor": worst,
-        "changed": proof.changed,
-        "logits": logits,
-    }
+        largest_ulp=proof.largest_ulp,
+        largest_ulp_tensor=max(proof.changed, key=proof.changed.__getitem__),
+        changed=proof.changed,
+        changes=changes,
+        not_proven=[f"logits and generation: {reason}"],
+    )
 
 
-def _facts(receipt: dict[str, Any]) -> dict[str, str]:
+def _facts(receipt: MergeReceipt) -> dict[str, str]:
     """The receipt in lines for the model card."""
-    tensors = receipt["tensors"]
     facts = {
-        "tensors": f"{tensors['changed']} changed, at most {receipt['largest_ulp']:.3f} ulp from the float64"
-        f" sum; {tensors['untouched']} as in the base",
+        "tensors": f"{receipt.tensors['changed']} changed, at most {receipt.largest_ulp:.3f} ulp from the"
+        f" float64 sum; {receipt.tensors['untouched']} as in the base",
     }
-    if logits := receipt["logits"]:
+    if logits := receipt.logits:
         facts["logits of merged against adapted model"] = (
-            f"largest difference {logits['largest_difference']:.3g}, top-1 agreement"
-            f" {100 * logits['top1_agreement']:.1f} % over {logits['positions']} positions"
-            f" ({logits['dtype']})"
+            f"largest difference {logits.largest_difference:.3g}, top-1 agreement"
+            f" {100 * logits.top1_agreement:.1f} % over {logits.positions} positions ({logits.dtype})"
         )
+    if receipt.generated:
+        facts["transformers' `generate`"] = "runs with the settings of this directory"
+    if receipt.changes:
+        facts["changed beside the weights"] = "; ".join(receipt.changes)
+    if receipt.not_proven:
+        facts["not shown"] = "; ".join(receipt.not_proven)
     return facts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import re
 import shutil
 import signal
@@ -16,6 +17,7 @@ import torch
 from linchain_cli import storage
 from linchain_cli.chain import Adapter
 from linchain_cli.errors import InputError, LinchainError, Stopped
+from linchain_cli.export.receipts import Receipt, check_replaceable
 
 _UNITS = {
     "": 1,
@@ -46,14 +48,18 @@ def parse_size(text: str, option: str) -> int:
     return size
 
 
-def check_output(out: Path, *, overwrite: bool, sources: Iterable[Path]) -> Path:
-    """The resolved output directory, once it is clear that writing it loses nothing that anybody wants.
+def check_output(
+    out: Path, kind: type[Receipt] | None = None, *, overwrite: bool = False, sources: Iterable[Path]
+) -> Path:
+    """The resolved output directory, once it is clear that it can be written and that nothing is lost by it.
 
-    `sources` are what the export reads: none may lie in it, and it may lie in none that is a directory.
+    Args:
+        kind: the receipt by which the command knows what it wrote; None where nothing is ever replaced.
+        sources: what the export reads: none may lie in it, and it may lie in none that is a directory.
 
     Raises:
-        InputError: it exists and `overwrite` is not given, is no directory, or meets a source, the current
-        directory or home.
+        InputError: it exists and `overwrite` is not given, or another hand wrote what it holds; it is no
+        directory, cannot be written to, or meets a source, the current directory or home.
     """
     target = storage.expand(out).resolve()
     for source in (Path(source).resolve() for source in sources):
@@ -62,17 +68,33 @@ def check_output(out: Path, *, overwrite: bool, sources: Iterable[Path]) -> Path
                 f"{out} cannot be the output: it would write into or over {source}, which is read. Choose"
                 " another --out."
             )
-    for name, keep in (("the current directory", Path.cwd()), ("the home directory", Path.home())):
+    for name, place in (("the current directory", "."), ("the home directory", "~")):
+        try:
+            keep = storage.expand(place).absolute()
+        except (OSError, InputError):  # gone, or of a container's user who has none
+            continue
         if target == keep or target in keep.parents:
             raise InputError(f"{out} cannot be the output: it holds {name}. Choose another --out.")
-    if target.exists():
-        if not target.is_dir():
-            raise InputError(f"{out} exists and is a file. Choose another --out.")
-        if any(target.iterdir()) and not overwrite:
-            raise InputError(
-                f"{out} exists and is left as it is. Use --overwrite to replace it, or choose another --out."
-            )
+    _check_writable(out, target)
+    if target.is_dir() and any(target.iterdir()):
+        if kind is None or not overwrite:
+            use = " Use --overwrite to replace it, or choose" if kind else " Choose"
+            raise InputError(f"{out} exists and is left as it is.{use} another --out.")
+        check_replaceable(target, kind)
     return target
+
+
+def _check_writable(out: Path, target: Path) -> None:
+    """Raises InputError where the system will not let us write there; it is asked, nothing is written."""
+    place = next(folder for folder in (target, *target.parents) if folder.exists())
+    if not place.is_dir():
+        what = "exists and is a file" if place == target else f"cannot be made: {place} is a file"
+        raise InputError(f"{out} {what}. Choose another --out.")
+    # What exists is replaced by renaming, which its parent has to allow, or filled, if it is empty.
+    folders = [place] if place != target else [target, target.parent]
+    if any(os.access(folder, os.W_OK | os.X_OK) for folder in folders):
+        return
+    raise InputError(f"{out} cannot be written: {folders[0]} is not writable. Choose another --out.")
 
 
 def check_factors(adapter: Adapter) -> None:
@@ -100,19 +122,32 @@ def _gigabytes(count: int) -> str:
 
 
 @contextlib.contextmanager
-def staged_output(target: Path) -> Iterator[Path]:
+def staged_output(
+    target: Path, kind: type[Receipt] | None = None, *, overwrite: bool = False
+) -> Iterator[Path]:
     """`storage.staged_directory` over an output that `check_output` has passed, its failures told in a
     sentence.
 
     The directory appears under its name when the block has ended without an error, as a whole or not at all,
-    also when SIGTERM ends it. What an earlier process left because it was killed is removed first.
+    also when SIGTERM ends it. What another process wrote there in the meantime is left as it is. What an
+    earlier process left because it was killed is removed first.
     """
     storage.remove_staging(target.parent, target.name, spare_living=True)
     removed = "What had been written was removed again."
+    taken = f"{target} was written by another process in the meantime; it is left as it is. {removed}"
     try:
-        with _terminable(target), storage.staged_directory(target, overwrite=True) as staging:
+        with (
+            stops_with(f"stopped; {target} was not written"),
+            storage.staged_directory(target, overwrite=overwrite) as staging,
+        ):
             yield staging
+            if target.is_dir() and any(target.iterdir()):
+                if not overwrite or kind is None:
+                    raise InputError(taken)
+                check_replaceable(target, kind)
     except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise InputError(taken) from error
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise LinchainError(
                 f"the disk of {target} is full. {removed} Free some space or choose another --out."
@@ -121,20 +156,22 @@ def staged_output(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _terminable(target: Path) -> Iterator[None]:
-    """Makes SIGTERM an exception for the length of the block, so that what is half written goes."""
+def stops_with(message: str) -> Iterator[None]:
+    """Makes SIGINT and SIGTERM, for the length of the block, an exception that says what was kept and what
+    was not."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(signum: int, _frame: object) -> None:
-        raise Stopped(f"stopped; {target} was not written", signum)
+        raise Stopped(message, signum)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def copy_files(paths: Iterable[Path], source: Path, directory: Path) -> None:

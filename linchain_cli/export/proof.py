@@ -1,33 +1,30 @@
-"""The proof: what was written, read back from the disk and compared with what was trained.
+"""The proof of a merge's tensors: what was written, read back from the disk and compared with what was
+trained.
 
-Tensors: every untouched one must be the base's bit for bit (or its recast), every touched one at most one
-unit in the last place from W0 + ΔW in float64. The sum is computed anew, by `chain.delta_weight`, not by the
-code that wrote it. Logits: the adapted model and the written checkpoint, as transformers loads it, read the
-same prompts.
+Every untouched one must be the base's bit for bit (or its recast), every touched one at most one unit in the
+last place from W0 + ΔW in float64. The sum is computed anew, by `chain.delta_weight`, not by the code that
+wrote it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from linchain_cli.chain import Adapter, attach, delta_weight, disabled
+from linchain_cli.chain import delta_weight
 from linchain_cli.errors import LinchainError
 from linchain_cli.export.rounding import ulps
 from linchain_cli.export.sums import ConvertedTargets, MergePlan, Target
 from linchain_cli.model.checkpoint import BLOCK_BYTES, FLOAT_TYPES, Checkpoint, StoredTensor, open_checkpoint
-from linchain_cli.model.loading import default_device, load_model
 
 BLOCK_ELEMENTS = 1 << 20
 LARGEST_ULP = 1.0
-READ_POSITIONS = 16  # the last ones of each prompt, so that logits of a large vocabulary stay small
 
 
 @dataclass(frozen=True)
@@ -171,135 +168,3 @@ def _converted_distances(plan: MergePlan, group: ConvertedTargets, written: Chec
             exact = exact + (delta.T if transposed else delta)
         largest = max(largest, _checked(ulps(new[name], exact), conversion.keys[0]))
     return dict.fromkeys(conversion.keys, largest)
-
-
-@dataclass(frozen=True)
-class LogitProof:
-    """How far the logits of two models lie apart, over `positions` rows of logits read from `prompts`
-    prompts.
-
-    adapter_effect and adapter_effect_mean are the differences that switching the adapter off makes: what
-    there was to lose.
-    """
-
-    prompts: int
-    positions: int
-    dtype: str
-    largest_difference: float
-    mean_difference: float
-    top1_agreement: float
-    adapter_effect: float
-    adapter_effect_mean: float
-
-    @property
-    def adapter_lost(self) -> bool:
-        """Whether the merged model lost more than half of what the adapter does, as rounding of a small ΔW
-        can."""
-        return self.mean_difference > self.adapter_effect_mean / 2
-
-
-@torch.inference_mode()
-def read_logits(model, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-    """Logits (n, vocabulary) in float32 on the CPU at the last `READ_POSITIONS` positions of each prompt, one
-    by one."""
-    from linchain_cli.model.logits import logits_at
-
-    device = model.get_input_embeddings().weight.device
-    for prompt in prompts:
-        positions = torch.zeros(1, len(prompt), dtype=torch.bool)
-        positions[:, -READ_POSITIONS:] = True
-        with logits_at(model, positions):
-            output = model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False)
-        yield output.logits[0].float().cpu()
-
-
-def compare_logits(
-    adapted: Sequence[Tensor], merged: Sequence[Tensor], base: Sequence[Tensor], dtype: str
-) -> LogitProof:
-    """Compares logits prompt by prompt.
-
-    Raises:
-        LinchainError: the merged model gives no finite number where the adapted one does.
-    """
-    differences, effects, agreements = [], [], []
-    for ours, theirs, bare in zip(adapted, merged, base, strict=True):
-        differences.append((ours - theirs).abs())
-        effects.append((ours - bare).abs())
-        agreements.append(ours.argmax(-1) == theirs.argmax(-1))
-        if not torch.isfinite(differences[-1]).all():
-            raise LinchainError("the logits of the merged model are not finite where the adapted model's are")
-    difference, effect, agreement = torch.cat(differences), torch.cat(effects), torch.cat(agreements)
-    return LogitProof(
-        prompts=len(differences),
-        positions=len(agreement),
-        dtype=dtype,
-        largest_difference=float(difference.max()),
-        mean_difference=float(difference.mean()),
-        top1_agreement=float(agreement.double().mean()),
-        adapter_effect=float(effect.max()),
-        adapter_effect_mean=float(effect.mean()),
-    )
-
-
-def prove_logits(
-    base: Checkpoint,
-    adapter: Adapter,
-    merged: Path,
-    prompts: Sequence[Sequence[int]],
-    quantization: str = "none",
-) -> dict[str, Any] | None:
-    """Logits of adapted and merged model, one model in memory at a time; None where none fits.
-
-    `quantization` is how the run had rounded its base: the adapter on that base is compared as well.
-    """
-    device = default_device()
-    dtype = _proof_dtype(base, device)
-    if dtype is None:
-        return None
-    adapted, bare = _adapted_logits(base.directory, adapter, prompts, dtype, "none", device)
-    model = load_model(merged, dtype=dtype, device=device, attention="eager")
-    ours = list(read_logits(model, prompts))
-    del model
-    result = _as_json(compare_logits(adapted, ours, bare, dtype))
-    if quantization != "none":
-        rounded, bare = _adapted_logits(base.directory, adapter, prompts, dtype, quantization, device)
-        comparison = _as_json(compare_logits(rounded, ours, bare, dtype))
-        result["quantized"] = {"quantization": quantization, **comparison}
-    return result
-
-
-def _as_json(proof: LogitProof) -> dict[str, Any]:
-    return {**asdict(proof), "adapter_lost": proof.adapter_lost}
-
-
-def _adapted_logits(directory: Path, adapter: Adapter, prompts, dtype: str, quantization: str, device):
-    """Logits of the base with the adapter, and of the bare base."""
-    model = load_model(directory, dtype=dtype, device=device, quantization=quantization, attention="eager")
-    attach(model, adapter)
-    adapted = list(read_logits(model, prompts))
-    with disabled(model):
-        bare = list(read_logits(model, prompts))
-    return adapted, bare
-
-
-def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
-    """float32 if a model of it fits into the memory that is free, else bfloat16 if that does, else None."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = _available_memory()
-    parameters = sum(shape.numel() for shape in base.shapes.values())
-    for name, width in (("float32", 4), ("bfloat16", 2)):
-        if parameters * width <= 0.8 * free:
-            return name
-    return None
-
-
-def _available_memory() -> int:
-    """Bytes that a process may take without swapping, as Linux estimates them; elsewhere, the pages that are
-    free."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

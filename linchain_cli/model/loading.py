@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "auto_class",
     "base_hash",
     "default_device",
     "empty_model",
@@ -203,7 +204,8 @@ def _has_text_part(config: PretrainedConfig) -> bool:
     return config.get_text_config(decoder=True) is not config
 
 
-def _auto_class(config: PretrainedConfig):
+def auto_class(config: PretrainedConfig):
+    """transformers' class that loads a model of this configuration."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     causal, _, multimodal = _mapping_names()
@@ -218,7 +220,7 @@ def empty_model(directory: Path) -> PreTrainedModel:
     config = load_config(directory)
     try:
         with quiet(), torch.device("meta"):
-            model = _auto_class(config).from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except UNUSABLE as error:
         raise InputError(
             f"{directory}: no model can be built from config.json: {_first_line(error)}"
@@ -265,7 +267,7 @@ def load_model(
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
     }
     with _loading_problems(directory, files, attention), quiet():
-        model, loading = _auto_class(config).from_pretrained(
+        model, loading = auto_class(config).from_pretrained(
             directory, output_loading_info=True, trust_remote_code=False, **options
         )
     _refuse_incomplete(directory, loading)

@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 
+from linchain_cli import storage
 from linchain_cli.chain import load_adapter
 from linchain_cli.cli import main
 from linchain_cli.run import RunDirectory
@@ -124,7 +125,7 @@ def test_a_quantised_run_reports_the_gap_to_its_own_base(make_run, base_of, caps
     run = make_run(base_of("llama"), quantization="nf4", targets=["q_proj"])
     assert linchain("merge", run.path) == 0
     assert re.search(
-        r"merged against the adapter on the nf4 base: largest difference 0\.\d+", capsys.readouterr().out
+        r"merged against the adapter on the rounded base: largest difference 0\.\d+", capsys.readouterr().out
     )
 
 
@@ -137,7 +138,7 @@ def test_a_loss_by_rounding_is_told(make_run, base_of, capsys):
     for path, chain in adapter.tensors.items():
         adapter.tensors[path] = chain._replace(B=1e-6 * chain.B)
     save_adapter(adapter, run.adapter_dir)
-    assert linchain("merge", run.path, "--overwrite") == 0
+    assert linchain("merge", run.path) == 0
     assert (
         "WARNING: rounding to the stored type loses most of what the adapter does" in capsys.readouterr().out
     )
@@ -267,8 +268,10 @@ def test_a_diverged_adapter_is_told(make_run, base_of, capsys):
         assert "not finite: its training diverged" in capsys.readouterr().err
 
 
-def test_the_card_says_what_it_is(make_run, base_of):
-    run = make_run(base_of("llama"))
+def test_the_card_says_what_it_is(make_run, base_of, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = base_of("llama")
+    run = make_run(base, data=str(tmp_path / "home" / "me" / "rows.jsonl"))
     run.eval_dir.mkdir()
     task = {"accuracy": 0.5, "stderr": 0.05, "n": 100, "unparsable": 0}
     result = {
@@ -276,18 +279,59 @@ def test_the_card_says_what_it_is(make_run, base_of):
         "protocol": "likelihood",
         "template": "alpaca",
         "dtype": "float32",
-        "tasks": {"boolq": task},
+        "tasks": {"boolq": task, "piqa": {"accuracy": 0.25}},
     }
     (run.eval_dir / "likelihood.json").write_text(json.dumps(result))
     (run.eval_dir / "broken.json").write_text("{")
-    assert linchain("merge", run.path) == 0 and linchain("export", run.path) == 0
+    assert linchain("merge", run.path, "--no-proof") == 0 and linchain("export", run.path) == 0
     for kind in ("merged", "peft"):
         card = (run.path / kind / "README.md").read_text()
-        assert card.startswith("---\nlibrary_name: ")
+        assert card.startswith("---\n")
         front = yaml.safe_load(card.split("---")[1])
         assert front["library_name"] == ("peft" if kind == "peft" else "transformers")
-        assert str(base_of("llama")) in card and "- `everyday`" in card and "rank 4 at most" in card
+        assert "base_model" not in front, "a local directory is no model of the hub"
+        assert f"`{base.name}`" in card and "- `rows.jsonl`" in card and "rank 4 at most" in card
         assert "| boolq | 50.00 | 5.00 | 100 |  | likelihood · template alpaca · float32 |" in card
+        assert "| piqa | 25.00 | – | – |  |" in card, "a standard error and a count may be missing"
         recipe = yaml.safe_load(card.split("```yaml")[1].split("```")[0])
-        assert recipe == yaml.safe_load(run.recipe_path.read_text())
+        assert recipe["model"]["path"] == base.name and recipe["adapter"]["rank"] == 4
         assert "from_pretrained" in card
+        for place in (str(tmp_path), str(base.parent)):
+            for name in ("README.md", "merge.json", "export.json", "config.json"):
+                path = run.path / kind / name
+                assert not path.exists() or place not in path.read_text()
+
+
+def test_a_base_given_anew_is_the_one_that_is_named(make_run, base_of, tmp_path, capsys):
+    home, new = tmp_path / "old-home", tmp_path / "new-home"
+    shutil.copytree(base_of("llama"), home)
+    run = make_run(home)
+    home.rename(new)
+    assert linchain("export", run.path, "--base", new) == 0
+    assert f"names {new} as the base, for this machine" in capsys.readouterr().out
+    config = json.loads((run.path / "peft" / "adapter_config.json").read_bytes())
+    assert config["base_model_name_or_path"] == str(new)
+    assert linchain("merge", run.path, "--no-proof", "--base", new) == 0
+    for kind in ("peft", "merged"):
+        for path in (run.path / kind).glob("*.[jm][sd]*"):
+            assert "old-home" not in path.read_text().split("## Recipe")[0], path
+    for path in (run.merged_dir / "merge.json", run.path / "peft" / "export.json"):
+        receipt = json.loads(path.read_bytes())
+        assert receipt["base"]["name"] == "new-home"
+        for name, digest in receipt["adapter"]["hashes"].items():
+            assert digest == storage.sha256_file(run.adapter_dir / name), "the adapter as the run has it"
+
+
+def test_outputs_are_looked_at_before_the_base(make_run, base_of, capsys, tmp_path, monkeypatch):
+    from linchain_cli.model import files
+
+    run = make_run(base_of("llama"))
+    monkeypatch.setattr(files, "find_base", lambda *_, **__: pytest.fail("looked for the base first"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for command in ("merge", "export"):
+        assert linchain(command, run.path, "--out", tmp_path / "full") == 2
+        assert "exists and is left as it is" in capsys.readouterr().err
+        assert linchain(command, run.path, "--out", tmp_path / "file" / "below") == 2
+        assert "cannot be made" in capsys.readouterr().err

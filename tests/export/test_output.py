@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import signal
 import subprocess
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import pytest
+import torch
 
 from linchain_cli import storage
 from linchain_cli.errors import InputError, LinchainError, Stopped
-from linchain_cli.export import shards
+from linchain_cli.export import output, shards
 from linchain_cli.export.card import Origin
 from linchain_cli.export.merge import MergeOptions, merge_checkpoint
 from linchain_cli.export.output import check_disk, check_output, parse_size, staged_output
+from linchain_cli.export.receipts import MergeReceipt
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -59,7 +63,7 @@ def test_outputs_that_would_write_over_what_is_read(places):
         run.parent,
     ):
         with pytest.raises(InputError, match="it would write into or over"):
-            check_output(wrong, overwrite=True, sources=sources)
+            check_output(wrong, MergeReceipt, overwrite=True, sources=sources)
     assert check_output(run / "merged", overwrite=False, sources=sources) == run / "merged"
 
 
@@ -67,16 +71,41 @@ def test_a_link_to_the_base_is_the_base(places, tmp_path):
     base, _, _ = places
     (tmp_path / "link").symlink_to(base)
     with pytest.raises(InputError, match="it would write into or over"):
-        check_output(tmp_path / "link", overwrite=True, sources=[base])
+        check_output(tmp_path / "link", MergeReceipt, overwrite=True, sources=[base])
 
 
 def test_outputs_that_hold_where_somebody_is(places, monkeypatch, tmp_path):
     _, _, work = places
     with pytest.raises(InputError, match="it holds the current directory"):
-        check_output(work, overwrite=True, sources=[])
+        check_output(work, MergeReceipt, overwrite=True, sources=[])
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
     with pytest.raises(InputError, match="it holds the home directory"):
-        check_output(tmp_path / "home", overwrite=True, sources=[])
+        check_output(tmp_path / "home", MergeReceipt, overwrite=True, sources=[])
+
+
+@pytest.fixture
+def merged(tmp_path, base_of, adapter_of_base):
+    """What `linchain merge` wrote to tmp_path / "out", and a function that merges there again."""
+    base = base_of("llama")
+    adapter = adapter_of_base(base, targets=["q_proj"])
+
+    def again(**options):
+        return merge_checkpoint(base, adapter, tmp_path / "out", MergeOptions(**options), Origin("x"))
+
+    again()
+    return tmp_path / "out", again
+
+
+def test_a_user_without_a_home_may_write(tmp_path, monkeypatch):
+    def expanded(path):
+        if str(path).startswith("~"):
+            raise RuntimeError("Could not determine home directory.")
+        return path
+
+    monkeypatch.setattr(Path, "expanduser", expanded)
+    assert check_output(tmp_path / "out", MergeReceipt, sources=[]) == tmp_path / "out"
+    with pytest.raises(InputError, match="home directory is not known here"):
+        check_output(Path("~/out"), MergeReceipt, sources=[])
 
 
 def test_what_exists_is_left_unless_asked(tmp_path, places):
@@ -86,11 +115,87 @@ def test_what_exists_is_left_unless_asked(tmp_path, places):
     (full / "mine").write_text("x")
     bare.mkdir()
     with pytest.raises(InputError, match="exists and is a file"):
-        check_output(file, overwrite=True, sources=[])
+        check_output(file, MergeReceipt, overwrite=True, sources=[])
+    with pytest.raises(InputError, match="cannot be made: .*file is a file"):
+        check_output(file / "below" / "it", MergeReceipt, overwrite=True, sources=[])
     with pytest.raises(InputError, match="--overwrite to replace it"):
-        check_output(full, overwrite=False, sources=[])
-    assert check_output(full, overwrite=True, sources=[]) == full
-    assert check_output(bare, overwrite=False, sources=[]) == bare
+        check_output(full, MergeReceipt, overwrite=False, sources=[])
+    assert check_output(bare, MergeReceipt, overwrite=False, sources=[]) == bare
+
+
+def test_overwrite_replaces_what_the_command_wrote(merged):
+    out, again = merged
+    with pytest.raises(InputError, match="Use --overwrite"):
+        again()
+    before = (out / "merge.json").read_bytes()
+    again(overwrite=True, dtype=torch.bfloat16)
+    assert (out / "merge.json").read_bytes() != before
+    receipt = json.loads((out / "merge.json").read_bytes())
+    del receipt["format"], receipt["format_version"], receipt["files_listed"], receipt["quantized"]
+    receipt["base"]["path"] = receipt["base"].pop("name")
+    (out / "merge.json").write_text(json.dumps(receipt))  # as the first version wrote it
+    again(overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda out: (out / "notes.txt").write_text("mine"), "notes.txt is not of it"),
+        (lambda out: ((out / "eval").mkdir(), (out / "eval" / "a.json").write_text("{}")), "eval/a.json is"),
+        (lambda out: (out / ".git").symlink_to("/tmp"), ".git is not of it"),
+        (lambda out: (out / "merge.json").unlink(), "there is no merge.json of it"),
+        (lambda out: (out / "merge.json").write_text("{"), "merge.json is damaged"),
+        (lambda out: (out / "merge.json").rename(out / "export.json"), "there is no merge.json of it"),
+    ],
+)
+def test_overwrite_leaves_what_another_hand_wrote(merged, change, message):
+    out, again = merged
+    change(out)
+    before = sorted(path.name for path in out.rglob("*"))
+    with pytest.raises(InputError, match=f"replaces only what 'linchain merge' wrote.*{message}"):
+        again(overwrite=True)
+    assert sorted(path.name for path in out.rglob("*")) == before
+
+
+def test_overwrite_leaves_other_directories(tmp_path, make_run, base_of, capsys):
+    from linchain_cli.cli import main
+
+    run, other = make_run(base_of("llama"), targets=["q_proj"]), make_run(base_of("llama"), name="other")
+    people = tmp_path / "people"
+    people.mkdir()
+    (people / "thesis.tex").write_text("years of work")
+    for command in ("merge", "export"):
+        for place in (people, other.path):
+            with pytest.raises(SystemExit) as end:
+                main([command, str(run.path), "--out", str(place), "--overwrite"])
+            assert end.value.code == 2
+            assert f"replaces only what 'linchain {command}' wrote" in capsys.readouterr().err
+    assert (people / "thesis.tex").read_text() == "years of work"
+    assert (other.adapter_dir / "chain.safetensors").exists()
+
+
+def test_of_two_merges_into_one_output_the_second_to_end_says_so(tmp_path):
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="in the meantime|replaces only what"):
+            with staged_output(tmp_path / "out", MergeReceipt, overwrite=overwrite) as staging:
+                (staging / "mine").write_text("x")
+                (tmp_path / "out").mkdir(exist_ok=True)
+                (tmp_path / "out" / "theirs").write_text("x")
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_place_that_cannot_be_written_to_is_told_at_once(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(InputError, match="locked is not writable"):
+        check_output(tmp_path / "locked" / "out", MergeReceipt, sources=[])
+
+
+def test_a_read_only_place_is_told_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(InputError, match="out cannot be written: .* is not writable. Choose another --out"):
+        check_output(tmp_path / "out", MergeReceipt, sources=[])
 
 
 def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path, base_of, adapter_of_base, monkeypatch):
@@ -107,34 +212,31 @@ def test_a_disk_that_is_too_small_is_told_before_writing(tmp_path, base_of, adap
 
 @pytest.mark.parametrize("function", ["_write_at", "_copy", "_make"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_disk_that_fails_midway_leaves_what_was_there(
-    tmp_path, base_of, adapter_of_base, monkeypatch, function, code
-):
-    base = base_of("llama")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "old").write_text("kept")
+def test_a_disk_that_fails_midway_leaves_what_was_there(tmp_path, merged, monkeypatch, function, code):
+    out, again = merged
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
     calls = 0
     original = getattr(shards, function)
 
     def fail(*arguments):
         nonlocal calls
         calls += 1
-        if calls == 5:
+        if calls == (1 if function == "_make" else 5):
             raise OSError(code, "it broke")
         return original(*arguments)
 
     monkeypatch.setattr(shards, function, fail)
     with pytest.raises(LinchainError, match="disk .* is full|could not be written") as error:
-        merge_checkpoint(base, adapter_of_base(base), out, MergeOptions(overwrite=True), Origin("x"))
-    assert error.value.exit_code == 1 and calls >= 5
+        again(overwrite=True)
+    assert error.value.exit_code == 1 and calls
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["old"]
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 @pytest.mark.parametrize("function", ["_fsync", "_rename"])
 def test_every_durable_step_may_fail(tmp_path, monkeypatch, function):
     out = tmp_path / "out"
+    monkeypatch.setattr(output, "check_replaceable", lambda *_: None)
     original = getattr(storage, function)
     for failing in range(1, 20):
         shutil.rmtree(out, ignore_errors=True)
@@ -151,7 +253,7 @@ def test_every_durable_step_may_fail(tmp_path, monkeypatch, function):
 
         monkeypatch.setattr(storage, function, step)
         try:
-            with staged_output(out) as staging:
+            with staged_output(out, MergeReceipt, overwrite=True) as staging:
                 (staging / "new").write_text("new")
         except LinchainError:
             pass
@@ -163,15 +265,12 @@ def test_every_durable_step_may_fail(tmp_path, monkeypatch, function):
     pytest.fail("the steps have no end")
 
 
-def test_an_overwritten_output_holds_the_new_files_alone(tmp_path, base_of, adapter_of_base):
-    base = base_of("llama")
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "stale.safetensors").write_text("old")
-    with pytest.raises(InputError, match="--overwrite"):
-        merge_checkpoint(base, adapter_of_base(base), out, MergeOptions(), Origin("x"))
-    merge_checkpoint(base, adapter_of_base(base), out, MergeOptions(overwrite=True), Origin("x"))
-    assert not (out / "stale.safetensors").exists() and (out / "merge.json").exists()
+def test_an_overwritten_output_holds_the_new_files_alone(tmp_path, merged):
+    out, again = merged
+    again(overwrite=True, max_shard_bytes=50_000)
+    assert not (out / "model.safetensors").exists() and (out / "model.safetensors.index.json").exists()
+    again(overwrite=True)
+    assert (out / "model.safetensors").exists() and not (out / "model.safetensors.index.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

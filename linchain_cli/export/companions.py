@@ -1,0 +1,144 @@
+"""What lies beside a merged checkpoint's weights: the base's configurations and tokenizer, copied, and
+changed where they would mislead."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linchain_cli import storage
+from linchain_cli.errors import InputError
+from linchain_cli.export.output import copy_files
+from linchain_cli.model.portable import make_portable
+from linchain_cli.model.quiet import quiet
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+# Keys that say where a base was when it was saved.
+_PLACES = {CONFIG_FILE: "_name_or_path", "tokenizer_config.json": "name_or_path"}
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def write_companions(
+    files: Iterable[Path], source: Path, directory: Path, dtype: torch.dtype | None, *, untied: bool = False
+) -> list[str]:
+    """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
+
+    Args:
+        dtype: what the weights were recast to; None where they keep their types.
+        untied: the output head has a weight of its own now.
+
+    Raises:
+        InputError: a configuration is no JSON object.
+    """
+    copy_files(files, source, directory)
+    changes = []
+    if dtype is not None or untied:
+        _change(directory / CONFIG_FILE, lambda config: _with_weights(config, dtype, untied))
+    make_portable(directory)
+    for name, key in _PLACES.items():
+        _change(directory / name, lambda config, key=key: _without_place(config, key))
+    if note := _repair_generation(directory / GENERATION_FILE):
+        changes.append(note)
+    return changes
+
+
+def _change(path: Path, change) -> None:
+    """Writes what `change` makes of a JSON file, if that is another thing."""
+    if not path.is_file():
+        return
+    before = _read(path)
+    after = change(before)
+    if after != before:
+        path.write_bytes(storage.json_bytes(after))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"the base's {path.name} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"the base's {path.name} holds no JSON object")
+    return content
+
+
+def _with_weights(config: dict[str, Any], dtype: torch.dtype | None, untied: bool) -> dict[str, Any]:
+    """config.json with the type that the weights now have, and with tying off, wherever it names them."""
+    name = str(dtype).removeprefix("torch.")
+
+    def changed(part: dict[str, Any]) -> dict[str, Any]:
+        result = {key: changed(value) if isinstance(value, dict) else value for key, value in part.items()}
+        if dtype is not None:
+            result.update({key: name for key in ("dtype", "torch_dtype") if key in part})
+        if untied and "tie_word_embeddings" in part:
+            result["tie_word_embeddings"] = False
+        return result
+
+    result = changed(config)
+    if dtype is not None and "dtype" not in config and "torch_dtype" not in config:
+        result["dtype"] = name
+    if untied:
+        result["tie_word_embeddings"] = False
+    return result
+
+
+def _without_place(config: dict[str, Any], key: str) -> dict[str, Any]:
+    """Without the directory that the base was loaded from, which is nobody's business and nobody's use."""
+    place = config.get(key)
+    if isinstance(place, str) and Path(place).is_absolute():
+        return {other: value for other, value in config.items() if other != key}
+    return config
+
+
+def _repair_generation(path: Path) -> str | None:
+    """Takes out of generation_config.json what transformers' `generate` would refuse; what was done."""
+    if not path.is_file():
+        return None
+    content, vocabulary = _read(path), _vocabulary(path.parent)
+    why = _refusal(content, vocabulary)
+    if why is None:
+        return None
+    keys = [key for key in content if key not in (*_TOKENS, "transformers_version")]
+    keys.sort(key=lambda key: key not in why)  # what the message names comes first
+    for number in (1, 2):
+        for left_out in itertools.combinations(keys, number):
+            valid = {key: value for key, value in content.items() if key not in left_out}
+            if _refusal(valid, vocabulary) is None:
+                path.write_bytes(storage.json_bytes(valid))
+                named = " and ".join(f"{key} ({content[key]!r})" for key in left_out)
+                return f"the base's {path.name} is invalid ({why}); without {named} it is valid"
+    valid = {key: content[key] for key in _TOKENS if _is_token(content.get(key))}
+    path.write_bytes(storage.json_bytes(valid))
+    return f"the base's {path.name} is invalid ({why}); only its special tokens were kept"
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) or isinstance(value, list) and all(type(one) is int for one in value)
+
+
+def _refusal(content: dict[str, Any], vocabulary: int) -> str | None:
+    """Why `generate` refuses these settings, tried with a model of next to nothing; None if it does not."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1}
+    try:
+        with quiet(), torch.random.fork_rng(devices=[]):
+            settings = GenerationConfig.from_dict(dict(content))
+            settings.validate()
+            model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=vocabulary)).eval()
+            model.generate(torch.zeros(1, 2, dtype=torch.long), settings, max_new_tokens=2)
+    except Exception as error:  # settings of a wrong type make it raise anything
+        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return None
+
+
+def _vocabulary(directory: Path) -> int:
+    config = _read(directory / CONFIG_FILE)
+    sizes = [part.get("vocab_size") for part in (config, *config.values()) if isinstance(part, dict)]
+    return max([size for size in sizes if isinstance(size, int)], default=1 << 16)

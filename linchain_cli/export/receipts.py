@@ -1,0 +1,163 @@
+"""merge.json and export.json: what an output was made from, what it consists of, and what was shown of it.
+
+They depend on what went in alone: no time, no place. `--overwrite` knows by them what a command wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from linchain_cli import __version__, storage
+from linchain_cli.chain import Adapter, adapter_files
+from linchain_cli.errors import InputError
+from linchain_cli.export.comparison import LogitProof
+from linchain_cli.records import read_record
+
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptBase:
+    """The base model: its published name, and the hash of its weights beside that of those trained on."""
+
+    name: str | None = None
+    revision: str | None = None
+    hash: str | None = None
+    hash_expected: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReceiptAdapter:
+    """The adapter that went in; `hashes` are SHA-256 values of its files."""
+
+    rank: int
+    depth: int
+    alpha: float
+    modules: int
+    hashes: dict[str, str]
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> ReceiptAdapter:
+        config = adapter.config
+        hashes = {name: storage.sha256_bytes(data) for name, data in adapter_files(adapter).items()}
+        return cls(
+            rank=config.rank,
+            depth=config.depth,
+            alpha=config.alpha,
+            modules=len(adapter.tensors),
+            hashes=hashes,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReceipt:
+    """merge.json.
+
+    dtype: what every floating-point tensor was recast to, None where each kept its type
+    files: SHA-256 of every file but this one and the card
+    tensors: counts: total, changed, untouched, renamed, converted
+    changed: checkpoint key -> largest distance in ulp from W0 + ΔW in float64; largest_ulp is the largest
+    changes: what of the base's configuration had to be changed, in sentences
+    logits: merged against adapted model; quantized: against the adapter on the base as the run had rounded it
+    generated: tokens that transformers' `generate` made with the merged checkpoint and its settings
+    not_proven: what was not shown, and why
+    files_listed: whether `files` names all that was written, which the first version did not
+    """
+
+    FORMAT: ClassVar[str] = "linchain merge"
+    VERSION: ClassVar[int] = 2
+    FILE: ClassVar[str] = "merge.json"
+
+    base: ReceiptBase
+    adapter: ReceiptAdapter
+    dtype: str | None = None
+    files: dict[str, str]
+    tensors: dict[str, int]
+    largest_ulp: float
+    largest_ulp_tensor: str
+    changed: dict[str, float]
+    changes: list[str] = field(default_factory=list)
+    logits: LogitProof | None = None
+    quantized: LogitProof | None = None
+    generated: int | None = None
+    not_proven: list[str] = field(default_factory=list)
+    linchain: str = __version__
+    files_listed: bool = True
+
+    @staticmethod
+    def upgrade(content: dict[str, Any], version: int) -> dict[str, Any]:
+        """Version 1 named the base by its path, listed its weight files alone, and had the comparison with a
+        rounded base within that of the logits."""
+        base = {"name": content["base"]["path"], "revision": None, **content["base"]}
+        base.pop("path")
+        logits = dict(content["logits"]) if content["logits"] else None
+        quantized = logits.pop("quantized", None) if logits else None
+        if quantized:
+            quantized = {key: value for key, value in quantized.items() if key != "quantization"}
+        found = {"base": base, "logits": logits, "quantized": quantized, "files_listed": False}
+        return content | found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReceipt:
+    """export.json: `largest_error` is the largest relative error (Frobenius) of any module's ΔW, read back.
+
+    kind: the format; files: SHA-256 of every file but this one and the card; not_proven: what was not shown
+    """
+
+    FORMAT: ClassVar[str] = "linchain export"
+    VERSION: ClassVar[int] = 2
+    FILE: ClassVar[str] = "export.json"
+
+    kind: str
+    base: ReceiptBase = ReceiptBase()
+    adapter: ReceiptAdapter | None = None
+    files: dict[str, str]
+    modules: int
+    largest_error: float
+    largest_error_module: str
+    not_proven: list[str] = field(default_factory=list)
+    linchain: str = __version__
+    files_listed: bool = True
+
+    @staticmethod
+    def upgrade(content: dict[str, Any], version: int) -> dict[str, Any]:
+        """Version 1 was the proof of a PEFT export alone."""
+        return content | {"kind": "peft", "files": content["hashes"], "files_listed": False}
+
+
+Receipt = MergeReceipt | ExportReceipt
+
+
+def hash_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Relative path -> SHA-256 of every file below `directory`, those that are `known` not read again."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    names = {str(path.relative_to(directory)): path for path in paths}
+    return {name: (known or {}).get(name) or storage.sha256_file(path) for name, path in names.items()}
+
+
+def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
+    """Raises InputError unless the command of `kind` wrote all that `directory` holds; the message names
+    what it did not."""
+    refused = f"{directory} is left as it is: --overwrite replaces only what '{kind.FORMAT}' wrote"
+    elsewhere = "Choose another --out, or move it away yourself."
+    try:
+        receipt = read_record(directory / kind.FILE, kind)
+    except InputError as error:
+        missing = f"there is no {kind.FILE} of it" if not (directory / kind.FILE).exists() else str(error)
+        raise InputError(f"{refused}, and {missing}. {elsewhere}") from error
+    if not receipt.files_listed:  # the first version did not list all that it wrote
+        return
+    known = {*receipt.files, kind.FILE, CARD_FILE}
+    found = [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
+    others = sorted(name for path in found if (name := str(path.relative_to(directory))) not in known)
+    if others:
+        verb = "is" if len(others) == 1 else "are"
+        raise InputError(f"{refused}, and {_listed(others)} {verb} not of it. {elsewhere}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
