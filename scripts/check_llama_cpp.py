@@ -68,8 +68,9 @@ def llama_cpp_answers(
     server = xllamacpp.Server(params)
     found = []
     for prompt in prompts:
-        asked = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "return_tokens": True}
-        found.append(server.handle_completions({**asked, "cache_prompt": False})["tokens"])
+        asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0.0, "logprobs": 1}
+        (choice,) = server.handle_completions({**asked, "cache_prompt": False})["choices"]
+        found.append([token["id"] for token in choice["logprobs"]["content"]])
     return found
 
 
