@@ -110,6 +110,8 @@ def portable_tokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in config.items() if key not in _TOKENIZER_STATE}
     if result.get("tokenizer_class") == "TokenizersBackend":
         result["tokenizer_class"] = "PreTrainedTokenizerFast"
+        # transformers 4's class would give token types as well, which `generate` of a decoder refuses.
+        result.setdefault("model_input_names", ["input_ids", "attention_mask"])
     if isinstance(result.get("extra_special_tokens"), list):
         result["additional_special_tokens"] = result.pop("extra_special_tokens")
     return result

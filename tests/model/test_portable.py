@@ -86,7 +86,9 @@ def test_the_tokenizer_is_the_same_under_the_older_name(tmp_path, tiny_llama_dir
     before = json.loads(path.read_bytes())
     assert before["tokenizer_class"] == "TokenizersBackend"
     make_portable(tmp_path / "model")
-    assert json.loads(path.read_bytes())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    after = json.loads(path.read_bytes())
+    assert after["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert after["model_input_names"] == AutoTokenizer.from_pretrained(tiny_llama_dir).model_input_names
     ours = AutoTokenizer.from_pretrained(tmp_path / "model")
     theirs = AutoTokenizer.from_pretrained(tiny_llama_dir)
     text = "the ladder was painted <|im_end|> in the harbour 42"
