@@ -12,7 +12,7 @@ import torch
 
 from linchain_cli import storage
 from linchain_cli.chain import Adapter
-from linchain_cli.errors import LinchainError
+from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.export.card import Origin, PublishedBase, model_card
 from linchain_cli.export.companions import write_companions
 from linchain_cli.export.model_proof import prove_model
@@ -139,6 +139,8 @@ def _try_model(
         found = prove_model(
             base, adapter, target, options.prompts, options.quantization, partial(progress, "trying")
         )
+    except Stopped:
+        raise
     except LinchainError as error:
         failed = replace(receipt, not_proven=[f"FAILED: {error}"])
         _rewrite(target, write_card(target, failed))

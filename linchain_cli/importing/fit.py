@@ -32,15 +32,15 @@ def fit_to_model(foreign: ForeignAdapter, model: PreTrainedModel) -> dict[str, s
     modules = dict(model.named_modules())
     names = {}
     for path, module in foreign.modules.items():
-        names[path] = path if path in modules else _translated(path, module, model)
-        shape, wanted = linear_shape(modules.get(names[path])), (module.A.shape[1], module.B.shape[0])
-        if shape is None and (experts := _experts_of(path, modules)):
+        if path not in modules and (experts := _experts_of(path, modules)):
             raise InputError(
                 f"{foreign.directory} adapts single experts ('{path}'). In {type(model).__name__} of"
-                f" transformers 5 all of '{experts}' are one parameter, which is no linear module: an adapter"
-                " of it cannot be imported. Merge it with the version of PEFT and transformers that it was"
-                " trained with."
+                f" transformers 5 all of them are one parameter ('{experts}'), which is no linear module: an"
+                " adapter of it cannot be imported. Merge it with the versions of PEFT and transformers that"
+                " it was trained with."
             )
+        names[path] = path if path in modules else _translated(path, module, model)
+        shape, wanted = linear_shape(modules.get(names[path])), (module.A.shape[1], module.B.shape[0])
         if shape != wanted:
             found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
             raise InputError(
@@ -52,9 +52,10 @@ def fit_to_model(foreign: ForeignAdapter, model: PreTrainedModel) -> dict[str, s
 
 
 def _experts_of(path: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """The module that holds all experts, where `path` is a part of one of them and the model has no such."""
-    match = re.fullmatch(r"(.+\.experts)\.\d+\..+", path)
-    return match[1] if match and match[1] in modules else None
+    """The first module that holds a layer's experts together, where `path` is a part of a single one."""
+    if not re.search(r"\.experts\.\d+\.", path):
+        return None
+    return next((name for name in modules if name.endswith(".experts")), None)
 
 
 def check_base_weights(foreign: ForeignAdapter, model: PreTrainedModel, checkpoint: Checkpoint) -> None:

@@ -22,7 +22,9 @@ from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "auto_class",
@@ -265,6 +267,7 @@ def load_model(
             quantization, resolved, resolved if spread else torch.uint8
         ),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
+        "generation_config": _generation_config(directory, config),
     }
     with _loading_problems(directory, files, attention), quiet():
         model, loading = auto_class(config).from_pretrained(
@@ -277,6 +280,23 @@ def load_model(
     if implementation == GROUPED:
         use_grouped_attention(model)
     return model
+
+
+def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationConfig | None:
+    """None, which leaves it to transformers; the special tokens alone where generation_config.json holds what
+    transformers refuses, because a model that is trained or compared need not generate."""
+    from transformers import GenerationConfig
+
+    if not (directory / "generation_config.json").is_file():
+        return None
+    try:
+        GenerationConfig.from_pretrained(directory)
+    except Exception as error:  # settings of a wrong type make it raise anything
+        logger.warning(
+            "%s/generation_config.json is invalid and left aside: %s", directory, _first_line(error)
+        )
+        return GenerationConfig.from_model_config(config)
+    return None
 
 
 def _keep_differentiable(model: PreTrainedModel) -> None:

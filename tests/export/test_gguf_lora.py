@@ -43,7 +43,8 @@ def test_transformers_reads_the_delta_where_the_chain_has_it(
     scaling = reader.fields["adapter.lora.alpha"].contents() / adapter.config.rank
     stored = {tensor.name: torch.from_numpy(tensor.data.copy()).double() for tensor in reader.tensors}
     processor = reading.TENSOR_PROCESSORS.get(name, reading.TensorProcessor)(config=model.config.to_dict())
-    theirs = reading.get_gguf_hf_weights_map(model, processor)
+    known = "llama" if name == "llama" else model.config.model_type
+    theirs = reading.get_gguf_hf_weights_map(model, processor, model_type=known)
     read = {}
     for key in {key.rpartition(".lora_")[0] for key in stored}:
         delta = scaling * stored[f"{key}.lora_b"] @ stored[f"{key}.lora_a"]

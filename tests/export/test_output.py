@@ -221,7 +221,7 @@ def test_a_disk_that_fails_midway_leaves_what_was_there(tmp_path, merged, monkey
     def fail(*arguments):
         nonlocal calls
         calls += 1
-        if calls == (1 if function == "_make" else 5):
+        if calls == (5 if function == "_copy" else 2):
             raise OSError(code, "it broke")
         return original(*arguments)
 

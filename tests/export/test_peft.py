@@ -224,7 +224,7 @@ def chains_on(kind: str, targets):
         ("qwen3_next", "all-linear", "model.layers.0.mlp.shared_expert.gate_proj"),
         ("deepseek_v3", ["o_proj"], None),
         ("glm4_moe", ["q_proj", "v_proj"], None),
-        ("qwen3_next", ["q_proj", "v_proj"], None),
+        ("qwen3_next", ["out_proj"], None),
         ("qwen2_moe", "all-linear", None),
         ("qwen3_moe", "all-linear", None),
     ],

@@ -125,7 +125,8 @@ def test_an_adapter_of_single_experts_is_told_so(tmp_path, base_of):
         foreign = read_foreign(write(tmp_path / name, lora(f"base_model.model.{name}", 64, 128)))
         with pytest.raises(InputError) as error:
             fit_to_model(foreign, empty_model(base_of("mixtral")))
-        assert "adapts single experts" in str(error.value) and "--base" not in str(error.value)
+        assert f"adapts single experts ('{name}')" in str(error.value)
+        assert "'model.layers.0.mlp.experts'" in str(error.value) and "--base" not in str(error.value)
 
 
 def with_peft(base: Path, directory: Path, **options) -> torch.Tensor:

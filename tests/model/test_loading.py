@@ -309,3 +309,12 @@ def test_only_the_text_decoder_of_a_multimodal_model_may_carry_adapters(tmp_path
 def test_the_whole_of_a_text_model_may_carry_adapters(tiny_gpt2_dir):
     model = empty_model(tiny_gpt2_dir)
     assert text_decoder_prefix(model) == "" and text_decoder(model) is model
+
+
+def test_settings_for_generation_that_are_invalid_do_not_keep_a_model_from_loading(checkpoint, caplog):
+    settings = {"num_return_sequences": 3, "do_sample": False}
+    (checkpoint / "generation_config.json").write_text(json.dumps(settings))
+    with caplog.at_level("WARNING"):
+        model = load_model(checkpoint, dtype="float32")
+    assert "generation_config.json is invalid and left aside: Greedy methods" in caplog.text
+    assert model.generation_config.eos_token_id == model.config.eos_token_id
