@@ -114,7 +114,7 @@ def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignA
     from linchain_cli.chain import save_adapter
     from linchain_cli.export.output import staged_output
     from linchain_cli.records import write_record
-    from linchain_cli.run import RunDirectory, RunStatus, now
+    from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
 
     recipe = _recipe(target, adapter, foreign)
     status = RunStatus(
@@ -122,6 +122,7 @@ def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignA
         status="finished",
         created_at=now(),
         finished_at=now(),
+        base=RunBase(**_place(recipe.model.path), revision=recipe.model.revision),
         imported={
             "from": str(foreign.directory),
             "padded": list(imported.padded),
@@ -134,6 +135,14 @@ def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignA
         save_adapter(adapter, run.adapter_dir)
         storage.write_atomic(run.recipe_path, recipe.to_yaml())
         write_record(run.status_path, status)
+
+
+def _place(path: str) -> dict[str, str | None]:
+    """What run.json keeps of a base, so that it is found from other directories, too."""
+    from linchain_cli.storage import expand
+
+    local = expand(path)
+    return {"path": path, "source": str(local.resolve()) if local.exists() else None}
 
 
 def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:

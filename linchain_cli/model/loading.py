@@ -1,6 +1,6 @@
 """Base models and tokenizers: loaded frozen, in the asked dtype, quantised if asked, or refused.
 
-`locate` (model_files.py) turns a hub id, a directory or a .gguf file into a checkpoint directory; the
+`files.locate` turns a hub id, a directory or a .gguf file into a checkpoint directory; the
 functions here read such a directory with transformers. No code that comes with a model is ever run.
 """
 
@@ -93,8 +93,7 @@ def resolve_attention(name: str, device: torch.device) -> str | None:
     """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
 
     `auto` on a CPU is linchain's own (`attention`), which `load_model` gives every model that it suits; the
-    others stay
-    with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
+    others stay with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
     """
     if name not in ATTENTIONS:
         raise InputError(

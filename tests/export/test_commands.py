@@ -180,6 +180,16 @@ def test_an_imported_adapter_is_a_run(make_run, base_of, capsys, tmp_path):
     assert "exists and is left as it is" in capsys.readouterr().err
 
 
+def test_an_imported_run_finds_its_base_from_elsewhere(make_run, base_of, capsys, tmp_path, monkeypatch):
+    shutil.copytree(base_of("llama"), tmp_path / "here" / "base")
+    run = make_run(base_of("llama"), targets=["q_proj"])
+    linchain("export", run.path)
+    monkeypatch.chdir(tmp_path / "here")
+    assert linchain("import", run.path / "peft", "--out", "run", "--base", "base") == 0
+    monkeypatch.chdir("/")
+    assert linchain("merge", tmp_path / "here" / "run", "--no-proof") == 0
+
+
 def test_import_without_the_base_at_hand(make_run, base_of, capsys, tmp_path):
     run = make_run(base_of("llama"))
     linchain("export", run.path)
