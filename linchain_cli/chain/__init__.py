@@ -15,7 +15,7 @@ from linchain_cli.chain.files import (
     save_adapter,
     with_depth,
 )
-from linchain_cli.chain.fold import find_siblings, fold_all, folded
+from linchain_cli.chain.fold import find_siblings, folded
 from linchain_cli.chain.inject import (
     ChainConfig,
     detach,
@@ -53,7 +53,6 @@ __all__ = [
     "disabled",
     "drops",
     "find_siblings",
-    "fold_all",
     "fold_into_a",
     "folded",
     "inject",

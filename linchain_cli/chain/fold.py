@@ -4,8 +4,8 @@ Inside `with folded(model):` every chain layer runs exactly LoRA's two products.
 layers are computed once, in one batch per shape, and A' = (α/r)·Wn…W1·A is installed in each layer as an
 autograd leaf. All micro-batches of one optimizer step run forward and backward inside the block; at its end
 one batched backward carries the gradients of the A' into A and links. (B needs no folding: its gradient
-arrives directly.) Layers that read the same input, if `find_siblings` has found them, have their A' in one
-leaf and are computed together.
+arrives directly.) Layers that read the same input are one group, if `find_siblings` has found them, have
+their A' in one leaf and are computed together; any other layer is a group of its own.
 """
 
 from __future__ import annotations
@@ -17,29 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain.fused import Siblings
-from linchain_cli.chain.layer import ChainLinear, collapse, fold_into_a
-
-
-def fold_all(layers: Sequence[ChainLinear]) -> list[Tensor]:
-    """A' (r, d_in) of each layer, differentiable with respect to its A and links.
-
-    Layers whose links have the same shape and device share their products: n − 1 for a whole model of one
-    rank.
-    """
-    folded: list[Tensor | None] = [None] * len(layers)
-    groups: dict[tuple, list[int]] = defaultdict(list)
-    for index, layer in enumerate(layers):
-        groups[(layer.links.shape, layer.links.device)].append(index)
-    for (shape, _), members in groups.items():
-        if shape[0] == 0:
-            for index in members:
-                folded[index] = fold_into_a(layers[index].A, layers[index].links, layers[index].scaling)
-            continue
-        products = collapse(torch.stack([layers[index].links for index in members]))
-        for index, product in zip(members, products.unbind(), strict=True):
-            folded[index] = (layers[index].scaling * product) @ layers[index].A
-    return folded
+from linchain_cli.chain.fused import Group
+from linchain_cli.chain.layer import ChainLinear, chain_layers, collapse, fold_into_a
 
 
 @contextlib.contextmanager
@@ -50,28 +29,19 @@ def folded(model: nn.Module) -> Iterator[None]:
     passes left in the folded factors. Changing A or links inside the block has no effect until it ends. If
     the block raises, no gradient is carried.
     """
-    layers = [module for module in model.modules() if isinstance(module, ChainLinear)]
-    if any(layer.folded_a is not None for layer in layers):
+    groups = list(dict.fromkeys(layer.group for layer in chain_layers(model).values()))
+    if any(group.folded_a is not None for group in groups):
         raise RuntimeError("folded() does not nest: this model is folded already")
-    groups = _groups(layers)
-    folded_as = dict(zip(layers, fold_all(layers), strict=True))
-    products = [_stack([folded_as[layer] for layer in group]) for group in groups]
+    single = iter(_fold([layer for group in groups for layer in group.layers]))
+    products = [_stack([next(single) for _ in group.layers]) for group in groups]
     leaves = [product.detach().requires_grad_(product.requires_grad) for product in products]
     for group, leaf in zip(groups, leaves, strict=True):
-        if len(group) == 1:
-            group[0].folded_a = leaf
-            continue
-        group[0].siblings.folded_a = leaf
-        for layer, part in zip(group, leaf.split([layer.rank for layer in group]), strict=True):
-            layer.folded_a = part
+        group.install(leaf)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.folded_a = None
-            if layer.siblings is not None:
-                layer.siblings.folded_a = None
-                layer.siblings.forget()
+        for group in groups:
+            group.install(None)
     reached = [
         (product, leaf.grad) for product, leaf in zip(products, leaves, strict=True) if leaf.grad is not None
     ]
@@ -79,20 +49,25 @@ def folded(model: nn.Module) -> Iterator[None]:
         torch.autograd.backward([product for product, _ in reached], [grad for _, grad in reached])
 
 
+def _fold(layers: Sequence[ChainLinear]) -> list[Tensor]:
+    """A' (r, d_in) of each layer, differentiable with respect to its A and links.
+
+    Layers whose links have the same shape and device share their products: n − 1 for a whole model of one
+    rank.
+    """
+    links = {layer: layer.links for layer in layers}
+    alike: dict[tuple, list[ChainLinear]] = defaultdict(list)
+    for layer in layers:
+        if layer.depth > 1:
+            alike[layer.links.shape, layer.links.device].append(layer)
+    for members in alike.values():
+        products = collapse(torch.stack([layer.links for layer in members]))
+        links |= zip(members, products.unsqueeze(1).unbind(), strict=True)
+    return [fold_into_a(layer.A, links[layer], layer.scaling) for layer in layers]
+
+
 def _stack(products: Sequence[Tensor]) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(list(products))
-
-
-def _groups(layers: Sequence[ChainLinear]) -> list[list[ChainLinear]]:
-    """The layers with their siblings, each in one group; a layer without (all of) them is alone."""
-    present, groups = set(layers), []
-    for layer in layers:
-        members = layer.siblings.layers if layer.siblings is not None else (layer,)
-        if not present.issuperset(members):
-            members = (layer,)
-        if members[0] is layer:
-            groups.append(list(members))
-    return groups
 
 
 def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[str]]:
@@ -100,15 +75,14 @@ def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[
 
     Args:
         forward: runs the model on any input; which layers of one parent module are called with the same
-        tensor is what
-            counts.
+            tensor is what counts.
 
     Returns:
         The module paths of each group of two and more.
     """
     calls: dict[tuple[str, int], list[str]] = defaultdict(list)
     inputs = []  # kept, so that no two have the same identity
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, ChainLinear)}
+    layers = chain_layers(model)
 
     def note(path: str) -> Callable:
         def hook(_module: nn.Module, arguments: tuple) -> None:
@@ -130,9 +104,9 @@ def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[
     # A layer that is called with several inputs has no siblings for good.
     groups = [group for group in groups if len(group) > 1 and all(counts[path] == 1 for path in group)]
     for layer in layers.values():
-        layer.siblings = None
+        layer.group = Group([layer])
     for group in groups:
-        siblings = Siblings([layers[path] for path in group])
-        for layer in siblings.layers:
-            layer.siblings = siblings
+        together = Group([layers[path] for path in group])
+        for layer in together.layers:
+            layer.group = together
     return groups

@@ -136,35 +136,43 @@ def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Te
     )
 
 
-class Siblings:
-    """Chain layers that read the same input: whichever is called first computes the outputs of all.
+class Group:
+    """Chain layers that read the same input, or one alone: whichever is called first computes for all.
 
-    It does so while `folded_a` (Σr, d_in) is set, as `folded` does for the length of an optimizer step. Each
-    of the others then takes its output, provided that its input is that very tensor.
+    It does so while they are folded, for the length of an optimizer step. Each of the others then takes its
+    output, provided that its input is that very tensor, unchanged.
     """
 
     def __init__(self, layers: Sequence[Any]):
         self.layers = tuple(layers)
-        self.folded_a: Tensor | None = None
-        self.forget()
+        self.install(None)
 
-    def forget(self) -> None:
-        """Drops outputs that nobody took."""
+    def install(self, folded_a: Tensor | None) -> None:
+        """Folds the layers, with their A' one below the other as `folded_a` (Σr, d_in), or with None unfolds
+        them. Outputs that nobody took are dropped."""
+        self.folded_a = folded_a
+        self._parts = () if folded_a is None else folded_a.split([layer.rank for layer in self.layers])
+        self._forget()
+
+    def part(self, layer: Any) -> Tensor | None:
+        """A' (r, d_in) of one of the layers while they are folded, else None."""
+        return self._parts[self.layers.index(layer)] if self._parts else None
+
+    def _forget(self) -> None:
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = []
         self._state: tuple[bool, int | None] | None = None  # gradients on or off, the input's version
 
-    def output(self, layer: Any, x: Tensor) -> Tensor | None:
-        """A layer's output for x (..., d_in), or None where the layers cannot be computed together."""
-        place = self.layers.index(layer)
+    def output(self, layer: Any, x: Tensor) -> Tensor:
+        """A layer's output for x (..., d_in), of the layers together where all of them can be."""
         state = torch.is_grad_enabled(), None if x.is_inference() else x._version
-        known = self._input is x and self._state == state
-        if not known or self._outputs[place] is None:
-            if not all(member.is_fused(x) for member in self.layers):
-                return None
+        place = self.layers.index(layer)
+        if self._input is not x or self._state != state or self._outputs[place] is None:
+            if self.folded_a is None or not all(member.is_fused(x) for member in self.layers):
+                return fused_chains(x, layer.folded_a, [layer])[0]
             self._input, self._state = x, state
             self._outputs = list(fused_chains(x, self.folded_a, self.layers))
         output, self._outputs[place] = self._outputs[place], None
         if all(other is None for other in self._outputs):
-            self.forget()
+            self._forget()
         return output

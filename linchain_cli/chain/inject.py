@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linchain_cli.chain.init import SCHEMES, initialise
-from linchain_cli.chain.layer import ChainLinear, chain_layers
+from linchain_cli.chain.layer import ChainLinear, chain_layers, is_quantised
 from linchain_cli.chain.targets import ALL_LINEAR, match_modules, owners_of_weight, refuse_shared
 from linchain_cli.errors import InputError, did_you_mean
 
@@ -132,7 +132,7 @@ def merge(model: nn.Module) -> None:
     layers = chain_layers(model)
     owners = owners_of_weight(model)
     for path, layer in layers.items():
-        if type(layer.base) not in (nn.Linear, Conv1D):
+        if is_quantised(layer.base):
             raise InputError(
                 f"{path} is a quantised {type(layer.base).__name__}: merge into the full-precision weights"
             )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linchain_cli.chain.fused import AddBase, Siblings, fused_chains
+from linchain_cli.chain.fused import AddBase, Group
 
 
 def collapse(links: Tensor) -> Tensor:
@@ -66,9 +66,14 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """
     if type(module) is Conv1D:
         return module.nx, module.nf
-    if isinstance(module, nn.Linear) and (type(module).__name__ in _QUANTISED or _is_plain(type(module))):
+    if isinstance(module, nn.Linear) and (is_quantised(module) or _is_plain(type(module))):
         return module.in_features, module.out_features
     return None
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether bitsandbytes holds the layer's weight in 4 or 8 bit."""
+    return type(module).__name__ in _QUANTISED
 
 
 @functools.cache
@@ -114,10 +119,8 @@ class ChainLinear(nn.Module):
         self.scaling = alpha / rank
         self.dropout = dropout
         self.enabled = True
-        # A' as `folded` installs it for one optimizer step; while it is None every forward folds by itself.
-        self.folded_a: Tensor | None = None
         # The layers that read the same input, this one among them, once `find_siblings` has found them.
-        self.siblings: Siblings | None = None
+        self.group = Group([self])
 
     @property
     def depth(self) -> int:
@@ -126,6 +129,12 @@ class ChainLinear(nn.Module):
     @property
     def rank(self) -> int:
         return self.A.shape[0]
+
+    @property
+    def folded_a(self) -> Tensor:
+        """A' (r, d_in), as `folded` installed it for one optimizer step, or folded now."""
+        part = self.group.part(self)
+        return fold_into_a(self.A, self.links, self.scaling) if part is None else part
 
     @property
     def in_features(self) -> int:
@@ -144,9 +153,9 @@ class ChainLinear(nn.Module):
         """W0 + ΔW in the base's type and form, with gradients for the chain; W0 while it is switched off. The
         packed numbers of a quantised W0 stay as they are."""
         weight = self.base.weight
-        if not self.enabled or not weight.is_floating_point():
+        if not self.enabled or is_quantised(self.base):
             return weight
-        delta = self.B @ self._folded()
+        delta = self.B @ self.folded_a
         return (weight + (delta.T if isinstance(self.base, Conv1D) else delta)).to(weight.dtype)
 
     @property
@@ -164,25 +173,15 @@ class ChainLinear(nn.Module):
         """(..., d_in) → (..., d_out)."""
         if not self.enabled:
             return self.base(x)
-        fused = self.is_fused(x)
-        if fused and self.siblings is not None and self.siblings.folded_a is not None:
-            output = self.siblings.output(self, x)
-            if output is not None:
-                return output
-        folded_a = self._folded()
-        if fused:
-            return fused_chains(x, folded_a, [self])[0]
+        if self.is_fused(x):
+            return self.group.output(self, x)
         rows = x.reshape(-1, x.shape[-1])
-        h = F.linear(F.dropout(rows, self.dropout) if self.drops else rows, folded_a.to(x.dtype))
+        h = F.linear(F.dropout(rows, self.dropout) if self.drops else rows, self.folded_a.to(x.dtype))
         term = F.linear(h, self.B.to(x.dtype))
         if self._adds_to_base(x):
             added = AddBase.apply(term, rows, self.base_weight, self.base_scale, self.base.bias)
             return added.view(*x.shape[:-1], -1)
         return self.base(x) + term.view(*x.shape[:-1], -1)
-
-    def _folded(self) -> Tensor:
-        """A' (r, d_in), as `folded` installed it or folded now."""
-        return fold_into_a(self.A, self.links, self.scaling) if self.folded_a is None else self.folded_a
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the layer adds its chain, without dropout, to a matrix that `_adds_to_base` takes."""

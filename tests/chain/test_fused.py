@@ -133,8 +133,8 @@ def test_a_sibling_that_is_not_called_leaves_nothing_behind():
     for each in (model, other):
         each[0].order = ("v",)
     same(step(model), step(other))
-    siblings = model[0].q.siblings
-    assert siblings.folded_a is None and siblings._input is None and not siblings._outputs
+    group = model[0].q.group
+    assert group.folded_a is None and group._input is None and not group._outputs
 
 
 def test_with_and_without_gradients_on_the_same_input():
@@ -150,7 +150,7 @@ def test_with_and_without_gradients_on_the_same_input():
 def test_copies_have_siblings_of_their_own():
     model = grouped(make_model())
     other = copy.deepcopy(model)
-    assert other[0].q.siblings is other[0].v.siblings is not model[0].q.siblings
+    assert other[0].q.group is other[0].v.group is not model[0].q.group
     same(step(other), step(model))
 
 

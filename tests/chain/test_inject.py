@@ -52,6 +52,16 @@ def test_injection_changes_no_bit_of_the_output(name, request):
     assert trained == {"A", "links", "B"}
 
 
+def test_falcons_own_linear_class_merges(small_model):
+    model = small_model("falcon")
+    layers = inject(model, ChainConfig(rank=4))
+    assert type(next(iter(layers.values())).base).__name__ == "FalconLinear"
+    randomise_b(model)
+    adapted = model(IDS).logits
+    merge(model)
+    torch.testing.assert_close(model(IDS).logits, adapted, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_merge_gives_the_adapted_model_and_detach_the_base(name, request):
     model = request.getfixturevalue(name)
