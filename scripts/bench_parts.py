@@ -31,14 +31,15 @@ def parts(model) -> dict[str, tuple[Callable, Callable]]:
     import torch
 
     from linchain_cli.chain import chain_layers, find_siblings
+    from linchain_cli.chain.fused import Group
     from linchain_cli.model.attention import GROUPED
-    from linchain_cli.model.head import allow_flat_rows, forbid_flat_rows, hidden_states
-    from linchain_cli.model.last_block import trim_last_block, untrim_last_block
+    from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
+    from linchain_cli.model.head import hidden_states
     from linchain_cli.training.norms import make_norms_lean
 
     def lone() -> None:
         for layer in chain_layers(model).values():
-            layer.siblings = None
+            layer.group = Group([layer])
 
     def attention(implementation: str) -> None:
         model.set_attn_implementation(implementation)
@@ -50,7 +51,6 @@ def parts(model) -> dict[str, tuple[Callable, Callable]]:
         "q, k and v in one node": (lone, lambda: find_siblings(model, lambda: hidden_states(model, ids))),
         "rows without padding": (lambda: forbid_flat_rows(model), lambda: allow_flat_rows(model)),
         "common beginnings once": (read_rows_apart, lambda: read_rows_apart(False)),
-        "last block at labels": (lambda: untrim_last_block(model), lambda: trim_last_block(model)),
     }
     if model.config._attn_implementation == GROUPED:
         # Without it rows are padded, too.

@@ -347,6 +347,7 @@ ARCHITECTURES = {
 }
 # Models with a peculiarity that some tests are about.
 PECULIAR = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {
         **HEADS,
         "intermediate_size_mlp": 48,
@@ -365,8 +366,8 @@ PECULIAR = {
         "mamba_d_state": 4,
         "mamba_dt_rank": 3,
         "n_mamba_heads": 2,
-        "num_hidden_layers": 3,
-        "layers_block_type": ["mamba", "hybrid", "mamba"],
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
         "use_mamba_kernels": False,
     },
 }

@@ -18,7 +18,6 @@ import torch
 from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
 from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
 from linchain_cli.model.attention import attention_window
-from linchain_cli.model.last_block import reading_only, trim_last_block
 from linchain_cli.model.logits import last_logits, logits_at
 
 MIN_PREFIX = 4
@@ -62,7 +61,6 @@ class OptionScorer:
 
     def __init__(self, model, trees: Sequence[OptionTree], max_tokens: int):
         self.model = model
-        trim_last_block(model)
         self.device = model.get_input_embeddings().weight.device
         self.prefix = self._prefix_length(trees)
         packed = any(not tree.is_path for tree in trees) and self._reads_tree_masks(trees)
@@ -100,9 +98,7 @@ class OptionScorer:
             for at in tree.reads:
                 positions[number, at - self.prefix] = True
                 place[number, at] = len(place)
-        positions = positions.to(self.device)
-        read = positions.flatten().nonzero()[:, 0]
-        with reading_only(self.model, read), logits_at(self.model, positions, float32=True):
+        with logits_at(self.model, positions.to(self.device), float32=True):
             logits = self.model(**inputs).logits
         log_probs = torch.log_softmax(logits[0].float(), dim=-1)
         steps = [

@@ -17,6 +17,7 @@ import torch
 
 from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.options import OptionTree, additive, tree_mask
+from linchain_cli.model.fast import record
 from linchain_cli.model.logits import last_logits
 
 TEXT = (3, 5, 7, 11, 13, 17, 19, 23)
@@ -41,7 +42,7 @@ def _remembered(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
     @functools.wraps(trial)
     def once(model) -> bool:
-        found = model.__dict__.setdefault("_linchain_tryouts", {})
+        found = record(model).setdefault("tryouts", {})
         key = (trial.__name__, model.config._attn_implementation)
         if key not in found:
             found[key] = trial(model)

@@ -9,25 +9,53 @@ states.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.attention import GROUPED, FlatRows, alike, attention_window, reading_flat
+from linchain_cli.model.fast import REFUSALS, alike, probe_ids, replace_forward
+from linchain_cli.model.loading import text_decoder
 
 
 def backbone(model: nn.Module) -> nn.Module:
     """The module whose output the model's forward turns into logits: embeddings, blocks and final norm.
 
     In a multimodal model that is all of it but the head; OPT's forward calls the decoder within its base
-    model.
+    model; some name the wrong module as their decoder.
     """
     multimodal = model.config.get_text_config(decoder=True) is not model.config
-    return model.base_model if multimodal else model.get_decoder()
+    candidates = () if multimodal else (model.get_decoder(),)
+    no_part = (model, model.get_output_embeddings(), None)
+    return next(each for each in (*candidates, model.base_model, *model.children()) if each not in no_part)
+
+
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The text decoder's repeated blocks, in order.
+
+    They are the outermost modules that transformers marks as units of recomputation; where it marks none, the
+    members of the decoder's longest list of modules.
+
+    Raises:
+        InputError: the model has no such blocks.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    decoder = text_decoder(model)
+    marked = [
+        path for path, module in decoder.named_modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    outermost = [path for path in marked if not any(path.startswith(other + ".") for other in marked)]
+    if outermost:
+        return [decoder.get_submodule(path) for path in outermost]
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise InputError(
+            f"{type(model).__name__} is not made of blocks, which training.gradient_checkpointing,"
+            " training.compile and training.parallel=shard need: switch them off."
+        )
+    return list(max(lists, key=len))
 
 
 def vocabulary_size(model: nn.Module) -> int:
@@ -43,58 +71,6 @@ def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:
     see it.
     """
     return backbone(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-
-
-_READS_FLAT = "_linchain_reads_flat"  # on a model that `allow_flat_rows` has tried
-
-
-def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
-    """The backbone's last hidden states of rows without padding: their tokens', and those of the tokens
-    behind them that belong to no row, (count, d). For models that `reads_flat` allows."""
-    with reading_flat():
-        output = backbone(model)(**vars(rows), use_cache=False)
-    return output.last_hidden_state[0]
-
-
-def reads_flat(model: nn.Module, longest: int) -> bool:
-    """Whether the model reads rows of up to `longest` tokens without padding."""
-    return (
-        getattr(model, _READS_FLAT, False)
-        and model.config._attn_implementation == GROUPED
-        and longest <= attention_window(model)
-    )
-
-
-@torch.no_grad()
-def allow_flat_rows(model: nn.Module) -> bool:
-    """Tries on two rows of different lengths whether the model gives the same without padding, and with their
-    common beginning computed once, as with padding, and from then on has `reads_flat` say so. Models that mix
-    neighbouring tokens outside their attention do not.
-    """
-    forbid_flat_rows(model)
-    longest = int(min(13, attention_window(model)))
-    if model.config._attn_implementation != GROUPED or longest < 3:
-        return False
-    embeddings = model.get_input_embeddings().weight
-    ids = (torch.arange(2 * longest).view(2, longest) + 1) % embeddings.shape[0]
-    ids[1, : longest // 3] = ids[0, : longest // 3]
-    mask = torch.ones_like(ids)
-    mask[0, longest // 2 :] = 0
-    rows = FlatRows.of(ids, mask, embeddings.dtype).to(embeddings.device)
-    real = mask.bool().to(embeddings.device)
-    try:
-        padded = hidden_states(model, ids.to(embeddings.device)).float()[real]
-        flat = flat_hidden_states(model, rows)[rows.padded_rows[:, :longest][real]].float()
-        same = alike(flat, padded, model.dtype)
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        same = False
-    setattr(model, _READS_FLAT, same)
-    return same
-
-
-def forbid_flat_rows(model: nn.Module) -> None:
-    """Undoes `allow_flat_rows`."""
-    setattr(model, _READS_FLAT, False)
 
 
 class _GivenHiddenStates:
@@ -117,27 +93,16 @@ class _GivenHiddenStates:
         return self.last_hidden_state if name == "last_hidden_state" else default
 
 
-@contextlib.contextmanager
-def _backbone_returns(model: nn.Module, hidden: Tensor) -> Iterator[None]:
-    replaced = backbone(model)
-    own = replaced.__dict__.get("forward")
-    replaced.forward = lambda *args, **kwargs: _GivenHiddenStates(hidden)
-    try:
-        yield
-    finally:
-        if own is None:
-            del replaced.forward
-        else:
-            replaced.forward = own
-
-
 def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     """Logits (n, vocabulary) of hidden states (n, d), with whatever scaling and capping the model's forward
     applies.
     """
     placeholder = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
-    with _backbone_returns(model, hidden[None]):
+    undo = replace_forward(backbone(model), lambda _self, *args, **kwargs: _GivenHiddenStates(hidden[None]))
+    try:
         return model(input_ids=placeholder, use_cache=False).logits[0]
+    finally:
+        undo()
 
 
 @torch.no_grad()
@@ -147,17 +112,15 @@ def check_split(model: nn.Module) -> None:
     Raises:
         InputError: they do not, so that training on them would be training on something else.
     """
-    device = model.get_input_embeddings().weight.device
-    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().num_embeddings
-    whole = model(input_ids=ids, use_cache=False).logits[0].float()
+    ids = probe_ids(model, 1, 8)
+    whole = model(input_ids=ids, use_cache=False).logits[0]
     try:
-        split = head_logits(model, hidden_states(model, ids)[0]).float()
-    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        split = head_logits(model, hidden_states(model, ids)[0])
+    except REFUSALS as error:
         raise InputError(
             f"{type(model).__name__} cannot be split into backbone and head ({error})"
         ) from error
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    if not torch.allclose(whole, split, rtol=tolerance, atol=tolerance * whole.abs().max().item()):
+    if not alike(split, whole, model.dtype):
         raise InputError(
             f"{type(model).__name__} computes more between its hidden states and its logits than linchain can"
             " follow; this architecture is not supported"

@@ -17,6 +17,7 @@ from torch import nn
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
 from linchain_cli.model.attention import GROUPED, use_grouped_attention
+from linchain_cli.model.fast import changing_nothing
 from linchain_cli.model.files import find_base, locate, read_config, weight_files
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.quiet import quiet
@@ -275,9 +276,11 @@ def load_model(
     _refuse_incomplete(directory, loading)
     _refuse_rounded_head(model, quantization)
     _keep_differentiable(model)
+    _keep_unscaled(model)
     model.eval().requires_grad_(False)
     if implementation == GROUPED:
-        use_grouped_attention(model)
+        with changing_nothing(model):
+            use_grouped_attention(model)
     return model
 
 
@@ -304,6 +307,13 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _keep_unscaled(model: PreTrainedModel) -> None:
+    """RWKV halves some weights in place in its first forward in eval mode, and the hidden states to match, so
+    that float16 does not overflow. A chain beside such a weight would not be the checkpoint's."""
+    if getattr(model.config, "rescale_every", 0):
+        model.config.rescale_every = 0
 
 
 def _quantization_config(name: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8):

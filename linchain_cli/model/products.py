@@ -8,7 +8,6 @@ operator that is called here is the one that torch.compile calls.
 from __future__ import annotations
 
 import contextlib
-import types
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from linchain_cli.machine import cpu_vendor
+from linchain_cli.model.fast import is_replaced, replace_forward
 
 # oneDNN takes 1 to 2 ms to write a program for each new number of rows. With few rows it is faster, too (1.1
 # to 1.4 times from 16 on), but that is microseconds.
@@ -36,18 +36,18 @@ def onednn_is_faster() -> bool:
 def fast_products(model: nn.Module) -> Iterator[None]:
     """Inside, the model's float32 linear layers on a CPU run by oneDNN, where that is faster. For passes
     without gradients; one with gradients runs as always."""
-    changed = []
+    undo = []
     if onednn_is_faster():
         for module in model.modules():
-            # A module whose forward is somebody else's already is theirs.
-            if type(module) is nn.Linear and "forward" not in vars(module) and _suits(module.weight):
-                module.forward = types.MethodType(_forward, module)
-                changed.append(module)
+            # A module whose forward is somebody else's already is theirs. A chain layer leaves its base to
+            # itself then, and adds its own term.
+            if type(module) is nn.Linear and not is_replaced(module) and _suits(module.weight):
+                undo.append(replace_forward(module, _forward))
     try:
         yield
     finally:
-        for module in changed:
-            del module.forward
+        for put_back in undo:
+            put_back()
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:

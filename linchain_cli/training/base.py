@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from linchain_cli.errors import InputError
+from linchain_cli.model.fast import changing_nothing
 from linchain_cli.model.files import FoundBase
-from linchain_cli.model.head import allow_flat_rows, check_split
-from linchain_cli.model.last_block import decoder_blocks, trim_last_block
+from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
+from linchain_cli.model.head import check_split, decoder_blocks
 from linchain_cli.model.loading import (
     base_hash,
     empty_model,
@@ -110,16 +112,26 @@ def refuse_unfit(model: nn.Module, training: TrainingConfig) -> None:
         decoder_blocks(model)
 
 
-def suit_to_training(model: nn.Module) -> None:
+def suit_to_training(model: nn.Module) -> Callable[[], None]:
     """Lets a loaded base train as fast as its architecture allows; what it computes stays the same.
 
+    Returns:
+        What takes it all back.
+
     Raises:
-        InputError: it cannot be split into backbone and head.
+        InputError: it cannot be split into backbone and head, or changes its own weights.
     """
-    check_split(model)
-    make_norms_lean(model)
-    allow_flat_rows(model)
-    trim_last_block(model)
+    with changing_nothing(model):
+        check_split(model)
+        norms = make_norms_lean(model)
+        allow_flat_rows(model)
+
+    def undo() -> None:
+        for put_back in norms:
+            put_back()
+        forbid_flat_rows(model)
+
+    return undo
 
 
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:

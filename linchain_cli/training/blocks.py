@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from linchain_cli.model.head import backbone
-from linchain_cli.model.last_block import decoder_blocks
+from linchain_cli.model.fast import record, replace_forward
+from linchain_cli.model.head import backbone, decoder_blocks
 
-_REPLACED = "_linchain_replaced_forward"  # marks a block whose `forward` is ours
+_UNDO = "blocks"  # what undoes the last `set_up_blocks`, in the model's record
 
 
 def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
@@ -20,31 +20,46 @@ def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
     The base stays in eval mode, which transformers' own recomputation does not allow for. Calling it again
     replaces what an earlier call did.
     """
-    for module in model.modules():
-        if module.__dict__.pop(_REPLACED, False):
-            del module.forward
+    undo = record(model).setdefault(_UNDO, [])
+    while undo:
+        undo.pop()()
     if not (recompute or compiled):
         return
     if compiled:
-        from torch.fx.experimental import _config as symbolic_shapes
-
-        # All blocks share one code object, of which a program is made per case: with and without gradients,
-        # for one row and for several. Beyond the limit torch would run it uncompiled, and only warn.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
-        # Or two sizes that happen to be equal in the first batch would be taken for one, and the program made
-        # again when they differ.
-        symbolic_shapes.use_duck_shape = False
+        undo.append(_allow_all_shapes())
     for block in decoder_blocks(model):
         forward = block.forward
         if compiled:
             # Rows have all lengths: one program with a symbolic length instead of one for each.
             forward = torch.compile(forward, dynamic=True)
-        block.forward = _recomputed(forward) if recompute else forward
-        setattr(block, _REPLACED, True)
+        undo.append(replace_forward(block, _recomputed(forward) if recompute else _unbound(forward)))
+
+
+def _allow_all_shapes() -> Callable[[], None]:
+    """Sets torch.compile up for blocks on rows of all lengths; returns what sets it back."""
+    from torch._dynamo import config as dynamo
+    from torch.fx.experimental import _config as symbolic_shapes
+
+    before = dynamo.recompile_limit, symbolic_shapes.use_duck_shape
+    # All blocks share one code object, of which a program is made per case: with and without gradients, for
+    # one row and for several. Beyond the limit torch would run it uncompiled, and only warn.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, 64)
+    # Or two sizes that happen to be equal in the first batch would be taken for one, and the program made
+    # again when they differ.
+    symbolic_shapes.use_duck_shape = False
+
+    def undo() -> None:
+        dynamo.recompile_limit, symbolic_shapes.use_duck_shape = before
+
+    return undo
+
+
+def _unbound(forward: Callable) -> Callable:
+    return lambda _block, *args, **kwargs: forward(*args, **kwargs)
 
 
 def _recomputed(forward: Callable) -> Callable:
-    def run(*args, **kwargs):
+    def run(_block, *args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)

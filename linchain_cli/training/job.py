@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import text_decoder_prefix
+from linchain_cli.model.rope import length_classes
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import Machine, RunBase, RunDirectory
 from linchain_cli.training import optimizer as optimizers
@@ -177,6 +179,8 @@ def prepare(
     with counting_rows(quiet=not accelerator.is_main_process) as progress:
         data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer, progress=progress))
     data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer))
+    if base.sharded:
+        together(accelerator, lambda: _refuse_classes(base.model, data))
     layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
     any_rows = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)
     find_siblings(base.model, lambda: hidden_states(base.model, any_rows))
@@ -200,6 +204,19 @@ def prepare(
     )
     store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
     return Job(recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks)
+
+
+def _refuse_classes(model: nn.Module, data: PreparedData) -> None:
+    """Raises InputError for rows that a sharded base would have to read apart: all processes run it together,
+    and each has other rows."""
+    lengths = [rows.lengths for rows in (data.train, data.validation) if rows is not None]
+    classes = length_classes(model, torch.from_numpy(np.concatenate(lengths).astype(np.int64)))
+    if classes.any():
+        raise InputError(
+            f"training.parallel: {type(model).__name__}'s rotary frequencies follow how long a row is beyond"
+            " what it was first trained at, and some rows are longer; a base spread over processes cannot"
+            " do that. Set a smaller data.max_length, or training.parallel to replicate"
+        )
 
 
 def chain_coverage(job: Job) -> Coverage:

@@ -127,7 +127,7 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
                 torch.manual_seed(dropout_seed(job.recipe.seed, job.state.step, index, rank))
             batch = collate(data, part, job.base.pad_id)
             slots += batch.input_ids.numel()
-            total += loss.backward(job.model, batch, scale, job.device)
+            total += loss.add_gradients(job.model, batch, scale, job.device)
 
     parameters = list(job.parameters.values())
     own = [total, *(torch.full_like(total, number) for number in (slots, *_flags(stop.signum)))]

@@ -4,8 +4,8 @@ time.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -13,58 +13,76 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import drops
 from linchain_cli.data.batches import IGNORED, Batch
-from linchain_cli.model.attention import TOKEN_STEP, FlatRows
-from linchain_cli.model.head import (
-    flat_hidden_states,
-    head_logits,
-    hidden_states,
-    reads_flat,
-    vocabulary_size,
-)
-from linchain_cli.model.last_block import reading_only
+from linchain_cli.model.flat_rows import TOKEN_STEP, FlatRows, flat_hidden_states, reads_flat
+from linchain_cli.model.head import head_logits, hidden_states, vocabulary_size
+from linchain_cli.model.rope import forget_lengths, length_classes
 
 # Logits held at once: 2**25 float32 values are 128 MiB.
 LOGITS_BUDGET = 2**25
 # On a CPU fewer positions at a time stay in its caches: 160 take 0.75 to 0.9 of the time of 640 with
 # vocabularies of 32,000 and 49,152, and 1.1 times that of 640 with 151,936, which the budget does not allow.
 _POSITIONS_ON_CPU = 160
-_LABELS = 2**32  # more than any vocabulary has
+_MORE_THAN_ANY_VOCABULARY = 2**32
 
 
-@contextlib.contextmanager
-def _labelled(
-    model: nn.Module, batch: Batch, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Hidden states (n, d) of the positions whose next token is labelled, those n labels, and how many times
-    each counts: rows that begin alike share positions, and on a CPU the last one is repeated, counting
-    nothing, until n is a multiple of `TOKEN_STEP`. A backward pass through the hidden states belongs inside.
+@dataclass(frozen=True)
+class Labels:
+    """What a forward over a batch is asked for: the label behind each of n of its tokens, all (n,) int64.
 
-    Which positions these are is worked out where the batch lies, on the CPU: a GPU would have to be waited
-    for.
+    `positions` point into the tokens as they are computed one behind the other, in order. Rows that begin
+    alike share tokens: each pair of position and label comes once, `counts` times in the batch.
     """
-    targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
-    rows, places = (targets != IGNORED).nonzero().T
-    if reads_flat(model, targets.shape[1]):
+
+    positions: Tensor
+    labels: Tensor
+    counts: Tensor
+
+    @classmethod
+    def of(cls, batch: Batch, flat: FlatRows | None = None, step: int = 1) -> Labels:
+        """Those of a batch with its padding, or of its flat rows.
+
+        n becomes a multiple of `step` by repeating the last one, which counts nothing then. It is worked out
+        where the batch lies, on the CPU: a GPU would have to be waited for.
+        """
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
+        rows, places = (targets != IGNORED).nonzero().T
+        positions = rows * targets.shape[1] + places if flat is None else flat.padded_rows[rows, places]
+        pairs, counts = (positions * _MORE_THAN_ANY_VOCABULARY + targets[rows, places]).unique(
+            return_counts=True
+        )
+        fill = -len(pairs) % step
+        pairs = torch.cat([pairs, pairs[-1:].expand(fill)])
+        positions, labels = pairs // _MORE_THAN_ANY_VOCABULARY, pairs % _MORE_THAN_ANY_VOCABULARY
+        return cls(positions, labels, F.pad(counts, (0, fill)))
+
+    def to(self, device: torch.device) -> Labels:
+        return Labels(*(each.to(device, non_blocking=True) for each in vars(self).values()))
+
+
+def _read(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Labels]:
+    """Hidden states (n, d) of a batch's labelled tokens, and their n labels."""
+    flat = None
+    if reads_flat(model, batch.labels.shape[1]):
         dtype = model.get_input_embeddings().weight.dtype
         flat = FlatRows.of(batch.input_ids, batch.attention_mask, dtype, share=not drops(model))
-        positions, tokens = flat.padded_rows[rows, places], flat.input_ids.shape[1]
+    # On a CPU each new shape of a product costs time, see `TOKEN_STEP`.
+    labels = Labels.of(batch, flat, step=TOKEN_STEP if device.type == "cpu" else 1).to(device)
+    if flat is not None:
+        hidden = flat_hidden_states(model, flat.to(device))
     else:
-        flat, positions, tokens = None, rows * targets.shape[1] + places, int(batch.attention_mask.sum())
-    pairs, counts = (positions * _LABELS + targets[rows, places]).unique(return_counts=True)
-    positions, labels = pairs // _LABELS, pairs % _LABELS
-    if device.type == "cpu":
-        fill = -len(labels) % TOKEN_STEP
-        positions, labels = (torch.cat([each, each[-1:].expand(fill)]) for each in (positions, labels))
-        counts = F.pad(counts, (0, fill))
-    read = positions.unique_consecutive().to(device, non_blocking=True)
-    positions, labels, counts = (each.to(device, non_blocking=True) for each in (positions, labels, counts))
-    # Where most positions are read, picking them out saves less than it costs.
-    with reading_only(model, read if 2 * len(read) < tokens else None):
-        if flat is not None:
-            hidden = flat_hidden_states(model, flat.to(device))
-        else:
-            hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
-        yield hidden.index_select(0, positions), labels, counts
+        hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
+    return hidden.index_select(0, labels.positions), labels
+
+
+def _parts(model: nn.Module, batch: Batch) -> Iterator[Batch]:
+    """The batch, in as many parts as it takes so that no row's values depend on the others' lengths."""
+    lengths = batch.attention_mask.sum(1)
+    classes = length_classes(model, lengths)
+    for kind in classes.unique():
+        rows = classes == kind
+        longest = int(lengths[rows].max())
+        forget_lengths(model)
+        yield batch if rows.all() else Batch(*(each[rows, :longest] for each in vars(batch).values()))
 
 
 def positions_at_once(vocabulary: int, device: torch.device) -> int:
@@ -78,7 +96,7 @@ def _pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(hidden), size)]
 
 
-def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device) -> Tensor:
+def add_gradients(model: nn.Module, batch: Batch, scale: float, device: torch.device) -> Tensor:
     """Adds the gradient of `scale` · (summed cross-entropy of this micro-batch) to every trained tensor.
 
     The head runs forward and backward piece by piece, which leaves the gradient of the hidden states; that
@@ -95,13 +113,12 @@ def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device)
         The scaled loss, a float32 scalar on `device`, detached.
     """
     total = torch.zeros((), dtype=torch.float32, device=device)
-    with _labelled(model, batch, device) as (hidden, targets, counts):
+    for part in _parts(model, batch):
+        hidden, read = _read(model, part, device)
         leaf = hidden.detach().requires_grad_()
         leaf.grad = torch.zeros_like(leaf)
         for piece in _pieces(model, hidden):
-            logits = head_logits(model, leaf[piece])
-            losses = F.cross_entropy(_widened(logits), targets[piece], reduction="none")
-            loss = scale * (losses * counts[piece]).sum()
+            loss = scale * _summed(model, leaf[piece], read, piece)
             loss.backward()
             total += loss.detach()
         if hidden.requires_grad:
@@ -110,17 +127,22 @@ def backward(model: nn.Module, batch: Batch, scale: float, device: torch.device)
     return total
 
 
-def _widened(logits: Tensor) -> Tensor:
-    """At least float32: a log-softmax over a vocabulary in half precision loses the loss's digits."""
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
 @torch.no_grad()
 def summed_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Summed cross-entropy over the labelled positions, without gradients: a float64 scalar on `device`."""
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with _labelled(model, batch, device) as (hidden, targets, counts):
+    for part in _parts(model, batch):
+        hidden, read = _read(model, part, device)
         for piece in _pieces(model, hidden):
-            logits = _widened(head_logits(model, hidden[piece]))
-            total += (F.cross_entropy(logits, targets[piece], reduction="none") * counts[piece]).sum()
+            total += _summed(model, hidden[piece], read, piece)
     return total
+
+
+def _summed(model: nn.Module, hidden: Tensor, read: Labels, piece: slice) -> Tensor:
+    """Summed cross-entropy of a piece of the labels, of whose tokens `hidden` (n, d) are the states.
+
+    At least in float32: a log-softmax over a vocabulary in half precision loses the loss's digits.
+    """
+    logits = head_logits(model, hidden)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return (F.cross_entropy(logits, read.labels[piece], reduction="none") * read.counts[piece]).sum()

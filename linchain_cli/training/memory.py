@@ -66,7 +66,7 @@ def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
 def _peak_of(job: Job, batch: Batch) -> int:
     """The most memory in use during a forward and a backward pass. No gradient is left."""
     with _peak(job.device) as peak, folded(job.model):
-        loss.backward(job.model, batch, 1.0, job.device)
+        loss.add_gradients(job.model, batch, 1.0, job.device)
     job.optimizer.zero_grad(set_to_none=True)
     return peak.bytes
 

@@ -9,13 +9,14 @@ chain rule).
 from __future__ import annotations
 
 import copy
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from linchain_cli.model.fast import REFUSALS, alike, replace_forward
 
 # What a norm multiplies by: its weight, or (Gemma) one more than that.
 GAINS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -50,15 +51,15 @@ class LeanRMSNorm(torch.autograd.Function):
         return grad.to(x.dtype), None, None, None, None
 
 
-def make_norms_lean(model: nn.Module) -> int:
-    """Makes the frozen RMS norms of `model` keep only their input; returns how many there are.
+def make_norms_lean(model: nn.Module) -> list[Callable[[], None]]:
+    """Makes the frozen RMS norms of `model` keep only their input; returns, for each, what undoes it.
 
     Their outputs stay the same bit for bit. A module is taken for an RMS norm by its class's name, and
     changed only if its gradient proves to be the one above. Compiled code is left alone: the compiler knows
     what to keep.
     """
     proven: dict[tuple, Callable | None] = {}
-    count = 0
+    undo = []
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm"):
             continue
@@ -70,21 +71,18 @@ def make_norms_lean(model: nn.Module) -> int:
         if key not in proven:
             proven[key] = _gain(module, epsilon)
         if proven[key] is not None:
-            module.forward = _lean(module, proven[key], epsilon)
-            count += 1
-    return count
+            undo.append(replace_forward(module, _lean(proven[key], epsilon)))
+    return undo
 
 
-def _lean(module: nn.Module, gain: Callable, epsilon: float) -> Callable:
-    """The module's new forward: a bound method, so that a copy of the module computes with its own weight."""
-
+def _lean(gain: Callable, epsilon: float) -> Callable:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
         own = type(self).forward.__get__(self)
         if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):
             return own(x)
         return LeanRMSNorm.apply(x, own, self.weight, gain, epsilon)
 
-    return types.MethodType(forward, module)
+    return forward
 
 
 def _gain(module: nn.Module, epsilon: float) -> Callable | None:
@@ -101,8 +99,8 @@ def _gain(module: nn.Module, epsilon: float) -> Callable | None:
         for gain in GAINS.values():
             y = LeanRMSNorm.apply(x, own, probe.weight, gain, epsilon)
             ours = torch.autograd.grad(y, x, grad)[0]
-            if torch.allclose(ours, expected, rtol=1e-4, atol=1e-5):
+            if alike(ours, expected, torch.float32, gradients=True):
                 return gain
-    except (TypeError, ValueError, RuntimeError):
+    except REFUSALS:
         pass
     return None

@@ -24,7 +24,8 @@ from linchain_cli.chain import ChainConfig, chain_layers, find_siblings, folded,
 from linchain_cli.data.batches import collate, micro_batches, step_rows, steps_per_epoch
 from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
-from linchain_cli.model.attention import GROUPED, FlatRows, may_group
+from linchain_cli.model.attention import GROUPED, may_group
+from linchain_cli.model.flat_rows import FlatRows
 from linchain_cli.model.loading import (
     empty_model,
     resolve_attention,

@@ -59,7 +59,7 @@ class LoadedCpus:
         try:
             with folded(job.model):
                 batch = collate(job.data.train, rows, job.base.pad_id)
-                loss.backward(job.model, batch, 1.0, job.device)
+                loss.add_gradients(job.model, batch, 1.0, job.device)
             return [parameter.grad for parameter in job.parameters.values()]
         finally:
             job.optimizer.zero_grad(set_to_none=True)

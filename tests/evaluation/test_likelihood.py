@@ -17,6 +17,7 @@ from linchain_cli.evaluation.tryout import (
     reads_tree_masks,
 )
 from linchain_cli.model.attention import attention_window
+from linchain_cli.model.fast import record
 
 from .conftest import ARCHITECTURES, END, VOCABULARY, naive_scores
 
@@ -134,26 +135,9 @@ def test_a_mask_that_is_ignored_is_noticed(tiny_model, monkeypatch):
     assert reads_tree_masks(model)
     monkeypatch.setattr(tryout, "tree_mask", causal)
     assert reads_tree_masks(model), "what was found out is remembered"
-    monkeypatch.delitem(vars(model), "_linchain_tryouts")
+    record(model).pop("tryouts")
     assert not reads_tree_masks(model)
-    monkeypatch.delitem(vars(model), "_linchain_tryouts")
-
-
-def test_the_last_block_is_read_where_options_begin_alone(tiny_model):
-    """The scores are those of whole blocks (above); here, that the last one is not whole."""
-    model = tiny_model("llama")
-    scorer = OptionScorer(model, [build_tree(row, END) for row in rows(6)], 500)
-    batch = scorer.batches[0]
-    seen = []
-    hook = model.model.layers[-1].mlp.down_proj.register_forward_pre_hook(
-        lambda _, inputs: seen.append(inputs[0].shape[:-1].numel())
-    )
-    scorer.scores(batch)
-    hook.remove()
-    trees = [tree for row in batch for tree, _ in scorer.sequences[row]]
-    # First the prefix that the rows have in common, of which nothing is scored.
-    assert seen[-1] == sum(len(tree.reads) for tree in trees)
-    assert seen[-1] < sum(len(tree.tokens) - scorer.prefix for tree in trees)
+    record(model).pop("tryouts")
 
 
 def test_batches_hold_like_lengths_and_their_budget():

@@ -12,8 +12,8 @@ from torch import nn
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.model.head import reads_flat
-from linchain_cli.model.last_block import decoder_blocks
+from linchain_cli.model.flat_rows import reads_flat
+from linchain_cli.model.head import decoder_blocks
 from linchain_cli.training import blocks, loop, loss
 from linchain_cli.training.signals import StopRequest
 
@@ -158,7 +158,7 @@ def test_other_lengths_need_no_other_program(job_of, monkeypatch):
         supervised = mask & (torch.arange(max(lengths)) > max(lengths) - 1 - labels // 2)
         batch = Batch(ids * mask, mask.long(), ids.where(supervised, IGNORED))
         with folded(job.model):
-            loss.backward(job.model, batch, 1.0, CPU)
+            loss.add_gradients(job.model, batch, 1.0, CPU)
         counts.append(len(graphs))
     assert counts[0] == counts[-1] > 0
     blocks.set_up_blocks(job.model, recompute=False, compiled=False)

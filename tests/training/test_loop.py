@@ -16,8 +16,9 @@ from linchain_cli.chain import chain_layers, find_siblings, folded, inject
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
-from linchain_cli.model.attention import TOKEN_STEP, use_grouped_attention
-from linchain_cli.model.head import flat_hidden_states, reads_flat
+from linchain_cli.model.attention import use_grouped_attention
+from linchain_cli.model.fast import is_replaced
+from linchain_cli.model.flat_rows import TOKEN_STEP, flat_hidden_states, reads_flat
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss
 from linchain_cli.training.base import suit_to_training
@@ -81,7 +82,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_whole_model(chained):
     expected.backward()
     plain = gradients(chained)
     with folded(chained):
-        value = loss.backward(chained, batch, 1 / count, CPU)
+        value = loss.add_gradients(chained, batch, 1 / count, CPU)
     ours = gradients(chained)
     assert value.item() == pytest.approx(expected.item(), rel=1e-6)  # it is summed up in float32
     for name, gradient in plain.items():
@@ -93,16 +94,16 @@ def test_the_loss_is_the_models_own(chained):
     batch = batch_of([20, 13, 7], chained.config.vocab_size)
     count = int((batch.labels[:, 1:] != IGNORED).sum())
     theirs = chained(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss
-    assert loss.backward(chained, batch, 1 / count, CPU).item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert loss.add_gradients(chained, batch, 1 / count, CPU).item() == pytest.approx(theirs.item(), rel=1e-6)
     assert (loss.summed_loss(chained, batch, CPU) / count).item() == pytest.approx(theirs.item(), rel=1e-6)
 
 
 def test_logits_in_pieces_give_what_logits_at_once_give(chained, monkeypatch):
     batch = batch_of([20, 13, 7], chained.config.vocab_size)
-    whole = loss.backward(chained, batch, 0.01, CPU), gradients(chained)
+    whole = loss.add_gradients(chained, batch, 0.01, CPU), gradients(chained)
     summed = loss.summed_loss(chained, batch, CPU)
     monkeypatch.setattr(loss, "LOGITS_BUDGET", 3 * chained.config.vocab_size)  # three positions at a time
-    pieces = loss.backward(chained, batch, 0.01, CPU), gradients(chained)
+    pieces = loss.add_gradients(chained, batch, 0.01, CPU), gradients(chained)
     torch.testing.assert_close(pieces[0], whole[0], rtol=1e-6, atol=0)
     for name, gradient in whole[1].items():
         torch.testing.assert_close(pieces[1][name], gradient, rtol=1e-9, atol=1e-14)
@@ -137,7 +138,7 @@ def test_a_cpu_computes_fewer_positions_logits_at_once():
 def test_rows_without_labels_take_part_and_change_nothing(chained):
     batch = batch_of([9, 5], chained.config.vocab_size)
     batch.labels[:] = IGNORED
-    assert loss.backward(chained, batch, 1.0, CPU).item() == 0
+    assert loss.add_gradients(chained, batch, 1.0, CPU).item() == 0
     assert all(not gradient.any() for gradient in gradients(chained).values())
     assert loss.summed_loss(chained, batch, CPU).item() == 0
 
@@ -175,7 +176,7 @@ def test_micro_batches_do_not_change_the_gradient(request, fixture, tolerance):
                         for tensor in (batch.input_ids, batch.attention_mask, batch.labels)
                     )
                 )
-                total += loss.backward(model, cut, scale, CPU).item()
+                total += loss.add_gradients(model, cut, scale, CPU).item()
         result = gradients(model)
         reference = reference or (total, result)
         assert total == pytest.approx(reference[0], rel=1e-6)
@@ -294,7 +295,7 @@ def test_validation_is_the_mean_over_supervised_tokens(job_of):
 def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
     run_tiny, recipe_of, monkeypatch, value, where
 ):
-    original = loss.backward
+    original = loss.add_gradients
     calls = 0
 
     def spoilt(model, batch, scale, device):
@@ -307,7 +308,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
             next(iter(chain_layers(model).values())).B.grad += value
         return result
 
-    monkeypatch.setattr(loss, "backward", spoilt)
+    monkeypatch.setattr(loss, "add_gradients", spoilt)
     with pytest.raises(LinchainError, match=r"step 4: the loss is .* nothing was updated") as caught:
         run_tiny({"training.save_every": 1})
     from linchain_cli.run import RunDirectory
@@ -319,7 +320,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
     assert [row["step"] for row in read_jsonl(run.rows_path)] == [1, 2, 3]
     assert sorted(path.name for path in run.checkpoints_dir.iterdir()) == ["step-000002", "step-000003"]
 
-    monkeypatch.setattr(loss, "backward", original)
+    monkeypatch.setattr(loss, "add_gradients", original)
     job = run_tiny({"training.save_every": 1}, resume=True)
     assert job.state.step == 6
 
@@ -348,7 +349,7 @@ def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_d
     batches = [change(batch_of([17, 5, 11], 600, seed)) for seed in range(2)]
     assert len(find_siblings(fast, lambda: fast(batches[0].input_ids))) == fast.config.num_hidden_layers
     with folded(fast):
-        ours = sum(loss.backward(fast, batch, 0.01, CPU) for batch in batches)
+        ours = sum(loss.add_gradients(fast, batch, 0.01, CPU) for batch in batches)
     theirs = 0.0
     for batch in batches:
         logits = plain(batch.input_ids, attention_mask=batch.attention_mask).logits
@@ -379,7 +380,7 @@ def test_with_dropout_each_row_has_its_own(job_of, monkeypatch):
     for dropout in (0.0, 0.1):
         job = job_of({"adapter.dropout": dropout})
         with loop._dropout(job):
-            loss.backward(job.model, batch, 0.01, CPU)
+            loss.add_gradients(job.model, batch, 0.01, CPU)
         loss.summed_loss(job.model, batch, CPU)
     # 60 different tokens in steps of 16; 120 in rows of their own.
     assert counts == [64, 64, 128, 64]
@@ -388,7 +389,4 @@ def test_with_dropout_each_row_has_its_own(job_of, monkeypatch):
 def test_what_the_fast_base_computes_is_in_use(base):
     model = base.model
     assert model.config._attn_implementation == "grouped" and reads_flat(model, 100)
-    ours = sum("forward" in vars(module) for module in model.modules())
-    assert (
-        ours == 2 * model.config.num_hidden_layers + 1 + 1
-    )  # norms, and the last block's feed-forward layer
+    assert sum(is_replaced(module) for module in model.modules()) == 2 * model.config.num_hidden_layers + 1

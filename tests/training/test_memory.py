@@ -151,7 +151,7 @@ def test_other_errors_pass(recipe_of):
 
 
 def test_a_run_that_runs_out_of_memory_fails_with_a_reason(run_tiny, recipe_of, monkeypatch):
-    monkeypatch.setattr(loop.loss, "backward", lambda *args: torch.empty(1 << 50))
+    monkeypatch.setattr(loop.loss, "add_gradients", lambda *args: torch.empty(1 << 50))
     with pytest.raises(LinchainError, match="out of memory: .* training.micro_batch_size"):
         run_tiny()
     from linchain_cli.run import RunDirectory

@@ -62,12 +62,12 @@ def test_a_thread_is_given_up_and_taken_back(build, set_to):
 
 def test_a_count_that_rounds_differently_is_never_used(build, set_to, monkeypatch):
     loaded, job, cpus, notes = build()
-    add_gradients = threads.loss.backward
+    add_gradients = threads.loss.add_gradients
 
     def rounds_by_count(model, batch, scale, device):
         return add_gradients(model, batch, scale * (1 + 1e-6 * torch.get_num_threads()), device)
 
-    monkeypatch.setattr(threads.loss, "backward", rounds_by_count)
+    monkeypatch.setattr(threads.loss, "add_gradients", rounds_by_count)
     cpus.leave = 1
     loaded.adjust(ROWS)
     assert set_to[-1] == 2 and "differently" in notes[0]

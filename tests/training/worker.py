@@ -117,7 +117,7 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
             "bug": ValueError("a bug"),
         }[kind]
 
-    module, name = {"prepare": (job, "put_in_chains"), "step": (loop.loss, "backward")}[where]
+    module, name = {"prepare": (job, "put_in_chains"), "step": (loop.loss, "add_gradients")}[where]
     setattr(module, name, fail)
 
 
