@@ -32,6 +32,7 @@ from linchain_cli.chain.layer import (
     delta_weight,
     fold_into_a,
     linear_shape,
+    misfit,
 )
 from linchain_cli.chain.targets import Coverage, Matches, coverage, match_modules, refuse_shared
 
@@ -61,6 +62,7 @@ __all__ = [
     "load_tensors",
     "match_modules",
     "merge",
+    "misfit",
     "named_tensors",
     "refuse_shared",
     "save_adapter",

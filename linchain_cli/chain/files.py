@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linchain_cli import storage
 from linchain_cli.chain.inject import ChainConfig, chain_layers, inject_at, refuse_second_adapter
-from linchain_cli.chain.layer import ChainLinear, collapse, linear_shape
+from linchain_cli.chain.layer import ChainLinear, collapse, misfit
 from linchain_cli.errors import InputError
 
 FORMAT_VERSION = 1
@@ -196,22 +196,9 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
     refuse_second_adapter(model)
     modules = dict(model.named_modules())
     for path, chain in adapter.tensors.items():
-        shape = linear_shape(modules[path]) if path in modules else None
-        wanted = (chain.A.shape[1], chain.B.shape[0])
-        if shape != wanted:
-            found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
-            raise InputError(
-                f"the adapter does not fit this model: it adapts {path} ({wanted[0]} → {wanted[1]}), the"
-                f" model {found}"
-            )
-    config = ChainConfig(
-        adapter.config.rank,
-        adapter.config.depth,
-        adapter.config.alpha,
-        dropout,
-        adapter.config.init,
-        adapter.config.target_modules,
-    )
+        if why := misfit(modules, path, chain.A, chain.B):
+            raise InputError(f"the adapter does not fit this model: {why}")
+    config = replace(adapter.config, dropout=dropout)
     order = [path for path in modules if path in adapter.tensors]
     layers = inject_at(model, order, config, seed=0)
     for path, layer in layers.items():

@@ -31,6 +31,11 @@ class ChainConfig:
     init: str = "orthogonal"
     target_modules: str | Sequence[str] = ALL_LINEAR
 
+    @property
+    def scaling(self) -> float:
+        """α/r, what the product B·Wn…W1·A is multiplied by."""
+        return self.alpha / self.rank
+
     def __post_init__(self):
         if self.rank < 1 or self.depth < 0:
             raise InputError(

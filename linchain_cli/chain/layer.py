@@ -8,6 +8,7 @@ and adapter in one autograd node, and is what training runs when nothing stands 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linchain_cli.chain.fused import AddBase, Group
+from linchain_cli.errors import did_you_mean
 
 
 def collapse(links: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ def delta_weight(
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     """(d_in, d_out) of a module that can carry a chain, None of any other.
 
     It can if W0·x + b is all that it computes. Some subclasses of nn.Linear compute more, such as routers
@@ -69,6 +71,22 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear) and (is_quantised(module) or _is_plain(type(module))):
         return module.in_features, module.out_features
     return None
+
+
+def misfit(modules: Mapping[str, nn.Module], path: str, A: Tensor, B: Tensor) -> str | None:
+    """Why a chain with this A (r, d_in) and B (d_out, r) cannot go to the module at `path`, as the end of a
+    message; None where it can. `modules` are a model's, as `named_modules` gives them."""
+    module, shape = modules.get(path), (A.shape[1], B.shape[0])
+    found = linear_shape(module)
+    if found == shape:
+        return None
+    if module is None:
+        there = f"has no such module.{did_you_mean(path, modules)}"
+    elif found is None:
+        there = f"has a {type(module).__name__} there, which is not a linear layer."
+    else:
+        there = f"has {found[0]} → {found[1]} there."
+    return f"it adapts '{path}' ({shape[0]} → {shape[1]}), and {type(modules['']).__name__} {there}"
 
 
 def is_quantised(module: nn.Module) -> bool:

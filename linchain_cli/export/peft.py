@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli import storage
-from linchain_cli.chain import Adapter, ChainTensors, delta_weight, linear_shape, with_depth
-from linchain_cli.errors import InputError, LinchainError, did_you_mean
+from linchain_cli.chain import Adapter, ChainTensors, delta_weight, misfit, with_depth
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export.output import check_factors
 from linchain_cli.model.quiet import quiet
 
@@ -91,11 +91,8 @@ def check_modules(adapter: Adapter, model: PreTrainedModel) -> dict[str, nn.Modu
     """
     modules = dict(model.named_modules())
     for path, chain in adapter.tensors.items():
-        if path not in modules or linear_shape(modules[path]) != (chain.A.shape[1], chain.B.shape[0]):
-            raise InputError(
-                f"the adapter's module '{path}' ({chain.A.shape[1]} → {chain.B.shape[0]}) is not in"
-                f" {type(model).__name__}: it was trained on another model.{did_you_mean(path, modules)}"
-            )
+        if why := misfit(modules, path, chain.A, chain.B):
+            raise InputError(f"the adapter does not fit this base: {why}")
     return modules
 
 
@@ -175,7 +172,7 @@ def prove_peft(adapter: Adapter, directory: Path) -> FactorProof:
         raise LinchainError(
             f"{WEIGHTS_FILE} holds {len(tensors)} tensors where {2 * len(adapter.tensors)} were written"
         )
-    scaling = adapter.config.alpha / adapter.config.rank
+    scaling = adapter.config.scaling
     errors = {}
     for path, chain in adapter.tensors.items():
         A, B = (tensors[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, linear_shape
+from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, misfit
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
 from linchain_cli.export.rounding import round_once
 from linchain_cli.export.shards import Block, NewTensor
@@ -102,26 +102,14 @@ def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> Me
             )
     for group in groups.values():
         _check_conversion(base, group)
-    scaling = adapter.config.alpha / adapter.config.rank
-    return MergePlan(base, names, scaling, plain, tuple(groups.values()))
+    return MergePlan(base, names, adapter.config.scaling, plain, tuple(groups.values()))
 
 
 def _target(modules: Mapping[str, nn.Module], path: str, chain: ChainTensors) -> Target:
     from transformers.pytorch_utils import Conv1D
 
-    if path not in modules:
-        raise InputError(
-            f"the adapter's module '{path}' does not exist in {type(modules['']).__name__}: it was trained"
-            " on another model." + did_you_mean(path, modules)
-        )
-    shape, wanted = linear_shape(modules[path]), (chain.A.shape[1], chain.B.shape[0])
-    if shape != wanted:
-        found = (
-            f"{shape[0]} → {shape[1]}" if shape else f"a {type(modules[path]).__name__}, which is not linear"
-        )
-        raise InputError(
-            f"the adapter was trained on '{path}' of {wanted[0]} → {wanted[1]}; this base has {found}"
-        )
+    if why := misfit(modules, path, chain.A, chain.B):
+        raise InputError(f"the adapter does not fit this base: {why}")
     return Target(path, chain, isinstance(modules[path], Conv1D))
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain import Adapter, linear_shape, match_modules
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.chain import Adapter, match_modules, misfit
+from linchain_cli.errors import InputError
 from linchain_cli.importing.foreign import ForeignAdapter, ForeignModule
 from linchain_cli.model.checkpoint import FLOAT_TYPES, Checkpoint, StoredTensor
 from linchain_cli.model.names import NameMap, map_names
@@ -40,13 +40,9 @@ def fit_to_model(foreign: ForeignAdapter, model: PreTrainedModel) -> dict[str, s
                 " it was trained with."
             )
         names[path] = path if path in modules else _translated(path, module, model)
-        shape, wanted = linear_shape(modules.get(names[path])), (module.A.shape[1], module.B.shape[0])
-        if shape != wanted:
-            found = f"has {shape[0]} → {shape[1]}" if shape else "has no such linear module"
+        if why := misfit(modules, names[path], module.A, module.B):
             raise InputError(
-                f"{foreign.directory} does not fit the base: it adapts '{path}' ({wanted[0]} → {wanted[1]}),"
-                f" {type(model).__name__}"
-                f" {found}.{did_you_mean(path, modules)} Name the right base with --base MODEL."
+                f"{foreign.directory} does not fit the base: {why} Name the right base with --base MODEL."
             )
     return names
 

@@ -37,7 +37,8 @@ class FlatRows:
     `padded_rows` (rows, slots) says which token stands in each slot of the padded rows (any, in the padding),
     `flat_rows` (count,) in which slot each token stands first (those of no row in one of the padding, of
     which nothing is read). `shared_tokens` (n,) stand in several rows, namely in the slots `token_holders`
-    (n, rows), filled up with one of the padding. `row_mask` (slots, slots) is the causal mask to add.
+    (n, rows), filled up with one of the padding. `attention_mask` (1, 1, slots, slots) is the causal mask to
+    add to each row's scores.
     """
 
     input_ids: Tensor

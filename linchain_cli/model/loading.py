@@ -93,8 +93,8 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def resolve_attention(name: str, device: torch.device) -> str | None:
     """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
 
-    `auto` on a CPU is linchain's own (`attention`), which `load_model` gives every model that it suits; the
-    others stay with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
+    `auto` on a CPU is linchain's own (model/attention.py), which `load_model` gives every model that it
+    suits; the others stay with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
     """
     if name not in ATTENTIONS:
         raise InputError(
@@ -245,9 +245,8 @@ def load_model(
 
     `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
     (4-bit normal float, double quantisation, computing in `dtype`). `runs_on` is where the model will be
-    moved to,
-    if it is not `device`; it decides what `auto` means. `spread` packs 4-bit weights into numbers of `dtype`,
-    because FSDP2 leaves tensors of whole numbers on every process.
+    moved to, if it is not `device`; it decides what `auto` means. `spread` packs 4-bit weights into numbers
+    of `dtype`, because FSDP2 leaves tensors of whole numbers on every process.
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
     quantised, wrong options) and LinchainError if it does not fit into memory.

@@ -8,6 +8,7 @@ answer option begins.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,8 +77,7 @@ def _project_in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
 
 def last_logits(model, input_ids: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, Any]:
     """Logits (batch, vocabulary) behind the last token of `input_ids` (batch, length), and the cache."""
-    positions = torch.zeros(input_ids.shape, dtype=torch.bool, device=input_ids.device)
-    positions[:, -1] = True
-    with logits_at(model, positions):
-        output = model(input_ids=input_ids, use_cache=True, **inputs)
-    return output.logits[0], output.get("past_key_values")
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        inputs["logits_to_keep"] = 1
+    output = model(input_ids=input_ids, use_cache=True, **inputs)
+    return output.logits[:, -1], output.get("past_key_values")

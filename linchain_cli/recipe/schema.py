@@ -85,7 +85,8 @@ class AdapterConfig(StrictModel):
     starts at zero."""
     target_modules: Targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     """Linear modules of the text decoder that get a chain: a list of names, one regular expression over the
-    full module path, or all-linear. A name that matches nothing is an error."""
+    full module path, or all-linear. A name that matches nothing is an error. Experts that are stored as one
+    3-D parameter get none; check and train say what share of the weights a choice leaves out."""
     init_from: Text | None = None
     """An adapter directory whose values training starts from."""
 

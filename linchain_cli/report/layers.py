@@ -62,7 +62,7 @@ def layer_numbers(adapter: Adapter, base: Path | None = None) -> list[LayerNumbe
         base: the base model's checkpoint directory, for ‖W0‖; its weights are read one at a time.
     """
     norms = base_norms(base, adapter.tensors) if base is not None else {}
-    scaling = adapter.config.alpha / adapter.config.rank
+    scaling = adapter.config.scaling
     found = []
     for path, chain in adapter.tensors.items():
         values = spectrum(chain.A, chain.links, chain.B, scaling)

@@ -82,7 +82,7 @@ def test_adapters_are_switched_without_reloading(model, saved):
 
 def test_an_adapter_of_another_model_is_refused(saved, tiny_gpt2_dir):
     other = AutoModelForCausalLM.from_pretrained(tiny_gpt2_dir)
-    with pytest.raises(InputError, match="does not fit this model: it adapts model.layers"):
+    with pytest.raises(InputError, match="does not fit this model: it adapts 'model.layers"):
         attach(other, load_adapter(saved))
     assert not chain_layers(other)
 
