@@ -136,6 +136,11 @@ def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Te
     )
 
 
+def _version(x: Tensor) -> int | None:
+    """How often x was changed in place, where torch counts it."""
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
 class Group:
     """Chain layers that read the same input, or one alone: whichever is called first computes for all.
 
@@ -165,7 +170,7 @@ class Group:
 
     def output(self, layer: Any, x: Tensor) -> Tensor:
         """A layer's output for x (..., d_in), of the layers together where all of them can be."""
-        state = torch.is_grad_enabled(), None if x.is_inference() else x._version
+        state = torch.is_grad_enabled(), _version(x)
         place = self.layers.index(layer)
         if self._input is not x or self._state != state or self._outputs[place] is None:
             if self.folded_a is None or not all(member.is_fused(x) for member in self.layers):

@@ -175,7 +175,7 @@ def prove_gguf(adapter: Adapter, model: PreTrainedModel, directory: Path) -> Fac
         B = torch.empty_like(stored)
         B[_row_order(layout, path, model, len(stored))] = stored
         read = ChainTensors(A, chain.links[:0], B)
-        scaling = adapter.config.alpha / adapter.config.rank
+        scaling = adapter.config.scaling
         errors[path] = relative_error(chain, read, scaling, alpha / A.shape[0])
         if not errors[path] <= LARGEST_ERROR:
             raise LinchainError(

@@ -146,7 +146,7 @@ def load_with_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) ->
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(instead.format(f"cannot load this adapter ({reason})")) from error
     modules = dict(loaded.base_model.model.named_modules())
-    scaling = adapter.config.alpha / adapter.config.rank
+    scaling = adapter.config.scaling
     absent = {*taken.missing_keys}
     lost = [
         path
