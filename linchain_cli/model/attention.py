@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
 
 from linchain_cli.model.fast import REFUSALS, alike, probe_ids
@@ -62,6 +62,7 @@ def grouped_attention(
     return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
+AttentionInterface.register(GROUPED, grouped_attention)  # model/flat_rows.py has it read flat rows, too
 AttentionMaskInterface.register(GROUPED, eager_mask)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -27,6 +30,17 @@ def test_values_and_gradients_are_those_of_eager_attention(architecture, small_m
     assert (model.config._attn_implementation == GROUPED) == (architecture not in THEIR_OWN)
     for ours, theirs in zip(run(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
+
+
+def test_it_needs_nothing_of_training(tiny_llama_dir):
+    """Evaluations load a model without importing what reads flat rows."""
+    program = (
+        "import sys, pathlib; from linchain_cli.model.loading import load_model;"
+        f" model = load_model(pathlib.Path({str(tiny_llama_dir)!r}), dtype='float32', device='cpu');"
+        " print(model.config._attn_implementation, 'linchain_cli.model.flat_rows' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.split() == [GROUPED, "False"]
 
 
 def test_bfloat16_is_as_close_to_float32_as_eager_attention_is(small_model, run):
