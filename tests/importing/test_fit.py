@@ -62,7 +62,7 @@ def test_modules_are_found_in_the_base(tmp_path, base_of):
     ):
         fit_to_model(foreign, empty_model(base_of("gpt2")))
     wide = {f"{PREFIX}.lora_A.weight": draw(4, 65), f"{PREFIX}.lora_B.weight": draw(64, 4)}
-    with pytest.raises(InputError, match=r"\(65 → 64\), LlamaForCausalLM has 64 → 64"):
+    with pytest.raises(InputError, match=r"\(65 → 64\), and LlamaForCausalLM has 64 → 64"):
         fit_to_model(read_foreign(write(tmp_path / "b", wide)), model)
 
 
