@@ -30,9 +30,11 @@ def check_answer(message: Message, written: str, turn: int) -> bool:
         return False
     body = content.strip()
     indent = content[: content.index(body)].rpartition("\n")[2]
-    if indent and "\n" in body and indent + body not in written:
+    others = [line for line in body.splitlines()[1:] if line.strip()]
+    if indent and others and all(line.startswith(indent) for line in others) and indent + body not in written:
         raise RowError(
-            f"the chat template trims the indentation with which {who}, begins. Trim it, or {_REMEDY}"
+            f"the chat template trims the indentation of {who}, in its first line alone. Take it out of all "
+            f"lines, or {_REMEDY}"
         )
     return True
 

@@ -131,8 +131,6 @@ def test_a_run_that_fails_says_why_and_exits_1(linchain, recipe, run, monkeypatc
     code, out, err = linchain("train", recipe)
     assert code == 1 and out == ""
     assert (
-        "\nerror: step 1: the loss is nan" in err
-        and "Its rows" not in err
-        and "The step's rows are [" in err
+        "\nerror: step 1: the loss is nan" in err and "Its rows" not in err and "The step's rows are [" in err
     )
     assert run.read_status().status == "failed"

@@ -282,7 +282,7 @@ PARTLY = CHATML.replace(
         (CHATML, assistant("4", reasoning_content="because"), "leaves the reasoning out of turn 2"),
         (CHATML, assistant("", tool_calls=call(city="Paris")), "leaves the call of weather out of turn 2"),
         (PARTLY, assistant("", tool_calls=call(city="Paris")), "leaves 'Paris', of the call of weather, out"),
-        (LLAMA3, assistant("    if x:\n        return 1"), "trims the indentation with which turn 2"),
+        (LLAMA3, assistant("    if x:\n        return 1"), "trims the indentation of turn 2"),
         (CHATML.replace("m.content }}", "m.content[:9] }}"), assistant("a long answer"), "leaves 'a long"),
     ],
 )
@@ -297,8 +297,9 @@ def test_white_space_around_an_answer_may_be_trimmed_and_is_said(byte_level):
     assert [rendered.text[s:e] for s, e in rendered.spans] == ["ein<|eot|>", "zwei<|eot|>"]
     assert rendered.remarks == ("the chat template trims the white space around answers",)
     assert template_of(byte_level, CHATML).render(row)[0].remarks == ()
-    two_lines = {"messages": [user("x"), assistant("\n\nfirst\n  second\n")]}
-    assert template_of(byte_level, LLAMA3).render(two_lines)[0].remarks, "nothing but empty lines is lost"
+    for harmless in ("\n\nfirst\n  second\n", " Sure:\n\n- one\n  - two", "    return 1"):
+        (rendered,) = template_of(byte_level, LLAMA3).render({"messages": [user("x"), assistant(harmless)]})
+        assert rendered.remarks
 
 
 def test_reasoning_in_the_content_may_be_set_apart(byte_level):
