@@ -59,6 +59,7 @@ def run(
         name=subject.opened.name,
         prompts=() if no_proof else _prompts(subject, found.directory),
         quantization=subject.recipe.model.quantization,
+        chat_template=subject.recipe.data.chat.template,
     )
     _show(_merge(subject, found, base, out, options))
 

@@ -15,7 +15,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from linchain_cli.data.chat_checks import check_answer, check_read
@@ -73,8 +72,8 @@ class ChatTemplate:
         settings: ChatConfig | None = None,
         turns: Literal["all", "last"] = "all",
     ):
-        file, options = (settings.template, settings.options) if settings else (None, {})
-        self._write = _program(tokenizer, file, options)
+        source, options = (settings.template, settings.options) if settings else (None, {})
+        self._write = _program(tokenizer, source, options)
         self._system = settings.system if settings else None
         self._turns = turns
         self._openings: dict[str, str] = {}
@@ -245,17 +244,16 @@ class ChatTemplate:
         self._eos_ends = self._closes_nothing and not self._opening("user")
 
 
-def _program(tokenizer: PreTrainedTokenizerBase, file: str | None, options: Mapping[str, Any]) -> ChatProgram:
+def _program(
+    tokenizer: PreTrainedTokenizerBase, source: str | None, options: Mapping[str, Any]
+) -> ChatProgram:
     import jinja2
 
-    where = f"data.chat.template: {file}" if file else "data.template: the model's chat template"
     try:
-        source = Path(file).expanduser().read_text(encoding="utf-8") if file else None
         return ChatProgram(tokenizer, source, options)
     except jinja2.TemplateSyntaxError as error:
-        raise InputError(f"{where}, line {error.lineno}: {error.message}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{where} cannot be read ({error}).") from None
+        what = "data.chat.template" if source else "data.template: the model's chat template"
+        raise InputError(f"{what}, line {error.lineno}: {error.message}.") from None
     except ValueError:
         raise InputError(
             "data.template: the model's tokenizer has no chat template. Give one with data.chat.template, "

@@ -46,6 +46,7 @@ class MergeOptions:
     name: what messages call the adapter
     prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
     quantization: how the run had rounded its base; its logits are compared as well
+    chat_template: what the adapter was trained with, where it is not the base's own
     """
 
     dtype: torch.dtype | None = None
@@ -55,6 +56,7 @@ class MergeOptions:
     name: str = "the adapter"
     prompts: Sequence[Sequence[int]] = ()
     quantization: str = "none"
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,9 @@ def merge_checkpoint(
     with staged_output(target, MergeReceipt, overwrite=options.overwrite) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
         changes = write_companions(companions, base_directory, staging, options.dtype)
+        if options.chat_template is not None:
+            (staging / "chat_template.jinja").write_bytes(options.chat_template.encode())
+            changes.append("the chat template is the one that the adapter was trained with")
         proof = prove_tensors(plan, staging, options.dtype, _counter("proving", total, progress))
         receipt = _receipt(plan, adapter, origin.base, found_hash, proof, changes, options)
         receipt = replace(receipt, files=hash_files(staging, proof.hashes))

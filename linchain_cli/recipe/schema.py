@@ -6,6 +6,7 @@ error messages are made from these declarations.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -137,7 +138,7 @@ def _as_written(value: Any) -> Any:
         return value == "true"
     if re.fullmatch(r"[+-]?\d{1,18}", value):
         return int(value)
-    if re.fullmatch(r"[+-]?\d+\.?\d*([eE][+-]?\d{1,2})?", value):
+    if re.fullmatch(r"[+-]?\d+\.?\d*([eE][+-]?\d{1,3})?", value) and math.isfinite(float(value)):
         return float(value)
     return value
 
@@ -149,11 +150,25 @@ Scalar = Annotated[
 ]
 
 
+def _jinja(value: str) -> str:
+    """A template, or what the file of that name holds: a run's recipe keeps the template itself."""
+    if "{%" in value or "{{" in value:
+        return value
+    try:
+        text = expand(value).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+    if "{%" not in text and "{{" not in text:
+        raise ValueError("the file holds no Jinja template")
+    return text
+
+
 class ChatConfig(StrictModel):
     """How conversations are written, where data.template is chat."""
 
-    template: Text | None = None
-    """A Jinja file of your own in place of the chat template that the tokenizer brings."""
+    template: Annotated[Text, AfterValidator(_jinja), Expected("a Jinja file, or null")] | None = None
+    """A Jinja file of your own in place of the chat template that the tokenizer brings. The run's recipe
+    holds its text, and a merged checkpoint gets it as chat_template.jinja."""
     options: dict[Text, Scalar] = {}
     """Variables that the template reads: {enable_thinking: false}."""
     system: str | None = None
@@ -237,6 +252,15 @@ class DataConfig(StrictModel):
     """A row that cannot be used stops the run, or is skipped and counted."""
     max_unsupervised_share: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of rows that may be without a supervised token (all of it cut off) before the run is refused."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.template in ("chat", "auto"):
+            return
+        for key, set_ in (("chat", self.chat != ChatConfig()), ("turns", self.turns != "all")):
+            if set_:
+                yield Conflict(
+                    (key, "template"), f"data.{key} is for data.template: chat, which this is not."
+                )
 
     @property
     def sources(self) -> list[SourceConfig]:

@@ -47,6 +47,21 @@ def test_merge_writes_beside_the_run_and_shows_the_proof(make_run, base_of, caps
     assert model.generate(**tokenizer("the kettle", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
 
 
+def test_a_merged_checkpoint_asks_through_the_chat_template_it_was_trained_with(make_run, base_of):
+    from transformers import AutoTokenizer
+
+    base = base_of("llama")
+    run = make_run(base)
+    recipe = yaml.safe_load(run.recipe_path.read_text())
+    own = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    recipe["data"] |= {"template": "chat", "chat": {"template": own}}
+    run.recipe_path.write_text(yaml.safe_dump(recipe))
+    before = AutoTokenizer.from_pretrained(base).chat_template
+    assert linchain("merge", run.path, "--no-proof") == 0
+    assert AutoTokenizer.from_pretrained(run.merged_dir).chat_template == own
+    assert AutoTokenizer.from_pretrained(base).chat_template == before != own
+
+
 def test_merge_without_a_name_takes_the_newest_run_and_says_so(
     make_run, base_of, capsys, tmp_path, monkeypatch
 ):

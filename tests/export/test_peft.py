@@ -152,9 +152,7 @@ def test_vllm_accepts_keys_types_and_configuration(tmp_path, base_of, adapter_of
 
 def test_an_adapter_of_another_model_is_refused(tmp_path, base_of, adapter_of_base):
     adapter = adapter_of_base(base_of("llama"))
-    with pytest.raises(
-        InputError, match=r"it adapts 'model\.layers\.0.* and GPT2\w* has no such module"
-    ):
+    with pytest.raises(InputError, match=r"it adapts 'model\.layers\.0.* and GPT2\w* has no such module"):
         export(base_of("gpt2"), adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

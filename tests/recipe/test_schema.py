@@ -72,9 +72,6 @@ RECIPES = st.fixed_dictionaries(
                 "train": st.lists(TEXT, min_size=1, max_size=3),
                 "columns": st.dictionaries(TEXT, TEXT, max_size=3),
                 "validation": st.integers(1, 10**6) | st.just("dev.json"),
-                "chat": st.fixed_dictionaries(
-                    {"options": st.dictionaries(TEXT, st.booleans() | TEXT, max_size=2)}
-                ),
                 "template": st.sampled_from(["plain", "chat"])
                 | st.fixed_dictionaries({"prompt": TEXT, "response": TEXT}),
             }
@@ -194,6 +191,50 @@ def test_a_shipped_recipe_takes_overrides():
 )
 def test_an_option_of_the_chat_template_is_what_it_looks_like(written, value):
     found = strict_yaml.parse(f"{{options: {{a: {written}}}}}").value
-    recipe, problems = check(Recipe, {**MINIMAL, "data": {"train": "d.json", "chat": found}})
+    recipe, problems = check(Recipe, MINIMAL | {"data": {"train": "d", "template": "chat", "chat": found}})
     assert not problems
     assert recipe.data.chat.options["a"] == value and type(recipe.data.chat.options["a"]) is type(value)
+
+
+NUMBERS = st.integers(-(10**17), 10**17) | st.floats(allow_nan=False, allow_infinity=False)
+SCALARS = st.none() | st.booleans() | NUMBERS | TEXT
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(options=st.dictionaries(TEXT, SCALARS, max_size=3))
+def test_options_of_the_chat_template_are_read_back_equal(options):
+    recipe = Recipe(**MINIMAL | {"data": {"train": "d", "template": "chat", "chat": {"options": options}}})
+    again, problems = check(Recipe, strict_yaml.parse(recipe.to_yaml()).value)
+    assert not problems and again == recipe
+
+
+def test_a_chat_template_s_file_is_kept_in_the_recipe(tmp_path):
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for m in messages %}\n{{ m.content }}\t\u2028{% endfor %}")
+
+    def recipe(template):
+        return check(
+            Recipe, MINIMAL | {"data": {"train": "d", "template": "chat", "chat": {"template": template}}}
+        )
+
+    found, problems = recipe(str(file))
+    assert not problems and found.data.chat.template == file.read_text()
+    file.unlink()
+    assert check(Recipe, strict_yaml.parse(found.to_yaml()).value) == (found, [])
+    _, (problem,) = recipe(str(file))
+    assert (
+        problem.key == ("data", "chat", "template") and "it cannot be read: No such file" in problem.message
+    )
+    file.write_text("no template")
+    _, (problem,) = recipe(str(file))
+    assert "the file holds no Jinja template" in problem.message
+    file.write_bytes(b"\xff{{")
+    _, (problem,) = recipe(str(file))
+    assert "it cannot be read: not UTF-8" in problem.message
+
+
+def test_settings_of_conversations_are_refused_for_other_templates():
+    data = {"train": "d", "template": "alpaca", "chat": {"system": "Hi."}, "turns": "last"}
+    _, problems = check(Recipe, MINIMAL | {"data": data})
+    assert [problem.key for problem in problems] == [("data", "chat"), ("data", "turns")]
+    assert "data.turns is for data.template: chat" in problems[1].message
