@@ -47,7 +47,7 @@ def _check(recipe: Recipe, console: Console) -> None:
         data = prepare_data(recipe.data, tokenizer, progress=progress)
     epoch = recipe_epoch(recipe, data.train)
     check_view.sources(console, data)
-    check_view.lengths(console, data, recipe.data.max_length)
+    check_view.lengths(console, data, data.config.max_length)
     check_view.epoch(console, epoch, total_steps(recipe.training, epoch.rows), recipe)
     check_view.notes(console, unreachable(recipe.training, epoch.rows, data.validation is not None))
     check_view.rows(console, data.train, tokenizer)

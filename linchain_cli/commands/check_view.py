@@ -88,11 +88,17 @@ def sources(console: Console, data: PreparedData) -> None:
     _section(console, "Rows")
     reports = [data.report] + ([data.validation_report] if data.validation_report else [])
     table = [
-        (source.name, *map(_count, (source.total, source.kept, source.bad, source.unsupervised)))
+        (
+            source.name,
+            source.template,
+            *map(_count, (source.total, source.kept, source.bad, source.unsupervised, source.long)),
+        )
         for report in reports
         for source in report.sources
     ]
-    _print_table(console, ("source", "rows", "used", "bad", "nothing supervised"), table)
+    _print_table(
+        console, ("source", "template", "rows", "used", "bad", "nothing supervised", "too long"), table
+    )
     console.print(
         f"{_count(len(data.train))} rows to train on, {_count(len(data.validation or ()))} to validate on"
     )
@@ -101,7 +107,7 @@ def sources(console: Console, data: PreparedData) -> None:
             console.print(f"  skipped {example}")
         for example in report.unsupervised_examples:
             console.print(f"  nothing supervised: {example}")
-        notes(console, report.warnings)
+        notes(console, [*report.notes, *report.warnings])
 
 
 def lengths(console: Console, data: PreparedData, max_length: int) -> None:
@@ -110,7 +116,7 @@ def lengths(console: Console, data: PreparedData, max_length: int) -> None:
 
     report = data.report
     _section(console, "Lengths")
-    bins = length_histogram(data.train.lengths, max_length)
+    bins = length_histogram(data.train.lengths, min(max_length, int(data.train.lengths.max())))
     most = max(count for *_, count in bins)
     table = [
         (f"{low:>5,} to {high:>5,}", _count(count), "█" * round(BAR * count / most) or ("▏" if count else ""))

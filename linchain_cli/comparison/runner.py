@@ -278,6 +278,7 @@ class _Runner:
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
         from linchain_cli.data.templates import template_of
+        from linchain_cli.recipe import load_recipe
 
         base, section = self._loaded(recipe), self.definition.base.evaluation
         attach(base.model, load_adapter(run.adapter_dir))
@@ -285,7 +286,7 @@ class _Runner:
             evaluate(
                 base.model,
                 base.tokenizer,
-                template_of(recipe.data, base.tokenizer),
+                template_of(load_recipe(run.recipe_path).data, base.tokenizer),
                 self.tasks,
                 name=str(run.path),
                 protocol=section.protocol,

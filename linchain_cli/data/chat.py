@@ -63,7 +63,10 @@ class ChatTemplate:
     """
 
     name = "chat"
-    layouts = (Layout(("messages",), ("tools",)), Layout(("instruction", "output"), ("input",)))
+    layouts = (
+        Layout(("messages",), ("tools",)),
+        Layout(("instruction", "output"), ("input", "system", "history")),
+    )
     adds_bos = False  # a chat template writes its own
 
     def __init__(
@@ -144,7 +147,6 @@ class ChatTemplate:
         """The row's conversation, with the recipe's system prompt if it has none of its own."""
         conversation = row if "messages" in row else _of_instruction(row)
         messages = conversation["messages"]
-        _check_shape(messages)
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
             return {**conversation, "messages": [{"role": "system", "content": self._system}, *messages]}
         return conversation
@@ -262,20 +264,17 @@ def _program(
 
 
 def _of_instruction(row: Row) -> Conversation:
-    """An instruction row is a user turn (with its input below) and an answer."""
+    """An instruction row is a user turn (with its input below) and an answer, behind what was said before."""
     asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-    answer = [{"role": "assistant", "content": row["output"]}] if row.get("output") is not None else []
-    return {"messages": [{"role": "user", "content": asked}, *answer]}
-
-
-def _check_shape(messages: Any) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise RowError("'messages' is not a list of turns like {role: user, content: ...}")
-    for turn, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
-            raise RowError(f"turn {turn} of 'messages' needs a role and a content, both strings")
+    turns = [*row.get("history", ()), (asked, row.get("output"))]
+    said = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+        if text is not None
+    ]
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return {"messages": [*system, *said]}
 
 
 def _before_answer(messages: Sequence[Message]) -> Sequence[Message]:

@@ -1,63 +1,49 @@
-"""From a recipe's data section to encoded rows, cached by everything that they depend on."""
+"""From a recipe's data section to the rows that are trained on and those that validate."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
-import shutil
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
-
-from linchain_cli.data.encoding import EncodedText, TextEncoder
-from linchain_cli.data.fingerprint import encoding_fingerprint
-from linchain_cli.data.formats import Rows, check_text
-from linchain_cli.data.report import DataReport, SourceReport
-from linchain_cli.data.rows import Rendered, RowError, Template
-from linchain_cli.data.sources import Source, SourceRequest, resolve_source
-from linchain_cli.data.store import FORMAT_VERSION, EncodedRows, EncodedStore, StoreWriter
-from linchain_cli.data.templates import template_of
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.data.cache import open_or_encode
+from linchain_cli.data.formats import choose_template
+from linchain_cli.data.mixture import hold_out, weighted
+from linchain_cli.data.pipeline import EncodingSettings, Progress
+from linchain_cli.data.report import DataReport
+from linchain_cli.data.rows import Template
+from linchain_cli.data.sources import Source, resolve_source
+from linchain_cli.data.store import EncodedRows, EncodedStore
+from linchain_cli.data.templates import get_template
+from linchain_cli.errors import InputError
 from linchain_cli.model.gguf import cache_root
-from linchain_cli.storage import staged_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from linchain_cli.recipe import DataConfig
+    from linchain_cli.recipe import DataConfig, SourceConfig, TemplateConfig
 
-_CHUNK_ROWS = 2048
-_CHUNK_CHARACTERS = 4_000_000
-_EXAMPLES = 5
-_AUTO_VALIDATION = 120
-
-Progress = Callable[[int], None]
+# Where `max_length` is auto and the model reads more: what other tools take, and a row may need gigabytes.
+LONGEST_AUTO = 2048
 
 
 @dataclass
 class PreparedData:
-    """What a run trains on. `validation_report` is about validation rows with a source of their own."""
+    """What a run trains on.
+
+    `config` is the recipe's data section with what it left to `auto` settled; `template` what the model is
+    asked through afterwards, the first source's. `validation_report` is about validation rows with a source
+    of their own."""
 
     train: EncodedRows
     validation: EncodedRows | None
     template: Template
+    config: DataConfig
     report: DataReport
     validation_report: DataReport | None = None
-
-
-@dataclass(frozen=True)
-class EncodingSettings:
-    """What of a recipe changes the encoded rows, beside sources, tokenizer and template."""
-
-    max_length: int
-    train_on_inputs: bool
-    skip_bad: bool
 
 
 def prepare_data(
@@ -81,56 +67,96 @@ def prepare_data(
         InputError: a source is missing, a row is bad (or none is good), rows have no supervised token,
             or more rows are to be held out than there are.
     """
-    template = template_of(config, tokenizer)
     cache_dir = Path(cache_dir) if cache_dir else cache_root() / "encoded"
-    settings = EncodingSettings(config.max_length, config.train_on_inputs, config.on_bad_row == "skip")
+    config = config.model_copy(update={"max_length": longest_row(config, tokenizer)})
+    settings = EncodingSettings(
+        config.max_length, config.train_on_inputs, config.on_bad_row == "skip", config.on_long_row
+    )
 
-    def encoded(sources: Sequence[Any]) -> tuple[EncodedStore, DataReport]:
-        found = [resolve_source(source, data_dir) for source in sources]
-        store, report = _open_or_encode(found, tokenizer, template, settings, cache_dir, progress)
+    def encoded(sources: Sequence[SourceConfig]) -> tuple[list[_Found], EncodedStore, DataReport]:
+        found = [_find(source, config, tokenizer, data_dir) for source in sources]
+        pairs = [(one.source, one.template) for one in found]
+        store, report = open_or_encode(pairs, tokenizer, settings, cache_dir, progress)
+        report.template = found[0].template.name
         _check_supervised(report, config.max_unsupervised_share, config.max_length)
-        return store, report
+        _tell(report, found, config.max_length)
+        return found, store, report
 
-    store, report = encoded(config.sources)
-    if config.validation == "auto" or isinstance(config.validation, int):
+    found, store, report = encoded(config.sources)
+    of_validation, validation_report = None, None
+    if (source := config.validation_source) is None:
         train, validation = hold_out(store, config.validation, config.split_seed)
-        prepared = PreparedData(train, validation, template, report)
     else:
-        validation_store, validation_report = encoded(
-            [SourceRequest(config.validation, split="validation", columns=config.columns)]
-        )
-        prepared = PreparedData(
-            EncodedRows(store), EncodedRows(validation_store), template, report, validation_report
-        )
+        (of_validation,), validation_store, validation_report = encoded([source])
+        train, validation = EncodedRows(store), EncodedRows(validation_store)
+    weights = [source.weight for source in config.sources]
+    train = weighted(train, [source.rows for source in report.sources], weights, config.split_seed)
+    if any(weight != 1 for weight in weights):
+        marked = json.dumps([report.fingerprint, weights]).encode()
+        report.fingerprint = hashlib.sha256(marked).hexdigest()
+    settled = _settled(config, [one.chosen for one in found], of_validation and of_validation.chosen)
+    prepared = PreparedData(train, validation, found[0].template, settled, report, validation_report)
     report.warnings += _warnings(prepared, tokenizer)
     return prepared
 
 
-def hold_out(
-    store: EncodedStore, rows: int | Literal["auto"], seed: int
-) -> tuple[EncodedRows, EncodedRows | None]:
-    """(training rows, validation rows): `rows` of the store, chosen by `seed`, are in the second alone.
+@dataclass(frozen=True)
+class _Found:
+    """A source of a recipe with the template that its rows go through; `chosen` is how a recipe writes
+    that."""
 
-    `auto` holds out 120, but at most a tenth of the rows.
-    """
-    if rows == "auto":
-        rows = min(_AUTO_VALIDATION, max(1, store.num_rows // 10))
-    if rows == 0:
-        return EncodedRows(store), None
-    if rows >= store.num_rows:
-        raise InputError(
-            f"data.validation: {rows} rows cannot be held out of {store.num_rows}. Choose fewer, or 0 for no "
-            "validation."
-        )
-    # RandomState's streams are frozen: the same rows in every NumPy version.
-    order = np.random.RandomState(seed).permutation(np.arange(store.num_rows, dtype=np.int32))
-    held_out = np.sort(order[:rows])
-    return EncodedRows(store, without=held_out), EncodedRows(store, only=held_out)
+    source: Source
+    template: Template
+    chosen: str | TemplateConfig
+    by_itself: bool  # the recipe says auto
+
+
+def _find(
+    wanted: SourceConfig,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    data_dir: str | Path | None,
+) -> _Found:
+    source, chosen = resolve_source(wanted, data_dir), wanted.template
+    if chosen == "auto":
+        chats = bool(config.chat.template or tokenizer.chat_template)
+        chosen = choose_template(source, chats).name
+    template = get_template(chosen, tokenizer, config.chat, config.turns)
+    return _Found(source, template, chosen, wanted.template == "auto")
+
+
+def _settled(
+    config: DataConfig, templates: Sequence[str | TemplateConfig], of_validation: str | TemplateConfig | None
+) -> DataConfig:
+    """The data section with the templates that were found: the first source's for all, the others' beside
+    them."""
+    first, *_ = templates
+    own = [template if template != first else None for template in templates]
+    train = [
+        source.model_copy(update={"template": template})
+        for source, template in zip(config.train, own, strict=True)
+    ]
+    update = {"template": first, "train": train}
+    if of_validation is not None and of_validation != first:
+        update["validation"] = config.validation_source.model_copy(update={"template": of_validation})
+    return config.model_copy(update=update)
+
+
+def longest_row(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """`data.max_length` in tokens; auto is what the model reads, and at most 2,048."""
+    if config.max_length != "auto":
+        return config.max_length
+    return max(2, min(LONGEST_AUTO, tokenizer.model_max_length))
 
 
 def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> None:
     """Stops a run in which more rows have nothing to learn than the recipe tolerates."""
     usable = report.kept + report.unsupervised
+    if not usable:
+        raise InputError(
+            f"all {report.long:,} rows have more than data.max_length ({max_length:,}) tokens (the longest "
+            f"{report.longest:,}), and data.on_long_row is drop. Raise data.max_length."
+        )
     share = report.unsupervised / usable
     if share > tolerated or not report.kept:
         examples = "".join(f"\n  {example}" for example in report.unsupervised_examples)
@@ -140,6 +166,36 @@ def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> 
             "data.max_length, or accept a share with data.max_unsupervised_share (now "
             f"{tolerated:g}).{examples}"
         )
+
+
+def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
+    """Puts what the user should know of these rows into `notes` and `warnings`."""
+    notes, told = report.notes, report.warnings
+    for one, counts in zip(found, report.sources, strict=True):
+        name, files, counts.template = one.source.name, one.source.files, one.template.name
+        if one.by_itself:
+            notes.append(f"{name}: rows go through the template {counts.template} (data.template: auto)")
+        if counts.unread:
+            notes.append(f"{name}: nothing reads the columns {', '.join(map(str, counts.unread[:20]))}")
+        if files and files.left_out:
+            names = [Path(file).name for file in files.left_out]
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            notes.append(f"{name}: not read are {', '.join(names[:5])}{more}")
+    if report.truncated:
+        told.append(
+            f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length "
+            f"({max_length:,} tokens; "
+            f"the longest has {report.longest:,}) and lose their end, the end-of-sequence token with "
+            "it. Raise "
+            "data.max_length, or leave them out with data.on_long_row: drop"
+        )
+    if report.answers_cut_away:
+        told.append(f"{report.answers_cut_away:,} answers of conversations lie wholly behind data.max_length")
+    if report.long:
+        told.append(
+            f"{report.long:,} rows with more than {max_length:,} tokens are left out (data.on_long_row: drop)"
+        )
+    told += [f"{remark} ({count:,} rows)" for remark, count in report.remarks.items()]
 
 
 def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -156,191 +212,3 @@ def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> lis
                 "rows"
             )
     return found
-
-
-def _open_or_encode(
-    sources: Sequence[Source],
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
-    settings: EncodingSettings,
-    cache_dir: Path,
-    progress: Progress | None,
-) -> tuple[EncodedStore, DataReport]:
-    fingerprint = encoding_fingerprint(
-        sources, tokenizer, template, {"format": FORMAT_VERSION, **asdict(settings)}, cache_dir
-    )
-    target = cache_dir / fingerprint[:32]
-    if found := _open(target, sources):
-        return found
-    with _cache_problems(cache_dir):
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(cache_dir / f".{target.name}.lock"):
-            found = _open(target, sources)  # unless another process was first
-            if not found:
-                shutil.rmtree(target, ignore_errors=True)  # what does not open is damaged
-                _encode_to(target, fingerprint, sources, TextEncoder(tokenizer), template, settings, progress)
-    store, report = found or _open(target, sources)
-    report.cached = bool(found)
-    return store, report
-
-
-def _open(directory: Path, sources: Sequence[Source]) -> tuple[EncodedStore, DataReport] | None:
-    """What an earlier call encoded; None if there is nothing, or not the whole of it."""
-    try:
-        store = EncodedStore(directory)
-        report = DataReport.from_dict(store.report)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    report.cached = True
-    report.move([(source.name, source.location) for source in sources])
-    return store, report
-
-
-@contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Waits for a process that encodes the same rows. Where files cannot be locked, both do, to one end."""
-    with open(lock, "w") as handle:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def _cache_problems(cache_dir: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise LinchainError(
-                f"No space is left for encoded rows in {cache_dir}. Free some, or set LINCHAIN_CACHE to "
-                "another directory."
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and _lies_in(
-            error.filename, cache_dir
-        ):
-            raise InputError(
-                f"Encoded rows cannot be kept in {cache_dir} ({error.strerror}). Set LINCHAIN_CACHE to a "
-                "directory that can be written."
-            ) from error
-        raise
-
-
-def _lies_in(filename: str | None, directory: Path) -> bool:
-    path = Path(filename or "")
-    return path == directory or path in directory.parents or directory in path.parents
-
-
-def _encode_to(
-    target: Path,
-    fingerprint: str,
-    sources: Sequence[Source],
-    encoder: TextEncoder,
-    template: Template,
-    settings: EncodingSettings,
-    progress: Progress | None,
-) -> None:
-    try:
-        with staged_directory(target) as staging, StoreWriter(staging) as writer:
-            report = DataReport(fingerprint=fingerprint)
-            for rows in _encoded_chunks(
-                _rendered(sources, template, settings, report), encoder, template, settings
-            ):
-                writer.append([row.encoded for row in rows if _count(row, report)])
-                if progress:
-                    progress(report.total)
-            for source in report.sources:
-                source.kept = source.total - source.skipped
-            writer.finish(report.to_dict())
-    except OSError as error:
-        # Without locks another process can have been first; its rows are the same.
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not _open(target, sources):
-            raise
-
-
-@dataclass
-class _Row:
-    source: SourceReport
-    place: str
-    rendered: Rendered
-    encoded: EncodedText | None = None
-
-
-def _rendered(
-    sources: Sequence[Source], template: Template, settings: EncodingSettings, report: DataReport
-) -> Iterator[_Row]:
-    """The usable rows of all sources as text; bad ones are counted in `report`, or end it with InputError."""
-    for source in sources:
-        counts = SourceReport(source.name, source.location)
-        report.sources.append(counts)
-        rows = Rows(source, template.layouts, settings.skip_bad)
-        for row in rows:
-            try:
-                rendered = template.render(row)
-                for one in rendered:
-                    check_text(one.text, row)
-            except RowError as error:
-                rows.reject(error)
-                continue
-            finally:
-                counts.total, counts.bad = rows.total, rows.skipped
-            yield from (_Row(counts, rows.place(), one) for one in rendered)
-        counts.total, counts.bad = rows.total, rows.skipped
-        report.bad_examples += rows.problems[: _EXAMPLES - len(report.bad_examples)]
-
-
-def _encoded_chunks(
-    rows: Iterator[_Row], encoder: TextEncoder, template: Template, settings: EncodingSettings
-) -> Iterator[list[_Row]]:
-    """Encodes chunk by chunk, the next one being read and rendered meanwhile."""
-
-    def encode(chunk: list[_Row]) -> list[_Row]:
-        encoded = encoder.encode(
-            [row.rendered for row in chunk],
-            adds_bos=template.adds_bos,
-            max_length=settings.max_length,
-            train_on_inputs=settings.train_on_inputs,
-        )
-        for row, result in zip(chunk, encoded, strict=True):
-            row.encoded = result
-        return chunk
-
-    pending: deque[Future[list[_Row]]] = deque()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        for chunk in _chunks(rows):
-            pending.append(pool.submit(encode, chunk))
-            if len(pending) > 1:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def _chunks(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    """Lists of rows, bounded in number and in characters."""
-    chunk: list[_Row] = []
-    characters = 0
-    for row in rows:
-        chunk.append(row)
-        characters += len(row.rendered.text)
-        if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-def _count(row: _Row, report: DataReport) -> bool:
-    """Adds a row to the report; whether it has a supervised token, and so is kept."""
-    encoded = row.encoded
-    supervised = int(np.count_nonzero(encoded.supervised))
-    report.longest = max(report.longest, encoded.full_length)
-    if not supervised:
-        row.source.unsupervised += 1
-        if len(report.unsupervised_examples) < _EXAMPLES:
-            report.unsupervised_examples.append(f"{row.place}: {encoded.full_length:,} tokens")
-        return False
-    report.tokens += len(encoded.input_ids)
-    report.supervised_tokens += supervised
-    report.truncated += encoded.truncated
-    report.straddling_rows += encoded.straddling > 0
-    report.straddling_tokens += encoded.straddling
-    return True

@@ -97,10 +97,11 @@ class TextEncoder:
 
         input_ids = np.array(prefix + ids + suffix, dtype=np.int32)
         supervised = np.concatenate((np.zeros(len(prefix), bool), supervised, np.ones(len(suffix), bool)))
-        if train_on_inputs:
-            supervised[:] = True
-        supervised[:1] = False  # nothing comes before the first token to predict it from
         kept = slice(max_length)
+        if train_on_inputs:
+            # Of a row whose answer is wholly cut off the prompt alone is no more learned than without this.
+            supervised[:] = supervised[1:max_length].any()
+        supervised[:1] = False  # nothing comes before the first token to predict it from
         straddling = int(np.count_nonzero(straddling[: max(0, len(input_ids[kept]) - len(prefix))]))
         return EncodedText(input_ids[kept], supervised[kept], straddling, len(input_ids))
 

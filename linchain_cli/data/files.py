@@ -40,11 +40,15 @@ class DataFile:
 
 @dataclass(frozen=True)
 class FoundFiles:
-    """The files of one source by split, in name order; `left_out` are names beside them that are not read."""
+    """The files of one source by split, in name order; `left_out` are names beside them that are not read.
+
+    `named` says that the splits are told by the files' names; else all files are one, whatever it is called.
+    """
 
     location: str
     splits: dict[str, tuple[DataFile, ...]]
     left_out: tuple[str, ...] = ()
+    named: bool = False
 
 
 def is_data_file(name: str) -> bool:
@@ -133,15 +137,17 @@ def _in_directory(path: Path) -> FoundFiles:
                 with contextlib.suppress(FileNotFoundError):
                     found |= set(map(os.path.realpath, resolve_pattern(pattern, base)))
             splits[str(split)] = [file for file in files if os.path.realpath(file) in found]
-    splits = {split: names for split, names in splits.items() if names} or {"train": files}
-    return _found(str(path), splits, everything)
+    named = {split: names for split, names in splits.items() if names}
+    return _found(str(path), named or {"train": files}, everything, bool(named))
 
 
 def _is_hidden(file: Path, base: Path) -> bool:
     return any(part.startswith((".", "__")) for part in file.relative_to(base).parts)
 
 
-def _found(location: str, splits: dict[str, list[str]], everything: Iterable[str]) -> FoundFiles:
+def _found(
+    location: str, splits: dict[str, list[str]], everything: Iterable[str], named: bool = False
+) -> FoundFiles:
     taken = {name for names in splits.values() for name in names}
     for name in taken:
         check_file(Path(name))
@@ -149,6 +155,7 @@ def _found(location: str, splits: dict[str, list[str]], everything: Iterable[str
         location,
         {split: tuple(DataFile(Path(name), name) for name in names) for split, names in splits.items()},
         tuple(name for name in everything if name not in taken and Path(name).name not in _ABOUT),
+        named,
     )
 
 

@@ -25,22 +25,23 @@ _SETTLED_AFTER = 2.0  # seconds
 
 
 def encoding_fingerprint(
-    sources: Sequence[Source],
+    sources: Sequence[tuple[Source, Template]],
     tokenizer: PreTrainedTokenizerBase,
-    template: Template,
     settings: dict[str, Any],
     cache_dir: Path,
 ) -> str:
-    """64 hexadecimal digits of the sources' content, the tokenizer, the template and `settings`."""
+    """64 hexadecimal digits of the sources' content, their templates, the tokenizer and `settings`."""
     import tokenizers
 
+    templates = [(template.fingerprint, template.adds_bos) for _, template in sources]
+    shared = templates[0] if len(set(templates)) == 1 else None
     parts = {
-        "sources": [_source_parts(source, cache_dir) for source in sources],
+        "sources": [_source_parts(source, cache_dir) for source, _ in sources],
         "tokenizer": sha256_bytes(_without_state(serialized_tokenizer(tokenizer)).encode()),
         "tokenizers": tokenizers.__version__,
         "eos": tokenizer.eos_token_id,
-        "template": template.fingerprint,
-        "adds_bos": template.adds_bos,
+        "template": shared[0] if shared else [fingerprint for fingerprint, _ in templates],
+        "adds_bos": shared[1] if shared else [adds_bos for _, adds_bos in templates],
         "settings": settings,
     }
     return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
@@ -57,6 +58,8 @@ def _source_parts(source: Source, cache_dir: Path) -> dict[str, Any]:
     parts: dict[str, Any] = {"columns": sorted(source.columns.items())}
     if source.max_rows is not None:
         parts["max_rows"] = source.max_rows
+    if source.labels:
+        parts["labels"] = sorted(source.labels.items())
     if file := source.single_file:
         form, content = "".join(ending(file.path.name)), file_hash(file.path, cache_dir)
         return {**parts, "kind": "file", "format": form, "content": content}

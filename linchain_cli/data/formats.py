@@ -1,148 +1,372 @@
-"""From a source's rows as they are stored to the columns that a template reads."""
+"""The formats that rows come in, found by their columns, and how each becomes the row that a template takes.
+
+messages                     OpenAI's conversations, with tools
+conversations                ShareGPT's, with system and tools
+instruction, output          Alpaca's, with input, system and history
+prompt, completion           TRL's, as text or as messages
+text                         documents
+the columns of a template of one's own
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from linchain_cli.data import readers
+from linchain_cli.data import messages, readers
 from linchain_cli.data.readers import MAX_CELL
 from linchain_cli.data.reading import RawRows
-from linchain_cli.data.rows import Layout, RowError, Template
+from linchain_cli.data.rows import Layout, Row, RowError, Template
 from linchain_cli.data.sources import Source, SourceLike, resolve_source
 from linchain_cli.errors import InputError, did_you_mean, nearest
 
-_SURROGATE = re.compile("[\ud800-\udfff]")
-_EXAMPLES = 5  # problems of rows that are kept as text
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
+_LOOKED_AT = 100  # rows from which `template: auto` tells the format
+
+Cells = Mapping[str, Any]
 
 
-class Rows:
-    """The usable rows of a source, in order, each as {the template's column: text}.
+@dataclass(frozen=True)
+class Format:
+    """Columns by our names, and what a row with them becomes. `make` gets the cells that are not null."""
 
-    Iterate once; then `kept + skipped == total`. With `skip_bad` a row that cannot be used is counted and
-    the first few are kept in `problems`; without it, the first one raises InputError. Who finds a row
-    unusable later calls `reject` before asking for the next one.
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    make: Callable[[Cells], Row]
+
+
+def _of_messages(cells: Cells) -> Row:
+    return messages.conversation(messages.messages_of(cells["messages"], "messages"), cells.get("tools"))
+
+
+def _of_conversations(cells: Cells) -> Row:
+    turns = messages.messages_of(cells["conversations"], "conversations")
+    return messages.conversation(messages.with_system(turns, cells.get("system")), cells.get("tools"))
+
+
+def _of_prompt_and_completion(cells: Cells) -> Row:
+    names = ("prompt", "completion")
+    turns = messages.asked_and_answered(cells["prompt"], cells["completion"], names)
+    return messages.conversation(messages.with_system(turns, cells.get("system")), cells.get("tools"))
+
+
+_CONVERSATIONS = (
+    Format(("messages",), ("tools",), _of_messages),
+    Format(("conversations",), ("system", "tools"), _of_conversations),
+    Format(("prompt", "completion"), ("system", "tools"), _of_prompt_and_completion),
+)
+
+
+def _formats(layouts: Sequence[Layout], labels: Mapping[str, str]) -> list[Format]:
+    """All that a template with these layouts can be given, in the order in which it is looked for."""
+    found: list[Format] = []
+    takes_conversations = any(layout.required == ("messages",) for layout in layouts)
+    if takes_conversations:
+        found += _CONVERSATIONS[:2]
+    for layout in layouts:
+        if layout.required == ("messages",):
+            continue
+        found.append(Format(layout.required, layout.optional, _Texts(layout, labels)))
+        if layout.required == ("instruction", "output") and not takes_conversations:
+            found.append(Format(("prompt", "completion"), (), _asked(_Texts(layout, labels))))
+    return found + list(_CONVERSATIONS[2:] if takes_conversations else ())
+
+
+def _asked(make: Callable[[Cells], Row]) -> Callable[[Cells], Row]:
+    def of_texts(cells: Cells) -> Row:
+        if any(messages.is_messages(cells[name]) for name in ("prompt", "completion")):
+            raise RowError("the row holds messages: data.template: chat takes it")
+        return make({"instruction": cells["prompt"], "output": cells["completion"]})
+
+    return of_texts
+
+
+class _Texts:
+    """Makes a row of texts: numbers as they are written, classes by their names, a `history` as pairs."""
+
+    def __init__(self, layout: Layout, labels: Mapping[str, str]):
+        self._answer = frozenset(layout.answer) if labels else frozenset()
+        self._labels = labels
+
+    def __call__(self, cells: Cells) -> Row:
+        row = {}
+        for name, value in cells.items():
+            if name in self._answer:
+                row[name] = self._label(name, value)
+            elif type(value) is str and name != "history":
+                row[name] = value
+            else:
+                row[name] = _history(value) if name == "history" else _text(name, value)
+        return row
+
+    def _label(self, column: str, value: Any) -> str:
+        if isinstance(value, str) and value in self._labels.values():
+            return value
+        name = self._labels.get(str(value))
+        if name is None:
+            known = ", ".join(list(self._labels)[:20])
+            raise RowError(f"'{column}' is {readers.shown(value)}, which data.labels does not name ({known})")
+        return name
+
+
+def _text(column: str, value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (int, float, Decimal)):
+        return str(value)
+    raise RowError(
+        f"'{column}' is {readers.shown(value)} ({type(value).__name__}), where a text is expected"
+        + _other_template(value)
+    )
+
+
+def _other_template(value: Any) -> str:
+    turns = isinstance(value, list) and value and isinstance(value[0], dict)
+    return "; conversations are for data.template: chat" if turns else ""
+
+
+def _history(value: Any) -> list[tuple[str, str]]:
+    """Earlier turns as (question, answer), out of a list of pairs or its JSON text."""
+    pairs = messages.parsed(value, "history") if value != "" else []
+    if not isinstance(pairs, list) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs
+    ):
+        raise RowError(f"'history' is {readers.shown(value)}, not a list of pairs [question, answer]")
+    return [(_text("history", asked), _text("history", answered)) for asked, answered in pairs]
+
+
+class FormattedRows:
+    """The rows of a source in the form that a template takes: a row, or a RowError for one that is unusable.
+
+    Iterate once. `unread` are then the columns that nothing asked for.
     """
 
-    def __init__(self, source: Source, layouts: Sequence[Layout], skip_bad: bool = False):
+    def __init__(self, source: Source, layouts: Sequence[Layout]):
         self.source = source
-        self.total = self.kept = self.skipped = 0
-        self.problems: list[str] = []
-        self._skip_bad = skip_bad
-        self._layouts = [_MappedLayout(layout, source.columns) for layout in layouts]
-        self._raw = RawRows(source, {name for layout in self._layouts for name in layout.theirs})
-        _check_columns(source, layouts)
+        self._layouts = layouts
+        self._stored: list[_Stored] = []
+        self._make_formats(source.labels)
+        wanted = {name for stored in self._stored for name in stored.theirs}
+        self._raw = RawRows(source, wanted | {"tools"})
+        self._seen: dict[str, None] = {}
+        self._asked: set[str] = set()
+        self._check_columns()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for raw in self._raw:
-            if self.total == 0:
-                self._check_header()
-            self.total += 1
-            row = raw if isinstance(raw, RowError) else self._map(raw)
-            if isinstance(row, RowError):
-                self.skipped += 1
-                self._note(row)
-            else:
-                self.kept += 1
-                yield row
-        if not self.kept:
-            reason = (
-                f": none of {self.total} rows can be used; first {self.problems[0]}"
-                if self.problems
-                else " has no rows."
-            )
-            raise InputError(f"{self.source.name}{reason}")
-
-    def reject(self, error: RowError) -> None:
-        """Takes the last row back out of the kept ones."""
-        self.kept -= 1
-        self.skipped += 1
-        self._note(error)
+    @property
+    def unread(self) -> list[str]:
+        return [name for name in self._seen if name not in self._asked]
 
     def place(self) -> str:
         """Where the last row stands: file, line and row."""
         return self._raw.place()
 
-    def _note(self, error: RowError) -> None:
-        message = f"{self.place()}: {error}"
-        if not self._skip_bad:
-            raise InputError(f"{message}. Mend the row, or set data.on_bad_row: skip to leave such rows out.")
-        if len(self.problems) < _EXAMPLES:
-            self.problems.append(message)
+    def __iter__(self) -> Iterator[Row | RowError]:
+        header = None
+        for raw in self._raw:
+            if self._raw.columns is not header:
+                header = self._raw.columns
+                self._check_header(header)
+            yield raw if isinstance(raw, RowError) else self._made(raw)
 
-    def _check_header(self) -> None:
+    def _make_formats(self, labels: Mapping[str, str]) -> None:
+        formats = _formats(self._layouts, labels)
+        self._stored = [_Stored(form, self.source.columns) for form in formats]
+
+    def _check_header(self, header: Sequence[str]) -> None:
         """Says at once, and of the file, what would be wrong with its every row."""
-        header = self._raw.columns
-        if header is not None and all(layout.missing(header) for layout in self._layouts):
-            raise InputError(f"{self._raw.header_place()}: {self._missing(header)}.")
+        self._seen |= dict.fromkeys(header)
+        if all(stored.missing(header) for stored in self._stored):
+            raise InputError(f"{self._raw.header_place()}: {self.missing(header)}.")
+        answers = {self.source.columns.get(name, name) for layout in self._layouts for name in layout.answer}
+        classes = [names for column, names in self._raw.class_names.items() if column in answers]
+        if classes and not self.source.labels:
+            self._make_formats({str(number): name for number, name in enumerate(classes[0])})
 
-    def _map(self, raw: Mapping[str, Any]) -> dict[str, Any] | RowError:
-        for layout in self._layouts:
-            if not layout.missing(raw):
-                return layout.pick(raw)
-        return RowError(self._missing(raw))
+    def _made(self, raw: dict[str, Any]) -> Row | RowError:
+        if not raw.keys() <= self._seen.keys():
+            self._seen |= dict.fromkeys(raw)
+        for stored in self._stored:
+            if not stored.missing(raw):
+                self._asked |= stored.names
+                try:
+                    return self._row(raw, stored)
+                except RowError as error:
+                    return error
+        return RowError(self.missing(raw))
 
-    def _missing(self, found: Mapping[str, Any] | Sequence[str]) -> str:
-        """What is missing for the layout that comes closest, and which column may be meant."""
-        layout = max(self._layouts, key=lambda layout: layout.likeness(found))
-        theirs = layout.missing(found)[0]
+    def _row(self, raw: dict[str, Any], stored: _Stored) -> Row:
+        if raw.get("tools") and "tools" not in stored.names and messages.tools_of(raw["tools"]):
+            raise RowError(
+                "the row holds `tools`, which this template does not show to the model: data.template: "
+                "chat does"
+            )
+        if self._raw.is_table:
+            raw = messages.pruned(raw)
+        return stored.make(raw)
+
+    def missing(self, found: Iterable[str]) -> str:
+        """What is missing for the format that comes closest, and which column may be meant."""
+        found = list(found)
+        closest = max(self._stored, key=lambda stored: stored.likeness(found))
+        theirs = closest.missing(found)[0]
         names = [readers.shown(name) for name in found]
-        others = [name for name in names if name not in layout.theirs]
+        others = [name for name in names if name not in closest.theirs]
         shown = ", ".join(names[:20]) or "none"
+        other = template_for(found, self.source.columns)
+        if other:
+            return (
+                f"there is no column '{theirs}' (columns: {shown}). The rows hold {other.holds}: "
+                "data.template: "
+                f"{other.name} takes them"
+            )
         return (
             f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has "
-            f"another name, map it with data.columns: {{{layout.ours_of(theirs)}: "
+            f"another name, map it with data.columns: {{{closest.ours_of(theirs)}: "
             f"{nearest(theirs, others) or 'NAME'}}}"
         )
 
+    def _check_columns(self) -> None:
+        known = list(dict.fromkeys(name for stored in self._stored for name in stored.ours))
+        for ours in self.source.columns:
+            if ours not in known:
+                raise InputError(
+                    f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It "
+                    "uses: "
+                    f"{', '.join(known)}."
+                )
 
-class _MappedLayout:
-    """A template's layout with the source's own column names."""
 
-    def __init__(self, layout: Layout, columns: Mapping[str, str]):
-        self._required = [(ours, columns.get(ours, ours)) for ours in layout.required]
-        self._optional = [(ours, columns.get(ours, ours)) for ours in layout.optional]
+class _Stored:
+    """A format with the source's own column names."""
+
+    def __init__(self, form: Format, columns: Mapping[str, str]):
+        self._required = [(ours, columns.get(ours, ours)) for ours in form.required]
+        self._optional = [(ours, columns.get(ours, ours)) for ours in form.optional]
+        self._make = form.make
+        self.ours = [*form.required, *form.optional]
         self.theirs = [theirs for _, theirs in self._required + self._optional]
+        self.names = frozenset(self.theirs)
 
     def missing(self, found: Mapping[str, Any] | Sequence[str]) -> list[str]:
         return [theirs for _, theirs in self._required if theirs not in found]
 
-    def likeness(self, found: Mapping[str, Any] | Sequence[str]) -> int:
+    def likeness(self, found: Sequence[str]) -> int:
         """How many required columns are there, less those that are not."""
         return len(self._required) - 2 * len(self.missing(found))
 
     def ours_of(self, theirs: str) -> str:
         return next(ours for ours, name in self._required if name == theirs)
 
-    def pick(self, raw: Mapping[str, Any]) -> dict[str, Any] | RowError:
-        row = {}
-        for ours, theirs in self._required + self._optional:
-            if theirs not in raw:
-                continue
-            value = row[ours] = raw[theirs]
-            if type(value) is not str and ours != "messages":
-                return RowError(_not_text(theirs, value))
-        return row
+    def make(self, raw: Mapping[str, Any]) -> Row:
+        cells = {}
+        for ours, theirs in self._required:
+            value = raw.get(theirs)
+            if value is None or value != value:  # null, or the NaN that stands for it
+                raise RowError(f"'{theirs}' is null, where a value is expected")
+            cells[ours] = value
+        for ours, theirs in self._optional:
+            value = raw.get(theirs)
+            if value is not None and value == value:
+                cells[ours] = value
+        return self._make(cells)
 
 
-def _not_text(column: str, value: Any) -> str:
-    if value is None:
-        return f"'{column}' is null, where a text is expected (\"\" if there is none)"
-    return f"'{column}' is {readers.shown(value)} ({type(value).__name__}), where a text is expected"
+@dataclass(frozen=True)
+class Choice:
+    """A template by its name, and what rows hold that it is for."""
+
+    name: str
+    holds: str
 
 
-def _check_columns(source: Source, layouts: Sequence[Layout]) -> None:
-    known = list(dict.fromkeys(name for layout in layouts for name in (*layout.required, *layout.optional)))
-    for ours in source.columns:
-        if ours not in known:
-            raise InputError(
-                f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It uses: "
-                f"{', '.join(known)}."
-            )
+# Looked for in this order. A chat data set may carry the same rows as plain text, too.
+_CHOICES = (
+    (("messages",), Choice("chat", "conversations (`messages`)")),
+    (("conversations",), Choice("chat", "conversations (`conversations`)")),
+    (("instruction", "output"), Choice("alpaca", "instructions (`instruction`, `output`)")),
+    (("prompt", "completion"), Choice("prompt-completion", "prompts with their `completion`")),
+    (("text",), Choice("text", "documents (`text`)")),
+)
+_TOLD = Choice("chat", "prompts and completions written as messages")
+_EARLIER = Choice("chat", "instructions with `system` or `history`")
 
 
-def check_text(text: str, row: Mapping[str, Any]) -> None:
+def template_for(found: Iterable[str], columns: Mapping[str, str]) -> Choice | None:
+    """The template for rows with these columns; `columns` are names of ours to theirs."""
+    found = set(found)
+    for names, choice in _CHOICES:
+        if all(columns.get(name, name) in found for name in names):
+            return choice
+    return None
+
+
+def choose_template(source: Source, chats: bool) -> Choice:
+    """What `data.template: auto` takes for a source, by its first rows. `chats` says that the tokenizer has
+    a chat template, without which instructions with a `system` or `history` go through alpaca.
+
+    Raises InputError if they have the columns of no format.
+    """
+    rows = RawRows(source, set())
+    found: Choice | None = None
+    for raw in islice((row for row in rows if not isinstance(row, RowError)), _LOOKED_AT):
+        found = found or template_for(raw, source.columns)
+        if found is None:
+            raise InputError(f"{rows.place()}: {_no_format(list(raw), source.columns)}")
+
+        def cell(name: str, raw: Cells = raw) -> Any:
+            return raw.get(source.columns.get(name, name))
+
+        if found.name == "prompt-completion":
+            return _TOLD if any(map(messages.is_messages, map(cell, ("prompt", "completion")))) else found
+        if found.name != "alpaca" or not chats:
+            return found
+        if cell("system") or cell("history"):
+            return _EARLIER
+    if found is None:
+        raise InputError(
+            f"{source.name} has no row that can be read, by which data.template: auto could choose."
+        )
+    return found
+
+
+# What people call the columns of instructions.
+_SYNONYMS = {
+    "instruction": ("question", "query", "problem", "input", "text", "source"),
+    "output": ("answer", "response", "solution", "target", "label", "labels"),
+}
+
+
+def _no_format(found: list[str], columns: Mapping[str, str]) -> str:
+    """What to do about rows whose columns are those of no format."""
+    names = {readers.shown(name): name for name in found}
+    known = [columns.get(name, name) for format_names, _ in _CHOICES for name in format_names]
+    meant = next((f"{name}: {near}" for name in known if (near := nearest(name, names))), None)
+    guess = {
+        ours: next((name for name in theirs if name in found), None) for ours, theirs in _SYNONYMS.items()
+    }
+    example = (
+        ", ".join(f"{ours}: {name}" for ours, name in guess.items())
+        if all(guess.values())
+        else meant or "instruction: NAME, output: NAME"
+    )
+    return (
+        f"the columns ({', '.join(list(names)[:20]) or 'none'}) are those of no format: {_FORMATS}. Map "
+        "them with "
+        f"data.columns: {{{example}}}, or write a data.template of your own."
+    )
+
+
+_FORMATS = "; ".join(", ".join(f"`{name}`" for name in format_names) for format_names, _ in _CHOICES)
+
+
+def check_text(text: str, row: Row) -> None:
     """Raises RowError for a text that cannot be tokenised: absurdly long, or with half a character."""
     if len(text) > MAX_CELL:
         column = max(row, key=lambda name: len(str(row[name])))
@@ -152,8 +376,7 @@ def check_text(text: str, row: Mapping[str, Any]) -> None:
         raise RowError(f"'{column}' holds half a character (\\u{ord(broken.group()):04x}, a lone surrogate)")
 
 
-def load_rows(
-    source: SourceLike, template: Template, *, skip_bad: bool = False, data_dir: str | None = None
-) -> Rows:
-    """The usable rows of a recipe's source; see `resolve_source` and `Rows`."""
-    return Rows(resolve_source(source, data_dir), template.layouts, skip_bad)
+def load_rows(source: SourceLike, template: Template, *, data_dir: str | Path | None = None) -> Iterator[Row]:
+    """The usable rows of a recipe's source in the template's form."""
+    rows = FormattedRows(resolve_source(source, data_dir), template.layouts)
+    return (row for row in rows if not isinstance(row, RowError))

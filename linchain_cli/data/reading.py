@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from linchain_cli.data.files import DataFile, count_rows, open_reader
 from linchain_cli.data.rows import RowError
 from linchain_cli.data.sources import Source
+from linchain_cli.data.tables import TableReader
 from linchain_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class RawRows:
             return f"{self.source.name} (row {self._number}, split {self._split})"
         line = f":{self._reader.line}" if self._reader.line else ""
         return f"{self._reader.name}{line} (row {self._reader.row})"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether a key that a row does not have comes as null, because another row has it."""
+        return self._reader is None or isinstance(self._reader, TableReader)
 
     def header_place(self) -> str:
         """What `columns` belong to: a file and its line, or the data set."""
@@ -147,7 +153,7 @@ def slices(source: Source, splits: Sequence[str], count: Callable[[str], int]) -
 def _known(split: str, source: Source, splits: Sequence[str]) -> str:
     if split in splits:
         return split
-    if len(splits) == 1 and source.kind == "files":
+    if source.files is not None and not source.files.named:
         return splits[0]  # files without splits have one, whatever it is called
     raise InputError(
         f"data: '{source.name}' has no split '{split}'. Splits: {', '.join(splits)}."

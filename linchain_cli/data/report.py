@@ -14,25 +14,31 @@ from linchain_cli.data.batches import step_rows, steps_per_epoch
 
 @dataclass
 class SourceReport:
-    """One source's rows: `kept + skipped == total`. Skipped ones were bad, or without a supervised token."""
+    """One source's rows: `kept + skipped == total`. Skipped ones were bad, without a supervised token, or too
+    long. `rows` are the training rows that the kept ones became; `unread` the columns that nothing read."""
 
     name: str
     location: str = ""
+    template: str = ""
     total: int = 0
     kept: int = 0
     bad: int = 0
     unsupervised: int = 0
+    long: int = 0
+    rows: int = 0
+    unread: list[str] = field(default_factory=list)
 
     @property
     def skipped(self) -> int:
-        return self.bad + self.unsupervised
+        return self.bad + self.unsupervised + self.long
 
 
 @dataclass
 class DataReport:
-    """The rows of one encoding. Counts of truncated and straddling rows and tokens are over the kept rows."""
+    """The rows of one encoding. What is counted without its source is of the training rows that were kept."""
 
     fingerprint: str = ""
+    template: str = ""  # what the model is asked through afterwards
     cached: bool = False
     sources: list[SourceReport] = field(default_factory=list)
     tokens: int = 0
@@ -41,8 +47,13 @@ class DataReport:
     truncated: int = 0  # rows
     straddling_rows: int = 0
     straddling_tokens: int = 0
+    answers_cut_away: int = 0  # of conversations, of which earlier answers are left
+    remarks: dict[str, int] = field(
+        default_factory=dict
+    )  # a template's, with the training rows they are about
     bad_examples: list[str] = field(default_factory=list)
     unsupervised_examples: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -61,13 +72,25 @@ class DataReport:
     def unsupervised(self) -> int:
         return sum(source.unsupervised for source in self.sources)
 
+    @property
+    def long(self) -> int:
+        return sum(source.long for source in self.sources)
+
+    @property
+    def rows(self) -> int:
+        """Training rows, before any is held out."""
+        return sum(source.rows for source in self.sources)
+
     def counts(self) -> dict[str, Any]:
         """As JSON, for run.json: of all sources together, and of each."""
         everything = asdict(self)
-        left_out = ("fingerprint", "cached", "sources")
-        together = {name: getattr(self, name) for name in ("total", "kept", "skipped", "unsupervised")}
+        left_out = ("fingerprint", "cached", "sources", "notes")
+        together = {
+            name: getattr(self, name) for name in ("total", "kept", "skipped", "unsupervised", "long", "rows")
+        }
         each = [
-            {**source, "skipped": source["bad"] + source["unsupervised"]} for source in everything["sources"]
+            {**source, "skipped": report.skipped}
+            for source, report in zip(everything["sources"], self.sources, strict=True)
         ]
         return {**together, **{k: v for k, v in everything.items() if k not in left_out}, "sources": each}
 
@@ -89,7 +112,14 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
-        return cls(**{**values, "sources": [SourceReport(**source) for source in values["sources"]]})
+        return cls(
+            **{
+                **values,
+                "sources": [
+                    SourceReport(**{"rows": source["kept"], **source}) for source in values["sources"]
+                ],
+            }
+        )
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,12 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of one kind of row that a template accepts."""
+    """The columns of one kind of row that a template accepts. `answer` are those that the model learns to
+    give."""
 
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    answer: tuple[str, ...] = ("output",)
 
 
 @runtime_checkable

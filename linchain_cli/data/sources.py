@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from linchain_cli.data.files import ENDINGS, DataFile, FoundFiles, find_files
 from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.model.files import looks_local
 from linchain_cli.storage import expand
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
@@ -30,6 +31,7 @@ class SourceLike(Protocol):
     split: str | None
     revision: str | None
     columns: Mapping[str, str] | None
+    labels: Mapping[str, str] | None
     max_rows: int | None
 
 
@@ -41,6 +43,7 @@ class SourceRequest:
     split: str | None = None
     revision: str | None = None
     columns: Mapping[str, str] | None = None
+    labels: Mapping[str, str] | None = None
     config: str | None = None
     data_files: Any = None
     max_rows: int | None = None
@@ -48,8 +51,8 @@ class SourceRequest:
 
 @dataclass(frozen=True)
 class Source:
-    """One data source, found but not read. `columns` are names of ours to theirs; `split` None is the only
-    one or `train`."""
+    """One data source, found but not read. `columns` are names of ours to theirs, `labels` words for the
+    answers in its rows; `split` None is the only one or `train`."""
 
     name: str  # as the recipe writes it
     kind: Literal["files", "saved", "hub", "generated"]
@@ -57,6 +60,7 @@ class Source:
     split: str | None = None
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
     config: str | None = None
     data_files: Any = None
     max_rows: int | None = None
@@ -100,6 +104,7 @@ def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> So
         "split": source.split,
         "revision": source.revision,
         "columns": dict(source.columns or {}),
+        "labels": dict(source.labels or {}),
         "max_rows": source.max_rows,
     }
     of_the_hub = {"config": source.config, "data_files": source.data_files}
@@ -118,11 +123,21 @@ def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> So
             )
         return Source(name, "files", found.location, **settings, files=found)
     if _HUB_ID.fullmatch(name):
+        if looks_local("/".join(name.split("/")[:2])):
+            hint = did_you_mean(directory.name, _beside(directory))
+            raise InputError(
+                f"data: there is no file or directory {name}, and it looks like a path, so the hub was "
+                f"not asked.{hint}"
+            )
         return Source(name, "hub", name, **settings, **of_the_hub)
     raise InputError(
         f"data: '{name}' is no file, hub id (owner/data-set) or registered data "
         f"set.{did_you_mean(name, DATASET_NAMES)} Registered: {', '.join(DATASET_NAMES)}. Files: {ENDINGS}."
     )
+
+
+def _beside(path: Path) -> list[str]:
+    return [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
 
 
 def _registered(name: str, settings: dict[str, Any], data_dir: str | Path | None) -> Source:

@@ -1,13 +1,11 @@
 """Encoded rows on disk: flat arrays, of which a row is read when it is needed. Memory holds a few bytes per
 row.
 
-tokens.int32       all rows' tokens, one behind the other
-supervised.bool    the same length
-offsets.int64      (rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
-lengths.int32      (rows,): how many tokens a row has
-labels.int32       (rows,): how many of a row's tokens are supervised
-hashes.uint64      (rows,): a hash of a row's tokens, to find rows that occur twice
-meta.json          sizes, and what the encoding reported
+tokens.int32       all rows' tokens, one behind the other supervised.bool    the same length offsets.int64
+(rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]] lengths.int32      (rows,): how many tokens a row
+has labels.int32       (rows,): how many of a row's tokens are supervised hashes.uint64      (rows,): a hash
+of a row's tokens, to find rows that occur twice groups.int32       (rows,): which row of the sources it was
+made of, counted from 0; absent where each made one meta.json          sizes, and what the encoding reported
 """
 
 from __future__ import annotations
@@ -15,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ _FILES = {
     "lengths": np.dtype(np.int32),
     "labels": np.dtype(np.int32),
     "hashes": np.dtype(np.uint64),
+    "groups": np.dtype(np.int32),
 }
 
 
@@ -46,7 +45,7 @@ class StoreWriter:
     def __init__(self, directory: Path):
         self._directory = directory
         self._handles = {name: open(_file(directory, name), "wb") for name in _FILES}
-        self._rows = self._tokens = 0
+        self.rows = self._groups = self._tokens = 0
         self._write("offsets", [0])
 
     def __enter__(self) -> StoreWriter:
@@ -59,8 +58,10 @@ class StoreWriter:
     def _write(self, name: str, values: Any) -> None:
         self._handles[name].write(np.asarray(values, dtype=_FILES[name]).data)
 
-    def append(self, rows: Iterable[EncodedText]) -> None:
-        rows = list(rows)
+    def append(self, groups: Iterable[Sequence[EncodedText]]) -> None:
+        """Writes the training rows that each row of a source became."""
+        groups = [group for group in groups if group]
+        rows = [row for group in groups for row in group]
         if not rows:
             return
         ends = self._tokens + np.cumsum([len(row.input_ids) for row in rows])
@@ -70,11 +71,18 @@ class StoreWriter:
         self._write("lengths", [len(row.input_ids) for row in rows])
         self._write("labels", [np.count_nonzero(row.supervised) for row in rows])
         self._write("hashes", [_hash(row.input_ids) for row in rows])
-        self._rows += len(rows)
+        numbers = np.arange(self._groups, self._groups + len(groups))
+        self._write("groups", np.repeat(numbers, [len(group) for group in groups]))
+        self.rows += len(rows)
+        self._groups += len(groups)
         self._tokens = int(ends[-1])
 
     def finish(self, report: dict[str, Any]) -> None:
-        meta = {"format": FORMAT_VERSION, "rows": self._rows, "tokens": self._tokens, "report": report}
+        meta = {"format": FORMAT_VERSION, "rows": self.rows, "tokens": self._tokens, "report": report}
+        if self._groups == self.rows:
+            _file(self._directory, "groups").unlink()
+        else:
+            meta["groups"] = self._groups
         write_durable(self._directory / "meta.json", json_bytes(meta))
 
 
@@ -95,9 +103,12 @@ class EncodedStore:
             raise ValueError(f"format {meta['format']}, not {FORMAT_VERSION}")
         self.report: dict[str, Any] = meta["report"]
         self.num_rows: int = meta["rows"]
+        self.num_groups: int = meta.get("groups", self.num_rows)
         self._directory = directory
         sizes = {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": self.num_rows + 1}
         for name, dtype in _FILES.items():
+            if name == "groups" and "groups" not in meta:
+                continue
             size, path = sizes.get(name, self.num_rows) * dtype.itemsize, _file(directory, name)
             if path.stat().st_size != size:
                 raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
@@ -116,6 +127,11 @@ class EncodedStore:
         start, end = self._read("offsets", row, row + 2)
         return self._read("tokens", start, end), self._read("supervised", start, end)
 
+    def groups(self) -> np.ndarray | None:
+        """Which row of the sources each row was made of: (rows,) int32, ascending; None where each made
+        one."""
+        return self.column("groups") if self.num_groups < self.num_rows else None
+
     def column(self, name: str, start: int = 0, rows: int = -1) -> np.ndarray:
         """One number of each row, as a new array: `lengths`, `labels` or `hashes`."""
         dtype = _FILES[name]
@@ -125,7 +141,8 @@ class EncodedStore:
 
 
 class EncodedRows:
-    """Rows of a store: all of them, `only` some, or all `without` some (both ascending).
+    """Rows of a store: all of them, `only` some (in any order, also several times), or all `without` some
+    (ascending).
 
     `encoded[i]` is (input_ids int32, supervised bool), both (length,), read from disk as it is asked for.
     """
@@ -153,6 +170,12 @@ class EncodedRows:
             return int(self._only[index])
         return index + int(np.searchsorted(self._left_before, index, side="right"))
 
+    def store_rows(self) -> np.ndarray:
+        """Which rows of the store these are: (rows,) int32."""
+        if self._only is not None:
+            return self._only
+        return np.delete(np.arange(self.store.num_rows, dtype=np.int32), self._without)
+
     def _column(self, name: str) -> np.ndarray:
         values = self.store.column(name)
         if self._only is not None:
@@ -172,6 +195,8 @@ class EncodedRows:
     def repeated_in(self, others: EncodedRows, block: int = 1 << 16) -> int:
         """How many of these rows have the same tokens as one of `others`, looked at in blocks."""
         wanted = self._column("hashes")
+        if others._only is not None:
+            return int(np.isin(wanted, others._column("hashes")).sum())
         found = np.zeros(len(wanted), dtype=bool)
         for start in range(0, others.store.num_rows, block):
             hashes = others.store.column("hashes", start, block)

@@ -8,6 +8,8 @@ apart: the text of `render(row)` starts with `prompt(row)`. A template knows not
     llm-adapters    what LLM-Adapters' and the LinChain authors' finetune.py train on, byte for byte
     chat            the tokenizer's chat template; only assistant turns are supervised
     plain           the instruction, the input and a line break
+    text            documents, all of which is learned
+    prompt-completion  a prompt and its completion with nothing between them
     a mapping       {prompt: "...", prompt_no_input: "...", response: "..."} with {column} placeholders
 """
 
@@ -19,6 +21,7 @@ import string
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from linchain_cli.data.as_written import CompletionTemplate, DocumentTemplate
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError, Template
 from linchain_cli.errors import InputError, did_you_mean
 
@@ -68,7 +71,7 @@ class PromptTemplate:
             )
         always = in_prompt if prompt_no_input is None else _fields(prompt_no_input, "prompt_no_input")
         self._optional = tuple(name for name in in_prompt if name not in always)
-        self.layouts = (Layout(tuple(dict.fromkeys(always + self._answer)), self._optional),)
+        self.layouts = (Layout(tuple(dict.fromkeys(always + self._answer)), self._optional, self._answer),)
 
     @property
     def fingerprint(self) -> str:
@@ -152,7 +155,13 @@ def _plain() -> PromptTemplate:
     )
 
 
-_NAMED = {"alpaca": _alpaca, "llm-adapters": _llm_adapters, "plain": _plain}
+_NAMED = {
+    "alpaca": _alpaca,
+    "llm-adapters": _llm_adapters,
+    "plain": _plain,
+    "text": lambda: DocumentTemplate(_plain()),
+    "prompt-completion": lambda: CompletionTemplate(_plain()),
+}
 TEMPLATE_NAMES = (*_NAMED, "chat")
 
 
@@ -169,11 +178,13 @@ def get_template(
 ) -> Template:
     """The template of that name, or one made from a mapping with `prompt`, `response` and `prompt_no_input`.
 
-    `tokenizer`, `chat` and `turns` are only asked by the template `chat`. Raises InputError for an unknown
-    name, a pattern with anything but {column} placeholders, and a chat template that is missing or writes no
-    answer.
+    `auto`, which the rows of a run settle, is alpaca here: what instructions get. `tokenizer`, `chat` and
+    `turns` are only asked by the template `chat`. Raises InputError for an unknown name, a pattern with
+    anything but {column} placeholders, and a chat template that is missing or writes no answer.
     """
     if isinstance(template, str):
+        if template == "auto":
+            template = "alpaca"
         if template in _NAMED:
             return _NAMED[template]()
         if template == "chat":

@@ -6,9 +6,10 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from linchain_cli.data.dataset import longest_row
 from linchain_cli.data.encoding import encode_prompt
 from linchain_cli.data.formats import load_rows
-from linchain_cli.data.templates import template_of
+from linchain_cli.data.templates import get_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,14 +38,14 @@ def run_prompts(
     Raises:
         InputError: the data of the recipe is no longer where it was, or cannot be read.
     """
-    template = template_of(data, tokenizer)
     prompts: list[list[int]] = []
     for source in data.sources:
-        rows = load_rows(source, template, skip_bad=True)
+        template = get_template(source.template, tokenizer, data.chat, data.turns)
+        rows = load_rows(source, template)
         prompts += [encode_prompt(tokenizer, template, row) for row in islice(rows, number - len(prompts))]
         if len(prompts) == number:
             break
-    return [prompt[-data.max_length :] for prompt in prompts if prompt]
+    return [prompt[-longest_row(data, tokenizer) :] for prompt in prompts if prompt]
 
 
 def plain_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -95,6 +95,32 @@ class AdapterConfig(StrictModel):
 Columns = dict[Text, Text]
 
 
+class TemplateConfig(StrictModel):
+    """A prompt of your own; {column} stands for the row's value."""
+
+    prompt: Text
+    """The text before the answer."""
+    prompt_no_input: Text | None = None
+    """The same for rows whose input is empty; null uses prompt."""
+    response: Text = "{output}"
+    """The answer, which follows the prompt directly and is what the model learns to give."""
+
+
+def _kind_of_template(value: Any) -> str:
+    return "own" if isinstance(value, (Mapping, TemplateConfig)) else "name"
+
+
+TemplateName = Literal["auto", "alpaca", "llm-adapters", "chat", "plain", "text", "prompt-completion"]
+Template = Annotated[
+    tagged(TemplateName, "name") | tagged(TemplateConfig, "own"),
+    choose(_kind_of_template),
+    Expected(
+        "auto, alpaca, llm-adapters, chat, plain, text, prompt-completion, or a mapping with prompt, "
+        "prompt_no_input and response"
+    ),
+]
+
+
 class SourceConfig(StrictModel):
     """One data source; what is null here is taken from the data section."""
 
@@ -117,17 +143,13 @@ class SourceConfig(StrictModel):
     """Only so many rows, the first ones."""
     columns: Columns | None = None
     """Column names, ours to theirs."""
-
-
-class TemplateConfig(StrictModel):
-    """A prompt of your own; {column} stands for the row's value."""
-
-    prompt: Text
-    """The text before the answer."""
-    prompt_no_input: Text | None = None
-    """The same for rows whose input is empty; null uses prompt."""
-    response: Text = "{output}"
-    """The answer, which follows the prompt directly and is what the model learns to give."""
+    labels: Columns | None = None
+    """Words for what stands in the answer's column."""
+    template: Template | None = None
+    """This source's own template."""
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often each of its rows comes in an epoch of training: 2 twice, 0.5 a half of the rows (the same
+    half in every epoch, chosen by split_seed)."""
 
 
 def _as_written(value: Any) -> Any:
@@ -183,17 +205,25 @@ def _as_sources(value: Any) -> Any:
 
 
 def _rows_or_path(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"0+(\.0+)?%", value):
+        return 0
     return int(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,18}", value) else value
 
 
 def _kind_of_validation(value: Any) -> str:
+    if isinstance(value, (Mapping, SourceConfig)):
+        return "source"
     if value == "auto":
         return "auto"
+    if isinstance(value, str) and value.endswith("%"):
+        return "share"
     return "path" if isinstance(value, str) else "rows"
 
 
-def _kind_of_template(value: Any) -> str:
-    return "own" if isinstance(value, (Mapping, TemplateConfig)) else "name"
+def _below_all(value: str) -> str:
+    if not float(value.removesuffix("%")) < 100:
+        raise ValueError("some rows have to be left to train on")
+    return value
 
 
 Sources = Annotated[
@@ -203,16 +233,27 @@ Sources = Annotated[
     Expected("a registered name, a hub id, a file, or a list of them"),
 ]
 Validation = Annotated[
-    tagged(Annotated[int, Field(ge=0)], "rows") | tagged(Literal["auto"], "auto") | tagged(Text, "path"),
+    tagged(Annotated[int, Field(ge=0)], "rows")
+    | tagged(Literal["auto"], "auto")
+    | tagged(
+        Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$"), AfterValidator(_below_all)], "share"
+    )
+    | tagged(Text, "path")
+    | tagged(SourceConfig, "source"),
     choose(_kind_of_validation),
-    BeforeValidator(_rows_or_path, json_schema_input_type=int | str),
-    Expected("a number of rows to hold out (0 for none), auto, or a file"),
+    BeforeValidator(_rows_or_path, json_schema_input_type=int | str | SourceConfig),
+    Expected("a number of rows to hold out (0 for none) or a share such as 5%, auto, or a source of its own"),
 ]
-TemplateName = Literal["alpaca", "llm-adapters", "chat", "plain"]
-Template = Annotated[
-    tagged(TemplateName, "name") | tagged(TemplateConfig, "own"),
-    choose(_kind_of_template),
-    Expected("alpaca, llm-adapters, chat, plain, or a mapping with prompt, prompt_no_input and response"),
+
+
+def _kind_of_length(value: Any) -> str:
+    return "auto" if value == "auto" else "number"
+
+
+Length = Annotated[
+    tagged(Annotated[int, Field(ge=2)], "number") | tagged(Literal["auto"], "auto"),
+    choose(_kind_of_length),
+    Expected("a whole number of at least 2, or auto"),
 ]
 
 
@@ -231,23 +272,34 @@ class DataConfig(StrictModel):
     """Branch, tag or commit of a hub data set."""
     columns: Columns = {}
     """Where columns have other names, ours to theirs: {instruction: question, output: solution}."""
+    labels: Columns = {}
+    """Where answers are numbers or codes, the words for them: {0: negative, 1: positive}. Classes that a
+    data set names itself need none."""
     validation: Validation = "auto"
-    """Rows held out of train by split_seed: auto (120, but at most a tenth of the rows) or a number, 0 for
-    none. Or a file of its own."""
+    """Rows held out of train by split_seed: auto (120, but at most a tenth of the rows), a number (0 for
+    none) or a share such as 5%. Or a source of its own: what train takes, or a mapping with path, split,
+    columns and the like; of a hub data set or directory it is the split `validation` unless it names
+    one."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
-    template: Template = "alpaca"
-    """alpaca (as Alpaca-LoRA writes it: Stanford's prompt and a line break), llm-adapters (the prompt that
-    LLM-Adapters and the LinChain authors train with, byte for byte), chat (the tokenizer's own), plain (input
-    and output as they are), or a mapping with prompt, prompt_no_input and response."""
+    template: Template = "auto"
+    """auto (by the rows' columns: chat for conversations, alpaca for instructions, text for documents,
+    prompt-completion for prompts with a completion), alpaca (as Alpaca-LoRA writes it: Stanford's prompt
+    and a line break), llm-adapters (the prompt that LLM-Adapters and the LinChain authors train with, byte
+    for byte), chat (the tokenizer's own), plain (input and output as they are), text (documents, for
+    continued pretraining), prompt-completion (nothing between the two), or a mapping with prompt,
+    prompt_no_input and response."""
     chat: ChatConfig = ChatConfig()
     """How conversations are written."""
     turns: Literal["all", "last"] = "all"
     """Which answers of a conversation are learned; one with `train: false` or `weight: 0` never is."""
     train_on_inputs: bool = False
     """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
-    max_length: Annotated[int, Field(ge=2)] = 256
-    """Longest row in tokens; what is beyond is cut off and counted."""
+    max_length: Length = "auto"
+    """Longest row in tokens; documents are cut into rows of it. auto: what the model reads, at most 2048."""
+    on_long_row: Literal["cut", "drop", "error"] = "cut"
+    """A row beyond max_length loses its end, is left out, or stops the run. What is cut or left out is
+    told."""
     on_bad_row: Literal["error", "skip"] = "error"
     """A row that cannot be used stops the run, or is skipped and counted."""
     max_unsupervised_share: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -272,10 +324,33 @@ class DataConfig(StrictModel):
                     "split": source.split or self.split,
                     "revision": source.revision or self.revision,
                     "columns": self.columns if source.columns is None else source.columns,
+                    "labels": self.labels if source.labels is None else source.labels,
+                    "template": source.template or self.template,
                 }
             )
             for source in self.train
         ]
+
+    @property
+    def validation_source(self) -> SourceConfig | None:
+        """Where validation rows have a source of their own, with what it leaves open filled in. Its
+        revision is train's where it is the same data set."""
+        if isinstance(self.validation, SourceConfig):
+            source = self.validation
+        elif isinstance(self.validation, str) and self.validation != "auto" and self.validation[-1:] != "%":
+            source = SourceConfig(path=self.validation)
+        else:
+            return None
+        shared = {other.path: other.revision for other in self.sources}
+        return source.model_copy(
+            update={
+                "split": source.split or "validation",
+                "revision": source.revision or shared.get(source.path),
+                "columns": self.columns if source.columns is None else source.columns,
+                "labels": self.labels if source.labels is None else source.labels,
+                "template": source.template or self.template,
+            }
+        )
 
 
 Factor = Annotated[float, Field(ge=0)]

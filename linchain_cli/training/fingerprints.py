@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 # intervals. Which model and data it is shows in their hashes, wherever they lie.
 FREE_KEYS = (
     *("name", "output_dir", "model.path", "model.revision", "model.dtype"),
-    *("data.train", "data.split", "data.revision", "data.columns"),
+    *("data.train", "data.split", "data.revision", "data.columns", "data.labels", "data.on_long_row"),
+    "data.validation",
     *("training.epochs", "training.max_steps", "training.early_stopping"),
     *("training.log_every", "training.eval_every", "training.save_every"),
     *("training.keep_checkpoints", "training.trackers", "training.parallel", "evaluation"),
@@ -43,7 +44,6 @@ def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[st
     """
     assert others.keys() == _MEANING.keys()
     values = dict(_flat(recipe.model_dump(mode="json")))
-    del values["data.validation"]
     if held_out is not None:
         values["data.validation"] = held_out
     return {"recipe": values, **others}

@@ -179,6 +179,7 @@ def prepare(
     with counting_rows(quiet=not accelerator.is_main_process) as progress:
         data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer, progress=progress))
     data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer))
+    recipe = recipe.model_copy(update={"data": data.config})
     if base.sharded:
         together(accelerator, lambda: _refuse_classes(base.model, data))
     layers = together(accelerator, lambda: put_in_chains(base.model, recipe))

@@ -75,11 +75,13 @@ def run_training(
             return None
         job = jobs.prepare(recipe, run, accelerator, base, resume=plan == CONTINUE)
         say(jobs.chain_coverage(job).describe())
+        for told in job.data.report.notes:
+            say(told)
         for warning in jobs.warnings(job):
             say(f"warning: {warning}")
         if resume:
             jobs.resume(job, say)
-        with explained(recipe, job.device):
+        with explained(job.recipe, job.device):
             _settle_micro_batch(job, say)
         if plan == NEW and base is None:
             labels = {"plan": on_main(accelerator, lambda: _predict(job)), **(labels or {})}

@@ -136,9 +136,9 @@ def data_config():
 @pytest.fixture
 def source():
     """`source(path, columns)`: what a recipe says of one source."""
-    from linchain_cli.data.sources import SourceRequest
+    from linchain_cli.recipe import SourceConfig
 
-    return lambda path, **fields: SourceRequest(str(path), **fields)
+    return lambda path, **fields: SourceConfig(path=str(path), **fields)
 
 
 @pytest.fixture

@@ -489,19 +489,3 @@ def test_the_tokens_that_end_an_answer_are_known(byte_level, source, marks):
     ids = tokenizer.convert_tokens_to_ids(marks)
     assert end_tokens(template, tokenizer) == [tokenizer.eos_token_id, *ids]
     assert end_tokens(get_template("alpaca", tokenizer), tokenizer) == [tokenizer.eos_token_id]
-
-
-# These go to the formats of rows, which hand conversations over.
-@pytest.mark.parametrize(
-    "messages, said",
-    [
-        ("hello", "not a list"),
-        ([], "not a list"),
-        ([{"role": "user"}], "turn 1"),
-        ([user("a"), {"role": "assistant", "content": None}], "turn 2"),
-        ([user("a"), "b"], "turn 2"),
-    ],
-)
-def test_bad_conversations_are_row_errors(byte_level, messages, said):
-    with pytest.raises(RowError, match=said):
-        template_of(byte_level, LLAMA3).render({"messages": messages})

@@ -14,9 +14,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from linchain_cli.data import dataset, fingerprint
-from linchain_cli.data.dataset import hold_out, prepare_data
+from linchain_cli.data import cache, fingerprint
+from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.encoding import text_encoder
+from linchain_cli.data.mixture import hold_out
 from linchain_cli.data.store import EncodedStore
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
@@ -85,7 +86,7 @@ def test_the_report_adds_up(prepare, write, rows, byte_level):
 
 def test_a_second_call_opens_what_the_first_wrote(prepare, train, monkeypatch):
     first = prepare(train)
-    monkeypatch.setattr(dataset, "_encode_to", None)  # calling it would fail
+    monkeypatch.setattr(cache, "_encode_to", None)  # calling it would fail
     again = prepare(train)
     assert (first.report.cached, again.report.cached) == (False, True)
     assert all_rows(again.train) == all_rows(first.train)
@@ -196,9 +197,11 @@ def test_the_held_out_rows_never_change_between_versions(prepare, train):
 
 @pytest.mark.parametrize(("rows", "held_out"), [(2, 1), (19, 1), (200, 20), (1200, 120), (170_420, 120)])
 def test_auto_holds_out_at_most_a_tenth_of_the_rows(rows, held_out):
-    train, validation = hold_out(SimpleNamespace(num_rows=rows), "auto", 42)
+    train, validation = hold_out(
+        SimpleNamespace(num_rows=rows, num_groups=rows, groups=lambda: None), "auto", 42
+    )
     assert (len(train), len(validation)) == (rows - held_out, held_out)
-    _, asked = hold_out(SimpleNamespace(num_rows=rows), held_out, 42)
+    _, asked = hold_out(SimpleNamespace(num_rows=rows, num_groups=rows, groups=lambda: None), held_out, 42)
     assert [asked.store_row(i) for i in range(held_out)] == [validation.store_row(i) for i in range(held_out)]
 
 
@@ -215,18 +218,18 @@ def test_rows_without_a_supervised_token_stop_the_run(prepare, write, rows):
     long = {"instruction": "so " * 300, "output": "true"}
     path = str(write("x.json", json.dumps([rows[0], long, rows[1], long], indent=1)))
     with pytest.raises(InputError) as caught:
-        prepare(path)
+        prepare(path, max_length=256)
     message = str(caught.value)
     assert "2 of 4 rows (50.0%) have no supervised token" in message
     assert f"{path}:8 (row 2): " in message and f"{path}:18 (row 4): " in message
     with pytest.raises(InputError, match="50.0%.*now 0.4"):
-        prepare(path, max_unsupervised_share=0.4)
-    prepared = prepare(path, max_unsupervised_share=0.5)
+        prepare(path, max_length=256, max_unsupervised_share=0.4)
+    prepared = prepare(path, max_length=256, max_unsupervised_share=0.5)
     assert len(prepared.train) == 2
     counts = prepared.report.counts()
     assert (counts["total"], counts["kept"], counts["skipped"], counts["unsupervised"]) == (4, 2, 2, 2)
     with pytest.raises(InputError, match="4 of 4 rows"):
-        prepare(str(write("y.json", json.dumps([long] * 4))), max_unsupervised_share=1.0)
+        prepare(str(write("y.json", json.dumps([long] * 4))), max_length=256, max_unsupervised_share=1.0)
 
 
 def test_truncated_rows_are_counted(prepare, write):
@@ -274,10 +277,11 @@ def test_conversations(prepare, write):
     path = str(write("x.jsonl", "".join(json.dumps({"messages": turns * n}) + "\n" for n in (1, 2, 3))))
     prepared = prepare(path, template="chat")
     assert (np.diff(prepared.train.supervised_counts) > 0).all()
+    assert all_rows(prepare(path).train) == all_rows(prepared.train), "auto takes chat for conversations"
     with pytest.raises(
         InputError, match=r"x.jsonl:1 \(row 1\): there is no column 'instruction' \(columns: messages\)"
     ):
-        prepare(path)
+        prepare(path, template="alpaca")
     bad = str(write("y.jsonl", json.dumps({"messages": [{"role": "user"}]})))
     with pytest.raises(InputError, match=r"y.jsonl:1 \(row 1\): turn 1 of 'messages'"):
         prepare(bad, template="chat")
@@ -309,7 +313,7 @@ def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
 def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
     path = write("x.json", json.dumps(rows)[:-1])  # the end is missing
     with pytest.raises(InputError, match="cut off"):
-        prepare(str(path))
+        prepare(str(path), template="alpaca")
     assert [found for found in (tmp_path / "cache").iterdir() if found.is_dir()] == []
 
 
@@ -317,7 +321,7 @@ def test_a_full_disk_is_said(prepare, train, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset.StoreWriter, "append", full)
+    monkeypatch.setattr(cache.StoreWriter, "append", full)
     with pytest.raises(LinchainError, match="No space is left .* LINCHAIN_CACHE"):
         prepare(train)
 
@@ -339,7 +343,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from transformers import AutoTokenizer
-from linchain_cli.data.dataset import hold_out, prepare_data
+from linchain_cli.data.dataset import prepare_data
 from linchain_cli.recipe import DataConfig
 prepared = prepare_data(DataConfig(train=sys.argv[1], validation=0),
 AutoTokenizer.from_pretrained(sys.argv[2]),
@@ -359,7 +363,7 @@ def test_two_processes_at_once(write, commonsense_rows, tiny_tokenizer_dir, tmp_
 
 
 def test_without_locks_the_slower_of_two_takes_the_other_s_rows(prepare, train, monkeypatch, tmp_path):
-    real, raced = dataset._encode_to, []
+    real, raced = cache._encode_to, []
 
     def race(target, *arguments):
         if not raced:
@@ -367,7 +371,7 @@ def test_without_locks_the_slower_of_two_takes_the_other_s_rows(prepare, train, 
             real(target, *arguments)  # another process finishes first
         real(target, *arguments)
 
-    monkeypatch.setattr(dataset, "_encode_to", race)
+    monkeypatch.setattr(cache, "_encode_to", race)
     assert len(prepare(train).train) == 50
     assert [path.name for path in (tmp_path / "cache").glob(".staging*")] == []
 
@@ -381,3 +385,112 @@ def test_rows_that_occur_on_both_sides_are_counted(prepare, write, rows, block):
     assert 0 < expected < 8
     assert prepared.validation.repeated_in(prepared.train, block) == expected
     assert prepared.report.warnings == [f"{expected} of 8 validation rows also occur among the training rows"]
+
+
+@pytest.fixture
+def long_rows(write):
+    rows = [{"instruction": "a", "output": "true " * length} for length in (1, 50, 100)]
+    return str(write("long.json", json.dumps(rows, indent=0)))
+
+
+def test_rows_that_are_too_long_are_cut_dropped_or_refused(prepare, long_rows):
+    cut = prepare(long_rows, template="plain", max_length=80)
+    assert cut.train.lengths.tolist()[-1] == 80
+    assert "1 of 3 rows are longer than data.max_length (80 tokens; the longest" in cut.report.warnings[0]
+    dropped = prepare(long_rows, template="plain", max_length=80, on_long_row="drop")
+    assert len(dropped.train) == 2
+    counts = dropped.report.counts()
+    assert (counts["total"], counts["kept"], counts["skipped"], counts["long"]) == (3, 2, 1, 1)
+    assert "1 rows with more than 80 tokens are left out" in dropped.report.warnings[0]
+    with pytest.raises(InputError, match=r"long.json:\d+ \(row 3\): the row has \d+ tokens.*on_long_row"):
+        prepare(long_rows, template="plain", max_length=80, on_long_row="error")
+    with pytest.raises(InputError, match="all 3 rows have more than data.max_length"):
+        prepare(long_rows, template="plain", max_length=2, on_long_row="drop")
+
+
+def test_auto_length_is_what_the_model_reads(prepare, long_rows, byte_level):
+    tokenizer = copy.deepcopy(byte_level)
+    for reads, length in ((70, 70), (100_000, 2048), (int(1e30), 2048)):
+        tokenizer.model_max_length = reads
+        prepared = prepare(long_rows, tokenizer=tokenizer, template="plain")
+        assert prepared.config.max_length == length
+    assert not prepared.report.truncated
+
+
+@pytest.mark.parametrize("train_on_inputs", [False, True])
+def test_a_row_whose_answer_is_cut_off_teaches_nothing(prepare, write, train_on_inputs):
+    rows = [{"instruction": "so " * 40, "output": "true"}, {"instruction": "so", "output": "true"}]
+    path = str(write("x.json", json.dumps(rows)))
+    with pytest.raises(InputError, match="1 of 2 rows .* have no supervised token"):
+        prepare(path, template="plain", max_length=20, train_on_inputs=train_on_inputs)
+    prepared = prepare(
+        path, template="plain", max_length=20, train_on_inputs=train_on_inputs, max_unsupervised_share=0.5
+    )
+    assert prepared.report.unsupervised == 1 and len(prepared.train) == 1
+
+
+def test_a_share_of_the_rows_validates(prepare, train):
+    whole = prepare(train)
+    prepared = prepare(train, validation="10%")
+    assert (len(prepared.train), len(prepared.validation)) == (45, 5)
+    assert all_rows(prepared.validation) == all_rows(prepare(train, validation=5).validation)
+    assert sorted(all_rows(prepared.train) + all_rows(prepared.validation)) == sorted(all_rows(whole.train))
+
+
+def test_validation_from_a_source_with_its_own_columns_and_slice(prepare, train, write):
+    rows = [{"q": f"question {number}", "a": "yes"} for number in range(9)]
+    path = str(write("dev.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+    source = {"path": path, "columns": {"instruction": "q", "output": "a"}, "split": "dev[2:6]"}
+    prepared = prepare(train, validation=source)
+    assert (len(prepared.train), len(prepared.validation)) == (50, 4)
+    assert prepared.validation_report.sources[0].total == 4
+
+
+def test_the_validation_split_of_a_directory(prepare, write, rows, tmp_path):
+    (tmp_path / "set").mkdir()
+    for name, part in (("train", rows[:30]), ("validation", rows[30:36])):
+        write(f"set/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
+    prepared = prepare(f"{tmp_path}/set", validation=f"{tmp_path}/set")
+    assert (len(prepared.train), len(prepared.validation)) == (30, 6)
+    (tmp_path / "set" / "validation.jsonl").unlink()
+    with pytest.raises(InputError, match="no split 'validation'. Splits: train"):
+        prepare(f"{tmp_path}/set", validation=f"{tmp_path}/set")
+
+
+def test_sources_come_as_often_as_their_weights_say(prepare, write, rows):
+    first = str(write("a.json", json.dumps(rows[:20])))
+    second = str(write("b.json", json.dumps(rows[20:30])))
+    mixed = prepare([{"path": first, "weight": 0.25}, {"path": second, "weight": 2.5}], validation=6)
+    plain = prepare([first, second], validation=6)
+    assert all_rows(mixed.validation) == all_rows(plain.validation)
+    kept, of_first = all_rows(plain.train), all_rows(prepare(first).train)
+    ours, others = ([row for row in kept if (row in of_first) is mine] for mine in (True, False))
+    found = all_rows(mixed.train)
+    assert sum(row in ours for row in found) == round(len(ours) / 4)
+    assert {found.count(row) for row in others} == {2, 3}
+    assert sum(found.count(row) for row in others) == 2 * len(others) + round(len(others) / 2)
+    assert mixed.train.lengths.tolist() == [len(ids) for ids, _ in found]
+    assert mixed.report.fingerprint != plain.report.fingerprint
+    assert mixed.report.cached is False and prepare([first, second]).report.cached
+    assert all_rows(prepare([{"path": first, "weight": 1}, second], validation=6).train) == kept
+
+
+def test_the_rows_of_one_conversation_are_held_out_together(tmp_path):
+    from linchain_cli.data.encoding import EncodedText
+    from linchain_cli.data.store import StoreWriter
+
+    def row(token: int, length: int) -> EncodedText:
+        return EncodedText(np.full(length, token, np.int32), np.ones(length, bool), 0, length)
+
+    with StoreWriter(tmp_path) as writer:
+        writer.append([row(token, length) for length in range(1, token % 3 + 1)] for token in range(20))
+        writer.append([[row(20, 4)]])
+        writer.finish({})
+    store = EncodedStore(tmp_path)
+    assert store.num_groups == 14 + 0 and store.num_rows == 20
+    train, validation = hold_out(store, 4, 42)
+    tokens = [
+        {int(ids[0]) for ids, _ in map(rows.__getitem__, range(len(rows)))} for rows in (train, validation)
+    ]
+    assert len(tokens[1]) == 4 and not tokens[0] & tokens[1]
+    assert len(train) + len(validation) == 20

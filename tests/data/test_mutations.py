@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from linchain_cli.data import readers
 from linchain_cli.data.formats import load_rows
-from linchain_cli.data.rows import RowError
-from linchain_cli.data.sources import SourceRequest
+from linchain_cli.data.pipeline import EncodingSettings, rendered_rows
+from linchain_cli.data.report import DataReport, SourceReport
+from linchain_cli.data.sources import SourceRequest, resolve_source
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
@@ -108,25 +109,25 @@ def test_a_broken_file_loads_or_is_refused(originals, tmp_path_factory, seed, sk
     template = get_template("alpaca", None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(readers, "_BLOCK", block)
-        rows = load_rows(SourceRequest(str(path)), template, skip_bad=skip_bad)
+        counts, report = SourceReport(name), DataReport()
+        settings = EncodingSettings(256, False, skip_bad)
         good = 0
         try:
-            for row in rows:
-                try:
-                    assert template.render(row)[0].text.endswith(row["output"])
-                    good += 1
-                except RowError as error:
-                    rows.reject(error)
+            for row in rendered_rows(
+                resolve_source(SourceRequest(str(path))), template, settings, counts, report
+            ):
+                assert row.place.startswith(str(path)) and row.texts[0].text.startswith("Below")
+                good += 1
         except InputError as error:
             assert str(path) in str(error) and len(str(error)) < 1000
             return
-    assert rows.kept == good > 0
-    assert rows.kept + rows.skipped == rows.total
-    assert skip_bad or not rows.skipped
+    assert good > 0
+    assert good + counts.bad == counts.total
+    assert skip_bad or not counts.bad
 
 
 def test_unbroken_files_load_whole(originals, tmp_path):
     for name, data in originals.items():
         (tmp_path / name).write_bytes(data)
         rows = load_rows(SourceRequest(str(tmp_path / name)), get_template("alpaca", None))
-        assert len(list(rows)) == rows.kept == rows.total == 12
+        assert len(list(rows)) == 12

@@ -54,7 +54,10 @@ def test_the_histogram_covers_every_row_once():
 
 def test_a_report_survives_json():
     report = DataReport(
-        "f" * 64, sources=[SourceReport("a", "a.json", 10, 7, 2, 1)], tokens=5, bad_examples=["x"]
+        "f" * 64,
+        sources=[SourceReport("a", "a.json", total=10, kept=7, bad=2, unsupervised=1)],
+        tokens=5,
+        bad_examples=["x"],
     )
     assert DataReport.from_dict(report.to_dict()) == report
     assert report.skipped == report.counts()["sources"][0]["skipped"] == 3

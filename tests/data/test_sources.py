@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 
 from linchain_cli.data import hub
-from linchain_cli.data.formats import load_rows
+from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.rows import RowError
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.data.templates import get_template
@@ -17,8 +18,14 @@ from linchain_cli.errors import InputError
 GOOD = {"instruction": "q", "input": "", "output": "a", "answer": 3}
 
 
-def rows_of(source, template="alpaca", **options):
-    return load_rows(source, get_template(template, None), **options)
+def rows_of(source, template="alpaca", tokenizer=None) -> FormattedRows:
+    return FormattedRows(resolve_source(source), get_template(template, tokenizer).layouts)
+
+
+def errors_of(source, template="alpaca") -> list[str]:
+    """What is wrong with each row, with its place; "" for a row that can be used."""
+    rows = rows_of(source, template)
+    return [f"{rows.place()}: {row}" if isinstance(row, RowError) else "" for row in rows]
 
 
 def test_only_the_template_s_columns_are_kept_in_order(write, source):
@@ -28,7 +35,7 @@ def test_only_the_template_s_columns_are_kept_in_order(write, source):
         {"instruction": "q", "output": "a", "input": ""},
         {"instruction": "r", "output": "b"},
     ]
-    assert (rows.total, rows.kept, rows.skipped) == (2, 2, 0)
+    assert rows.unread == ["answer"]
 
 
 def test_columns_are_mapped(write, source):
@@ -52,35 +59,71 @@ def test_a_mapping_of_what_the_template_does_not_use_is_refused(write, source):
         ),
         ({}, r"there is no column 'instruction' \(columns: none\)"),
         ({**GOOD, "output": None}, "'output' is null"),
-        ({**GOOD, "input": None}, "'input' is null"),
-        ({**GOOD, "output": 3.5}, r"'output' is 3.5 \(float\)"),
+        ({**GOOD, "output": [3]}, r"'output' is \[3\] \(list\)"),
         ({**GOOD, "instruction": ["a"] * 50}, r"'instruction' is \['a', 'a'.*\.\.\. \(list\)"),
+        ({**GOOD, "tools": [{"name": "f"}]}, "the row holds `tools`, .*data.template: chat"),
+        (
+            {"messages": []},
+            "there is no column 'instruction' .*The rows hold conversations .*data.template: chat",
+        ),
+        ({"text": "x"}, r".*The rows hold documents \(`text`\): data.template: text takes them"),
     ],
 )
-def test_a_bad_row_is_named_or_skipped(write, source, bad, said):
+def test_a_bad_row_is_named(write, source, bad, said):
     path = write("x.json", json.dumps([GOOD, bad, GOOD], indent=0))
-    with pytest.raises(InputError, match=rf"x.json:\d+ \(row 2\): {said}.*on_bad_row: skip"):
-        list(rows_of(source(path)))
-    rows = rows_of(source(path), skip_bad=True)
-    assert len(list(rows)) == 2
-    assert (rows.total, rows.kept, rows.skipped) == (3, 2, 1)
-    assert len(rows.problems) == 1 and "row 2" in rows.problems[0]
+    before, error, behind = errors_of(source(path))
+    assert re.search(rf"x.json:\d+ \(row 2\): {said}", error)
+    assert before == behind == ""
 
 
-def test_a_row_can_be_rejected_later(write, source):
-    path = write("x.json", json.dumps([GOOD, GOOD]))
-    rows = rows_of(source(path), skip_bad=True)
-    for number, _ in enumerate(rows):
-        if number == 1:
-            rows.reject(RowError("no good"))
-    assert (rows.total, rows.kept, rows.skipped) == (2, 1, 1)
-    assert rows.problems == [f"{path}:1 (row 2): no good"]
+def test_null_is_empty_and_numbers_are_text(write, source):
+    rows = [
+        {**GOOD, "input": None, "output": 3},
+        {**GOOD, "output": 2.50},
+        {**GOOD, "output": True, "tools": None},
+        {**GOOD, "output": "x", "tools": []},
+    ]
+    read = list(rows_of(source(write("x.json", json.dumps(rows)))))
+    assert [row["output"] for row in read] == ["3", "2.5", "true", "x"]
+    assert "input" not in read[0]
 
 
-def test_when_no_row_is_good_the_first_reason_is_given(write, source):
-    path = write("x.jsonl", '{"text": "a"}\n' * 20)
-    with pytest.raises(InputError, match="none of 20 rows can be used; first .*x.jsonl:1 .*columns: text"):
-        list(rows_of(source(path), skip_bad=True))
+def test_a_missing_number_of_a_table_is_null(tmp_path, source):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        pa.table({"instruction": ["a", "b"], "output": [1.5, float("nan")], "input": [None, 2]}), path
+    )
+    first, second = errors_of(source(path))
+    assert first == "" and "'output' is null" in second
+    assert next(iter(rows_of(source(path)))) == {"instruction": "a", "output": "1.5"}
+
+
+@pytest.mark.parametrize("cells", [[0, 1, 1], ["0", "1", "1"], ["negative", 1, "positive"]])
+def test_labels_name_the_answers(write, source, cells):
+    rows = [{"text": f"row {cell}", "label": cell} for cell in cells]
+    labels = {"0": "negative", "1": "positive"}
+    asked = {"columns": {"instruction": "text", "output": "label"}, "labels": labels}
+    path = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["output"] for row in rows_of(source(path, **asked))] == ["negative", "positive", "positive"]
+    assert [row["instruction"] for row in rows_of(source(path, **asked))][1] == "row 1"
+    own = {"prompt": "{text} ->", "response": " {label}"}
+    assert next(iter(rows_of(source(path, labels=labels), own)))["label"] == "negative"
+    path = write("y.jsonl", json.dumps({"text": "x", "label": 7}))
+    assert "'output' is 7, which data.labels does not name (0, 1)" in errors_of(source(path, **asked))[0]
+
+
+def test_classes_of_a_data_set_are_named(tmp_path, source):
+    import datasets
+
+    kinds = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"]))
+    datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=kinds).save_to_disk(tmp_path)
+    columns = {"instruction": "text", "output": "label"}
+    assert [row["output"] for row in rows_of(source(tmp_path, columns=columns))] == ["yes", "no"]
+    numbers = rows_of(source(tmp_path, columns=columns, labels={"0": "A", "1": "B"}))
+    assert [row["output"] for row in numbers] == ["B", "A"]
 
 
 def test_misspelt_headers_are_told_of_the_file(write, source, tmp_path):
@@ -88,7 +131,7 @@ def test_misspelt_headers_are_told_of_the_file(write, source, tmp_path):
     import pyarrow.parquet as pq
 
     with pytest.raises(InputError, match=r"x.csv:1: there is no column 'output' .*Did you mean 'outputs'"):
-        list(rows_of(source(write("x.csv", "instruction,outputs\na,b\n")), skip_bad=True))
+        list(rows_of(source(write("x.csv", "instruction,outputs\na,b\n"))))
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"instruction": ["a"], "Output": ["b"]}), path)
     with pytest.raises(InputError, match=r"x.parquet: there is no column 'output' .*Did you mean 'Output'"):
@@ -96,10 +139,9 @@ def test_misspelt_headers_are_told_of_the_file(write, source, tmp_path):
 
 
 def test_the_message_is_about_the_layout_that_comes_closest(write, source, byte_level):
-    chat = get_template("chat", byte_level)
     for columns, missing in [("instruction,ouput", "output"), ("mesages,id", "messages")]:
         with pytest.raises(InputError, match=f"there is no column '{missing}'"):
-            list(load_rows(source(write("x.csv", f"{columns}\na,b\n")), chat))
+            list(rows_of(source(write("x.csv", f"{columns}\na,b\n")), "chat", byte_level))
 
 
 def test_parquet_cells_are_checked_too(tmp_path, source):
@@ -108,11 +150,11 @@ def test_parquet_cells_are_checked_too(tmp_path, source):
 
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"instruction": ["a", None, "c"], "output": ["x", "y", "z"]}), path)
-    with pytest.raises(InputError, match=r"x.parquet \(row 2\): 'instruction' is null"):
-        list(rows_of(source(path)))
-    pq.write_table(pa.table({"instruction": ["a"], "output": [1]}), path)
-    with pytest.raises(InputError, match=r"'output' is 1 \(int\)"):
-        list(rows_of(source(path)))
+    assert [error.partition(".parquet")[2] for error in errors_of(source(path))] == [
+        "",
+        " (row 2): 'instruction' is null, where a value is expected",
+        "",
+    ]
 
 
 def test_registered_names_are_found_as_files_first(write, source, tmp_path, monkeypatch):
@@ -152,6 +194,8 @@ def test_everyday_is_generated(source):
         ("rows.txt", "rows.txt is a file; a data file ends in"),
         ("empty", r"the directory empty holds no data file \(it holds notes.txt\); one ends in"),
         ("a b/c", "no file, hub id"),
+        ("empty/nots", "no file or directory empty/nots, and it looks like a path"),
+        ("data/trian", "no file or directory data/trian, and it looks like a path"),
     ],
 )
 def test_what_cannot_be_found_gets_a_suggestion(write, source, tmp_path, monkeypatch, name, said):
@@ -201,8 +245,9 @@ def test_bad_rows_of_hub_data_sets_are_named(monkeypatch, source):
     import datasets
 
     hub_rows(monkeypatch, datasets.Dataset.from_dict({"instruction": ["a", None], "output": ["x", "y"]}))
-    with pytest.raises(InputError, match=r"owner/nulls \(row 2, split train\): 'instruction' is null"):
-        list(rows_of(source("owner/nulls")))
+    assert errors_of(source("owner/nulls"))[1].startswith(
+        "owner/nulls (row 2, split train): 'instruction' is"
+    )
 
 
 def _refused(kind, status: int):

@@ -89,14 +89,31 @@ def test_validation_is_a_number_of_rows_or_a_file(write):
     assert load_recipe(path, ["data.validation=7"]).data.validation == 7
     assert load_recipe(path, ["data.validation=dev.json"]).data.validation == "dev.json"
     assert "data.validation: expected a number of rows" in message(path, "data.validation=-7")
+    assert load_recipe(path, ["data.validation=5%"]).data.validation == "5%"
+    assert load_recipe(path, ["data.validation=0%", "training.keep=last"]).data.validation == 0
+    for wrong in ("100%", "-5%", "x%", "{pth: dev.json}", "{path: dev.json, split: [a]}"):
+        assert "data.validation" in message(path, f"data.validation={wrong}")
+
+
+def test_a_validation_source_inherits_what_it_leaves_out(write):
+    path = write(MINIMAL.replace("train: d.json", "train: d.json, revision: r1, columns: {output: a}"))
+    assert load_recipe(path).data.validation_source is None
+    assert load_recipe(path, ["data.validation=5%"]).data.validation_source is None
+    source = load_recipe(path, ["data.validation=d.json"]).data.validation_source
+    assert (source.split, source.revision, source.columns) == ("validation", "r1", {"output": "a"})
+    own = "data.validation={path: e.json, split: 'dev[:5]', columns: {}, template: plain}"
+    source = load_recipe(path, [own]).data.validation_source
+    assert (source.split, source.revision, source.columns, source.template) == ("dev[:5]", None, {}, "plain")
 
 
 def test_sources_inherit_what_they_leave_out(write):
     train = "[a, {path: b, split: dev, columns: {}}]"
     text = f"name: r\nmodel: {{path: m}}\ndata: {{train: {train}, revision: r1, columns: {{input: x}}}}"
     first, second = load_recipe(write(text)).data.sources
-    assert first == SourceConfig(path="a", revision="r1", columns={"input": "x"})
-    assert second == SourceConfig(path="b", split="dev", revision="r1", columns={})
+    assert first == SourceConfig(path="a", revision="r1", columns={"input": "x"}, labels={}, template="auto")
+    assert second == SourceConfig(
+        path="b", split="dev", revision="r1", columns={}, labels={}, template="auto"
+    )
 
 
 def test_empty_sections_are_defaults(write):

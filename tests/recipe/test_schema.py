@@ -26,9 +26,9 @@ seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
 adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
           target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
-data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, template: alpaca,
+data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, labels: {}, template: auto,
 chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: false,
-       max_length: 256, on_bad_row: error, max_unsupervised_share: 0.0}
+       max_length: auto, on_long_row: cut, on_bad_row: error, max_unsupervised_share: 0.0}
 training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4,
 lr_scheduler: linear,
            warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
@@ -49,8 +49,10 @@ def test_defaults():
     expected |= {"name": "r"}
     expected["model"]["path"] = "m"
     expected["data"]["train"] = [
-        dict.fromkeys(("path", "config", "data_files", "split", "revision", "columns", "max_rows"))
-        | {"path": "d.json"}
+        dict.fromkeys(
+            ("config", "data_files", "split", "revision", "columns", "max_rows", "labels", "template")
+        )
+        | {"path": "d.json", "weight": 1.0}
     ]
     assert dumped == expected
 

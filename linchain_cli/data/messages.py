@@ -1,0 +1,221 @@
+"""Conversations as people store them, made into one form: see `conversation.Conversation`.
+
+OpenAI's `messages`, ShareGPT's `conversations` (from/value), a prompt and its completion as messages; each as
+lists of objects or as their JSON text, with tool calls, reasoning, and content in parts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from linchain_cli.data.conversation import Conversation, Message, ToolCall
+from linchain_cli.data.readers import shown
+from linchain_cli.data.rows import RowError
+
+# ShareGPT's names, those that LLaMA-Factory adds, and the usual ones.
+_ROLES = {
+    **{name: "user" for name in ("human", "user")},
+    **{name: "assistant" for name in ("gpt", "assistant", "chatgpt", "bot", "model", "function_call")},
+    **{name: "tool" for name in ("tool", "observation", "function_response", "function")},
+    "system": "system",
+}
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def conversation(messages: list[Message], tools: Any = None) -> Conversation:
+    """The row of the `chat` template. `tools` are a list, its JSON text, or nothing."""
+    tools = tools_of(tools)
+    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+
+
+def messages_of(value: Any, column: str) -> list[Message]:
+    """The turns in a cell: objects with role and content, or with from and value.
+
+    Raises RowError, naming the turn, for what is no such list, has a part that is no text, or a tool call
+    that cannot be read."""
+    value = _columns_to_rows(parsed(value, column))
+    if not isinstance(value, list) or not value:
+        raise RowError(f"'{column}' is not a list of turns like {{role: user, content: ...}}")
+    return [_message(turn, f"turn {number} of '{column}'") for number, turn in enumerate(value, start=1)]
+
+
+def asked_and_answered(prompt: Any, completion: Any, names: tuple[str, str]) -> list[Message]:
+    """The turns of a prompt and its completion, of which the completion's alone are learned."""
+    asked = [{"role": "user", "content": prompt}] if _is_text(prompt) else messages_of(prompt, names[0])
+    if _is_text(completion):
+        return [*_unlearned(asked), {"role": "assistant", "content": completion}]
+    return [*_unlearned(asked), *messages_of(completion, names[1])]
+
+
+def is_messages(value: Any) -> bool:
+    """Whether a prompt or completion is written as turns, not as text."""
+    return isinstance(value, (list, dict)) or isinstance(value, str) and not _is_text(value)
+
+
+def tools_of(value: Any, column: str = "tools") -> list[dict[str, Any]]:
+    """The tools of a conversation as OpenAI writes them; a bare function is put into that form."""
+    value = parsed(value, column) if value else None
+    if not value:
+        return []
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowError(f"'{column}' is not a list of tools like {{type: function, function: {{name: ...}}}}")
+    return [
+        tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
+        for tool in map(_without_null, value)
+    ]
+
+
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """The turns behind a system prompt that stands in a column of its own."""
+    if not system:
+        return messages
+    if messages[0]["role"] == "system":
+        raise RowError("there is a system prompt in a column of its own and another among the turns")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def pruned(value: Any) -> Any:
+    """Without the nulls that a table writes for keys that other rows have, at any depth."""
+    if isinstance(value, dict):
+        return {key: pruned(item) for key, item in value.items() if item is not None}
+    return [pruned(item) for item in value] if isinstance(value, list) else value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not value.lstrip().startswith('[{"')
+
+
+def _unlearned(messages: Iterable[Message]) -> list[Message]:
+    return [{**turn, "train": False} if turn["role"] == "assistant" else turn for turn in messages]
+
+
+def parsed(value: Any, name: str) -> Any:
+    """A list, or one out of its JSON text."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        raise RowError(
+            f"'{name}' is {shown(value)}, which is neither a list nor the JSON text of one"
+        ) from None
+
+
+def _columns_to_rows(value: Any) -> Any:
+    """A list of objects that was stored as an object of lists."""
+    if isinstance(value, dict) and value and all(isinstance(cells, list) for cells in value.values()):
+        if len({len(cells) for cells in value.values()}) == 1:
+            return [dict(zip(value, cells, strict=True)) for cells in zip(*value.values(), strict=True)]
+    return value
+
+
+def _without_null(turn: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in turn.items() if value is not None}
+
+
+def _message(turn: Any, place: str) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError(f"{place} is {shown(turn)}, not an object with role and content")
+    turn = _without_null(turn)
+    if "role" not in turn and "from" in turn:
+        turn = _of_share_gpt(turn, place)
+    role, content = turn.get("role"), turn.get("content")
+    if type(role) is str and type(content) is str and len(turn) == 2:
+        return turn  # most are like this
+    return _whole_message(turn, place)
+
+
+def _whole_message(turn: dict[str, Any], place: str) -> Message:
+    role = turn.pop("role", None)
+    if not isinstance(role, str) or not role:
+        raise RowError(f"{place} needs a role and a content")
+    calls = _tool_calls(turn, place)
+    learned = _learned(turn, place)
+    reasoning = [turn.pop(name) for name in _REASONING if turn.get(name)]
+    if "content" not in turn and not calls and not reasoning:
+        raise RowError(f"{place} has no content")
+    message: Message = {"role": role, "content": _text(turn.pop("content", ""), place)}
+    if reasoning:
+        message["reasoning_content"] = _text(reasoning[0], place)
+    if calls:
+        message["tool_calls"] = calls
+    if not learned:
+        message["train"] = False
+    return {**message, **{key: value for key, value in turn.items() if key not in _REASONING}}
+
+
+def _of_share_gpt(turn: dict[str, Any], place: str) -> dict[str, Any]:
+    speaker = turn.pop("from")
+    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise RowError(f"{place} is from {shown(speaker)}; known are {', '.join(_ROLES)}")
+    content = turn.pop("value", None)
+    if speaker == "function_call":
+        calls = parsed(content, place)
+        return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **turn}
+    return {"role": role, **({} if content is None else {"content": content}), **turn}
+
+
+def _text(content: Any, place: str) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, (int, float)) and not isinstance(content, bool):
+        return str(content)
+    if not isinstance(content, list):
+        raise RowError(f"{place}: the content is {shown(content)}, where a text is expected")
+    return "".join(_part(part, place) for part in content)
+
+
+def _part(part: Any, place: str) -> str:
+    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
+        return part["text"]
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    raise RowError(f"{place} has a part of type {shown(kind)}: only text can be learned from")
+
+
+def _tool_calls(turn: dict[str, Any], place: str) -> list[ToolCall]:
+    calls = turn.pop("tool_calls", None)
+    if isinstance(calls, str):
+        calls = parsed(calls, f"tool_calls of {place}")
+    calls = _columns_to_rows(calls)
+    if call := turn.pop("function_call", None):  # OpenAI's older form, of one call
+        calls = [*(calls or []), call]
+    if not calls:
+        return []
+    if not isinstance(calls, list):
+        raise RowError(f"{place}: tool_calls is {shown(calls)}, not a list")
+    return [_tool_call(call, place) for call in calls]
+
+
+def _tool_call(call: Any, place: str) -> ToolCall:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"{place}: a tool call needs a function with a name, it is {shown(call)}")
+    arguments = function.get("arguments", function.get("parameters"))
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise RowError(
+                f"{place}: the arguments of '{function['name']}' are no JSON: {shown(arguments)}"
+            ) from None
+    if arguments is not None and not isinstance(arguments, dict):
+        raise RowError(f"{place}: the arguments of '{function['name']}' are no object: {shown(arguments)}")
+    made: ToolCall = {
+        "type": "function",
+        "function": {"name": function["name"], "arguments": arguments or {}},
+    }
+    return {"id": call["id"], **made} if isinstance(call.get("id"), str) else made
+
+
+def _learned(turn: dict[str, Any], place: str) -> bool:
+    weight, train = turn.pop("weight", 1), turn.pop("train", True)
+    if weight not in (0, 1):
+        raise RowError(f"{place}: weight is {shown(weight)}; it can be 1 (learned) or 0 (read alone)")
+    if not isinstance(train, bool):
+        raise RowError(f"{place}: train is {shown(train)}; it can be true (learned) or false (read alone)")
+    return bool(weight) and train

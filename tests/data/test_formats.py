@@ -1,0 +1,298 @@
+"""Rows in the formats that people have, and what a template is given of each."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.formats import FormattedRows, choose_template
+from linchain_cli.data.rows import Layout, RowError
+from linchain_cli.data.sources import resolve_source
+from linchain_cli.data.templates import get_template
+from linchain_cli.errors import InputError
+
+CHAT = (
+    Layout(("messages",), ("tools",)),
+    Layout(("instruction", "output"), ("input", "system", "history")),
+)
+ASKED, ANSWERED = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}}
+
+
+@pytest.fixture
+def read(write, source):
+    """`read(*rows)`: what the chat template is given of rows of a .jsonl file; errors as text."""
+
+    def rows_of(*rows, **fields):
+        path = write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        formatted = FormattedRows(resolve_source(source(path, **fields)), CHAT)
+        return [str(row) if isinstance(row, RowError) else row for row in formatted]
+
+    return rows_of
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [ASKED, ANSWERED]},
+        {"messages": json.dumps([ASKED, ANSWERED])},
+        {"messages": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]}},
+        {"messages": [{**ASKED, "tool_calls": None}, {**ANSWERED, "weight": 1, "tool_calls": []}]},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, "2?"]}, ANSWERED]},
+        {"messages": [ASKED, {"role": "assistant", "content": 4}]},
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
+        {"conversations": [ASKED, ANSWERED], "system": ""},
+        {"prompt": "2 + 2?", "completion": "4"},
+        {"prompt": [ASKED], "completion": [ANSWERED]},
+        {"prompt": json.dumps([ASKED]), "completion": "4"},
+        {"prompt": "2 + 2?", "completion": [ANSWERED], "tools": "[]"},
+    ],
+)
+def test_one_conversation_in_many_forms(read, row):
+    assert read(row) == [{"messages": [ASKED, ANSWERED]}]
+
+
+def test_a_conversation_with_tools(read):
+    called = {"role": "assistant", "content": None, "tool_calls": [{**CALL, "id": "c1", "index": None}]}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "4"}
+    expected = {
+        "messages": [
+            ASKED,
+            {"role": "assistant", "content": "", "tool_calls": [{**CALL, "id": "c1"}]},
+            result,
+            ANSWERED,
+        ],
+        "tools": [TOOL],
+    }
+    as_text = copy.deepcopy(called)
+    as_text["tool_calls"][0]["function"]["arguments"] = '{"a": 2, "b": 2}'
+    for turn in (called, as_text):
+        for tools in ([TOOL], json.dumps([TOOL]), [TOOL["function"]]):
+            assert read({"messages": [ASKED, turn, result, ANSWERED], "tools": tools}) == [expected]
+    share_gpt = [
+        {"from": "human", "value": "2 + 2?"},
+        {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 2, "b": 2}})},
+        {"from": "observation", "value": "4"},
+        {"from": "gpt", "value": "4"},
+    ]
+    (row,) = read({"conversations": share_gpt, "tools": json.dumps([TOOL["function"]]), "system": "Add."})
+    assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert row["messages"][2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def test_arguments_of_json_keep_their_nulls(read):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"a": None}}}
+    (row,) = read({"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [call]}]})
+    assert row["messages"][1]["tool_calls"] == [call]
+
+
+def test_nulls_that_a_table_fills_in_are_taken_out(tmp_path, source):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [
+        {"messages": [ASKED, ANSWERED], "tools": None},
+        {
+            "messages": [
+                ASKED,
+                {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                {"role": "tool", "content": "4", "tool_call_id": "c"},
+            ],
+            "tools": [TOOL, {"type": "function", "function": {"name": "other", "description": "d"}}],
+        },
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    first, second = FormattedRows(resolve_source(source(tmp_path / "x.parquet")), CHAT)
+    assert first == {"messages": [ASKED, ANSWERED]}
+    assert second["tools"] == rows[1]["tools"]
+    assert second["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
+
+
+def test_what_was_thought_and_what_is_not_learned(read):
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        (row,) = read({"messages": [ASKED, {**ANSWERED, name: "easy"}]})
+        assert row["messages"][1] == {**ANSWERED, "reasoning_content": "easy"}
+    for mark in ({"weight": 0}, {"train": False}):
+        (row,) = read({"messages": [ASKED, {**ANSWERED, **mark}]})
+        assert row["messages"][1] == {**ANSWERED, "train": False}
+    (row,) = read({"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED]})
+    assert [turn.get("train") for turn in row["messages"]] == [None, False, None, None]
+
+
+def test_instructions_with_earlier_turns(read):
+    row = {
+        "instruction": "and 3?",
+        "output": "7",
+        "history": [["2 + 2?", "4"]],
+        "system": "Add.",
+        "input": None,
+    }
+    expected = {"instruction": "and 3?", "output": "7", "history": [("2 + 2?", "4")], "system": "Add."}
+    assert read(row, {**row, "history": json.dumps(row["history"])}) == [expected] * 2
+    assert "history" not in read({**row, "history": None})[0]
+    assert "'history' is ['a'], not a list of pairs" in read({**row, "history": ["a"]})[0]
+
+
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        ({"messages": []}, "'messages' is not a list of turns"),
+        ({"messages": "hello"}, "neither a list nor the JSON text of one"),
+        ({"messages": ["hello"]}, "turn 1 of 'messages' is hello, not an object"),
+        ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' has no content"),
+        ({"messages": [ASKED, {"content": "x"}]}, "turn 2 of 'messages' needs a role"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "turn 1 of 'messages' has a part of type image_url: only text can be learned from",
+        ),
+        ({"messages": [ASKED, {**ANSWERED, "weight": 0.5}]}, "turn 2 of 'messages': weight is 0.5"),
+        ({"messages": [ASKED, {**ANSWERED, "train": 3}]}, "turn 2 of 'messages': train is 3"),
+        ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 of 'conversations' is from alien"),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+                ]
+            },
+            "turn 2 of 'messages': the arguments of 'f' are no JSON: {",
+        ),
+        (
+            {
+                "messages": [
+                    ASKED,
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+                ]
+            },
+            "the arguments of 'f' are no object",
+        ),
+        ({"messages": [ASKED, {"role": "assistant", "tool_calls": ["f"]}]}, "a tool call needs a function"),
+        ({"messages": [ASKED, ANSWERED], "tools": "add"}, "'tools' is add, which is neither"),
+        ({"messages": [ASKED, ANSWERED], "tools": ["add"]}, "'tools' is not a list of tools"),
+        (
+            {"conversations": [{"role": "system", "content": "a"}, ASKED], "system": "b"},
+            "and another among the",
+        ),
+    ],
+)
+def test_a_conversation_that_is_none(read, row, said):
+    (found,) = read(row)
+    assert isinstance(found, str) and said in found and "\n" not in found
+
+
+@pytest.mark.parametrize(
+    "rows, name",
+    [
+        ([{"messages": [ASKED, ANSWERED], "text": "x", "instruction": "a", "output": "b"}], "chat"),
+        ([{"conversations": []}], "chat"),
+        ([{"instruction": "a", "output": "b", "text": "whole"}], "alpaca"),
+        ([{"instruction": "a", "output": "b", "history": [], "system": ""}], "alpaca"),
+        ([{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "system": "s"}], "chat"),
+        ([{"prompt": "a", "completion": "b"}], "prompt-completion"),
+        ([{"prompt": [ASKED], "completion": [ANSWERED]}], "chat"),
+        ([{"text": "a", "label": 3}], "text"),
+    ],
+)
+def test_auto_goes_by_the_columns(write, source, rows, name):
+    path = write("x.json", json.dumps(rows))
+    assert choose_template(resolve_source(source(path)), chats=True).name == name
+    without = "alpaca" if "instruction" in rows[0] and "messages" not in rows[0] else name
+    assert choose_template(resolve_source(source(path)), chats=False).name == without
+
+
+def test_auto_goes_by_the_columns_of_the_recipe(write, source):
+    path = write("x.json", json.dumps([{"q": "a", "a": "b"}]))
+    columns = {"instruction": "q", "output": "a"}
+    assert choose_template(resolve_source(source(path, columns=columns)), chats=True).name == "alpaca"
+
+
+@pytest.mark.parametrize(
+    "columns, remedy",
+    [
+        (("q", "a"), "{instruction: NAME, output: NAME}"),
+        (("id", "question", "answer"), "{instruction: question, output: answer}"),
+        (("mesages", "id"), "{messages: mesages}"),
+    ],
+)
+def test_columns_of_no_format_are_told_with_a_mapping(write, source, columns, remedy):
+    path = write("y.json", json.dumps([dict.fromkeys(columns, "x")]))
+    with pytest.raises(InputError) as caught:
+        choose_template(resolve_source(source(path)), chats=True)
+    said = str(caught.value)
+    assert f"y.json:1 (row 1): the columns ({', '.join(columns)}) are those of no format: `messages`" in said
+    assert f"data.columns: {remedy}, or write a data.template of your own." in said
+
+
+@pytest.fixture
+def prepare(tmp_path, byte_level, data_config):
+    return lambda train, **fields: prepare_data(
+        data_config(train, **fields), byte_level, cache_dir=tmp_path / "cache"
+    )
+
+
+def test_what_auto_chose_is_told_and_settled(prepare, write):
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "eins"}]
+    chat = str(write("c.jsonl", json.dumps({"messages": turns, "id": 7})))
+    text = str(write("t.jsonl", json.dumps({"text": "word " * 50})))
+    prepared = prepare([chat, text, {"path": chat, "template": "chat"}])
+    assert [source.template for source in prepared.report.sources] == ["chat", "text", "chat"]
+    assert (prepared.template.name, prepared.config.template) == ("chat", "chat")
+    assert [source.template for source in prepared.config.train] == [None, "text", None]
+    assert f"{chat}: rows go through the template chat (data.template: auto)" in prepared.report.notes
+    assert f"{chat}: nothing reads the columns id" in prepared.report.notes
+    again = prepare(prepared.config.train, template=prepared.config.template)
+    assert again.report.fingerprint == prepared.report.fingerprint and again.report.cached
+
+
+def test_documents_fill_rows_and_lose_nothing(prepare, write, byte_level):
+    texts = ["a " * 30, "the correct answer is true", "东京 🙂 " * 20, "x"]
+    path = str(write("x.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts)))
+    train = prepare(path, max_length=16).train
+    rows = [train[index] for index in range(len(train))]
+    assert [len(ids) for ids, _ in rows[:-1]] == [16] * (len(rows) - 1)
+    expected = []
+    for text in texts:
+        expected += byte_level(text)["input_ids"] + [byte_level.eos_token_id]
+    assert [token for ids, _ in rows for token in ids.tolist()] == expected
+    assert all(supervised.tolist() == [False] + [True] * (len(ids) - 1) for ids, supervised in rows)
+    report = prepare(path, max_length=16).report
+    assert (report.total, report.kept, report.rows) == (4, 4, len(rows))
+    assert report.tokens == len(expected) and report.supervised_tokens == len(expected) - len(rows)
+    assert not report.truncated and not report.warnings
+
+
+def test_a_prompt_and_its_completion_are_taken_as_they_are(prepare, write, byte_level):
+    path = str(write("x.jsonl", json.dumps({"prompt": "Q: two\nA:", "completion": " four"})))
+    ids, supervised = prepare(path).train[0]
+    assert ids.tolist() == [*byte_level("Q: two\nA: four")["input_ids"], byte_level.eos_token_id]
+    assert byte_level.decode(ids[supervised]) == " four</s>"
+    alpaca = prepare(path, template="alpaca").train[0][0]
+    assert "### Instruction:\nQ: two\nA:" in byte_level.decode(alpaca)
+
+
+def test_earlier_turns_and_a_system_prompt_go_before_the_instruction(prepare, write, byte_level):
+    row = {"instruction": "and 3?", "output": "7", "history": [["2 + 2?", "4"]], "system": "Add."}
+    prepared = prepare(str(write("x.jsonl", json.dumps(row))))
+    assert prepared.template.name == "chat"
+    text = byte_level.decode(prepared.train[0][0])
+    assert [text.index(part) for part in ("Add.", "2 + 2?", "4</s>", "and 3?", "7</s>")] == sorted(
+        text.index(part) for part in ("Add.", "2 + 2?", "4</s>", "and 3?", "7</s>")
+    )
+
+
+@pytest.mark.parametrize("row", [{"text": "Ice is cold."}, {"prompt": "Is ice cold?", "completion": " Yes."}])
+def test_a_model_of_such_rows_can_be_asked(write, byte_level, data_config, row):
+    """What a merge compares logits on, and what evaluation asks."""
+    from linchain_cli.export.prompts import run_prompts
+
+    config = data_config(str(write("x.jsonl", json.dumps(row))))
+    template = choose_template(resolve_source(config.sources[0]), chats=True).name
+    config = config.model_copy(update={"template": template})
+    (prompt,) = run_prompts(config, byte_level)
+    assert byte_level.decode(prompt).removeprefix("<s>").strip() == row.get("text", row.get("prompt"))
+    asked = get_template(template, byte_level).prompt({"instruction": "Is ice cold?", "input": ""})
+    assert asked == "Is ice cold?\n"
