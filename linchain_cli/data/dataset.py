@@ -95,6 +95,8 @@ def prepare_data(
         marked = json.dumps([report.fingerprint, weights]).encode()
         report.fingerprint = hashlib.sha256(marked).hexdigest()
     settled = _settled(config, [one.chosen for one in found], of_validation and of_validation.chosen)
+    for conflict in settled.conflicts():
+        raise InputError(f"{conflict.message} The rows go through {found[0].template.name}.")
     prepared = PreparedData(train, validation, found[0].template, settled, report, validation_report)
     report.warnings += _warnings(prepared, tokenizer)
     return prepared

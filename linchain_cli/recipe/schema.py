@@ -306,7 +306,10 @@ class DataConfig(StrictModel):
     """Share of rows that may be without a supervised token (all of it cut off) before the run is refused."""
 
     def conflicts(self) -> Iterator[Conflict]:
-        if self.template in ("chat", "auto"):
+        own = [source.template for source in self.train]
+        if isinstance(self.validation, SourceConfig):
+            own.append(self.validation.template)
+        if any(template in ("chat", "auto") for template in (self.template, *own)):
             return
         for key, set_ in (("chat", self.chat != ChatConfig()), ("turns", self.turns != "all")):
             if set_:

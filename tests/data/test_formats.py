@@ -296,3 +296,13 @@ def test_a_model_of_such_rows_can_be_asked(write, byte_level, data_config, row):
     assert byte_level.decode(prompt).removeprefix("<s>").strip() == row.get("text", row.get("prompt"))
     asked = get_template(template, byte_level).prompt({"instruction": "Is ice cold?", "input": ""})
     assert asked == "Is ice cold?\n"
+
+
+def test_settings_of_conversations_that_no_row_is_are_refused(prepare, write):
+    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "eins"}]
+    chat = str(write("c.jsonl", json.dumps({"messages": turns})))
+    other = str(write("i.jsonl", json.dumps({"instruction": "a", "output": "b"})))
+    with pytest.raises(InputError, match="data.turns is for data.template: chat.*rows go through alpaca"):
+        prepare(other, turns="last")
+    settled = prepare([other, chat], turns="last").config
+    assert settled == type(settled)(**settled.model_dump()), "the run's recipe can be read again"
