@@ -11,6 +11,7 @@ from linchain_cli.data.conversation import Message
 from linchain_cli.data.rows import RowError
 
 _THINKING = re.compile(r"</?think>")
+_REASONING = "the reasoning"
 _REMEDY = "give a template that writes it (data.chat.template)"
 
 
@@ -22,8 +23,9 @@ def check_answer(message: Message, written: str, turn: int) -> bool:
     who = f"turn {turn}, the assistant's"
     missing = next(_missing(message, written), None)
     if missing is not None:
+        or_write = "write it into the content (<think>...</think>), " if missing == _REASONING else ""
         raise RowError(
-            f"the chat template leaves {missing} out of {who}. Take it out of the row, or {_REMEDY}"
+            f"the chat template leaves {missing} out of {who}. Take it out of the row, {or_write}or {_REMEDY}"
         )
     content = message["content"]
     if not content or content in written or _THINKING.search(content):
@@ -53,7 +55,7 @@ def check_read(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] |
 def _missing(message: Message, written: str) -> Iterator[str]:
     """What of an answer does not stand in `written`, white space around it aside."""
     if message.get("reasoning_content", "").strip() not in written:
-        yield "the reasoning"
+        yield _REASONING
     body = message["content"].strip()
     if body not in written:
         # Templates that know reasoning set it apart, with white space of their own.

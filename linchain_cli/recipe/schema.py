@@ -188,7 +188,7 @@ def _jinja(value: str) -> str:
 class ChatConfig(StrictModel):
     """How conversations are written, where data.template is chat."""
 
-    template: Annotated[Text, AfterValidator(_jinja), Expected("a Jinja file, or null")] | None = None
+    template: Annotated[Text, AfterValidator(_jinja), Expected("a Jinja file")] | None = None
     """A Jinja file of your own in place of the chat template that the tokenizer brings. The run's recipe
     holds its text, and a merged checkpoint gets it as chat_template.jinja."""
     options: dict[Text, Scalar] = {}

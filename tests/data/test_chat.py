@@ -279,7 +279,11 @@ PARTLY = CHATML.replace(
     "source, answer, said",
     [
         (DELETES, assistant("<think>because</think>4"), "leaves 'because' out of turn 2"),
-        (CHATML, assistant("4", reasoning_content="because"), "leaves the reasoning out of turn 2"),
+        (
+            CHATML,
+            assistant("4", reasoning_content="because"),
+            "leaves the reasoning out of turn 2.*write it into the content",
+        ),
         (CHATML, assistant("", tool_calls=call(city="Paris")), "leaves the call of weather out of turn 2"),
         (PARTLY, assistant("", tool_calls=call(city="Paris")), "leaves 'Paris', of the call of weather, out"),
         (LLAMA3, assistant("    if x:\n        return 1"), "trims the indentation of turn 2"),
