@@ -357,6 +357,7 @@ PECULIAR = {
         "no_rope_layers": [1, 0],
         "moe_layers": [0, 1],
     },
+    "modernbert-decoder": {"local_attention": 16},
     "mamba": {"state_size": 4, "time_step_rank": 3},
     "phimoe": {"num_local_experts": 4},
     "rwkv": {"attention_hidden_size": 32, "context_length": 64, "rescale_every": 1},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.head import check_split, head_logits, hidden_states
+from linchain_cli.model.head import backbone, check_split, head_logits, hidden_states
 
 
 def test_the_two_halves_are_the_whole(architecture, small_model):
@@ -19,6 +19,14 @@ def test_the_two_halves_are_the_whole(architecture, small_model):
         chosen = head_logits(model, hidden[[0, 1, 1], [9, 0, 4]])
     torch.testing.assert_close(chosen, whole[[0, 1, 1], [9, 0, 4]], rtol=1e-5, atol=1e-5)
     assert chosen.std() > 1e-3, "constant logits would show nothing"
+
+
+@pytest.mark.parametrize("kind", ["llama4_text", "modernbert-decoder"])
+def test_a_backbone_is_found_where_the_models_own_names_mislead(kind, small_model):
+    """Llama 4's text model names no base model; ModernBERT's `decoder` is its output layer."""
+    model = small_model(kind)
+    check_split(model)
+    assert backbone(model) is model.model
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt2"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from linchain_cli.chain import ChainConfig, inject, merge
 from linchain_cli.errors import LinchainError
 from linchain_cli.model import logits
 from linchain_cli.model.logits import last_logits, logits_at
@@ -79,6 +80,20 @@ def test_a_forward_that_never_reaches_the_projection_is_an_error(model):
     with pytest.raises(LinchainError, match="never called its output projection"):
         with logits_at(model, torch.ones(1, 6, dtype=torch.bool)):
             pass
+
+
+def test_a_head_with_a_chain_is_projected_with_it():
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **{**SIZES, **ARCHITECTURES["llama"]})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    torch.nn.init.normal_(inject(model, ChainConfig(rank=2, target_modules=["lm_head"]))["lm_head"].B)
+    ids, positions = torch.arange(8)[None], torch.ones(1, 8, dtype=torch.bool)
+    with torch.no_grad(), logits_at(model, positions, float32=True):
+        found = model(input_ids=ids).logits[0]
+    merge(model)
+    with torch.no_grad(), logits_at(model, positions, float32=True):
+        torch.testing.assert_close(found, model(input_ids=ids).logits[0], rtol=1e-2, atol=1e-2)
+    assert found.dtype == torch.float32
 
 
 def test_half_precision_is_projected_in_float32(monkeypatch):

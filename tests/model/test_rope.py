@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
+from linchain_cli.errors import InputError
 from linchain_cli.model.attention import use_grouped_attention
 from linchain_cli.model.flat_rows import allow_flat_rows
 from linchain_cli.model.rope import length_classes
 from linchain_cli.training import loss
+from linchain_cli.training.job import _refuse_classes
 
 LENGTHS = [40, 33, 17, 16, 9, 40]
 ROPES = {
@@ -73,6 +78,13 @@ def test_the_gradient_does_not_depend_on_the_micro_batch(model, flat):
     for other in results[1:]:
         for ours, alone in zip(other, results[0], strict=True):
             torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5 * alone.abs().max())
+
+
+def test_a_sharded_base_cannot_read_rows_apart(model):
+    rows = [SimpleNamespace(lengths=np.array(lengths, np.int32)) for lengths in ([9, 40], [9, 16])]
+    with pytest.raises(InputError, match="training.parallel.*data.max_length"):
+        _refuse_classes(model, SimpleNamespace(train=rows[1], validation=rows[0]))
+    _refuse_classes(model, SimpleNamespace(train=rows[1], validation=None))
 
 
 def test_a_row_has_the_loss_of_the_row_alone_in_transformers(model):

@@ -82,6 +82,18 @@ def test_blocks_are_as_they_were_after_switching_back(job_of):
     assert not any("forward" in vars(block) for block in decoder_blocks(job.model))
 
 
+def test_compiling_leaves_torch_as_it_found_it(job_of):
+    from torch._dynamo import config as dynamo
+    from torch.fx.experimental import _config as symbolic_shapes
+
+    before = dynamo.recompile_limit, symbolic_shapes.use_duck_shape
+    model = job_of().model
+    blocks.set_up_blocks(model, recompute=False, compiled=True)
+    assert (dynamo.recompile_limit, symbolic_shapes.use_duck_shape) == (64, False) != before
+    blocks.set_up_blocks(model, recompute=False, compiled=False)
+    assert (dynamo.recompile_limit, symbolic_shapes.use_duck_shape) == before
+
+
 def test_dropout_of_the_base_stays_off_when_blocks_are_recomputed():
     """OPT's blocks apply dropout whenever they are in training mode, which transformers' own recomputation
     needs.
