@@ -36,6 +36,9 @@ SETTING = (
 
 Interval = tuple[float, float]
 
+# What tables call a task's numbers beside its accuracy, where they have other names in the file.
+_HEADINGS = {"none": "by sum", "bytes": "per byte", "tokens": "per token"}
+
 
 class _Stored(BaseModel):
     # What a later version adds is kept when this one adds a task to its file.
@@ -53,7 +56,8 @@ class Metric(_Stored):
 
 
 class TaskScore(_Stored):
-    """One task's numbers. Without `accuracy` only `metrics` were measured.
+    """One task's numbers, or a group's, whose tasks stand beside it and which has no rows of its own. Without
+    `accuracy` only `metrics` were measured.
 
     `rows_sha256` is of the rows and how their answers are read; `fingerprint` of that and the whole setting.
     """
@@ -70,6 +74,7 @@ class TaskScore(_Stored):
     rows_sha256: str | None = None
     fingerprint: str | None = None
     measured_at: str | None = None
+    is_group: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The task's entry in the file: fields that say nothing are left out, but for a standard error, which
@@ -77,6 +82,8 @@ class TaskScore(_Stored):
         """
         metrics = {name: _telling(metric) for name, metric in self.metrics.items()}
         entry = _telling(self) | ({"metrics": metrics} if metrics else {})
+        if not self.is_group:
+            del entry["is_group"]
         return entry if self.accuracy is None else {"accuracy": self.accuracy, "stderr": self.stderr, **entry}
 
 
@@ -205,6 +212,11 @@ def first_of(
     ]
     fitting = fitting or [one for one in of_protocol if one.format_version == 1]
     return min(fitting, key=lambda one: one.measured_at, default=None)
+
+
+def heading(metric: str) -> str:
+    """What tables call a number that stands beside the accuracy."""
+    return _HEADINGS.get(metric, metric)
 
 
 def template_label(evaluation: Evaluation) -> str | None:

@@ -34,7 +34,7 @@ import torch
 from linchain_cli.data.encoding import encode_prompt, encode_responses
 from linchain_cli.data.templates import get_template
 from linchain_cli.evaluation.evaluate import evaluate
-from linchain_cli.evaluation.generation import end_tokens
+from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.results import NEAR_TIE
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.evaluation.tasks import load_tasks
@@ -68,7 +68,7 @@ def main() -> None:
             seconds, found[name] = arm()
             speeds[name].append(len(found[name]) / seconds)
             print(f"round {number}: {name} {speeds[name][-1]:.2f} rows/s", flush=True)
-    report = summary(arguments, speeds, found)
+    report = summary(arguments, bench.tasks, speeds, found)
     if arguments.bfloat16:
         report["bfloat16"] = flips(directory, bench.tasks, found["likelihood"])
     print_table(report)
@@ -143,7 +143,7 @@ class Bench:
         from transformers import GenerationConfig
 
         start, found = time.perf_counter(), {}
-        ends = end_tokens(self.model, self.tokenizer)
+        ends = stop_tokens(self.model, self.tokenizer, self.template)
         config = GenerationConfig(
             num_beams=BEAMS,
             max_new_tokens=NEW_TOKENS,
@@ -168,7 +168,8 @@ class Bench:
             )
             for (task, row, _), tokens in zip(batch, written[:, longest:], strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-                found[task.name, row.index] = task.rule.extract(text, row.options)
+                readings = task.rule.readings(text, row.options, row.answer)
+                found[task.name, row.index] = next(iter(readings.values())).prediction
         return time.perf_counter() - start, found
 
     def lm_eval(self, batch_size: int) -> tuple[float, Predictions]:
@@ -226,7 +227,10 @@ class Bench:
 
 
 def summary(
-    arguments: argparse.Namespace, speeds: dict[str, list[float]], found: dict[str, Predictions]
+    arguments: argparse.Namespace,
+    tasks: Sequence[Task],
+    speeds: dict[str, list[float]],
+    found: dict[str, Predictions],
 ) -> dict[str, Any]:
     ours = speeds["likelihood"]
     ratios = {
@@ -248,8 +252,20 @@ def summary(
             for name in ("per-option", "lm-eval")
             if name in found
         },
+        "accuracy": {name: accuracies(tasks, predictions) for name, predictions in found.items()},
         "same_generated": same(found.get("generate", {}), found.get("transformers", {})),
     }
+
+
+def accuracies(tasks: Sequence[Task], predictions: Predictions) -> dict[str, float]:
+    """The share of right predictions of each task, of the rows that there are predictions of."""
+    shares = {}
+    for task in tasks:
+        rows = [row for row in task.rows if (task.name, row.index) in predictions]
+        if rows:
+            right = sum(predictions[task.name, row.index] == row.answer for row in rows)
+            shares[task.name] = right / len(rows)
+    return shares
 
 
 def same(one: Predictions, other: Predictions) -> str:
@@ -285,6 +301,7 @@ def print_table(report: dict[str, Any]) -> None:
         shown = f"{ratio:25.1f}x" if ratio else ""
         print(f"{name:14}{report['rows'][name]:6}{speed:9.2f}{low:8.2f}{high:8.2f}{shown}")
     print(
+        f"accuracy: {report['accuracy']}\n"
         f"predictions as likelihood: {report['same_predictions']};"
         f" generated as transformers: {report['same_generated']}"
     )

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, ModelName
+from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, ModelName, PromptTemplate
 from linchain_cli.commands.origin import is_first_process
-from linchain_cli.commands.subject import Subject, find_subject, load_subject, locate_subject
+from linchain_cli.commands.subject import (
+    Asked,
+    LoadedModel,
+    Subject,
+    choose_template,
+    find_subject,
+    load_subject,
+    locate_subject,
+)
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +35,7 @@ def run(
         str | None,
         typer.Option(
             help="Task names, such as boolq,piqa; the groups commonsense, arithmetic; a task's .yaml file; "
-            "left out, those of the run's recipe.",
+            "lm_eval:NAME for one of lm-evaluation-harness; left out, those of the run's recipe.",
             show_default=False,
         ),
     ] = None,
@@ -34,10 +44,14 @@ def run(
         typer.Option(help="likelihood compares the options' probabilities; generate lets the model write."),
     ] = "likelihood",
     beams: Annotated[int, typer.Option(min=1, help="Beams of the generate protocol; 1 is greedy.")] = 4,
-    template: Annotated[
-        str | None,
-        typer.Option(help="Prompt template; left out, the run's own, or alpaca.", show_default=False),
-    ] = None,
+    normalise: Annotated[
+        Literal["none", "bytes", "tokens"],
+        typer.Option(
+            help="What likelihood divides an option's log-probability by; none and bytes are what others "
+            "call acc and acc_norm."
+        ),
+    ] = "none",
+    template: PromptTemplate = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
@@ -90,6 +104,7 @@ def run(
     subject = find_subject(model, base, allow_other_base)
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
+    from linchain_cli.evaluation.harness import find_tasks, split_names
     from linchain_cli.evaluation.results import read_results, refuse_other_rows
     from linchain_cli.evaluation.store import results_directory
     from linchain_cli.evaluation.tasks import load_tasks
@@ -105,18 +120,22 @@ def run(
     second = read_results(earlier) if earlier is not None else None
     if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
         data_dir = Path(subject.recipe.evaluation.data_dir)
-    loaded_tasks = load_tasks(_task_names(tasks, subject), data_dir, limit)
+    own, foreign = split_names(_task_names(tasks, subject))
+    if foreign:
+        find_tasks(foreign)
+        _refuse_with_harness(own, out, earlier)
+    loaded_tasks = load_tasks(own, data_dir, limit) if own or not foreign else []
     if second is not None:
         refuse_other_rows(second, loaded_tasks, earlier)
         second = second.of_tasks(task.name for task in loaded_tasks)
-    settings = _Settings(protocol, beams, dtype, limit, batch_tokens)
-    first = settings.evaluate(subject, template or subject.template, loaded_tasks, place)
+    settings = _Settings(protocol, beams, normalise, template, dtype, limit, batch_tokens, foreign)
+    firsts = settings.evaluate(subject, loaded_tasks, place)
+    seconds = [second] * len(firsts)
     if other is not None:
-        # A second model that is no run has no template of its own: it gets the same prompts as the first.
-        other_template = template or (other if other.recipe else subject).template
-        second = settings.evaluate(other, other_template, loaded_tasks, other.results_dir)
+        seconds = settings.evaluate(other, loaded_tasks, other.results_dir, like=subject)
     if is_first_process():
-        _show(first, second, references)
+        for one, against_it in zip(firsts, seconds, strict=True):
+            _show(one, against_it, references)
 
 
 def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:
@@ -127,35 +146,76 @@ def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:
     return subject.recipe.evaluation.tasks
 
 
+def _refuse_with_harness(own: Sequence[str], out: Path | None, earlier: Path | None) -> None:
+    """What tasks of lm-evaluation-harness, whose result is one of its own, do not go with."""
+    if earlier is not None:
+        raise InputError(f"--against {earlier}: name the second model itself where tasks are lm_eval's")
+    if own and out is not None and out.suffix == ".json":
+        raise InputError(f"--out {out}: lm_eval's tasks have a result of their own: name a directory")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("lm_eval's tasks are evaluated by one process: start linchain eval without torchrun")
+
+
 @dataclass(frozen=True)
 class _Settings:
     protocol: Literal["likelihood", "generate"]
     beams: int
+    normalise: Literal["none", "bytes", "tokens"]
+    template: str | None
     dtype: str | None
     limit: int | None
     batch_tokens: int | None
+    foreign: Sequence[str]
 
     def evaluate(
-        self, subject: Subject, template: str | Mapping[str, Any], tasks: Sequence[Task], out: Path
+        self, subject: Subject, tasks: Sequence[Task], out: Path, like: Subject | None = None
+    ) -> list[Results]:
+        """Loads the subject, evaluates it on our tasks and on lm_eval's, and lets go of it again."""
+        loaded = load_subject(subject, self.dtype)
+        asked = choose_template(subject, loaded.tokenizer, self.template, like)
+        if is_first_process():
+            print(f"{subject.name}: template {asked.template.name}, {asked.why}", file=sys.stderr)
+        results = [self._own(subject, loaded, asked, tasks, out)] if tasks else []
+        if self.foreign:
+            results.append(self._foreign(subject, loaded, asked, out))
+        return results
+
+    def _foreign(self, subject: Subject, loaded: LoadedModel, asked: Asked, out: Path) -> Results:
+        from linchain_cli.evaluation.harness import evaluate_harness
+
+        return evaluate_harness(
+            loaded.model,
+            loaded.tokenizer,
+            asked.template,
+            self.foreign,
+            name=subject.name,
+            system=subject.asking.system if subject.asking else None,
+            limit=self.limit,
+            base_sha256=loaded.base_sha256,
+            quantization=loaded.quantization,
+            out=out,
+        )
+
+    def _own(
+        self, subject: Subject, loaded: LoadedModel, asked: Asked, tasks: Sequence[Task], out: Path
     ) -> Results:
-        """Loads the subject, evaluates it, and lets go of it again."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        from linchain_cli.data.templates import get_template
         from linchain_cli.evaluation.evaluate import evaluate
 
-        loaded = load_subject(subject, self.dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, console=_stderr(), transient=True, disable=not is_first_process()) as bar:
             handle = bar.add_task(subject.name, total=sum(len(task.rows) for task in tasks))
             return evaluate(
                 loaded.model,
                 loaded.tokenizer,
-                get_template(template, loaded.tokenizer, subject.chat),
+                asked.template,
                 tasks,
                 name=subject.name,
                 protocol=self.protocol,
                 beams=self.beams,
+                normalise=self.normalise,
+                straddles=asked.straddles,
                 limit=self.limit,
                 batch_tokens=self.batch_tokens,
                 base_sha256=loaded.base_sha256,
@@ -183,7 +243,7 @@ def _show(first: Results, second: Results | None, references: bool) -> None:
             if results.known:
                 print(f"measured before: {', '.join(results.known)} (in {results.path})")
             print_results(results)
-    if second is not None:
+    if second is not None and any(score.accuracy is not None for score in first.summary.tasks.values()):
         comparison = compare(first, second)
         print_comparison(first, comparison)
         add_comparison(first.path, comparison)

@@ -48,6 +48,7 @@ def run(
         overwrite=overwrite,
         keep=subject.inputs,
         template=None if subject.imported else subject.recipe.data.template,
+        files=subject.travelling_files(found.directory),
     )
     print(f"{out}: a LoRA of rank {subject.adapter.config.rank} on {receipt.modules} modules")
     print(

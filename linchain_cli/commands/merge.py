@@ -60,6 +60,7 @@ def run(
         prompts=() if no_proof else _prompts(subject, found.directory),
         quantization=subject.recipe.model.quantization,
         chat_template=subject.recipe.data.chat.template,
+        files=subject.travelling_files(found.directory),
     )
     _show(_merge(subject, found, base, out, options))
 

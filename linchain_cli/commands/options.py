@@ -47,5 +47,13 @@ AllowOtherBase = Annotated[
     bool,
     typer.Option("--allow-other-base", help="Take a base whose weights are not those that were trained on."),
 ]
+PromptTemplate = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Prompt template; left out, that of the model's training, else its chat template, else alpaca.",
+        show_default=False,
+    ),
+]
 Dtype = Literal["float32", "bfloat16"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]

@@ -38,6 +38,25 @@ class NamedRun:
         """The parts of the run that nothing may be written over."""
         return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
 
+    def travelling_files(self, base_directory: Path) -> dict[str, bytes]:
+        """The files that say how the run's model is asked and where it stops, by name. Of an imported adapter
+        nothing of the kind is known.
+        """
+        if self.imported:
+            return {}
+        from linchain_cli.data.asking import travelling_files
+        from linchain_cli.data.templates import template_of
+        from linchain_cli.model.loading import load_tokenizer
+
+        data = self.recipe.data
+        try:
+            tokenizer = load_tokenizer(base_directory)
+            template = template_of(data, tokenizer)
+            return travelling_files(data, self.opened.status.rows, tokenizer, template, base_directory)
+        except (InputError, OSError) as error:
+            print(f"How to ask the model is not written beside it: {error}", file=sys.stderr)
+            return {}
+
     def find_base(self, base: str | None = None, weights: bool = True) -> FoundBase:
         """The base's checkpoint: at `base`, or where the run found it.
 

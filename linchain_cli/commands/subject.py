@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,9 @@ from linchain_cli.errors import InputError
 from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
 
 if TYPE_CHECKING:
-    from linchain_cli.recipe import ChatConfig, Recipe
-
-DEFAULT_TEMPLATE = "alpaca"
+    from linchain_cli.data.asking import Asking
+    from linchain_cli.data.rows import Template
+    from linchain_cli.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,13 @@ class Subject:
         return self.named and self.named.recipe
 
     @property
-    def template(self) -> str | Mapping[str, Any]:
-        """The template its prompts go through when none is asked for."""
-        if self.recipe is None:
-            return DEFAULT_TEMPLATE
-        template = self.recipe.data.template
-        return template if isinstance(template, str) else template.model_dump()
+    def asking(self) -> Asking | None:
+        """How it was taught to be asked, as its run or its directory says."""
+        from linchain_cli.data.asking import asking_of, read_asking
 
-    @property
-    def chat(self) -> ChatConfig | None:
-        """How its run wrote conversations, which goes for whatever goes through its chat template."""
-        return None if self.recipe is None else self.recipe.data.chat
+        if self.named is not None:
+            return asking_of(self.named.recipe.data, self.named.opened.status.rows)
+        return read_asking(Path(self.name))
 
     @property
     def results_dir(self) -> Path:
@@ -65,6 +60,43 @@ class LoadedModel:
     tokenizer: Any
     base_sha256: str
     quantization: str
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What prompts go through, and why: `straddles` as for `encode_prompt`."""
+
+    template: Template
+    straddles: bool | None
+    why: str
+
+
+def choose_template(
+    subject: Subject, tokenizer: Any, name: str | None = None, like: Subject | None = None
+) -> Asked:
+    """The template of that name; left out, the one that the subject was trained with, or else that `like`
+    was: two models that are compared get the same prompts. Without a record of any it is the model's own
+    chat template, or alpaca where it has none.
+
+    Raises:
+        InputError: there is no such template, or the model's chat template cannot be used.
+    """
+    from linchain_cli.data.asking import template_of_asking
+    from linchain_cli.data.templates import get_template
+
+    source = next((one for one in (subject, like) if one is not None and one.asking is not None), None)
+    if source is not None:
+        asking = source.asking
+        template = template_of_asking(asking, tokenizer, name)
+        why = "as asked for" if name else f"as {source.name} was trained"
+        return Asked(template, asking.straddles if name is None else None, why)
+    if name is not None:
+        return Asked(get_template(name, tokenizer), None, "as asked for")
+    if tokenizer.chat_template:
+        why = f"{subject.name} has a chat template, and no record of another one"
+        return Asked(get_template("chat", tokenizer), None, why)
+    why = f"{subject.name} has no chat template, and no record of its training"
+    return Asked(get_template("alpaca", tokenizer), None, why)
 
 
 def find_subject(name: str | None, base: str | None = None, allow_other_base: bool = False) -> Subject:

@@ -91,6 +91,7 @@ def _tasks(recipe: Recipe) -> list[Task]:
 
 
 def _evaluate(job: Job, tasks: list[Task]) -> None:
+    from linchain_cli.data.asking import straddle_mostly
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.show import print_results
     from linchain_cli.training.processes import is_first_process
@@ -104,6 +105,7 @@ def _evaluate(job: Job, tasks: list[Task]) -> None:
         name=str(job.run.path),
         protocol=section.protocol,
         limit=section.limit,
+        straddles=straddle_mostly(job.data.report.counts()),
         base_sha256=job.base.hash,
         quantization=job.recipe.model.quantization,
         out=job.run.eval_dir,

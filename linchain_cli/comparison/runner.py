@@ -277,6 +277,7 @@ class _Runner:
         )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
+        from linchain_cli.data.asking import straddle_mostly
         from linchain_cli.data.templates import template_of
         from linchain_cli.recipe import load_recipe
 
@@ -291,6 +292,7 @@ class _Runner:
                 name=str(run.path),
                 protocol=section.protocol,
                 limit=section.limit,
+                straddles=straddle_mostly(run.read_status().rows),
                 base_sha256=base.hash,
                 quantization=recipe.model.quantization,
                 out=run.eval_dir,

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
 
-# Stands for an answer that is not known yet, where tokens depend on how it begins.
-_ANY_ANSWER = "the"
+# Stand for an answer that is not known yet, where tokens depend on how it begins: a word, which joins a blank
+# in front of it, and what stays apart from one.
+_OPENINGS = ("the", "1", "\u4e8c")
 
 
 @dataclass(frozen=True)
@@ -164,18 +165,27 @@ def text_encoder(tokenizer: PreTrainedTokenizerBase) -> TextEncoder:
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, template: Template, row: Row, responses: Sequence[str] | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    row: Row,
+    responses: Sequence[str] | None = None,
+    straddles: bool | None = None,
 ) -> list[int]:
     """The evaluation prompt's tokens: a prefix of the training row's, cut before a token that straddles the
     boundary.
 
-    Where the prompt is cut can depend on how the answer begins. `responses` are the answers in question;
-    left out, it is the row's own answer, else a word. Nothing of them is in the prompt.
+    Where the prompt is cut can depend on how the answer begins, if it ends in a blank. `responses` are the
+    answers in question; left out, it is the row's own answer. Without one, `straddles` says whether the
+    answers that were trained on began with a token that held the prompt's end (as most words do): the prompt
+    is cut as theirs was. Nothing of any answer is in the prompt.
     """
-    if responses is None:
-        own = template.response(row)
-        responses = [own if own else _ANY_ANSWER]
-    return encode_responses(tokenizer, template, row, responses)[0]
+    own = template.response(row) if responses is None else None
+    if own:
+        responses = [own]
+    if responses is not None:
+        return encode_responses(tokenizer, template, row, responses)[0]
+    prompts = [encode_responses(tokenizer, template, row, [opening])[0] for opening in _OPENINGS]
+    return max(prompts, key=len) if straddles is False else min(prompts, key=len)
 
 
 def encode_responses(

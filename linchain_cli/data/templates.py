@@ -19,6 +19,7 @@ import hashlib
 import json
 import string
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from linchain_cli.data.as_written import CompletionTemplate, DocumentTemplate
@@ -53,6 +54,12 @@ def _fields(pattern: str, key: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+_BLANK_END = (
+    "data.template: the prompt ends in white space, which tokenizers join with the word that an answer begins"
+    " with, but not with a digit or a sign: end it with a line break, or begin the response with the blank"
+)
+
+
 class PromptTemplate:
     """A template made of patterns with {column} placeholders.
 
@@ -72,6 +79,12 @@ class PromptTemplate:
         always = in_prompt if prompt_no_input is None else _fields(prompt_no_input, "prompt_no_input")
         self._optional = tuple(name for name in in_prompt if name not in always)
         self.layouts = (Layout(tuple(dict.fromkeys(always + self._answer)), self._optional, self._answer),)
+        endings = [pattern for pattern in (prompt, prompt_no_input) if pattern]
+        # LLM-Adapters' own prompt is what it is.
+        blank = name == "custom" and any(
+            pattern[-1].isspace() and pattern[-1] not in "\r\n" for pattern in endings
+        )
+        self._remarks = (_BLANK_END,) if blank else ()
 
     @property
     def fingerprint(self) -> str:
@@ -101,7 +114,7 @@ class PromptTemplate:
         response = self.response(row)
         if not response or not response.strip():
             raise RowError(f"{_quoted(self._answer)} is empty: there is nothing to learn from this row")
-        return [self.complete(row, response)]
+        return [replace(self.complete(row, response), remarks=self._remarks)]
 
 
 def _quoted(names: tuple[str, ...]) -> str:
@@ -205,3 +218,12 @@ def end_tokens(template: Template, tokenizer: PreTrainedTokenizerBase) -> list[i
     marks = [known[mark] for mark in template.end_marks() if mark in known]
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys(own + marks))
+
+
+def closing_token(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that training puts behind an answer: the end of sequence, unless the template closes turns
+    itself. None where neither is known.
+    """
+    known = tokenizer.get_added_vocab()
+    marks = [known[mark] for mark in template.end_marks() if mark in known]
+    return marks[0] if marks else tokenizer.eos_token_id

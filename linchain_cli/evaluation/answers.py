@@ -1,60 +1,110 @@
 """From a generated text to an answer, and whether it is the right one.
 
-The rules are those of the LLM-Adapters evaluation scripts. One deviation: for a letter they take the
-first capital A to E anywhere, which finds the `A` of "A train ..."; here it is the last that stands alone.
+A text may be read in several ways, of which the first one counts and the others are reported beside it.
+The published ways are those of the LLM-Adapters evaluation scripts. They find an option within a word ("no"
+in "not"), in its own case only, and for a letter the first capital A to E anywhere ("A train ...").
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-NUMBER = re.compile(r"-?\d+\.?\d*")
-LETTER = re.compile(r"\b[A-E]\b")
-NUMBER_TOLERANCE = 1e-3
-NEXT_TURN = "### Response:"
+from linchain_cli.evaluation.numbers import NUMBER_TOLERANCE, is_number, last_number, stated_number
 
-RuleKind = Literal["options", "pattern", "number", "letter"]
+# Changes with the rules below: answers that were read in another way are other results.
+RULES_VERSION = 2
+# A new heading of the prompts; four marks are how GSM8K writes its answer.
+NEXT_TURN = re.compile(r"(?<!#)###(?!#)")
+_LETTER = re.compile(r"\b[A-E]\b")
+_STATED_LETTER = re.compile(
+    r"\b(?:answer|option|choice)\b(?:\s+\w+){0,3}?\s*(?:\bis\b|\bmust be\b|[:=])?[\s:*$({\[\"']*"
+    r"(?:\\boxed\s*\{|\\text\s*\{|option\s|choice\s)*[\s*({\[\"']*([A-E])\b(?!['’]\w)",
+)
+
+RuleKind = Literal["options", "pattern", "number", "letter", "loss"]
+Reader = Callable[[str], str | None]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a text: the answer that was found, or None, and whether it is right."""
+
+    prediction: str | None
+    correct: bool
 
 
 @dataclass(frozen=True)
 class AnswerRule:
     """How a task's answer is read.
 
-    `options`: the first of the options in the text (of `pattern`, if the task has one for all rows).
+    `options`: the first of the row's options that stands in the text as a word, whatever its case. With
+        `pattern` the published reading, its first match, is reported beside it.
     `pattern`: the first match of `pattern`; its first group, if it has one.
-    `number`: the last number, thousands separators removed, right within 0.001.
-    `letter`: the last A to E that stands alone.
+    `number`: `strict`, the last number, right within 0.001; beside it `flexible`, the stated number.
+    `letter`: the stated A to E, else the last that stands alone.
+    `loss`: no answer is read; the row's own text is scored.
     """
 
     kind: RuleKind
     pattern: str | None = None
 
-    def extract(self, text: str, options: Sequence[str] = ()) -> str | None:
-        """The answer in a generated text, or None when there is none."""
-        text = text.split(NEXT_TURN)[0].strip()
+    def readings(self, text: str, options: Sequence[str], answer: str) -> dict[str, Reading]:
+        """The text read in each way, by its name; the first one counts."""
+        text = NEXT_TURN.split(text)[0].strip()
         if self.kind == "number":
-            numbers = NUMBER.findall(text.replace(",", ""))
-            return numbers[-1] if numbers else None
+            strict, flexible = last_number(text), stated_number(text)
+            is_right = strict is not None and abs(float(strict) - float(answer)) <= NUMBER_TOLERANCE
+            return {
+                "strict": Reading(strict, is_right),
+                "flexible": Reading(flexible, is_number(flexible, answer)),
+            }
         if self.kind == "letter":
-            letters = LETTER.findall(text)
-            return letters[-1] if letters else None
-        found = re.search(self.pattern or any_of(options), text)
-        if found is None:
-            return None
-        return found.group(1) if found.re.groups else found.group(0)
+            return {"letter": _exact(stated_letter(text), answer)}
+        if self.kind == "pattern":
+            return {"pattern": _exact(_first_match(self.pattern, text), answer)}
+        found = {"words": _exact(first_option(text, options), answer)}
+        if self.pattern:
+            found["published"] = _exact(_first_match(self.pattern, text), answer)
+        return found
 
-    def is_correct(self, prediction: str | None, answer: str) -> bool:
-        """Whether an extracted answer is the row's."""
-        if prediction is None:
-            return False
-        if self.kind == "number":
-            return abs(float(prediction) - float(answer)) <= NUMBER_TOLERANCE
-        return prediction == answer
+
+def _exact(prediction: str | None, answer: str) -> Reading:
+    return Reading(prediction, prediction == answer)
+
+
+def _first_match(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    if found is None:
+        return None
+    return found.group(1) if found.re.groups else found.group(0)
+
+
+def first_option(text: str, options: Sequence[str]) -> str | None:
+    """The option that stands first in the text as words of its own; of two that begin alike the longer."""
+    found = re.search(any_of(options), text, re.IGNORECASE)
+    if found is None:
+        return None
+    # Options that differ in case alone are told apart where the text has one of them exactly.
+    if found.group() in options:
+        return found.group()
+    return next(option for option in options if option.casefold() == found.group().casefold())
 
 
 def any_of(options: Sequence[str]) -> str:
-    """A pattern for any of these words; of two that begin alike the longer is tried first."""
-    return "|".join(re.escape(option) for option in sorted(options, key=len, reverse=True))
+    """A pattern for any of these texts as whole words; of two that begin alike the longer is tried first."""
+    return "|".join(_as_words(option) for option in sorted(options, key=len, reverse=True))
+
+
+def _as_words(option: str) -> str:
+    before = r"(?<!\w)" if re.match(r"\w", option) else ""
+    after = r"(?!\w)" if re.search(r"\w$", option) else ""
+    return before + re.escape(option) + after
+
+
+def stated_letter(text: str) -> str | None:
+    """The letter of the last statement ("the answer is (B)"), else the last letter that stands alone."""
+    letters = _STATED_LETTER.findall(text) or _LETTER.findall(text)
+    return letters[-1] if letters else None

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 import transformers
 
 from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
-from linchain_cli.data.encoding import encode_prompt, encode_responses
-from linchain_cli.data.rows import RowError, Template
+from linchain_cli.data.encoding import encode_prompt
+from linchain_cli.data.rows import Row, Template
 from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.evaluation.likelihood import OptionScorer
-from linchain_cli.evaluation.options import OptionTree, build_tree
+from linchain_cli.errors import InputError
+from linchain_cli.evaluation.jobs import (
+    Job,
+    NormaliseName,
+    ProtocolName,
+    Setup,
+    before_stop,
+    halved,
+    make_job,
+)
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
 from linchain_cli.evaluation.store import ResultStore
-from linchain_cli.evaluation.task import Task, TaskRow
+from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
 from linchain_cli.model.products import fast_products
 from linchain_cli.storage import sha256_bytes, tensor_bytes
 
-ProtocolName = Literal["likelihood", "generate"]
 BEAMS = 4
 # Tokens of a batch by device, where "cuda" stands for all but CPUs. A CPU's cores are busy long before, so
 # that larger batches only have more padding: SmolLM2-135M scores 9.7 rows per second with 256, 12.9 with 512,
@@ -37,94 +42,6 @@ BATCH_TOKENS = {
     "likelihood": {"cpu": 512, "cuda": 16384},
     "generate": {"cpu": 2048, "cuda": 16384},
 }
-
-
-class Job(Protocol):
-    """The rows of one task under one protocol: batches of row positions, and the predictions of one batch."""
-
-    task: Task
-    batches: list[list[int]]
-
-    def run(self, batch: Sequence[int]) -> list[Prediction]:
-        """The predictions of one of `batches`."""
-
-
-class LikelihoodJob:
-    """Scores the options behind the answer prefix; the best one is the prediction, of equals the first."""
-
-    def __init__(self, model, tokenizer, template: Template, task: Task, batch_tokens: int):
-        self.task = task
-        trees = [_option_tree(tokenizer, template, task, row) for row in task.rows]
-        self._scorer = OptionScorer(model, trees, batch_tokens)
-        self.batches = self._scorer.batches
-
-    def run(self, batch: Sequence[int]) -> list[Prediction]:
-        predictions = []
-        for position, scores in zip(batch, self._scorer.scores(batch), strict=True):
-            row = self.task.rows[position]
-            if not all(map(math.isfinite, scores)):
-                raise LinchainError(
-                    f"{self.task.name}, row {row.index + 1}: the model's scores are {scores}:"
-                    " its weights are damaged or its precision is too low"
-                )
-            by_option = dict(zip(row.options, scores, strict=True))
-            prediction = max(by_option, key=by_option.__getitem__)
-            predictions.append(_prediction(self.task, row, prediction, {"scores": by_option}))
-        return predictions
-
-
-def _option_tree(tokenizer, template: Template, task: Task, row: TaskRow) -> OptionTree:
-    with _place(task, row):
-        responses = [task.prefix + option for option in row.options]
-        prompt, continuations = encode_responses(tokenizer, template, row.fields, responses)
-        return build_tree([prompt + tokens for tokens in continuations], tokenizer.eos_token_id)
-
-
-class GenerationJob:
-    """Lets the model write and reads the answer off its text."""
-
-    def __init__(self, model, tokenizer, template: Template, task: Task, batch_tokens: int, beams: int):
-        from linchain_cli.evaluation.generation import Generator
-
-        self.task, self._tokenizer = task, tokenizer
-        prompts = []
-        for row in task.rows:
-            with _place(task, row):
-                prompts.append(encode_prompt(tokenizer, template, row.fields))
-        self._generator = Generator(model, tokenizer, prompts, beams, task.max_new_tokens, batch_tokens)
-        self.batches = self._generator.batches
-
-    def run(self, batch: Sequence[int]) -> list[Prediction]:
-        predictions = []
-        for position, tokens in zip(batch, self._generator.generate(batch), strict=True):
-            row = self.task.rows[position]
-            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
-            prediction = self.task.rule.extract(text, row.options)
-            predictions.append(_prediction(self.task, row, prediction, {"text": text}))
-        return predictions
-
-
-@contextlib.contextmanager
-def _place(task: Task, row: TaskRow) -> Iterator[None]:
-    """Names the row in what its encoding complains about."""
-    try:
-        yield
-    except KeyError as error:
-        raise InputError(f"{task.source}, row {row.index + 1}: the template wants a column {error}") from None
-    except (RowError, ValueError) as error:
-        raise InputError(f"{task.source}, row {row.index + 1}: {error}") from None
-
-
-def _prediction(task: Task, row: TaskRow, prediction: str | None, found: Mapping[str, Any]) -> Prediction:
-    correct = task.rule.is_correct(prediction, row.answer)
-    return {
-        "index": row.index,
-        "task": task.name,
-        "prediction": prediction,
-        "answer": row.answer,
-        "correct": correct,
-        **found,
-    }
 
 
 def evaluate(
@@ -136,7 +53,9 @@ def evaluate(
     name: str,
     protocol: ProtocolName = "likelihood",
     beams: int = BEAMS,
+    normalise: NormaliseName = "none",
     limit: int | None = None,
+    straddles: bool | None = None,
     batch_tokens: int | None = None,
     base_sha256: str | None = None,
     quantization: str = "none",
@@ -148,6 +67,8 @@ def evaluate(
 
     Args:
         name: how the result names the model.
+        normalise: what the likelihood protocol divides an option's log-probability by.
+        straddles: how the prompts that were trained on ended, as for `encode_prompt`.
         limit: how many rows of each task were loaded at most: results of other limits are other results.
         base_sha256: what tells the base from others, as `quantization` does: they go into the result and
             decide whether an earlier or interrupted evaluation is one of the same model.
@@ -166,7 +87,11 @@ def evaluate(
         InputError: a task cannot be evaluated under this protocol, a row cannot be encoded, or nothing can be
             written at `out`.
     """
-    setting = _setting(model, template, tasks, name, protocol, beams, limit, base_sha256, quantization)
+    _refuse_without_options(tasks, protocol)
+    of_protocol = {"beams": beams} if protocol == "generate" else {"normalise": normalise}
+    setting = setting_of(model, template, name, protocol, limit, base_sha256, quantization, **of_protocol)
+    batch_tokens = batch_tokens or _batch_tokens(model, protocol)
+    setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
     own = {task.name: _own_template(task, template, tokenizer) for task in tasks}
     fingerprints = {task.name: fingerprint(setting, task, own[task.name].fingerprint) for task in tasks}
     rank, world = _rank_and_world()
@@ -181,12 +106,12 @@ def evaluate(
     if on_progress and known + len(done):
         on_progress("continuing", known + len(done), total)
     try:
-        with _evaluating(model):
-            for turn, job, batch in _batches(model, tokenizer, own, missing, setting, batch_tokens):
+        with evaluating(model):
+            for turn, job, batch in _batches(setup, own, missing, protocol):
                 keys = [(job.task.name, job.task.rows[position].index) for position in batch]
                 if turn % shares != turn_of or all(key in done for key in keys):
                     continue
-                predictions = _run(job, batch)
+                predictions = halved(job.run, batch)
                 done.update(zip(keys, predictions, strict=True))
                 if progress:
                     progress.append(predictions)
@@ -216,32 +141,42 @@ def _own_template(task: Task, template: Template, tokenizer) -> Template:
     return template if task.template in (None, template.name) else get_template(task.template, tokenizer)
 
 
-def _run(job: Job, batch: Sequence[int]) -> list[Prediction]:
-    """A batch's predictions; one that does not fit into the GPU's memory is halved until it does."""
-    try:
-        return job.run(batch)
-    except torch.OutOfMemoryError as error:
-        if len(batch) == 1:
-            raise LinchainError(f"a single row does not fit into the GPU's memory: {error}") from error
-    torch.cuda.empty_cache()
-    middle = len(batch) // 2
-    return _run(job, batch[:middle]) + _run(job, batch[middle:])
-
-
 def answer(
-    model, tokenizer, template: Template, prompt: str, *, beams: int = 1, max_new_tokens: int = 256
+    model,
+    tokenizer,
+    template: Template,
+    row: Row,
+    *,
+    beams: int = 1,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    stop: Sequence[str] = (),
+    straddles: bool | None = None,
 ) -> str:
-    """What the model writes when `prompt` goes through the template as an instruction."""
-    from linchain_cli.evaluation.generation import Generator
+    """What the model writes behind the row's prompt: the likeliest text, or with a `temperature` a drawn one.
 
-    tokens = encode_prompt(tokenizer, template, {"instruction": prompt, "input": ""})
-    with _evaluating(model):
-        generator = Generator(model, tokenizer, [tokens], beams, max_new_tokens, len(tokens))
-        return tokenizer.decode(generator.generate([0])[0], skip_special_tokens=True).strip()
+    Args:
+        row: the columns that the template's prompt asks for.
+        top_p: draws from the likeliest tokens that together have this probability.
+        stop: texts before which the answer ends.
+        straddles: how the prompts that were trained on ended, as for `encode_prompt`.
+    """
+    from linchain_cli.evaluation.generation import Generator, draw, stop_tokens
+
+    tokens = encode_prompt(tokenizer, template, row, straddles=straddles)
+    ends = stop_tokens(model, tokenizer, template)
+    with evaluating(model):
+        if temperature > 0:
+            found = draw(model, tokenizer, tokens, ends, max_new_tokens, temperature, top_p, stop)
+        else:
+            generator = Generator(model, ends, [tokens], beams, max_new_tokens, len(tokens))
+            found = generator.generate([0])[0]
+        return before_stop(tokenizer.decode(found, skip_special_tokens=True), stop).strip()
 
 
 @contextlib.contextmanager
-def _evaluating(model) -> Iterator[None]:
+def evaluating(model) -> Iterator[None]:
     """Eval mode (dropout off), no gradients, chains folded; afterwards the model is in the mode it was in."""
     was_training = model.training
     model.eval()
@@ -254,35 +189,49 @@ def _evaluating(model) -> Iterator[None]:
 
 
 def _batches(
-    model, tokenizer, templates, tasks, setting, batch_tokens
+    setup: Setup, templates: Mapping[str, Template], tasks: Sequence[Task], protocol: ProtocolName
 ) -> Iterator[tuple[int, Job, list[int]]]:
     """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
-    if batch_tokens is None:
-        by_device = BATCH_TOKENS[setting.protocol]
-        batch_tokens = by_device.get(model.get_input_embeddings().weight.device.type, by_device["cuda"])
     number = 0
     for task in tasks:
-        own = templates[task.name]
-        if setting.protocol == "likelihood":
-            job: Job = LikelihoodJob(model, tokenizer, own, task, batch_tokens)
-        else:
-            job = GenerationJob(model, tokenizer, own, task, batch_tokens, setting.beams)
+        job = make_job(replace(setup, template=templates[task.name]), task, protocol)
         for batch in job.batches:
             yield number, job, batch
             number += 1
 
 
-def _setting(model, template, tasks, name, protocol, beams, limit, base_sha256, quantization) -> Evaluation:
+def _batch_tokens(model, protocol: ProtocolName) -> int:
+    by_device = BATCH_TOKENS[protocol]
+    return by_device.get(model.get_input_embeddings().weight.device.type, by_device["cuda"])
+
+
+def _refuse_without_options(tasks: Sequence[Task], protocol: ProtocolName) -> None:
     for task in tasks:
-        if protocol == "likelihood" and task.rule.kind != "options":
+        if protocol == "likelihood" and task.rule.kind not in ("options", "loss"):
             raise InputError(
                 f"{task.name} has no options whose likelihood could be compared: use --protocol generate"
             )
+
+
+def setting_of(
+    model,
+    template: Template,
+    name: str,
+    protocol: str,
+    limit: int | None,
+    base_sha256: str | None,
+    quantization: str,
+    *,
+    beams: int | None = None,
+    normalise: NormaliseName | None = None,
+) -> Evaluation:
+    """The setting of an evaluation of a loaded model; no task is measured in it yet."""
     return Evaluation(
         format_version=FORMAT_VERSION,
         model=name,
         protocol=protocol,
-        beams=beams if protocol == "generate" else None,
+        beams=beams,
+        normalise=normalise,
         template=template.name,
         template_sha256=template.fingerprint,
         dtype=str(model.dtype).split(".")[-1],

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from linchain_cli.data.rows import Template
+from linchain_cli.data.templates import end_tokens
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.likelihood import plan_batches
 from linchain_cli.evaluation.tryout import (
@@ -29,20 +31,24 @@ PAD = 0
 CACHED_PER_TOKEN = 4
 
 
-def end_tokens(model, tokenizer) -> list[int]:
-    """The tokens that end an answer: the tokenizer's and those of the model's generation config."""
+def stop_tokens(model, tokenizer, template: Template) -> list[int]:
+    """The tokens that end an answer: those that the template taught, and those of the model's generation
+    config.
+    """
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    return sorted({token for token in [tokenizer.eos_token_id, *own] if token is not None})
+    return sorted({token for token in [*end_tokens(template, tokenizer), *own] if token is not None})
 
 
 class Generator:
-    """Continues prompts (lists of tokens) by at most `max_new_tokens` tokens with `beams` beams."""
+    """Continues prompts (lists of tokens) by at most `max_new_tokens` tokens with `beams` beams, up to one of
+    the tokens `ends`.
+    """
 
     def __init__(
         self,
         model,
-        tokenizer,
+        ends: Sequence[int],
         prompts: Sequence[Sequence[int]],
         beams: int,
         max_new_tokens: int,
@@ -50,7 +56,7 @@ class Generator:
     ):
         self.model, self.prompts, self.beams, self.max_new_tokens = model, prompts, beams, max_new_tokens
         self.device = model.get_input_embeddings().weight.device
-        self.ends = end_tokens(model, tokenizer)
+        self.ends = list(ends)
         refuse_broken(model)
         self._own_search = continues_from_cache(model)
         # What a batch holds in its caches is the prompt and the answer, once per beam.
@@ -106,6 +112,39 @@ class Generator:
             if parents is None:
                 return search.answers()
             logits = reader.read_tokens(parents, tokens)
+
+
+@torch.inference_mode()
+def draw(
+    model,
+    tokenizer,
+    prompt: Sequence[int],
+    ends: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    stop: Sequence[str] = (),
+) -> list[int]:
+    """One drawn continuation, by transformers' own sampling, without the token that ends it."""
+    from transformers import GenerationConfig
+
+    refuse_broken(model)
+    ids = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
+    config = GenerationConfig(
+        do_sample=True,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else PAD,
+        stop_strings=list(stop) or None,
+    )
+    found = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
+    )
+    tokens = found[0, ids.shape[1] :].tolist()
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 class _Reader:

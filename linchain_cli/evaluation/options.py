@@ -78,8 +78,13 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return min(len(first), len(last))
 
 
-def build_tree(sequences: Sequence[Sequence[int]], end_token: int | None = None) -> OptionTree:
+def build_tree(
+    sequences: Sequence[Sequence[int]], end_token: int | None = None, start: int | None = None
+) -> OptionTree:
     """The tree of a row's options, given the tokens of each option's whole text.
+
+    An option's steps begin where the sequences begin to differ, or at `start`, if that comes before: what all
+    of them have in common makes no difference to a sum of log-probabilities, but to one over a length.
 
     Where one option's tokens are the beginning of another's, the shorter would win always; in such a row
     every option is scored with `end_token` behind it.
@@ -96,6 +101,8 @@ def build_tree(sequences: Sequence[Sequence[int]], end_token: int | None = None)
             raise ValueError("one of its options begins another, and the tokenizer has no end-of-text token")
         sequences = [(*sequence, end_token) for sequence in sequences]
     shared = common_prefix(sequences)
+    if start is not None:
+        shared = min(shared, start)
     if shared == 0:
         raise ValueError("its prompt is empty: there is no token to condition on")
     tokens = list(sequences[0][:shared])
@@ -112,6 +119,34 @@ def build_tree(sequences: Sequence[Sequence[int]], end_token: int | None = None)
                 parents.append(at)
             at = children[at, token]
         steps.append((at, sequence[-1]))
+        options.append(tuple(steps))
+    return OptionTree(tuple(tokens), tuple(parents), tuple(options))
+
+
+def loss_tree(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> OptionTree:
+    """The tree of texts (tokens, and which of them are supervised); an option is what one of them supervises.
+
+    Raises:
+        ValueError: a text has no supervised token.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    children: dict[tuple[int, int], int] = {}
+    options = []
+    for sequence, supervised in rows:
+        at, steps = -1, []
+        for position, (token, counts) in enumerate(zip(sequence, supervised, strict=True)):
+            if counts and at >= 0:
+                steps.append((at, token))
+            if position == len(sequence) - 1:
+                break  # only predicted
+            if (at, token) not in children:
+                children[at, token] = len(tokens)
+                tokens.append(token)
+                parents.append(at)
+            at = children[at, token]
+        if not steps:
+            raise ValueError("no token of its answer is supervised")
         options.append(tuple(steps))
     return OptionTree(tuple(tokens), tuple(parents), tuple(options))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from linchain_cli.evaluation.statistics import (
     wilson_interval,
 )
 from linchain_cli.evaluation.task import Task
-from linchain_cli.evaluations import Evaluation, TaskScore, read_evaluation, template_label
+from linchain_cli.evaluations import Evaluation, Metric, TaskScore, read_evaluation, template_label
 from linchain_cli.run import now
 
 NEAR_TIE = 1e-4
@@ -125,7 +126,9 @@ def summarise(
 
 def averaged(evaluation: Evaluation) -> Evaluation:
     """The evaluation with the unweighted average of its tasks' accuracies."""
-    scores = [score for score in evaluation.tasks.values() if score.accuracy is not None]
+    scores = [
+        score for score in evaluation.tasks.values() if score.accuracy is not None and not score.is_group
+    ]
     if not scores:
         update = dict.fromkeys(("average", "average_stderr", "average_interval"))
         return evaluation.model_copy(update=update)
@@ -148,21 +151,50 @@ def fingerprint(setting: Evaluation, task: Task, template_sha256: str) -> str:
 
 
 def _task_score(task: Task, rows: Sequence[Prediction], fingerprint: str | None) -> TaskScore:
+    common = {
+        "n": len(rows),
+        "source": task.source,
+        "rows_sha256": task.fingerprint,
+        "fingerprint": fingerprint,
+        "measured_at": now(),
+    }
+    if task.rule.kind == "loss":
+        return TaskScore(metrics=_losses(rows), **common)
     n, correct = len(rows), sum(row["correct"] for row in rows)
     scored = all("scores" in row for row in rows)
+    readings = rows[0].get("readings", {})
     return TaskScore(
         accuracy=correct / n,
         stderr=standard_error(correct, n),
         interval=wilson_interval(correct, n),
-        n=n,
         unparsable=sum(row["prediction"] is None for row in rows),
         near_ties=sum(_margin(row["scores"]) < NEAR_TIE for row in rows) if scored else None,
         majority=task.majority,
-        source=task.source,
-        rows_sha256=task.fingerprint,
-        fingerprint=fingerprint,
-        measured_at=now(),
+        metrics={name: _share([row["readings"][name]["correct"] for row in rows]) for name in readings},
+        **common,
     )
+
+
+def _share(correct: Sequence[bool]) -> Metric:
+    n, right = len(correct), sum(correct)
+    return Metric(value=right / n, stderr=standard_error(right, n), interval=wilson_interval(right, n))
+
+
+def _losses(rows: Sequence[Prediction]) -> dict[str, Metric]:
+    """The mean over all supervised tokens, with a ratio's standard error over rows, and its exponential."""
+    tokens = sum(row["tokens"] for row in rows)
+    loss = sum(row["loss"] * row["tokens"] for row in rows) / tokens
+    error = None
+    if len(rows) > 1:
+        squares = sum((row["tokens"] * (row["loss"] - loss)) ** 2 for row in rows)
+        error = math.sqrt(squares * len(rows) / (len(rows) - 1)) / tokens
+    perplexity = math.exp(min(loss, 700.0))
+    return {
+        "loss": Metric(value=loss, stderr=error, is_share=False),
+        "perplexity": Metric(
+            value=perplexity, stderr=None if error is None else perplexity * error, is_share=False
+        ),
+    }
 
 
 def _margin(scores: Mapping[str, float]) -> float:
@@ -187,24 +219,29 @@ def setting_differences(first: Evaluation, second: Evaluation) -> list[str]:
 
 
 def compare(first: Results, second: Results) -> dict[str, Any]:
-    """The paired differences (first minus second) per task, over all rows, and their macro average.
+    """The paired differences (first minus second) per task with right and wrong answers, over all their rows,
+    and their macro average.
 
     Each task has McNemar's p, and beside it Holm's of all tasks: of eight tests one is below 0.05 by chance
     in a third of the comparisons of equal models.
 
     Raises:
-        InputError: the two did not answer the same rows.
+        InputError: the two did not answer the same rows, or no task has right and wrong answers.
     """
     answers = [
-        {(row["task"], row["index"]): row["correct"] for row in results.predictions}
+        {(row["task"], row["index"]): row.get("correct") for row in results.predictions}
         for results in (first, second)
     ]
     if answers[0].keys() != answers[1].keys() or _rows_hashes(first) != _rows_hashes(second):
         raise InputError("the two results are not of the same rows, so they cannot be compared")
     tasks: dict[str, Paired] = {}
-    for name in first.summary.tasks:
+    for name, score in first.summary.tasks.items():
+        if score.accuracy is None or score.is_group:
+            continue
         keys = [key for key in answers[0] if key[0] == name]
         tasks[name] = pair([answers[0][key] for key in keys], [answers[1][key] for key in keys])
+    if not tasks:
+        raise InputError("no task of the two has right and wrong answers, so there is nothing to pair")
     average, error = macro_average([p.difference for p in tasks.values()], [p.error for p in tasks.values()])
     pooled = Paired(*(sum(getattr(p, part) for p in tasks.values()) for part in ("n", "gained", "lost")))
     adjusted = holm([paired.p_value for paired in tasks.values()])

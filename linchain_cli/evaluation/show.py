@@ -13,7 +13,7 @@ from rich.text import Text
 from linchain_cli import storage
 from linchain_cli.evaluation.published import PUBLISHED, published_beside
 from linchain_cli.evaluation.results import Results
-from linchain_cli.evaluations import Evaluation, Metric, describe
+from linchain_cli.evaluations import Evaluation, Metric, describe, heading
 
 
 def print_results(results: Results, console: Console | None = None) -> None:
@@ -22,13 +22,13 @@ def print_results(results: Results, console: Console | None = None) -> None:
     summary = results.summary
     scores = summary.tasks.values()
     table = Table(title=Text(title(summary)), title_justify="left")
-    for heading in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
-        table.add_column(heading, justify="left" if heading == "task" else "right")
+    for column in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
+        table.add_column(column, justify="left" if column == "task" else "right")
     others = list(dict.fromkeys(name for score in scores for name in score.metrics))
     counted = {"unparsable": "no answer", "near_ties": "near ties"}
     counted = {key: word for key, word in counted.items() if any(getattr(score, key) for score in scores)}
-    for heading in (*others, *counted.values()):
-        table.add_column(heading, justify="right")
+    for column in (*map(heading, others), *counted.values()):
+        table.add_column(column, justify="right")
     for name, score in summary.tasks.items():
         numbers = [count(score.n), percent(score.accuracy), percent(score.stderr), span(score.interval)]
         metrics = [metric_text(score.metrics.get(other)) for other in others]
@@ -98,8 +98,8 @@ def print_published(results: Results, console: Console | None = None) -> None:
     table = Table(
         title="Published by others: other runs, prompts and decoding; no comparison", title_justify="left"
     )
-    for heading in ("model", "method", "average", "protocol", "source"):
-        table.add_column(heading)
+    for column in ("model", "method", "average", "protocol", "source"):
+        table.add_column(column)
     for row in rows:
         table.add_row(row.model, row.method, percent(row.average), row.protocol, row.source)
     console.print(table)

@@ -16,7 +16,8 @@ from typing import Any
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import Results, predictions_path, read_results
 from linchain_cli.evaluations import Evaluation, describe, find_evaluations, read_evaluation
-from linchain_cli.run import locked
+from linchain_cli.locks import locked
+from linchain_cli.storage import make_directory
 
 LOCK_SECONDS = 60.0
 
@@ -76,6 +77,7 @@ class ResultStore:
 
         Returns all that the file holds now, with its path.
         """
+        make_directory(self.directory)
         with locked(self.directory / "results", LOCK_SECONDS):
             for path in self._names():
                 merged = self._merged(path, results)

@@ -7,10 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from linchain_cli.errors import InputError
-from linchain_cli.evaluation.answers import AnswerRule
+from linchain_cli.evaluation.answers import RULES_VERSION, AnswerRule
 from linchain_cli.evaluation.raw import ANSWER_PREFIX
 from linchain_cli.storage import sha256_bytes
 
@@ -22,7 +22,7 @@ class TaskRow:
     """One question. `fields` go through the template; `options` is empty where the answer is free."""
 
     index: int
-    fields: Mapping[str, str]
+    fields: Mapping[str, Any]
     answer: str
     options: tuple[str, ...] = ()
 
@@ -32,6 +32,8 @@ class Task:
     """A named list of questions, where they come from, and how answers are read.
 
     `prefix` is what an answer begins with before the option; `template` replaces the model's when it is set.
+    A generated answer ends before the first of `stop`. `free_text` says that options are texts and no labels,
+    so that their lengths matter. `examples` stand answered in front of every question.
     """
 
     name: str
@@ -41,13 +43,18 @@ class Task:
     max_new_tokens: int
     prefix: str = ANSWER_PREFIX
     template: str | Mapping[str, Any] | None = None
+    stop: tuple[str, ...] = ()
+    free_text: bool = False
+    examples: tuple[TaskRow, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the rows and the reading rule: two results can be compared only where it is equal."""
         rows = [[row.index, dict(row.fields), row.answer, row.options] for row in self.rows]
-        rule = [self.rule.kind, self.rule.pattern, self.max_new_tokens, self.prefix]
-        return sha256_bytes(json.dumps([rule, rows], sort_keys=True, ensure_ascii=False).encode())
+        rule = [RULES_VERSION, self.rule.kind, self.rule.pattern, self.max_new_tokens, self.prefix, self.stop]
+        examples = [[dict(row.fields), row.answer] for row in self.examples]
+        parts = [rule, rows, *([examples] if examples else [])]
+        return sha256_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
 
     @property
     def majority(self) -> float | None:
@@ -55,6 +62,9 @@ class Task:
         if self.rule.kind == "number" or not self.rows:
             return None
         return max(Counter(row.answer for row in self.rows).values()) / len(self.rows)
+
+
+AnswerNames = Literal["option", "index", "position", "letter"]
 
 
 def read_row(
@@ -65,10 +75,12 @@ def read_row(
     options: Sequence[str] = (),
     required: Sequence[str] = ("instruction",),
     optional: Sequence[str] = ("input",),
+    names: AnswerNames = "option",
 ) -> TaskRow:
     """Checks one row. Its options are those given, else those of its column `options` or of its last line.
 
-    `required` and `optional` are the columns that the template asks for.
+    `required` and `optional` are the columns that the template asks for; `names` says what its answer is
+    where there are options: one of them, its number from 0 (index) or 1 (position), or its letter.
 
     Raises:
         InputError: naming the source, the row (from 1) and what is wrong with it.
@@ -78,24 +90,75 @@ def read_row(
         raise InputError(
             f"{place}: expected a mapping with {', '.join(required)} and answer, got {row!r:.60}"
         )
+    if rule.kind == "loss":
+        return TaskRow(index, dict(row), "")
+    if "messages" in row:
+        fields, answer = _conversation(row, place)
+    else:
+        fields, answer = _fields(row, required, optional, place), row.get("answer")
+    if rule.kind != "options":
+        plain = _plain_answer(answer)
+        if plain is None:
+            raise InputError(f"{place}: 'answer' is missing or is not text or a number")
+        if rule.kind == "number":
+            _check_number(plain, place)
+        return TaskRow(index, fields, plain)
+    options = tuple(options or _own_options(row, place))
+    if len(set(options)) < 2 or len(set(options)) < len(options):
+        raise InputError(f"{place}: it needs two or more different options, found {list(options)}")
+    return TaskRow(index, fields, _option_of(answer, options, names, place), options)
+
+
+def _fields(
+    row: Mapping[str, Any], required: Sequence[str], optional: Sequence[str], place: str
+) -> dict[str, Any]:
     fields = {name: row.get(name) for name in required}
     fields |= {name: row[name] if row.get(name) is not None else "" for name in optional}
     for name, value in fields.items():
         if not isinstance(value, str) or (name in required and not value.strip()):
             raise InputError(f"{place}: '{name}' is missing or is not text")
-    answer = _plain_answer(row.get("answer"))
-    if answer is None:
+    return fields
+
+
+def _conversation(row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], Any]:
+    """The turns that are read and the answer: the row's, or the assistant's last turn."""
+    messages = row["messages"]
+    turns = messages if isinstance(messages, list) else []
+    if not turns or not all(isinstance(turn, Mapping) for turn in turns):
+        raise InputError(f"{place}: 'messages' is not a list of turns like {{role: user, content: ...}}")
+    answer = row.get("answer")
+    if messages[-1].get("role") == "assistant":
+        answer = messages[-1].get("content") if answer is None else answer
+        messages = messages[:-1]
+    if not messages:
+        raise InputError(f"{place}: 'messages' asks nothing: there is only the assistant's turn")
+    return {"messages": messages}, answer
+
+
+def _option_of(answer: Any, options: Sequence[str], names: AnswerNames, place: str) -> str:
+    """The option that the answer names."""
+    shown = "/".join(options)
+    if isinstance(answer, bool):
+        words = {"true", "yes"} if answer else {"false", "no"}
+        meant = [option for option in options if option.casefold() in words]
+        if len(meant) != 1:
+            said = str(answer).lower()
+            raise InputError(f"{place}: its answer is {said}, but of its options {shown} none says so")
+        return meant[0]
+    plain = _plain_answer(answer)
+    if plain is None:
         raise InputError(f"{place}: 'answer' is missing or is not text or a number")
-    if rule.kind == "number":
-        _check_number(answer, place)
-    if rule.kind != "options":
-        return TaskRow(index, fields, answer)
-    options = tuple(options or _own_options(row, place))
-    if len(set(options)) < 2 or len(set(options)) < len(options):
-        raise InputError(f"{place}: it needs two or more different options, found {list(options)}")
-    if answer not in options:
-        raise InputError(f"{place}: its answer '{answer}' is none of its options {'/'.join(options)}")
-    return TaskRow(index, fields, answer, options)
+    if names == "option":
+        if plain not in options:
+            hint = " (say `answer_names: index` or `position` if it is a number)" if plain.isdigit() else ""
+            raise InputError(f"{place}: its answer '{plain}' is none of its options {shown}{hint}")
+        return plain
+    number = ord(plain.upper()) - ord("A") if names == "letter" and len(plain) == 1 else None
+    if names != "letter" and re.fullmatch(r"\d+(\.0)?", plain):
+        number = int(float(plain)) - (names == "position")
+    if number is None or not 0 <= number < len(options):
+        raise InputError(f"{place}: its answer '{plain}' is no {names} of its {len(options)} options {shown}")
+    return options[number]
 
 
 def _own_options(row: Mapping[str, Any], place: str) -> Sequence[str]:

@@ -5,12 +5,13 @@ path: colours.jsonl                 # beside this file; .json, .jsonl, .csv, .pa
 columns: {instruction: question}    # ours to theirs, where the rows' columns have other names
 options: [red, green, blue]         # or a column `options`, or lines "Answer format: ..." in the rows
 template: alpaca                    # a name or {prompt, response}; left out, the model's own
+examples: 5                         # answered rows in front of every question, from examples_path
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -20,8 +21,8 @@ from pydantic import Field
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import ANSWER_PREFIX
-from linchain_cli.evaluation.task import Task, read_row
-from linchain_cli.recipe.schema import Columns, Count, FileName, TemplateConfig, Text
+from linchain_cli.evaluation.task import AnswerNames, Task, TaskRow, read_row, row_options
+from linchain_cli.recipe.schema import Count, FileName, TemplateConfig, Text
 from linchain_cli.recipe.strict_yaml import parse
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, check
 
@@ -37,15 +38,20 @@ class TaskFile(StrictModel):
     """Split of a hub data set."""
     revision: Text | None = None
     """Branch, tag or commit of a hub data set."""
-    columns: Columns = {}
-    """Column names, ours to theirs: instruction, input, answer, options, or what the template asks for."""
+    columns: dict[Text, Text | list[Text]] = {}
+    """Column names, ours to theirs: instruction, input, answer, options, messages, or what the template asks
+    for. A dot leads into a column of mappings (choices.text); a list of names makes a list of their values.
+    """
     template: Text | TemplateConfig | None = None
     """A template's name or a prompt of your own; null takes the model's."""
     options: Annotated[list[Text] | None, Field(min_length=2), Expected("a list of two or more texts")] = None
     """The options of every row; null takes each row's own."""
-    answer: Literal["options", "pattern", "number", "letter"] = "options"
-    """How an answer is read: the first of the options, the first match of answer_pattern, the last number, or
-    the last letter from A to E. Only options can be scored by likelihood.
+    answer_names: AnswerNames = "option"
+    """What a row's answer is: one of the options, its index (from 0), position (from 1) or letter."""
+    answer: Literal["options", "pattern", "number", "letter", "loss"] = "options"
+    """How an answer is read: the first of the options, the first match of answer_pattern, a number, or a
+    letter from A to E. Only options can be scored by likelihood. `loss` reads none: the rows, answers
+    included, are scored as training would learn them.
     """
     answer_pattern: Text | None = None
     """A regular expression whose first match (or its first group) is the answer a model wrote."""
@@ -53,17 +59,31 @@ class TaskFile(StrictModel):
     """What an answer begins with, before the option."""
     max_new_tokens: Count = 32
     """Length of a generated answer at most."""
+    stop: list[Text] = []
+    """Texts before which a generated answer ends."""
+    examples: Annotated[int, Field(ge=0)] = 0
+    """Rows of examples_path that stand, answered, in front of every question: its first ones."""
+    examples_path: Text | None = None
+    """Rows of examples, which are no rows of path: a file (relative to this one) or a hub id."""
+    examples_split: Text = "train"
+    """Their split of a hub data set."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.answer != "options" and self.options:
             yield Conflict(
                 ("options", "answer"), f"options are given, but the answer is read as a {self.answer}."
             )
-        if self.answer in ("number", "letter") and self.answer_pattern:
+        if self.answer in ("number", "letter", "loss") and self.answer_pattern:
             yield Conflict(
                 ("answer_pattern", "answer"),
                 f"a pattern is given, but the answer is read as a {self.answer}.",
             )
+        if bool(self.examples) != bool(self.examples_path):
+            yield Conflict(
+                ("examples", "examples_path"), "examples need both their number and rows to take them from."
+            )
+        if self.answer != "options" and self.answer_names != "option":
+            yield Conflict(("answer_names", "answer"), "there are no options that an answer could name.")
         if self.answer == "pattern" and not self.answer_pattern:
             yield Conflict(("answer", "answer_pattern"), "an answer_pattern is missing.")
         if self.answer_pattern is not None:
@@ -82,17 +102,44 @@ def load_user_task(path: Path, limit: int | None = None) -> Task:
     file = _read(path)
     name = file.name or path.stem
     rule = AnswerRule(file.answer, file.answer_pattern)
+    rows = list(_task_rows(file, path, file.path, file.split, rule, limit))
+    if not rows:
+        raise InputError(f"{path}: {file.path} has no rows")
+    examples: list[TaskRow] = []
+    if file.examples_path:
+        wanted = file.examples
+        examples = list(_task_rows(file, path, file.examples_path, file.examples_split, rule, wanted))
+        if len(examples) < wanted:
+            raise InputError(f"{path}: {file.examples_path} has {len(examples)} rows, not {wanted}")
+    template = file.template.model_dump() if isinstance(file.template, TemplateConfig) else file.template
+    return Task(
+        name,
+        tuple(rows),
+        file.path,
+        rule,
+        file.max_new_tokens,
+        file.prefix,
+        template,
+        stop=tuple(file.stop),
+        free_text=rule.kind == "options" and not file.options and not _labelled(rows),
+        examples=tuple(examples),
+    )
+
+
+def _task_rows(
+    file: TaskFile, path: Path, source: str, split: str, rule: AnswerRule, limit: int | None
+) -> Iterator[TaskRow]:
     required, optional = _columns(file.template)
-    rows = []
-    for index, raw in enumerate(_raw_rows(file, path)):
+    for index, raw in enumerate(_raw_rows(file, path, source, split)):
         if index == limit:
             break
         row = _renamed(raw, file.columns) if isinstance(raw, Mapping) else raw
-        rows.append(read_row(row, index, rule, file.path, file.options or (), required, optional))
-    if not rows:
-        raise InputError(f"{path}: {file.path} has no rows")
-    template = file.template.model_dump() if isinstance(file.template, TemplateConfig) else file.template
-    return Task(name, tuple(rows), file.path, rule, file.max_new_tokens, file.prefix, template)
+        yield read_row(row, index, rule, source, file.options or (), required, optional, file.answer_names)
+
+
+def _labelled(rows: Sequence[TaskRow]) -> bool:
+    """Whether options are labels, which stand in the question, rather than texts of their own."""
+    return all(row_options(str(row.fields.get("instruction") or "")) == row.options for row in rows)
 
 
 def _read(path: Path) -> TaskFile:
@@ -144,14 +191,14 @@ def _placeholders(pattern: str) -> list[str]:
         return []  # get_template says what is wrong with it
 
 
-def _raw_rows(file: TaskFile, path: Path) -> Iterator[Any]:
+def _raw_rows(file: TaskFile, path: Path, source_path: str, split: str) -> Iterator[Any]:
     from linchain_cli.data.reading import RawRows
     from linchain_cli.data.rows import RowError
     from linchain_cli.data.sources import SourceRequest, resolve_source
 
-    beside = path.parent / file.path
+    beside = path.parent / source_path
     source = resolve_source(
-        SourceRequest(str(beside) if beside.is_file() else file.path, file.split, file.revision)
+        SourceRequest(str(beside) if beside.is_file() else source_path, split, file.revision)
     )
     rows = RawRows(source, set())
     for row in rows:
@@ -160,5 +207,17 @@ def _raw_rows(file: TaskFile, path: Path) -> Iterator[Any]:
         yield row
 
 
-def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    return {**raw, **{ours: raw.get(theirs) for ours, theirs in columns.items()}}
+def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str | list[str]]) -> dict[str, Any]:
+    return {**raw, **{ours: _value(raw, theirs) for ours, theirs in columns.items()}}
+
+
+def _value(raw: Mapping[str, Any], name: str | list[str]) -> Any:
+    """The value of a column, of one within it (choices.text), or the values of several."""
+    if isinstance(name, list):
+        return [_value(raw, each) for each in name]
+    if name in raw:
+        return raw[name]
+    value: Any = raw
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

@@ -35,6 +35,7 @@ def export_adapter(
     overwrite: bool = False,
     keep: Sequence[Path] = (),
     template: str | Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> ExportReceipt:
     """Writes `adapter` to `out` in the format `kind`, proven.
 
@@ -42,6 +43,7 @@ def export_adapter(
         model: the base, on the meta device.
         keep: paths that the output may not touch.
         template: the recipe's `data.template`, for Ollama; None where it is not known.
+        files: what else goes there, by name.
 
     Raises:
         InputError: the output cannot be written, the adapter does not fit the model, or the format cannot
@@ -55,6 +57,8 @@ def export_adapter(
         if kind == "gguf":
             text = modelfile(base, template, ADAPTER_FILE)
             storage.write_durable(staging / MODEL_FILE, text.encode())
+        for name, content in (files or {}).items():
+            storage.write_durable(staging / name, content)
         receipt = ExportReceipt(
             kind=kind,
             base=ReceiptBase(

@@ -13,7 +13,7 @@ import yaml
 
 from linchain_cli import __version__
 from linchain_cli.chain import Adapter
-from linchain_cli.evaluations import Line, TaskScore
+from linchain_cli.evaluations import Line, TaskScore, heading
 
 Kind = Literal["merged", "peft", "gguf"]
 PLACE = "path/of/this/directory"
@@ -204,6 +204,6 @@ def _percent(value: float | None) -> str:
 
 def _others(score: TaskScore) -> str:
     return ", ".join(
-        f"{name} {_percent(metric.value) if metric.is_share else f'{metric.value:.4g}'}"
+        f"{heading(name)} {_percent(metric.value) if metric.is_share else f'{metric.value:.4g}'}"
         for name, metric in score.metrics.items()
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,27 @@ _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def write_companions(
-    files: Iterable[Path], source: Path, directory: Path, dtype: torch.dtype | None, *, untied: bool = False
+    files: Iterable[Path],
+    source: Path,
+    directory: Path,
+    dtype: torch.dtype | None,
+    *,
+    untied: bool = False,
+    own: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
 
     Args:
         dtype: what the weights were recast to; None where they keep their types.
         untied: the output head has a weight of its own now.
+        own: files by name that come in place of the base's, or beside them.
 
     Raises:
         InputError: a configuration is no JSON object.
     """
     copy_files(files, source, directory)
+    for name, content in (own or {}).items():
+        (directory / name).write_bytes(content)
     changes = []
     if dtype is not None or untied:
         _change(directory / CONFIG_FILE, lambda config: _with_weights(config, dtype, untied))

@@ -3,8 +3,8 @@ its name, and then tried as a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class MergeOptions:
     prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
     quantization: how the run had rounded its base; its logits are compared as well
     chat_template: what the adapter was trained with, where it is not the base's own
+    files: further files of the checkpoint, by name, in place of the base's where it has them
     """
 
     dtype: torch.dtype | None = None
@@ -57,6 +58,7 @@ class MergeOptions:
     prompts: Sequence[Sequence[int]] = ()
     quantization: str = "none"
     chat_template: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def merge_checkpoint(
     write_card = _CardWriter(adapter, origin, auto_class(model.config).__name__)
     with staged_output(target, MergeReceipt, overwrite=options.overwrite) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
-        changes = write_companions(companions, base_directory, staging, options.dtype)
+        changes = write_companions(companions, base_directory, staging, options.dtype, own=options.files)
         if options.chat_template is not None:
             (staging / "chat_template.jinja").write_bytes(options.chat_template.encode())
             changes.append("the chat template is the one that the adapter was trained with")

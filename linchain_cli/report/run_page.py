@@ -118,7 +118,9 @@ def _evaluations(run: RunDirectory) -> Markup:
 
 def _line(line: evaluations.Line) -> dict[str, Any]:
     score = line.score
-    others = (f"{name} {metric.value:.1%}" if metric.is_share else f"{name} {metric.value:.4g}"
+    others = (f"{evaluations.heading(name)} {metric.value:.1%}"
+        if metric.is_share
+        else f"{evaluations.heading(name)} {metric.value:.4g}"
               for name, metric in score.metrics.items())  # fmt: skip
     earlier = " · of an earlier adapter" if line.age == "earlier" else ""
     return {

@@ -88,10 +88,10 @@ def test_left_out_it_is_the_newest_run_with_its_own_tasks(workplace, capsys):
     assert list(read("runs/tuned/eval/likelihood.json")["tasks"]) == ["boolq"]
 
 
-def test_a_checkpoint_gets_alpaca_and_a_file_beside(workplace):
+def test_a_checkpoint_gets_its_chat_template_and_a_file_beside(workplace):
     assert linchain("eval", "base/", "--tasks", "boolq", "--data-dir", "data") == 0
     result = read("eval-base/likelihood.json")
-    assert (result["model"], result["template"], result.get("adapter_sha256")) == ("base", "alpaca", None)
+    assert (result["model"], result["template"], result.get("adapter_sha256")) == ("base", "chat", None)
     assert (
         linchain(
             "eval",
@@ -186,7 +186,7 @@ def test_another_task_joins_the_results_of_its_setting(workplace, capsys):
 
 
 def test_what_was_measured_is_not_measured_again(workplace, capsys, monkeypatch):
-    from linchain_cli.evaluation.evaluate import LikelihoodJob
+    from linchain_cli.evaluation.jobs import LikelihoodJob
 
     arguments = ("eval", "runs/tuned", "--data-dir", "data", "--tasks")
     assert linchain(*arguments, "boolq") == 0
@@ -233,7 +233,7 @@ def test_the_file_that_was_named_is_never_anothers(workplace, capsys):
     for out, reason in {
         "mine.json": "mine.json: this is no result of linchain eval",
         "rows.json": "rows.predictions.jsonl is there already",
-        "result.json": "result.json holds another result (base: likelihood · template alpaca · float32)",
+        "result.json": "result.json holds another result (base: likelihood · template chat · float32)",
         "chart.png": "expected a .json file or a directory",
         "mine.json/x": "mine.json is not a directory: name another place",
     }.items():
@@ -312,9 +312,10 @@ def test_a_wrong_second_model_is_told_before_the_first_is_evaluated(workplace, c
 
 def test_a_task_without_a_right_answer_has_a_chart(workplace, monkeypatch):
     """Its interval starts at 0 %, where its bar ends: rounding once put it a hair above."""
-    from linchain_cli.evaluation.answers import AnswerRule
+    from linchain_cli.evaluation.answers import Reading
+    from linchain_cli.evaluation.jobs import LikelihoodJob
 
-    monkeypatch.setattr(AnswerRule, "is_correct", lambda *_: False)
+    monkeypatch.setattr(LikelihoodJob, "_best", lambda *_: Reading("neither", False))
     assert linchain("eval", "--data-dir", "data", "--tasks", "boolq") == 0
     assert read("runs/tuned/eval/likelihood.json")["tasks"]["boolq"]["accuracy"] == 0
     assert Path("runs/tuned/eval/likelihood.png").exists()
@@ -349,6 +350,7 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
         (["generate", "runs/tuned"], "runs/tuned is a model, and the prompt is missing"),
         (["generate", "base", "a", "b"], "put the prompt in quotes"),
         (["generate", "base", "  "], "the prompt is empty"),
+        (["eval", "base", "--tasks", "lm_eval:no_such_task_here"], "knows no such task"),
     ],
 )
 def test_wrong_input_is_one_message(workplace, capsys, arguments, reason):
@@ -366,6 +368,97 @@ def test_another_base_is_refused(workplace, capsys):
     assert "was trained on other weights" in capsys.readouterr().err
     assert linchain("eval", "--data-dir", "data", "--allow-other-base") == 0
     assert linchain("generate", "Is it?", "--max-new-tokens", 2, "--allow-other-base") == 0
+
+
+def test_a_merged_run_is_asked_as_it_was_trained(workplace, capsys):
+    """It was asked through alpaca, whatever it had been trained with: other answers from the same weights."""
+    task = ("--tasks", "boolq,piqa", "--data-dir", "data")
+    assert linchain("eval", "runs/tuned", *task) == 0
+    assert linchain("merge", "runs/tuned") == 0
+    capsys.readouterr()
+    assert linchain("eval", "runs/tuned/merged", *task) == 0
+    assert "runs/tuned/merged: template plain, as runs/tuned/merged was trained" in capsys.readouterr().err
+    rows = [
+        [json.loads(line) for line in (Path(place) / "likelihood.predictions.jsonl").open()]
+        for place in ("runs/tuned/eval", "eval-tuned-merged")
+    ]
+    assert [row["prediction"] for row in rows[0]] == [row["prediction"] for row in rows[1]]
+    assert linchain("generate", "runs/tuned", "Is it?", "--max-new-tokens", 5) == 0
+    expected = capsys.readouterr()
+    assert linchain("generate", "runs/tuned/merged", "Is it?", "--max-new-tokens", 5) == 0
+    found = capsys.readouterr()
+    assert found.out == expected.out and found.err.startswith(
+        "template plain, as runs/tuned/merged was trained"
+    )
+
+
+def test_without_a_record_a_model_is_asked_through_its_chat_template(workplace, capsys):
+    assert linchain("eval", "base", "--tasks", "boolq", "--data-dir", "data") == 0
+    assert read("eval-base/likelihood.json")["template"] == "chat"
+    assert "base: template chat, base has a chat template" in capsys.readouterr().err
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        if (path := Path("base", name)).exists():
+            settings = None if name.endswith("jinja") else json.loads(path.read_text())
+            if settings is None:
+                path.unlink()
+            else:
+                settings.pop("chat_template", None)
+                path.write_text(json.dumps(settings))
+    assert linchain("generate", "base", "Is it?", "--max-new-tokens", 2) == 0
+    assert "template alpaca, base has no chat template, and no record" in capsys.readouterr().err
+
+
+def test_columns_of_a_template_of_ones_own(workplace, capsys, monkeypatch):
+    make_run("own", template={"prompt": "{topic}, for {who}:\n", "response": "{output}"})
+    short = ("--max-new-tokens", 4)
+    columns = ("--column", "topic=apples = fruit", "--column", "who=me")
+    assert linchain("generate", "runs/own", *columns, *short) == 0
+    from linchain_cli.evaluation import evaluate
+
+    expected, seen = capsys.readouterr().out, []
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **options: seen.append(args[3]) or "")
+    assert linchain("generate", *columns, *short, "--template", "plain") == 2
+    assert "the template asks for a column 'instruction'" not in capsys.readouterr().err
+    assert linchain("generate", "runs/own", *columns, *short) == 0 and expected
+    assert seen[-1]["topic"] == "apples = fruit" and seen[-1]["who"] == "me"
+    capsys.readouterr()
+    for wrong, reason in {
+        ("--column", "topic=x"): "the template asks for a column 'who': give it with --column who=VALUE",
+        ("--column", "who"): "expected NAME=VALUE",
+        (*columns, "--column", "whom=you"): "Did you mean 'who'?",
+    }.items():
+        assert linchain("generate", "runs/own", *wrong) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_the_prompt_may_come_from_the_standard_input(workplace, capsys, monkeypatch):
+    import io
+
+    short = ("--max-new-tokens", 5)
+    assert linchain("generate", "runs/tuned", "Is an apple\na fruit?", *short) == 0
+    expected = capsys.readouterr().out
+    for words in (("runs/tuned", "-"), ("runs/tuned",), ("-",), ()):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Is an apple\na fruit?\n"))
+        assert linchain("generate", *words, *short) == 0
+        assert capsys.readouterr().out == expected
+
+
+def test_an_answer_is_drawn_and_ends_before_a_text(workplace, capsys):
+    ask = ("generate", "runs/tuned", "Is an apple a fruit?", "--max-new-tokens", 12)
+    assert linchain(*ask) == 0
+    likeliest = capsys.readouterr().out.strip()
+    drawn = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert linchain(*ask, "--temperature", 3) == 0
+        drawn.add(capsys.readouterr().out)
+    assert len(drawn) > 1
+    assert linchain(*ask, "--temperature", 1, "--top-p", 1e-9) == 0
+    assert capsys.readouterr().out.strip() == likeliest
+    assert linchain(*ask, "--stop", likeliest[3:5]) == 0
+    assert capsys.readouterr().out.strip() == likeliest[:3].strip()
+    for wrong in (("--temperature", 1, "--beams", 2), ("--top-p", 0.5)):
+        assert linchain(*ask, *wrong) == 2
 
 
 def test_generate_answers_through_the_runs_template(workplace, capsys):

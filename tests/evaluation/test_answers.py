@@ -1,57 +1,104 @@
-"""Reading answers off generated texts."""
+"""Answers are read off real kinds of sentences."""
 
 from __future__ import annotations
 
 import pytest
 
-from linchain_cli.evaluation.answers import AnswerRule, any_of
-from linchain_cli.evaluation.tasks import SPECS
+from linchain_cli.evaluation.answers import AnswerRule
+from linchain_cli.evaluation.numbers import is_number, stated_number, value_of
+
+YES_NO = ("yes", "no")
+CHOICES = ("answer1", "answer2", "answer10")
+
+
+def read(rule, text, options=(), answer=""):
+    return {name: one.prediction for name, one in rule.readings(text, options, answer).items()}
 
 
 @pytest.mark.parametrize(
-    ("task", "text", "expected"),
+    ("text", "options", "expected"),
     [
-        ("boolq", "the correct answer is true", "true"),
-        ("boolq", "false, because it is not true", "false"),
-        ("boolq", "I cannot say", None),
-        ("piqa", "the correct answer is solution2", "solution2"),
-        ("ARC-Easy", "answer4 and not answer1", "answer4"),
-        ("ARC-Easy", "the correct answer is answer5", "answer5"),
-        ("winogrande", "Option1", None),
-        ("hellaswag", "ending3", "ending3"),
-        ("gsm8k", "He pays 3 * 4 = 12 dollars. The answer is 1,200.", "1200."),
-        ("gsm8k", "It is -3.5 degrees", "-3.5"),
-        ("gsm8k", "no number here", None),
-        ("AQuA", "A train takes 5 hours. The answer is (C).", "C"),
-        ("AQuA", "BAD CASE", None),
+        ("I do not know, but yes.", YES_NO, "yes"),  # no "no" in "not" or "know"
+        ("Yes, it is.", YES_NO, "yes"),
+        ("NO!", YES_NO, "no"),
+        ("neither", YES_NO, None),
+        ("the correct answer is answer2, not answer1", CHOICES, "answer2"),
+        ("the correct answer is answer10", CHOICES, "answer10"),
+        ("ANSWER3 it is", CHOICES, None),
+        ("C++ is", ("C", "C++"), "C++"),
+        ("us, and the US", ("US", "us"), "us"),
+        ("true\n### Response:\nfalse", ("true", "false"), "true"),
+        ("", YES_NO, None),
     ],
 )
-def test_extracts_as_the_protocol_says(task, text, expected):
-    assert SPECS[task].rule.extract(text) == expected
+def test_options_are_words_whatever_their_case(text, options, expected):
+    assert read(AnswerRule("options"), text, options) == {"words": expected}
 
 
-def test_what_the_model_asks_itself_next_does_not_count():
-    text = "The answer is 7.\n\n### Instruction:\nWhat is 2 + 2?\n\n### Response:\nThe answer is 4."
-    assert (
-        SPECS["gsm8k"].rule.extract(text) == "2"
-    )  # what stands before the next response counts, its prompt too
-    assert SPECS["boolq"].rule.extract("### Response: true") is None
-
-
-def test_options_of_a_row_are_read_longest_first():
-    rule = AnswerRule("options")
-    assert rule.extract("it is answer10", ["answer1", "answer10"]) == "answer10"
-    assert any_of(["a.b", "a"]) == r"a\.b|a"
+def test_the_published_reading_of_a_builtin_task_stands_beside():
+    rule = AnswerRule("options", "true|false")
+    assert read(rule, "True or untrue", ("true", "false")) == {"words": "true", "published": "true"}
+    assert read(rule, "False", ("true", "false")) == {"words": "false", "published": None}
+    right = rule.readings("it is untrue: false", ("true", "false"), "false")
+    assert right["words"].correct and not right["published"].correct
 
 
 def test_a_pattern_gives_its_first_group():
-    assert AnswerRule("pattern", r"=\s*(\w+)").extract("x = seven, y = 8") == "seven"
-    assert AnswerRule("pattern", r"[a-z]{5}").extract("on seven") == "seven"
+    rule = AnswerRule("pattern", r"colou?r: (\w+)")
+    assert read(rule, "My color: red, no, colour: blue") == {"pattern": "red"}
+    assert rule.readings("none", (), "red")["pattern"].prediction is None
 
 
-def test_numbers_are_compared_as_numbers():
-    rule = AnswerRule("number")
-    assert rule.is_correct("1200.", "1200.0")
-    assert rule.is_correct("0.3333", "0.33333333")
-    assert not rule.is_correct("0.33", "0.33333333")
-    assert not rule.is_correct(None, "1")
+@pytest.mark.parametrize(
+    ("text", "strict", "flexible"),
+    [
+        ("The answer is 5. Eleven more would be 16", "16", "5"),
+        ("The answer is 5\n### Instruction:\nWhat is 5 + 6? 11", "5", "5"),
+        ("She sold 1,250 in 3 days.", "3", "3"),
+        ("6 * 7 = 42\n#### 42\nThat took 3 steps", "3", "42"),
+        ("the result is -7", "-7", "-7"),
+        ("10-5", "-5", "5"),
+        ("no number", None, None),
+    ],
+)
+def test_numbers_strictly_and_flexibly(text, strict, flexible):
+    assert read(AnswerRule("number"), text, answer="0") == {"strict": strict, "flexible": flexible}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("The answer is 1,250.", 1250), ("1'000'000 people", 1e6), ("12,345,678.9", 12345678.9),
+        ("1\u202f000 km", 1000), ("3,5 km", 3.5), ("1, 2 and 3", 3), ("1,2,3", 3), (".5", 0.5), ("4.", 4),
+        ("it is -7", -7), ("= −7", -7), ("pages 5-6", 6), ("(-4)", -4), ("-$5", -5), ("$1,234.50", 1234.5),
+        ("so 3/4 of it", 0.75), ("1 1/2 cups", 1.5), ("-1 1/2", -1.5), ("\\boxed{\\frac{3}{4}}", 0.75),
+        ("-3.5e-2", -0.035), ("Answer = 1e5", 1e5), ("2 × 10^3", 2000), ("5 \\times 10^{-1}", 0.5),
+        ("It is 50%", 50), ("The correct answer is \\$18", 18), ("The final answer is: **16**", 16),
+        ("The answer to the question is 42 because 6 * 7", 42), ("x is 7\nAnswer: it depends", 7),
+    ],
+)  # fmt: skip
+def test_numbers_as_people_write_them(text, value):
+    assert value_of(stated_number(text)) == pytest.approx(value)
+
+
+def test_a_number_is_right_within_its_tolerance():
+    assert is_number("3.1409", "3.14") and not is_number("3.142", "3.14")
+    assert is_number("50%", "50") and is_number("50 %", "0.5") and not is_number("50", "0.5")
+    assert not is_number("1/0", "1") and not is_number(None, "1")
+    assert AnswerRule("number").readings("18", (), "18.0")["strict"].correct
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The answer is B because A and C are wrong", "B"),
+        ("A train goes ... so the option is D", "D"),
+        ("Answer: (C)", "C"),
+        ("the correct answer is \\boxed{A}, not B", "A"),
+        ("the answer is **D**", "D"),
+        ("A train. I pick E", "E"),
+        ("F or G", None),
+    ],
+)
+def test_the_stated_letter_comes_before_the_last(text, expected):
+    assert read(AnswerRule("letter"), text) == {"letter": expected}

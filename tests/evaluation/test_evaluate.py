@@ -13,7 +13,8 @@ from linchain_cli.chain import ChainConfig, inject
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.answers import AnswerRule
-from linchain_cli.evaluation.evaluate import LikelihoodJob, answer, evaluate
+from linchain_cli.evaluation.evaluate import answer, evaluate
+from linchain_cli.evaluation.jobs import LikelihoodJob
 from linchain_cli.evaluation.results import predictions_path, read_results
 from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.loading import load_model, load_tokenizer
@@ -307,8 +308,7 @@ def test_a_broken_model_is_no_result(model, tokenizer, template, tasks, protocol
 
 
 def test_one_answer(model, tokenizer, template):
-    text = answer(model, tokenizer, template, "Is an apple a fruit?", max_new_tokens=5)
-    assert (
-        isinstance(text, str)
-        and answer(model, tokenizer, template, "Is an apple a fruit?", max_new_tokens=5) == text
-    )
+    row = {"instruction": "Is an apple a fruit?", "input": ""}
+    text = answer(model, tokenizer, template, row, max_new_tokens=8)
+    assert text == answer(model, tokenizer, template, row, max_new_tokens=8) and len(text) > 3
+    assert answer(model, tokenizer, template, row, max_new_tokens=8, stop=[text[2:4]]) == text[:2].strip()

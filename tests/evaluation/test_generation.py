@@ -8,13 +8,21 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from linchain_cli.evaluation.generation import BeamSearch, Generator, end_tokens
+from linchain_cli.evaluation.generation import BeamSearch, Generator, draw, stop_tokens
 
 from .conftest import ARCHITECTURES, END, VOCABULARY
 
 
 class Tokenizer:
     eos_token_id = END
+
+    def get_added_vocab():
+        return {"<end>": 7, "<|other|>": 9}
+
+
+class Template:
+    def end_marks():
+        return ["<end>"]
 
 
 def prompts(n=10, seed=0):
@@ -23,7 +31,7 @@ def prompts(n=10, seed=0):
 
 
 def ours(model, asked, beams, new, batch_tokens=10_000):
-    generator = Generator(model, Tokenizer, asked, beams, new, batch_tokens)
+    generator = Generator(model, [END], asked, beams, new, batch_tokens)
     return {
         index: answer
         for batch in generator.batches
@@ -90,7 +98,7 @@ def test_finished_rows_leave_the_batch_and_prompts_are_read_once(eager_to_end):
     handle = eager_to_end.register_forward_pre_hook(
         lambda _, args, kwargs: sizes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    generator = Generator(eager_to_end, Tokenizer, asked, 3, 20, 10_000)
+    generator = Generator(eager_to_end, [END], asked, 3, 20, 10_000)
     sizes.clear()
     generator.generate(generator.batches[0])
     handle.remove()
@@ -100,13 +108,26 @@ def test_finished_rows_leave_the_batch_and_prompts_are_read_once(eager_to_end):
     assert all(length == 1 for _, length in sizes[1:])
 
 
-def test_every_end_token_of_the_model_ends_an_answer(tiny_model):
+def test_every_end_token_of_model_tokenizer_and_template_ends_an_answer(tiny_model):
     model = tiny_model("llama")
-    model.generation_config.eos_token_id = [END, 7]
+    model.generation_config.eos_token_id = [END, 11]
     try:
-        assert end_tokens(model, Tokenizer) == [END, 7]
+        assert stop_tokens(model, Tokenizer, Template) == [END, 7, 11]
     finally:
         model.generation_config.eos_token_id = END
+
+
+def test_a_drawn_answer_ends_where_it_should(eager_to_end):
+    """At a temperature of nearly zero it is the likeliest one; the end token is left out."""
+    asked = prompts(1)[0]
+    expected = ours(eager_to_end, [asked], 1, 20)[0]
+    found = draw(eager_to_end, Tokenizer, asked, [END], 20, temperature=1e-4, top_p=1.0)
+    assert found == expected
+    torch.manual_seed(0)
+    drawn = [tuple(draw(eager_to_end, Tokenizer, asked, [END], 20, 5.0, 1.0)) for _ in range(5)]
+    assert len(set(drawn)) > 1 and not any(END in one for one in drawn)
+    nearly = [tuple(draw(eager_to_end, Tokenizer, asked, [END], 20, 1.0, 1e-6)) for _ in range(3)]
+    assert set(nearly) == {tuple(expected)}
 
 
 def test_the_search_itself_on_written_probabilities():

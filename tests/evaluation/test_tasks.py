@@ -99,7 +99,10 @@ BAD_ROWS = [
     ({"answer": "true"}, "'instruction' is missing"),
     ({"instruction": 3, "answer": "true"}, "'instruction' is missing or is not text"),
     ({"instruction": "Q\n\nAnswer format: true/false"}, "'answer' is missing"),
-    ({"instruction": "Q\n\nAnswer format: true/false", "answer": True}, "'answer' is missing or is not text"),
+    (
+        {"instruction": "Q\n\nAnswer format: one/two", "answer": True},
+        "its answer is true, but of its options one/two",
+    ),
     (
         {"instruction": "Q\n\nAnswer format: true/false", "answer": "maybe"},
         "'maybe' is none of its options true/false",

@@ -54,7 +54,10 @@ def test_a_prompt_of_its_own_names_its_columns(tmp_path):
         """
     task = load_task(task_file(tmp_path, text))
     assert task.name == "by-hand" and task.rows[0].fields == {"q": "The sky?"} and task.max_new_tokens == 5
-    assert task.rule.extract("It is blue") == "t" and task.template["prompt"] == "Q: {q}\nA: "
+    assert (
+        task.rule.readings("It is blue", (), "")["pattern"].prediction == "t"
+        and task.template["prompt"] == "Q: {q}\nA: "
+    )
     with pytest.raises(InputError, match="row 2: 'q' is missing"):
         load_task(task_file(tmp_path, text, [{"q": "x", "a": "y"}, {"a": "y"}]))
 
@@ -67,7 +70,7 @@ def test_all_problems_of_a_file_are_told_with_their_lines(tmp_path):
     assert lines == [
         f"{path}:1: pth: unknown key. Did you mean 'path'?",
         f"{path}:2: options: expected a list of two or more texts, got ['red'].",
-        f"{path}:3: answer: expected one of options, pattern, number, letter, got 'numbr'."
+        f"{path}:3: answer: expected one of options, pattern, number, letter, loss, got 'numbr'."
         " Did you mean 'number'?",
     ]
 
@@ -104,3 +107,92 @@ def test_a_torn_row_names_its_line(tmp_path):
         handle.write('{"q": \n')
     with pytest.raises(InputError, match=r"rows\.jsonl"):
         load_task(path)
+
+
+ASK = {"instruction": "Q", "options": ["a dog", "a cat", "a cow"]}
+
+
+@pytest.mark.parametrize(
+    ("names", "answer", "expected"),
+    [
+        ("option", "a cat", "a cat"),
+        ("index", 1, "a cat"),
+        ("index", "0", "a dog"),
+        ("position", 3, "a cow"),
+        ("position", 1.0, "a dog"),
+        ("letter", "b", "a cat"),
+    ],
+)
+def test_an_answer_may_name_its_option(tmp_path, names, answer, expected):
+    text = f"path: rows.jsonl\nanswer_names: {names}\n"
+    task = load_task(task_file(tmp_path, text, [{**ASK, "answer": answer}]))
+    assert task.rows[0].answer == expected and task.free_text
+
+
+@pytest.mark.parametrize(
+    ("names", "answer", "reason"),
+    [
+        ("option", 1, r"its answer '1' is none of its options .* \(say `answer_names: index` or `position`"),
+        ("index", 3, "its answer '3' is no index of its 3 options"),
+        ("position", 0, "its answer '0' is no position"),
+        ("letter", "D", "its answer 'D' is no letter"),
+        ("option", True, "its answer is true, but of its options a dog/a cat/a cow none says so"),
+    ],
+)
+def test_an_answer_that_names_none_is_told(tmp_path, names, answer, reason):
+    text = f"path: rows.jsonl\nanswer_names: {names}\n"
+    with pytest.raises(InputError, match=reason):
+        load_task(task_file(tmp_path, text, [{**ASK, "answer": answer}]))
+
+
+def test_a_boolean_is_the_option_that_says_so(tmp_path):
+    rows = [{"instruction": "Q", "answer": True}, {"instruction": "Q", "answer": False}]
+    for yes, no in (("Yes", "No"), ("true", "false")):
+        task = load_task(task_file(tmp_path, f"path: rows.jsonl\noptions: ['{no}', '{yes}']\n", rows))
+        assert [row.answer for row in task.rows] == [yes, no] and not task.free_text
+
+
+def test_columns_within_columns_and_side_by_side(tmp_path):
+    rows = [
+        {"q": {"stem": "Q"}, "choices": {"text": ["one", "two"]}, "key": 1, "sol1": "three", "sol2": "four"}
+    ]
+    head = "path: rows.jsonl\nanswer_names: index\ncolumns: {instruction: q.stem, answer: key, options: "
+    assert load_task(task_file(tmp_path, head + "choices.text}\n", rows)).rows[0].answer == "two"
+    row = load_task(task_file(tmp_path, head + "[sol1, sol2]}\n", rows)).rows[0]
+    assert row.options == ("three", "four") and row.fields == {"instruction": "Q", "input": ""}
+    with pytest.raises(InputError, match="row 1: 'options' is not a list of texts"):
+        load_task(task_file(tmp_path, head + "[sol1, sol3]}\n", rows))
+
+
+def test_conversations_are_rows(tmp_path):
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "yes"}]
+    rows = [{"messages": turns}, {"messages": turns[:1], "answer": "no"}]
+    task = load_task(task_file(tmp_path, "path: rows.jsonl\noptions: ['yes', 'no']\nprefix: ''\n", rows))
+    assert [row.answer for row in task.rows] == ["yes", "no"]
+    assert all(row.fields == {"messages": turns[:1]} for row in task.rows)
+    for messages, reason in (([], "not a list of turns"), (turns[1:], "asks nothing"), ("x", "not a list")):
+        with pytest.raises(InputError, match=reason):
+            load_task(
+                task_file(tmp_path, "path: rows.jsonl\noptions: ['yes', 'no']\n", [{"messages": messages}])
+            )
+
+
+def test_examples_come_from_rows_of_their_own(tmp_path):
+    shown = [{"q": f"Example {number}", "a": "red"} for number in range(4)]
+    (tmp_path / "shown.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shown))
+    head = "path: rows.jsonl\ncolumns: {instruction: q, answer: a}\noptions: [red, green, blue]\n"
+    task = load_task(task_file(tmp_path, head + "examples: 2\nexamples_path: shown.jsonl\n"), limit=1)
+    assert [row.fields["instruction"] for row in task.examples] == ["Example 0", "Example 1"]
+    assert len(task.rows) == 1
+    for lines, reason in {
+        "examples: 2\n": "examples need both their number and rows",
+        "examples: 9\nexamples_path: shown.jsonl\n": "has 4 rows, not 9",
+    }.items():
+        with pytest.raises(InputError, match=reason):
+            load_task(task_file(tmp_path, head + lines))
+
+
+def test_losses_need_no_answers(tmp_path):
+    rows = [{"instruction": "Q", "output": "a text"}]
+    task = load_task(task_file(tmp_path, 'path: rows.jsonl\nanswer: loss\nstop: ["\\n\\n"]\n', rows))
+    assert task.rule.kind == "loss" and task.rows[0].fields == rows[0] and task.stop == ("\n\n",)

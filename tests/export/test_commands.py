@@ -164,9 +164,13 @@ def test_export_and_import_are_inverse(make_run, base_of, capsys, tmp_path):
     assert linchain("export", run.path, "--format", "peft") == 0
     assert "a LoRA of rank 4 on 14 modules" in capsys.readouterr().out
     peft = run.path / "peft"
-    assert {"adapter_config.json", "adapter_model.safetensors", "README.md", "export.json"} == set(
-        files_of(peft)
-    )
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "export.json",
+        "linchain_prompt.json",
+    } == set(files_of(peft))
     assert linchain("import", peft, "--out", tmp_path / "back") == 0
     out = capsys.readouterr().out
     assert "a LoRA of rank 4, alpha 8, on 14 modules" in out and "recipe.yaml" in out

@@ -1,0 +1,92 @@
+"""Examples in front of a question: earlier turns of a conversation, or answered prompts above it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from linchain_cli.data.rows import Rendered, Row, Template
+from linchain_cli.evaluation.task import Task
+from linchain_cli.storage import sha256_bytes
+
+BETWEEN = "\n\n"
+
+
+def with_examples(template: Template, task: Task) -> Template:
+    """The template with the task's examples in front of every question; itself without any."""
+    if not task.examples:
+        return template
+    answered = [(row.fields, task.prefix + row.answer) for row in task.examples]
+    return (_Turns if template.name == "chat" else _Above)(template, answered)
+
+
+class _Examples:
+    """What both kinds have in common; `answered` are examples' columns and answers."""
+
+    def __init__(self, template: Template, answered: Sequence[tuple[Row, str]]):
+        self._template, self._answered = template, answered
+        self.name, self.layouts, self.adds_bos = template.name, template.layouts, template.adds_bos
+
+    @property
+    def fingerprint(self) -> str:
+        parts = [self._template.fingerprint, type(self).__name__, [[dict(r), a] for r, a in self._answered]]
+        return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
+
+    def response(self, row: Row) -> str | None:
+        return self._template.response(row)
+
+    def end_marks(self) -> list[str]:
+        return self._template.end_marks()
+
+
+class _Above(_Examples):
+    """Each example as its prompt and answer, an empty line behind it."""
+
+    def _before(self) -> str:
+        return "".join(self._template.prompt(row) + answer + BETWEEN for row, answer in self._answered)
+
+    def prompt(self, row: Row) -> str:
+        return self._before() + self._template.prompt(row)
+
+    def complete(self, row: Row, response: str) -> Rendered:
+        return self._behind(self._template.complete(row, response))
+
+    def render(self, row: Row) -> list[Rendered]:
+        return [self._behind(rendered) for rendered in self._template.render(row)]
+
+    def _behind(self, rendered: Rendered) -> Rendered:
+        before = self._before()
+        spans = [(start + len(before), end + len(before)) for start, end in rendered.spans]
+        return replace(rendered, text=before + rendered.text, spans=spans)
+
+
+class _Turns(_Examples):
+    """Each example as a user's turn and the assistant's answer."""
+
+    def prompt(self, row: Row) -> str:
+        return self._template.prompt(self._conversation(row))
+
+    def complete(self, row: Row, response: str) -> Rendered:
+        return self._template.complete(self._conversation(row), response)
+
+    def render(self, row: Row) -> list[Rendered]:
+        return self._template.render(self._conversation(row))[-1:]
+
+    def _conversation(self, row: Row) -> dict[str, Any]:
+        turns = []
+        for fields, answer in self._answered:
+            turns += [*_asked(fields), {"role": "assistant", "content": answer, "train": False}]
+        asked = _asked(row)
+        system = [turn for turn in asked[:1] if turn["role"] == "system"]
+        output = row.get("output")
+        last = [{"role": "assistant", "content": output}] if output and "messages" not in row else []
+        return {"messages": [*system, *turns, *asked[len(system) :], *last]}
+
+
+def _asked(row: Row) -> list[dict[str, Any]]:
+    if "messages" in row:
+        return list(row["messages"])
+    text = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    return [{"role": "user", "content": text}]

@@ -1,0 +1,215 @@
+"""Benchmarks of lm-evaluation-harness (`pip install lm-eval`): its tasks, prompts and metrics, our model and
+files.
+
+A task is named `lm_eval:NAME`, where NAME is a task, group or tag of the harness or the path of a task's
+.yaml file in its format. The loaded model is handed over as it is (adapter folded), through its chat template
+where it was trained on one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from linchain_cli.data.rows import Template
+from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.evaluation.evaluate import evaluating, setting_of
+from linchain_cli.evaluation.generation import stop_tokens
+from linchain_cli.evaluation.results import Prediction, Results, averaged
+from linchain_cli.evaluation.store import ResultStore
+from linchain_cli.evaluations import Evaluation, Metric, TaskScore
+from linchain_cli.run import now
+from linchain_cli.storage import sha256_bytes
+
+PREFIX = "lm_eval:"
+PROTOCOL = "lm_eval"
+OWN_PROMPTS = "the harness's own"
+BATCH_SIZE = {"cpu": 8, "cuda": 32}
+# The metric that stands as the accuracy of a task, in this order; the others stand beside it.
+ACCURACIES = ("acc", "exact_match", "em", "pass@1", "prompt_level_strict_acc", "acc_norm")
+# Metrics that are no share of rows.
+_ELSE = ("perplexity", "bits_per_byte", "bleu", "rouge", "ter", "chrf", "brier", "loglikelihood")
+
+
+def split_names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Our own task names, and the harness's without their prefix."""
+    names = [name.strip() for listed in tasks for name in listed.split(",") if name.strip()]
+    theirs = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    return [name for name in names if not name.startswith(PREFIX)], theirs
+
+
+def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
+    """The harness's task manager and the names as it knows them; nothing is loaded yet.
+
+    Raises:
+        InputError: the harness is not installed, or knows no such task.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(
+            f"{PREFIX}{names[0]} needs lm-evaluation-harness, which cannot be imported ({error}): pip install"
+            " lm-eval"
+        ) from None
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"there is no task file {file}")
+    manager = TaskManager(
+        include_path=[str(folder) for folder in dict.fromkeys(f.parent for f in files)] or None
+    )
+    known = [_name_in(Path(name)) if name.endswith((".yaml", ".yml")) else name for name in names]
+    for name in known:
+        if name not in manager.all_tasks:
+            guess = did_you_mean(name, manager.all_tasks)
+            raise InputError(f"{PREFIX}{name}: lm-evaluation-harness knows no such task.{guess}")
+    return manager, known
+
+
+def _name_in(file: Path) -> str:
+    """The task's name in a .yaml file of the harness, whose tags no plain loader knows."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() in ("task", "group") and not line[:1].isspace():
+            return value.strip().strip("\"'")
+    raise InputError(f"{file} is no task of lm-evaluation-harness: it has no line 'task: NAME'")
+
+
+def evaluate_harness(
+    model,
+    tokenizer,
+    template: Template,
+    names: Sequence[str],
+    *,
+    name: str,
+    system: str | None = None,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    base_sha256: str | None = None,
+    quantization: str = "none",
+    out: Path | None = None,
+) -> Results:
+    """Evaluates a loaded model on tasks of the harness, in this process alone.
+
+    Args:
+        template: `chat` makes the harness use the model's chat template, with the system prompt `system`;
+            with any other the prompts are the harness's own.
+        limit: rows of each task at most.
+
+    Raises:
+        InputError: the harness is not installed, knows no such task, or cannot find a task's rows.
+    """
+    manager, known = find_tasks(names)
+    from importlib.metadata import version
+
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    chat = template.name == "chat"
+    setting = setting_of(model, template, name, PROTOCOL, limit, base_sha256, quantization)
+    versions = {**setting.versions, "lm_eval": version("lm_eval")}
+    setting = setting.model_copy(
+        update={"versions": versions} | ({} if chat else {"template": OWN_PROMPTS, "template_sha256": None})
+    )
+    store = ResultStore(out, setting) if out is not None else None
+    device = model.get_input_embeddings().weight.device.type
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = stop_tokens(model, tokenizer, template)
+    try:
+        with evaluating(model):
+            batch = batch_size or BATCH_SIZE.get(device, BATCH_SIZE["cuda"])
+            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
+            found = simple_evaluate(
+                wrapped,
+                tasks=known,
+                task_manager=manager,
+                limit=limit,
+                apply_chat_template=chat,
+                system_instruction=system if chat else None,
+                bootstrap_iters=1000,
+                log_samples=True,
+            )
+    except (OSError, ConnectionError, FileNotFoundError, ImportError) as error:
+        raise InputError(f"{PREFIX}{','.join(names)}: {type(error).__name__}: {error}") from error
+    finally:
+        model.generation_config.eos_token_id = before
+    results = results_of(found, setting)
+    return store.add(results).of_tasks(results.summary.tasks) if store else results
+
+
+def results_of(found: Mapping[str, Any], setting: Evaluation) -> Results:
+    """The harness's own numbers and samples in our form; a group has numbers alone."""
+    tasks, predictions = {}, []
+    for name, metrics in found["results"].items():
+        samples = found.get("samples", {}).get(name, [])
+        # Every filter has its own copy of the samples.
+        samples = [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
+        rows = sha256_bytes(
+            json.dumps([[sample.get("doc_hash"), sample.get("prompt_hash")] for sample in samples]).encode()
+        )
+        tasks[name] = _score(name, metrics, found, setting, rows, samples)
+        predictions += _rows(name, samples)
+    return Results(averaged(setting.model_copy(update={"tasks": tasks})), predictions)
+
+
+def _score(name, metrics, found, setting: Evaluation, rows: str, samples: Sequence[Any]) -> TaskScore:
+    values = {}
+    for key, value in metrics.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or isinstance(value, (str, bool)) or value is None:
+            continue
+        error = metrics.get(f"{metric}_stderr,{filtered}")
+        error = error if isinstance(error, (int, float)) else None
+        is_share = not any(word in metric for word in _ELSE) and 0 <= value <= 1
+        label = metric if filtered == "none" else f"{metric} ({filtered})"
+        bounds = _bounds(value, error) if is_share else None
+        values[label] = Metric(value=value, stderr=error, interval=bounds, is_share=is_share)
+    first = next((label for one in ACCURACIES for label in values if label.split(" ")[0] == one), None)
+    counted = values.pop(first) if first and values[first].is_share else None
+    version = found.get("versions", {}).get(name)
+    shots = found.get("n-shot", {}).get(name)
+    return TaskScore(
+        accuracy=counted.value if counted else None,
+        stderr=counted.stderr if counted else None,
+        interval=counted.interval if counted else None,
+        n=len(samples) if samples else None,
+        is_group=not samples,
+        metrics=values,
+        source=f"lm-evaluation-harness, version {version}, {shots} examples"
+        + (f", {first}" if first else ""),
+        rows_sha256=rows,
+        fingerprint=sha256_bytes(json.dumps([setting.setting_sha256, name, version, shots, rows]).encode()),
+        measured_at=now(),
+    )
+
+
+def _bounds(value: float, error: float | None) -> tuple[float, float] | None:
+    from linchain_cli.evaluation.statistics import normal_interval
+
+    return normal_interval(value, error, 0.0, 1.0)
+
+
+def _rows(name: str, samples: Sequence[Mapping[str, Any]]) -> list[Prediction]:
+    return [
+        {
+            "index": index,
+            "task": name,
+            "prediction": str(sample.get("filtered_resps")),
+            "answer": str(sample.get("target")),
+            "correct": _correct(sample),
+        }
+        for index, sample in enumerate(samples)
+    ]
+
+
+def _correct(sample: Mapping[str, Any]) -> bool | None:
+    """Whether the sample counts as right by the first of its metrics that says so; None without any."""
+    for metric in ACCURACIES:
+        value = sample.get(metric)
+        if isinstance(value, (bool, int, float)) and value in (0, 1):
+            return bool(value)
+    return None
