@@ -249,7 +249,7 @@ def summary(
         "likelihood_is_faster_by": ratios,
         "same_predictions": {
             name: same(found["likelihood"], found[name])
-            for name in ("per-option", "lm-eval")
+            for name in ("per-option", "lm-eval", "lm-eval-8")
             if name in found
         },
         "accuracy": {name: accuracies(tasks, predictions) for name, predictions in found.items()},

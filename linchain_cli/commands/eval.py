@@ -189,7 +189,7 @@ class _Settings:
             asked.template,
             self.foreign,
             name=subject.name,
-            system=subject.asking.system if subject.asking else None,
+            system=asked.system,
             limit=self.limit,
             base_sha256=loaded.base_sha256,
             quantization=loaded.quantization,

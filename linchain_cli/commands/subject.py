@@ -41,7 +41,7 @@ class Subject:
 
         if self.named is not None:
             return asking_of(self.named.recipe.data, self.named.opened.status.rows)
-        return read_asking(Path(self.name))
+        return read_asking(locate_subject(self, weights=False))
 
     @property
     def results_dir(self) -> Path:
@@ -64,11 +64,12 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class Asked:
-    """What prompts go through, and why: `straddles` as for `encode_prompt`."""
+    """What prompts go through, and why: `straddles` as for `encode_prompt`, `system` of conversations."""
 
     template: Template
     straddles: bool | None
     why: str
+    system: str | None = None
 
 
 def choose_template(
@@ -84,12 +85,13 @@ def choose_template(
     from linchain_cli.data.asking import template_of_asking
     from linchain_cli.data.templates import get_template
 
-    source = next((one for one in (subject, like) if one is not None and one.asking is not None), None)
-    if source is not None:
+    for source in (one for one in (subject, like) if one is not None):
         asking = source.asking
+        if asking is None:
+            continue
         template = template_of_asking(asking, tokenizer, name)
         why = "as asked for" if name else f"as {source.name} was trained"
-        return Asked(template, asking.straddles if name is None else None, why)
+        return Asked(template, asking.straddles if name is None else None, why, asking.system)
     if name is not None:
         return Asked(get_template(name, tokenizer), None, "as asked for")
     if tokenizer.chat_template:
