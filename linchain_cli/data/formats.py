@@ -62,7 +62,9 @@ _CONVERSATIONS = (
 )
 
 
-def _formats(layouts: Sequence[Layout], labels: Mapping[str, str]) -> list[Format]:
+def _formats(
+    layouts: Sequence[Layout], labels: Mapping[str, str], columns: Mapping[str, str]
+) -> list[Format]:
     """All that a template with these layouts can be given, in the order in which it is looked for."""
     found: list[Format] = []
     takes_conversations = any(layout.required == ("messages",) for layout in layouts)
@@ -71,9 +73,9 @@ def _formats(layouts: Sequence[Layout], labels: Mapping[str, str]) -> list[Forma
     for layout in layouts:
         if layout.required == ("messages",):
             continue
-        found.append(Format(layout.required, layout.optional, _Texts(layout, labels)))
+        found.append(Format(layout.required, layout.optional, _Texts(layout, labels, columns)))
         if layout.required == ("instruction", "output") and not takes_conversations:
-            found.append(Format(("prompt", "completion"), (), _asked(_Texts(layout, labels))))
+            found.append(Format(("prompt", "completion"), (), _asked(_Texts(layout, labels, columns))))
     return found + list(_CONVERSATIONS[2:] if takes_conversations else ())
 
 
@@ -89,7 +91,8 @@ def _asked(make: Callable[[Cells], Row]) -> Callable[[Cells], Row]:
 class _Texts:
     """Makes a row of texts: numbers as they are written, classes by their names, a `history` as pairs."""
 
-    def __init__(self, layout: Layout, labels: Mapping[str, str]):
+    def __init__(self, layout: Layout, labels: Mapping[str, str], columns: Mapping[str, str]):
+        self._theirs = columns
         self._answer = frozenset(layout.answer) if labels else frozenset()
         self._labels = labels
 
@@ -101,7 +104,8 @@ class _Texts:
             elif type(value) is str and name != "history":
                 row[name] = value
             else:
-                row[name] = _history(value) if name == "history" else _text(name, value)
+                theirs = self._theirs.get(name, name)
+                row[name] = _history(value) if name == "history" else _text(theirs, value)
         return row
 
     def _label(self, column: str, value: Any) -> str:
@@ -110,7 +114,8 @@ class _Texts:
         name = self._labels.get(str(value))
         if name is None:
             known = ", ".join(list(self._labels)[:20])
-            raise RowError(f"'{column}' is {readers.shown(value)}, which data.labels does not name ({known})")
+            theirs = self._theirs.get(column, column)
+            raise RowError(f"'{theirs}' is {readers.shown(value)}, which data.labels does not name ({known})")
         return name
 
 
@@ -176,7 +181,7 @@ class FormattedRows:
             yield raw if isinstance(raw, RowError) else self._made(raw)
 
     def _make_formats(self, labels: Mapping[str, str]) -> None:
-        formats = _formats(self._layouts, labels)
+        formats = _formats(self._layouts, labels, self.source.columns)
         self._stored = [_Stored(form, self.source.columns) for form in formats]
 
     def _check_header(self, header: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ def hold_out(store: EncodedStore, rows: int | str, seed: int) -> tuple[EncodedRo
         return EncodedRows(store), None
     if number >= store.num_groups:
         raise InputError(
-            f"data.validation: {rows} rows cannot be held out of {store.num_groups}. Choose fewer, or 0 "
+            f"data.validation: {number} rows cannot be held out of {store.num_groups}. Choose fewer, or 0 "
             "for no "
             "validation."
         )

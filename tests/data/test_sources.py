@@ -112,7 +112,7 @@ def test_labels_name_the_answers(write, source, cells):
     own = {"prompt": "{text} ->", "response": " {label}"}
     assert next(iter(rows_of(source(path, labels=labels), own)))["label"] == "negative"
     path = write("y.jsonl", json.dumps({"text": "x", "label": 7}))
-    assert "'output' is 7, which data.labels does not name (0, 1)" in errors_of(source(path, **asked))[0]
+    assert "'label' is 7, which data.labels does not name (0, 1)" in errors_of(source(path, **asked))[0]
 
 
 def test_classes_of_a_data_set_are_named(tmp_path, source):
