@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -27,8 +28,14 @@ from linchain_cli.commands import (
     train,
 )
 from linchain_cli.errors import LinchainError
+from linchain_cli.machine import ensure_home
 
 INTERRUPTED = 128 + signal.SIGINT
+# What the system says of a place that the user should name otherwise; a full or broken disk is none.
+WRONG_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    *(errno.ELOOP, errno.ENAMETOOLONG, errno.EBUSY, errno.EXDEV),
+)
 
 app = typer.Typer(
     name="linchain",
@@ -77,6 +84,8 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
     _show_notes()
+    if remark := ensure_home():
+        logging.getLogger("linchain_cli").info(remark)
     arguments, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
     sys.exit(_run(arguments, debug))
 
@@ -114,12 +123,23 @@ def _run(arguments: list[str], debug: bool) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        if debug:
+            traceback.print_exc()
+        if error.filename is None:
+            return _unexpected(error)
+        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        return 2 if error.errno in WRONG_PLACE else 1
     except Exception as error:
         if debug:
             traceback.print_exc()
-        reason = " ".join(str(error).split())
-        print(f"error: unexpected {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
-        return 1
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> int:
+    reason = " ".join(str(error).split())
+    print(f"error: unexpected {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+    return 1
 
 
 def _call(arguments: list[str]) -> int:

@@ -6,12 +6,38 @@ import contextlib
 import ctypes
 import math
 import os
+import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+
+
+def ensure_home() -> str | None:
+    """Gives a process without a home directory a place for caches, or libraries would make one named `~`.
+
+    In containers a user number may have no entry in /etc/passwd, and HOME be unset. What is chosen stays the
+    same for the user and is nobody else's. Returns what to tell the user, None where there is a home.
+    """
+    if os.environ.get("HOME"):
+        return None
+    with contextlib.suppress(RuntimeError):
+        os.environ["HOME"] = str(Path.home())
+        return None
+    user = os.geteuid()
+    place = Path(tempfile.gettempdir()) / f"linchain-{user}"
+    with contextlib.suppress(OSError):
+        place.mkdir(mode=0o700, exist_ok=True)
+    status = place.lstat() if os.path.lexists(place) else None
+    private = status and stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o022
+    os.environ["HOME"] = str(place) if private else tempfile.mkdtemp(prefix=f"linchain-{user}-")
+    return (
+        f"HOME is not set, and user {user} has no home directory: caches go to {os.environ['HOME']}."
+        " Set HOME, or LINCHAIN_CACHE and HF_HOME, to keep them elsewhere."
+    )
 
 
 def cpu_limit() -> int:

@@ -1,20 +1,24 @@
 """Every byte that must survive goes through here: atomic files, staged directories, hashes.
 
 A reader sees either what was there before or all of what replaces it. Files are written to a
-sibling name, fsynced, renamed over the target, and the parent directory is fsynced. The few
-functions that change the disk (`_write`, `_fsync`, `_rename`, `_mkdir`) are module attributes, so
-that tests can make each of them fail in turn.
+sibling name that nobody can guess, fsynced, renamed over the target, and the parent directory is
+fsynced. The few functions that change the disk (`_write`, `_fsync`, `_rename`, `_mkdir`) are module
+attributes, so that tests can make each of them fail in turn.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
+import socket
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
 
 STAGING_PREFIX = ".staging-"
 REPLACED_PREFIX = ".replaced-"
+REMOVED_PREFIX = ".removed-"
+_ABANDONED = 24 * 3600.0  # seconds without a change until another machine's staging counts as left behind
+_NOT_OURS = {"lost+found"}  # what a new file system has in it
 
 
 def expand(path: Path | str) -> Path:
@@ -54,7 +61,7 @@ def _rename(source: Path, target: Path) -> None:
 
 
 def _mkdir(path: Path) -> None:
-    path.mkdir(exist_ok=True)
+    path.mkdir()
 
 
 @contextlib.contextmanager
@@ -94,7 +101,11 @@ def make_directory(path: Path) -> None:
     if path.is_dir():
         return
     make_directory(path.parent)
-    _mkdir(path)
+    try:
+        _mkdir(path)
+    except FileExistsError:
+        if not path.is_dir():  # else another process was first
+            raise
     fsync_directory(path.parent)
 
 
@@ -106,7 +117,11 @@ def append(path: Path, data: bytes) -> None:
 
 def write_durable(path: Path, data: bytes) -> None:
     """Writes and fsyncs a file in place: for files of a directory that is itself staged."""
-    with _naming(path), open(path, "wb") as handle:
+    _write_file(path, data, "wb")
+
+
+def _write_file(path: Path, data: bytes, mode: str) -> None:
+    with _naming(path), open(path, mode) as handle:
         _write(handle, data)
         handle.flush()
         _fsync(handle.fileno())
@@ -115,9 +130,9 @@ def write_durable(path: Path, data: bytes) -> None:
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replaces `path` as one step; the old content stays readable until the new one is complete."""
     path = Path(path)
-    temporary = path.with_name(f"{STAGING_PREFIX}{path.name}-{os.getpid()}")
+    temporary = _beside(path, STAGING_PREFIX)
     try:
-        write_durable(temporary, data.encode() if isinstance(data, str) else data)
+        _write_file(temporary, data.encode() if isinstance(data, str) else data, "xb")
         _rename(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -145,24 +160,115 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
 
 @contextlib.contextmanager
 def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty sibling directory that becomes `target` when the block ends without an error.
+    """Yields an empty directory that becomes `target` when the block ends without an error.
 
     The caller writes the files with `write_durable`, or leaves it to the sweep that fsyncs every
-    file before the rename. On any error the staging directory is removed and `target` is untouched.
-    With `overwrite`, an existing target is moved aside first, and put back if the rename fails.
+    file before the end. On any error the staging directory is removed and `target` is untouched.
+    With `overwrite`, an existing target is moved aside first, and put back if the end fails. A link is
+    followed.
+
+    A target that is an empty directory, or a mount point, stays the directory that it is: it is staged inside
+    and then filled, which readers may see. Else the staging directory lies beside it, and gets its name.
+
+    Raises:
+        FileExistsError: `target` came to be, or was replaced, while the block ran, or exists without
+        `overwrite`.
     """
-    target = Path(target)
-    make_directory(target.parent)
-    staging = target.with_name(f"{STAGING_PREFIX}{target.name}-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
+    target = Path(os.path.realpath(target))
+    before = _identity(target)
+    inside = _is_filled_in_place(target)
+    if not inside:
+        make_directory(target.parent)
+    staging = _beside(target / target.name if inside else target, STAGING_PREFIX)
     _mkdir(staging)
     try:
         yield staging
         _sync_tree(staging)
-        _replace_directory(staging, target, overwrite)
+        if inside:
+            _fill(target, staging, overwrite)
+        else:
+            if _identity(target) != before:
+                raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target))
+            _replace_directory(staging, target, overwrite)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def staging_place(target: Path) -> Path:
+    """The existing directory in which `staged_directory` will write: its disk is the one that counts."""
+    target = Path(os.path.realpath(target))
+    if _is_filled_in_place(target):
+        return target
+    return next(folder for folder in target.parents if folder.is_dir())
+
+
+def check_writable(target: Path) -> None:
+    """Tries whether `staged_directory` can write `target`.
+
+    Raises:
+        InputError: it cannot; the message says where and why.
+    """
+    place = staging_place(target)
+    probe = _beside(place / Path(target).name, STAGING_PREFIX)
+    try:
+        _mkdir(probe)
+        probe.rmdir()
+    except OSError as error:
+        raise InputError(f"{target} cannot be written: {place}: {error.strerror or error}") from error
+
+
+def is_empty(directory: Path) -> bool:
+    """Whether a directory holds nothing that anybody put there."""
+    return not _entries(directory)
+
+
+def _entries(directory: Path) -> list[Path]:
+    """What lies in a directory, but for what is on its way in or out, and what file systems have in them."""
+    passing = (STAGING_PREFIX, REPLACED_PREFIX, REMOVED_PREFIX)
+    return [
+        entry
+        for entry in Path(directory).iterdir()
+        if not entry.name.startswith(passing) and entry.name not in _NOT_OURS
+    ]
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _is_filled_in_place(target: Path) -> bool:
+    return target.is_dir() and (_is_mount_point(target) or is_empty(target))
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Also one of the same file system, such as a directory that is bound into a container."""
+    if os.path.ismount(path):
+        return True
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        escaped = re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", str(path))
+        return any(line.split(" ", 5)[4] == escaped for line in lines)
+    return False
+
+
+def _beside(target: Path, prefix: str) -> Path:
+    """A name beside `target` that tells whose it is, and that nobody can guess."""
+    return target.with_name(f"{prefix}{target.name}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@functools.cache
+def _host() -> str:
+    """Eight digits for where a process number means something: a machine since its start, or a container."""
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return sha256_bytes("\n".join(parts).encode())[:8]
 
 
 def _sync_tree(root: Path) -> None:
@@ -173,7 +279,7 @@ def _sync_tree(root: Path) -> None:
 
 
 def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
-    aside = target.with_name(f"{REPLACED_PREFIX}{target.name}-{os.getpid()}")
+    aside = _beside(target, REPLACED_PREFIX)
     replaces = overwrite and target.exists()
     if replaces:
         _rename(target, aside)
@@ -190,12 +296,48 @@ def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _fill(target: Path, staging: Path, overwrite: bool) -> None:
+    """Moves what is staged inside `target` up into it; what was there goes, or comes back if that fails."""
+    old = _entries(target)
+    if old and not overwrite:
+        raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target))
+    aside = _beside(target / target.name, REPLACED_PREFIX)
+    moved: list[tuple[Path, Path]] = []
+    try:
+        if old:
+            _mkdir(aside)
+        # Small files come last: with them, what reads the directory takes it for complete.
+        new = sorted(staging.iterdir(), key=lambda entry: (entry.is_file(), -entry.stat().st_size))
+        for source, place in [*((each, aside) for each in old), *((each, target) for each in new)]:
+            _rename(source, place / source.name)
+            moved.append((source, place / source.name))
+        fsync_directory(target)
+    except BaseException:
+        for source, place in reversed(moved):
+            _rename(place, source)
+        with contextlib.suppress(OSError):
+            aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+    staging.rmdir()
+
+
 def remove_directory(path: Path) -> None:
-    """Removes a directory so that it is never seen half removed: it is renamed first."""
-    aside = path.with_name(f"{STAGING_PREFIX}old-{path.name}-{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    _rename(path, aside)
-    shutil.rmtree(aside, ignore_errors=True)
+    """Removes a directory so that it is never seen half removed: it is renamed first. A mount point, and what
+    is behind a link, stays as an empty directory.
+    """
+    if path.is_symlink() or _is_mount_point(path):
+        path = Path(os.path.realpath(path))
+        doomed = _entries(path)
+    else:
+        doomed = [path]
+    for entry in doomed:
+        aside = _beside(entry, REMOVED_PREFIX)
+        _rename(entry, aside)
+        if aside.is_dir() and not aside.is_symlink():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.unlink(missing_ok=True)
 
 
 def remove_staging(directory: Path, name: str | None = None, *, spare_living: bool = False) -> None:
@@ -203,31 +345,61 @@ def remove_staging(directory: Path, name: str | None = None, *, spare_living: bo
     had moved aside and not yet replaced is put back. Of everything, or of the target `name` only.
 
     The caller sees to it that no other process writes there now, or asks with `spare_living` to leave alone
-    what belongs to a process that runs on this machine.
+    what belongs to a process that runs on this machine, or may run on another one.
     """
-    of_target = ".+" if name is None else rf"(?:old-)?{re.escape(name)}"
-    pattern = re.compile(rf"({re.escape(STAGING_PREFIX)}|{re.escape(REPLACED_PREFIX)})({of_target})-(\d+)")
-    for leftover in Path(directory).iterdir() if Path(directory).is_dir() else ():
+    directory = Path(directory)
+    if name is not None:
+        directory, name = (real := Path(os.path.realpath(directory / name))).parent, real.name
+        if real.is_dir():
+            _remove_staging(real, real, re.escape(name), spare_living)
+    if directory.is_dir():
+        _remove_staging(directory, None, ".+" if name is None else re.escape(name), spare_living)
+
+
+def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_living: bool) -> None:
+    """`filled` is the target itself where it was staged inside."""
+    ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}|(?P<early>\d+)"
+    prefixes = rf"(?P<prefix>{'|'.join(map(re.escape, (STAGING_PREFIX, REMOVED_PREFIX, REPLACED_PREFIX)))})"
+    pattern = re.compile(rf"{prefixes}(?P<target>{of_target})-(?:{ours})")
+    for leftover in directory.iterdir():
         match = pattern.fullmatch(leftover.name)
-        if not match or (spare_living and _is_alive(int(match[3]))):
+        if not match or (
+            spare_living and _may_live(leftover, match["host"], match["process"] or match["early"])
+        ):
             continue
-        target = leftover.with_name(match[2])
-        if match[1] == REPLACED_PREFIX and not target.exists():
-            _rename(leftover, target)
-        elif leftover.is_dir():
+        if match["prefix"] == REPLACED_PREFIX:
+            target = filled or leftover.with_name(match["target"])
+            if filled:
+                for entry in leftover.iterdir():
+                    if not (target / entry.name).exists():
+                        _rename(entry, target / entry.name)
+            elif not target.exists():
+                _rename(leftover, target)
+                continue
+        if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
             leftover.unlink(missing_ok=True)
 
 
-def _is_alive(process: int) -> bool:
+def _may_live(leftover: Path, host: str | None, process: str) -> bool:
+    if host not in (None, _host()):
+        return time.time() - _last_change(leftover) < _ABANDONED
     try:
-        os.kill(process, 0)
+        os.kill(int(process), 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         pass
     return True
+
+
+def _last_change(path: Path) -> float:
+    times = [0.0]
+    for entry in (path, *path.rglob("*")):
+        with contextlib.suppress(OSError):
+            times.append(entry.lstat().st_mtime)
+    return max(times)
 
 
 def sha256_bytes(data: bytes) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -244,3 +245,15 @@ def test_the_console_script_and_the_module_are_the_same():
         pytest.skip("linchain is not installed in this environment")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
     assert done.stdout == linchain("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("code", "exit_code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)]
+)
+def test_what_the_system_refuses_is_told_with_its_place(monkeypatch, capsys, code, exit_code):
+    def refused():
+        raise OSError(code, os.strerror(code), "/some/place")
+
+    monkeypatch.setattr(recipes, "recipe_purposes", refused)
+    assert run("recipes", "list") == exit_code
+    assert capsys.readouterr().err == f"error: /some/place: {os.strerror(code)}\n"

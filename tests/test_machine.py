@@ -206,3 +206,71 @@ def test_memory_between_blocks_that_live_on_goes_back_to_the_system():
 def test_where_the_c_library_cannot_give_memory_back_nothing_happens(monkeypatch):
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: object())
     machine.release_memory()
+
+
+# A process without a home
+
+
+@pytest.fixture
+def homeless(tmp_path, monkeypatch):
+    """HOME unset, and a user number that nobody knows."""
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(machine.tempfile, "tempdir", str(tmp_path))
+
+    def unknown(*arguments):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(machine.Path, "home", unknown)
+    monkeypatch.setenv("HOME", "")  # put back at the end, whatever is set in between
+    return tmp_path / f"linchain-{os.geteuid()}"
+
+
+def test_a_process_with_a_home_keeps_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert machine.ensure_home() is None and os.environ["HOME"] == str(tmp_path)
+
+
+def test_without_a_home_caches_have_a_private_place_that_stays(homeless):
+    for _ in range(2):
+        os.environ["HOME"] = ""
+        remark = machine.ensure_home()
+        assert remark.startswith("HOME is not set") and str(homeless) in remark
+        assert os.environ["HOME"] == str(homeless) and homeless.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("kind", ["link", "open to all", "file"])
+def test_a_strangers_place_is_not_taken(homeless, kind):
+    if kind == "link":
+        (homeless.parent / "elsewhere").mkdir()
+        homeless.symlink_to(homeless.parent / "elsewhere")
+    elif kind == "file":
+        homeless.touch()
+    else:
+        homeless.mkdir()
+        homeless.chmod(0o777)
+    machine.ensure_home()
+    chosen = Path(os.environ["HOME"])
+    assert chosen != homeless and chosen.is_dir() and chosen.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody without a home")
+def test_a_user_number_without_a_home_has_all_commands(tmp_path):
+    tmp_path.chmod(0o777)
+    code = (
+        "import os, sys; os.setgid(54321); os.setuid(54321); from linchain_cli.cli import main;"
+        "main(['recipes', 'list'])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in ("HOME", "HF_HOME")}
+    environment |= {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"caches go to {tmp_path}/linchain-54321" in done.stderr
+    assert not (tmp_path / "~").exists()

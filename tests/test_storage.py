@@ -9,11 +9,13 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from linchain_cli import storage
+from linchain_cli.errors import InputError
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -128,7 +130,7 @@ def test_what_a_killed_process_had_moved_aside_is_put_back(tmp_path):
         (tmp_path / f".replaced-{name}-1").mkdir()
         (tmp_path / f".replaced-{name}-1" / "old").touch()
     (tmp_path / "there").mkdir()
-    (tmp_path / ".staging-old-gone-1").mkdir()
+    (tmp_path / ".removed-gone-1").mkdir()
     storage.remove_staging(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["lost", "there"]
     assert os.listdir(tmp_path / "lost") == ["old"] and os.listdir(tmp_path / "there") == []
@@ -152,6 +154,192 @@ with storage.staged_directory(Path(sys.argv[1]), overwrite=True) as staging:
     assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]
 
 
+def test_an_empty_target_is_filled_in_place(tmp_path):
+    """It may be a mount point, which cannot be renamed, or stand where nothing else can be made."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "lost+found").mkdir()
+    before = target.stat().st_ino
+    with storage.staged_directory(target) as staging:
+        assert staging.parent == target == storage.staging_place(target)
+        (staging / "big").write_text("x" * 100)
+        (staging / "inner").mkdir()
+        (staging / "small").touch()
+    assert sorted(os.listdir(target)) == ["big", "inner", "lost+found", "small"]
+    assert target.stat().st_ino == before and os.listdir(tmp_path) == ["target"]
+
+
+def test_a_mount_point_is_never_renamed(tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "old").write_text("old")
+    monkeypatch.setattr(storage, "_is_mount_point", lambda path: path == target)
+    before, rename = target.stat().st_ino, storage._rename
+
+    def busy(source, place):
+        if target in (source, place):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        rename(source, place)
+
+    monkeypatch.setattr(storage, "_rename", busy)
+    with storage.staged_directory(target, overwrite=True) as staging:
+        (staging / "new").touch()
+    assert os.listdir(target) == ["new"] and target.stat().st_ino == before
+    with pytest.raises(FileExistsError), storage.staged_directory(target) as staging:
+        (staging / "newer").touch()
+    assert os.listdir(target) == ["new"]
+    storage.remove_directory(target)
+    assert os.listdir(target) == [] and os.listdir(tmp_path) == ["target"]
+
+
+def test_mount_points_are_known():
+    points = [line.split()[4] for line in open("/proc/self/mountinfo")] if os.path.exists("/proc") else []
+    assert all(storage._is_mount_point(storage.Path(point)) for point in points if "\\" not in point)
+    assert not storage._is_mount_point(storage.Path(__file__).parent)
+
+
+@pytest.mark.parametrize("mounted", [False, True])
+def test_every_step_of_filling_in_place_may_fail(tmp_path, monkeypatch, mounted):
+    target = tmp_path / "target"
+    monkeypatch.setattr(storage, "_is_mount_point", lambda path: mounted and path == target)
+    was = {"old", "older"} if mounted else set()
+    for function in ("_mkdir", "_rename", "_fsync"):
+        original = getattr(storage, function)
+        for failing in range(1, 30):
+            storage.shutil.rmtree(target, ignore_errors=True)
+            target.mkdir()
+            for name in was:
+                (target / name).touch()
+            calls = 0
+
+            def step(*arguments, original=original, failing=failing):
+                nonlocal calls
+                calls += 1
+                if calls == failing:
+                    raise OSError(errno.EIO, "it broke")
+                return original(*arguments)
+
+            monkeypatch.setattr(storage, function, step)
+            try:
+                with storage.staged_directory(target, overwrite=True) as staging:
+                    for name in ("new", "newer"):
+                        (staging / name).touch()
+            except OSError:
+                assert set(os.listdir(target)) == was, (function, failing)
+            else:
+                assert set(os.listdir(target)) == {"new", "newer"}
+            monkeypatch.setattr(storage, function, original)
+            if calls < failing:
+                break
+        else:
+            pytest.fail("the steps have no end")
+
+
+def test_a_filling_that_was_killed_is_undone(tmp_path):
+    target = tmp_path / "target"
+    aside = target / ".replaced-target-0123abcd-1-0123abcd"
+    aside.mkdir(parents=True)
+    (target / ".staging-target-0123abcd-1-0123abcd").mkdir()
+    (aside / "old").touch()
+    assert storage.is_empty(target)
+    storage.remove_staging(tmp_path, "target")
+    assert os.listdir(target) == ["old"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_to_be_meanwhile_is_left(tmp_path, overwrite):
+    """Two that write one target at once: who is done second must not take the place of the first."""
+    target = tmp_path / "target"
+    with (
+        pytest.raises(FileExistsError, match="another process has written it meanwhile"),
+        storage.staged_directory(target, overwrite) as second,
+    ):
+        (second / "second").touch()
+        with storage.staged_directory(target, overwrite) as first:
+            (first / "first").touch()
+    assert os.listdir(target) == ["first"] and os.listdir(tmp_path) == ["target"]
+    with (
+        pytest.raises(FileExistsError),
+        storage.staged_directory(target, overwrite=True) as second,
+    ):
+        with storage.staged_directory(target, overwrite=True) as first:
+            (first / "third").touch()
+    assert os.listdir(target) == ["third"] and os.listdir(tmp_path) == ["target"]
+
+
+def test_two_fillings_of_one_directory_do_not_mix(tmp_path):
+    target = tmp_path / "target"
+    target.mkdir()
+    with pytest.raises(FileExistsError), storage.staged_directory(target, overwrite=False) as second:
+        (second / "second").touch()
+        with storage.staged_directory(target) as first:
+            (first / "first").touch()
+    assert os.listdir(target) == ["first"]
+
+
+def test_a_link_is_followed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "target")
+    for name in ("one", "two"):
+        with storage.staged_directory(tmp_path / "link", overwrite=True) as staging:
+            (staging / name).touch()
+        assert os.listdir(tmp_path / "deep" / "target") == [name]
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "deep") == ["target"]
+    storage.remove_directory(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and os.listdir(tmp_path / "deep" / "target") == []
+
+
+def test_names_on_the_way_cannot_be_guessed(tmp_path, monkeypatch):
+    """Somebody who may write there could have laid a link of that name."""
+    names = set()
+    for _ in range(3):
+        with pytest.raises(KeyError), storage.staged_directory(tmp_path / "target") as staging:
+            names.add(staging.name)
+            raise KeyError
+    assert len(names) == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(storage.secrets, "token_hex", lambda size: "0" * 2 * size)
+    for target, victim in (("directory", "mine"), ("x", "file")):
+        name = storage._beside(tmp_path / target, storage.STAGING_PREFIX)
+        name.symlink_to(tmp_path / victim)
+    with pytest.raises(FileExistsError), storage.staged_directory(tmp_path / "directory") as staging:
+        (staging / "stranger").touch()
+    with pytest.raises(FileExistsError):
+        storage.write_atomic(tmp_path / "x", "stranger")
+    assert os.listdir(tmp_path / "mine") == [] and (tmp_path / "file").read_text() == "mine"
+
+
+def test_another_machines_staging_is_left_for_a_day(tmp_path):
+    theirs = tmp_path / ".staging-a-0123abcd-1-0123abcd"
+    theirs.mkdir()
+    (theirs / "file").touch()
+    storage.remove_staging(tmp_path, "a", spare_living=True)
+    assert theirs.is_dir()
+    yesterday = time.time() - 25 * 3600
+    os.utime(theirs, (yesterday, yesterday))
+    storage.remove_staging(tmp_path, "a", spare_living=True)
+    assert theirs.is_dir(), "a file in it is new"
+    os.utime(theirs / "file", (yesterday, yesterday))
+    storage.remove_staging(tmp_path, "a", spare_living=True)
+    assert not theirs.exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before(tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    storage.check_writable(tmp_path / "new" / "deep")
+    storage.check_writable(tmp_path / "full")
+    assert os.listdir(tmp_path) == ["full"], "nothing is left of the trial"
+
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(storage, "_mkdir", read_only)
+    for target in (tmp_path / "new" / "deep", tmp_path / "full"):
+        with pytest.raises(InputError, match=f"cannot be written: {tmp_path}: Read-only file system"):
+            storage.check_writable(target)
+
+
 def test_a_removed_directory_is_never_seen_in_part(tmp_path, monkeypatch):
     path = tmp_path / "step-000001"
     path.mkdir()
@@ -160,7 +348,7 @@ def test_a_removed_directory_is_never_seen_in_part(tmp_path, monkeypatch):
     monkeypatch.setattr(storage.shutil, "rmtree", lambda *args, **options: None)  # killed before it
     storage.remove_directory(path)
     assert not path.exists()
-    assert all(name.startswith(storage.STAGING_PREFIX) for name in os.listdir(tmp_path))
+    assert all(name.startswith(storage.REMOVED_PREFIX) for name in os.listdir(tmp_path))
 
 
 def test_file_systems_that_cannot_sync_directories_are_lived_with(tmp_path, monkeypatch):

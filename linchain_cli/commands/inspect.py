@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,11 @@ def run(
     config = subject.adapter.config
     _show(layers, config.rank, config.depth)
     target = Path(f"{subject.opened.place('inspect')}.json")
-    storage.write_json(target, _as_json(subject, layers))
+    try:
+        storage.write_json(target, _as_json(subject, layers))
+    except OSError as error:  # of a run that can only be read, what there is to see has been shown
+        print(f"{target} cannot be written: {error.strerror or error}", file=sys.stderr)
+        return
     print(f"written: {target}")
     heat_map = layer_map_plot(layers, lambda layer: layer.entropy_rank, "entropy rank of ΔW")
     if heat_map is not None:

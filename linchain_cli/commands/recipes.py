@@ -34,7 +34,7 @@ def copy(
     if name not in shipped:
         known = f" There are: {', '.join(shipped)}."
         raise InputError(f"no shipped recipe is named '{name}'.{did_you_mean(name, shipped) or known}")
-    target = out or Path(f"{name}.yaml")
+    target = storage.expand(out) if out else Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
     if os.path.lexists(target):
@@ -43,7 +43,12 @@ def copy(
         )
     if not target.parent.is_dir():
         raise InputError(f"{target.parent} is not a directory.")
-    storage.write_atomic(target, shipped[name].read_bytes())
+    try:
+        storage.write_atomic(target, shipped[name].read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{target} cannot be written: {error.strerror or error}. Name another place with --out."
+        ) from error
     print(f"{target} written. Train with: linchain train {target}")
 
 

@@ -68,7 +68,7 @@ class Definition:
             "recipe": self.base.model_dump(mode="json"),
             "arms": arms,
         }
-        directory.path.mkdir(parents=True, exist_ok=True)
+        storage.make_directory(directory.path.resolve())
         storage.write_json(directory.definition_path, content)
 
 

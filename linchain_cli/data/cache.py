@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source
 from linchain_cli.data.store import FORMAT_VERSION, EncodedStore, StoreWriter
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.locks import locked
 from linchain_cli.storage import staged_directory
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def open_or_encode(
         return found
     with _cache_problems(cache_dir):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(cache_dir / f".{target.name}.lock"):
+        with locked(target, wait=None, needed=False):
             found = _open(target, sources)  # unless another process was first
             if not found:
                 shutil.rmtree(target, ignore_errors=True)  # what does not open is damaged
@@ -74,15 +74,6 @@ def _open(directory: Path, sources: Sources) -> tuple[EncodedStore, DataReport] 
     report.cached = True
     report.move([(source.name, source.location) for source, _ in sources])
     return store, report
-
-
-@contextlib.contextmanager
-def _one_at_a_time(lock: Path) -> Iterator[None]:
-    """Waits for a process that encodes the same rows. Where files cannot be locked, both do, to one end."""
-    with open(lock, "w") as handle:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 @contextlib.contextmanager

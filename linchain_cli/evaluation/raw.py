@@ -147,19 +147,48 @@ class RawSource:
         return " ".join(filter(None, [self.path, self.name, f"({self.split})"]))
 
 
-# PIQA and Social IQa are script data sets, which current `datasets` reads only as converted parquet.
-PARQUET = "refs/convert/parquet"
+ARC = "210d026faf9955653af8916fad021475a3f00453"
+# Each at a commit, so that the same rows are asked whenever. PIQA and Social IQa are script data sets, which
+# current `datasets` reads only as converted parquet: their commits are of refs/convert/parquet.
 RAW_SOURCES: dict[str, RawSource] = {
-    "boolq": RawSource("google/boolq", boolq),
-    "piqa": RawSource("ybisk/piqa", piqa, revision=PARQUET),
-    "social_i_qa": RawSource("allenai/social_i_qa", social_i_qa, revision=PARQUET),
-    "hellaswag": RawSource("Rowan/hellaswag", hellaswag),
-    "winogrande": RawSource("allenai/winogrande", winogrande, name="winogrande_xl"),
-    "ARC-Easy": RawSource("allenai/ai2_arc", arc, name="ARC-Easy", split="test"),
-    "ARC-Challenge": RawSource("allenai/ai2_arc", arc, name="ARC-Challenge", split="test"),
-    "openbookqa": RawSource("allenai/openbookqa", openbookqa, name="main", split="test"),
-    "gsm8k": RawSource("openai/gsm8k", gsm8k, name="main", split="test"),
-    "SVAMP": RawSource("ChilleD/SVAMP", svamp, split="train+test"),
-    "AQuA": RawSource("deepmind/aqua_rat", aqua, name="raw", split="test"),
-    "MultiArith": RawSource("ChilleD/MultiArith", multi_arith, split="train+test"),
+    "boolq": RawSource("google/boolq", boolq, revision="35b264d03638db9f4ce671b711558bf7ff0f80d5"),
+    "piqa": RawSource("ybisk/piqa", piqa, revision="142c51238b3ca2bc61e9a075913871b8b600e8e1"),
+    "social_i_qa": RawSource(
+        "allenai/social_i_qa", social_i_qa, revision="537a2ec8ec565adc0b70b70752893e59e024df26"
+    ),
+    "hellaswag": RawSource("Rowan/hellaswag", hellaswag, revision="218ec52e09a7e7462a5400043bb9a69a41d06b76"),
+    "winogrande": RawSource(
+        "allenai/winogrande",
+        winogrande,
+        name="winogrande_xl",
+        revision="01e74176c63542e6b0bcb004dcdea22d94fb67b5",
+    ),
+    "ARC-Easy": RawSource("allenai/ai2_arc", arc, name="ARC-Easy", split="test", revision=ARC),
+    "ARC-Challenge": RawSource("allenai/ai2_arc", arc, name="ARC-Challenge", split="test", revision=ARC),
+    "openbookqa": RawSource(
+        "allenai/openbookqa",
+        openbookqa,
+        name="main",
+        split="test",
+        revision="388097ea7776314e93a529163e0fea805b8a6454",
+    ),
+    "gsm8k": RawSource(
+        "openai/gsm8k", gsm8k, name="main", split="test", revision="740312add88f781978c0658806c59bc2815b9866"
+    ),
+    "SVAMP": RawSource(
+        "ChilleD/SVAMP", svamp, split="train+test", revision="5e0bf1e5e7c0e9c4bc39180d224f41f3f801b7ef"
+    ),
+    "AQuA": RawSource(
+        "deepmind/aqua_rat",
+        aqua,
+        name="raw",
+        split="test",
+        revision="33301c6a050c96af81f63cad5562cb5363e88971",
+    ),
+    "MultiArith": RawSource(
+        "ChilleD/MultiArith",
+        multi_arith,
+        split="train+test",
+        revision="144d44c3fb87c0b9097ac9593c789e716a282e3e",
+    ),
 }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
 import re
 import shutil
 import signal
@@ -76,7 +75,7 @@ def check_output(
         if target == keep or target in keep.parents:
             raise InputError(f"{out} cannot be the output: it holds {name}. Choose another --out.")
     _check_writable(out, target)
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and not storage.is_empty(target):
         if kind is None or not overwrite:
             use = " Use --overwrite to replace it, or choose" if kind else " Choose"
             raise InputError(f"{out} exists and is left as it is.{use} another --out.")
@@ -85,16 +84,15 @@ def check_output(
 
 
 def _check_writable(out: Path, target: Path) -> None:
-    """Raises InputError where the system will not let us write there; it is asked, nothing is written."""
+    """Raises InputError where nothing can be written there."""
     place = next(folder for folder in (target, *target.parents) if folder.exists())
     if not place.is_dir():
         what = "exists and is a file" if place == target else f"cannot be made: {place} is a file"
         raise InputError(f"{out} {what}. Choose another --out.")
-    # What exists is replaced by renaming, which its parent has to allow, or filled, if it is empty.
-    folders = [place] if place != target else [target, target.parent]
-    if any(os.access(folder, os.W_OK | os.X_OK) for folder in folders):
-        return
-    raise InputError(f"{out} cannot be written: {folders[0]} is not writable. Choose another --out.")
+    try:
+        storage.check_writable(target)
+    except InputError as error:
+        raise InputError(f"{error}. Choose another --out.") from error
 
 
 def check_factors(adapter: Adapter) -> None:
@@ -108,8 +106,7 @@ def check_factors(adapter: Adapter) -> None:
 def check_disk(target: Path, needed: int) -> None:
     """Raises LinchainError where the file system of `target` has less than `needed` bytes (and a margin)
     free."""
-    place = next(folder for folder in (target, *target.parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(storage.staging_place(target)).free
     if free < needed + _DISK_MARGIN:
         raise LinchainError(
             f"{target} needs {_gigabytes(needed + _DISK_MARGIN)}, but only {_gigabytes(free)} are free there."
@@ -141,7 +138,7 @@ def staged_output(
             storage.staged_directory(target, overwrite=overwrite) as staging,
         ):
             yield staging
-            if target.is_dir() and any(target.iterdir()):
+            if target.is_dir() and not storage.is_empty(target):
                 if not overwrite or kind is None:
                     raise InputError(taken)
                 check_replaceable(target, kind)

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.locks import locked
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
-from linchain_cli.storage import expand, sha256_file, staged_directory
+from linchain_cli.storage import expand, make_directory, sha256_file, staged_directory
 
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,11 @@ def converted_gguf(path: Path) -> Path:
     _check_gguf(path)
     target = cache_root() / "gguf" / f"{path.stem}-{sha256_file(path)[:16]}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(target):
-            if not target.is_dir():
-                convert_gguf(path, target)
+        with _cache_problems(target):
+            make_directory(target.parent)
+            with locked(target, wait=None, needed=False):
+                if not target.is_dir():
+                    convert_gguf(path, target)
     with contextlib.suppress(OSError):  # an earlier version wrote transformers 5's names alone
         make_portable(target)
     return target
@@ -58,13 +60,13 @@ def convert_gguf(path: Path, target: Path) -> None:
     _check_gguf(path)
     logger.info("Converting %s to a float32 checkpoint, once: %s", path.name, target)
     started = time.monotonic()
-    try:
-        with staged_directory(target) as staging, quiet(), contextlib.redirect_stderr(io.StringIO()):
-            _write_checkpoint(path, staging)
-    except OSError as error:
-        raise LinchainError(
-            f"The converted model cannot be written to {target}: {error.strerror or error}."
-        ) from error
+    with (
+        _cache_problems(target),
+        staged_directory(target) as staging,
+        quiet(),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        _write_checkpoint(path, staging)
     logger.info("Converted in %.0f s.", time.monotonic() - started)
 
 
@@ -132,10 +134,11 @@ def _check_gguf(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _one_at_a_time(target: Path) -> Iterator[None]:
-    """Holds a lock beside `target`, so that processes started together convert a file once."""
-    import fcntl
-
-    with open(target.with_name(f".{target.name}.lock"), "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+def _cache_problems(target: Path) -> Iterator[None]:
+    try:
         yield
+    except OSError as error:
+        raise LinchainError(
+            f"The converted model cannot be written to {target}: {error.strerror or error}. Set"
+            " LINCHAIN_CACHE to a directory that can be written and has room."
+        ) from error

@@ -6,14 +6,13 @@ recipe.yaml  run.json  metrics.jsonl  rows.jsonl  loss.png  checkpoints/  adapte
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linchain_cli import storage
-from linchain_cli.errors import InputError, InUse
+from linchain_cli import locks, storage
+from linchain_cli.errors import InputError
+from linchain_cli.locks import in_use, in_use_message
 from linchain_cli.records import read_record, record_bytes, update_record
 from linchain_cli.run.status import RunStatus, now
 
@@ -59,7 +58,7 @@ class RunDirectory:
         if self.exists():
             if not replace:
                 raise InputError(self._exists_message())
-        elif not self.path.is_dir() or any(self.path.iterdir()):
+        elif not self.path.is_dir() or not storage.is_empty(self.path):
             raise InputError(
                 f"{self.path} exists and is not a run directory; it is left alone."
                 " Choose another name or output_dir in the recipe."
@@ -86,7 +85,7 @@ class RunDirectory:
         if status.finished:
             return f"{self.path} holds a finished run. Use --fresh to replace it, or another name (name=NEW)."
         if status.status == "running" and in_use(self.path):
-            return _in_use_message(self.path)
+            return in_use_message(self.path)
         return (
             f"{self.path} holds a run that {status.ended}. Use --resume to continue it or --fresh to start"
             " over."
@@ -126,50 +125,22 @@ class ComparisonDirectory:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: float = 0.0) -> Iterator[None]:
-    """Keeps every other linchain process out of the directory `path`, by a lock file beside it.
+    """`locks.locked` for a directory of runs, which is made first where it is missing.
 
     Raises:
         InUse: another process holds it, and still does after `wait` seconds.
         InputError: nothing can be written there.
     """
-    try:
-        storage.make_directory(path.parent)
-        lock = open(_lock_path(path), "a")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
-        raise InputError(
-            f"{path.parent} cannot be written to ({error.strerror}); choose another output_dir"
-        ) from error
-    with lock as handle:
-        give_up = time.monotonic() + wait
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= give_up:
-                    raise InUse(_in_use_message(path)) from None
-                time.sleep(0.05)
+    place = locks.lock_path(path).parent
+    with contextlib.ExitStack() as held:
+        try:
+            storage.make_directory(place)
+            held.enter_context(locks.locked(path, wait))
+        except OSError as error:
+            raise InputError(
+                f"{place} cannot be written to ({error.strerror or error}); choose another output_dir"
+            ) from error
         yield
-
-
-def in_use(path: Path) -> bool:
-    """Whether a process holds the lock of `path` now."""
-    try:
-        with open(_lock_path(path)) as handle:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
-
-
-def _lock_path(path: Path) -> Path:
-    return path.parent / f".{path.name}.lock"
-
-
-def _in_use_message(path: Path) -> str:
-    return f"{path} is in use by another linchain process; wait for it or stop it"
 
 
 def is_run(path: Path | str) -> bool:

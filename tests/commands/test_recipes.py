@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from linchain_cli import storage
 from linchain_cli.cli import main
 from linchain_cli.recipe import load_recipe, shipped_recipes
 from linchain_cli.shipped import recipe_purposes
@@ -73,3 +75,14 @@ def test_copy_of_an_unknown_name_lists_them(capsys):
 def test_schema_is_json(capsys):
     assert recipes("schema") == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
+
+
+def test_a_place_that_cannot_be_written_is_named(monkeypatch, capsys):
+    def read_only(path, data):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(storage, "write_atomic", read_only)
+    assert recipes("copy", "figure2") == 2
+    assert "figure2.yaml cannot be written: Read-only file system" in capsys.readouterr().err
+    assert recipes("copy", "figure2", "--out", "~nobody-knows/x.yaml") == 2
+    assert "home directory is not known" in capsys.readouterr().err

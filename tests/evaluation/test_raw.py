@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from linchain_cli.evaluation import raw
@@ -159,3 +161,7 @@ def test_a_row_says_itself_how_many_options_it_has():
         "answer3",
     )
     assert row_options("Q?") == ()
+
+
+def test_every_source_is_read_at_a_commit():
+    assert all(re.fullmatch(r"[0-9a-f]{40}", source.revision) for source in raw.RAW_SOURCES.values())

@@ -8,6 +8,7 @@ import pytest
 
 from linchain_cli.data import hub
 from linchain_cli.errors import InputError
+from linchain_cli.evaluation.raw import RAW_SOURCES
 from linchain_cli.evaluation.tasks import GROUPS, SPECS, expand_tasks, load_task, load_tasks, task_names
 
 
@@ -171,7 +172,7 @@ def test_without_local_files_rows_are_built_from_the_hub(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub, "load_hub_dataset", load)
     task = load_task("piqa", tmp_path)
-    assert asked == [("ybisk/piqa", "validation", "refs/convert/parquet")]
+    assert asked == [("ybisk/piqa", "validation", RAW_SOURCES["piqa"].revision)]
     assert [row.answer for row in task.rows] == ["solution1", "solution2"]
     assert task.source == "ybisk/piqa (validation)"
 

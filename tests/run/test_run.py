@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import os
 import subprocess
 import sys
 import time
@@ -84,7 +85,9 @@ def test_a_run_that_is_going_on_is_said_to_be(tmp_path):
     run.create("name: a\n")
     with (
         run.lock(),
-        pytest.raises(InputError, match="in use by another linchain process; wait for it or stop it"),
+        pytest.raises(
+            InputError, match=r"in use by another linchain process \(\d+ on .*\); wait for it or stop it"
+        ),
     ):
         run.check_free()
 
@@ -107,8 +110,8 @@ def test_files_that_are_no_run_are_never_touched(tmp_path):
 
 
 def test_what_killed_starts_left_beside_a_run_goes_and_other_runs_stay(tmp_path):
-    leftovers = [".staging-a-123", ".staging-old-a-77"]
-    others = [".staging-a-1-123", ".staging-b-5", ".staging-a", "a-1"]
+    leftovers = [".staging-a-123", ".removed-a-0123abcd-77-0123abcd", ".staging-a-0123abcd-77-0123abcd"]
+    others = [".staging-a-1-123", ".staging-a-b-0123abcd-77-0123abcd", ".staging-b-5", ".staging-a", "a-1"]
     for name in leftovers + others:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
@@ -149,6 +152,22 @@ def test_the_lock_outlives_a_replaced_directory(tmp_path):
         run.create("name: a\n", replace=True)
         with open(tmp_path / ".a.lock") as handle, pytest.raises(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_run_behind_a_link_stays_there(tmp_path):
+    """The link leads to a bigger disk: a first run goes there, and --fresh replaces what is there."""
+    big, runs = tmp_path / "big", tmp_path / "runs"
+    runs.mkdir()
+    (runs / "a").symlink_to(big / "a")
+    for text in ("first", "second"):
+        run = RunDirectory(runs / "a")
+        with run.lock():
+            run.create(f"name: {text}\n", replace=True)
+        assert (big / "a" / "recipe.yaml").read_text() == f"name: {text}\n"
+        assert (runs / "a").is_symlink() and os.listdir(runs) == ["a"]
+        assert sorted(os.listdir(big)) == [".a.lock", "a"]
+    with run.lock():
+        assert in_use(big / "a"), "by whatever name"
 
 
 def test_an_output_directory_that_cannot_be_written_is_named(tmp_path):
