@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import Recipe, load_recipe
+from linchain_cli.recipe import Recipe, load_recipe, within
 from linchain_cli.storage import sha256_bytes
 
 DEPTH, INIT, RATE = "adapter.depth", "adapter.init", "training.learning_rate"
@@ -141,26 +141,11 @@ def _refuse_unlike(recipe: Recipe, base: Recipe) -> None:
     for key in differences(recipe, base):
         if key == "seed":
             raise InputError("seed: vary seeds with --seeds 1,2,3, so that arms are paired by seed")
-        if _within(key, HELD):
+        if within(key, HELD):
             raise InputError(
                 f"{key} cannot be varied: arms see the same rows in the same order, for as long, and are"
                 " measured alike. Compare such runs by hand, or make two comparisons."
             )
-
-
-def _within(key: str, names: Iterable[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in names)
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings by dotted key."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
@@ -168,8 +153,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
 
     Keys that touch no loss are left out, and those that cannot matter to this recipe are None.
     """
-    values = flat(recipe.model_dump(mode="json"))
-    found = {key: value for key, value in values.items() if not _within(key, FREE)}
+    found = {key: value for key, value in recipe.flat().items() if not within(key, FREE)}
     if recipe.adapter.depth == 0:
         found[INIT] = found[LINKS_RATE] = None
     if recipe.adapter.init_from is not None:
@@ -184,13 +168,13 @@ def identity(recipe: Recipe) -> str:
 
 def differences(one: Recipe, other: Recipe) -> list[str]:
     """The dotted keys in which two recipes differ."""
-    first, second = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+    first, second = one.flat(), other.flat()
     return [key for key in {**first, **second} if first.get(key) != second.get(key)]
 
 
 def refuse_other_base(base: Recipe, saved: Recipe, place: Path) -> None:
     """Raises InputError when a comparison that exists was made from another recipe than the one given now."""
-    keys = [key for key in differences(base, saved) if not _within(key, FREE)]
+    keys = [key for key in differences(base, saved) if not within(key, FREE)]
     if keys:
         raise InputError(
             f"{place} holds a comparison of another recipe; it differs in {', '.join(keys)}. Give this one"

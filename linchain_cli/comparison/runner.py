@@ -35,7 +35,7 @@ from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
-from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked
+from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.progress import note
@@ -234,7 +234,8 @@ class _Runner:
         section = recipe.model.model_dump()
         if self._base is None or section != self._base_section:
             self._base = None  # the old one must go before the new one comes
-            self._base = load_base(recipe, self.accelerator)
+            known = [RunDirectory(path) for path in runs_below(self.directory.arms_dir)]
+            self._base = load_base(recipe, self.accelerator, known[0] if known else None)
             self._base_section = section
             self._check(self._base)
         return self._base

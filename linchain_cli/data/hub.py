@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.model.hub import DATA_SET, hub_problems, unknown_on_hub
 
 if TYPE_CHECKING:
     import datasets
-
-_LOCAL_FILE = "or give the path of files on this machine"
 
 
 @functools.lru_cache(maxsize=4)
@@ -102,41 +101,16 @@ def _retries_told_once() -> Iterator[None]:
 def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]:
     """Turns what datasets and huggingface_hub raise into an InputError that says what to do."""
     import datasets
-    from huggingface_hub import errors
 
     try:
-        yield
+        with hub_problems(DATA_SET, name, revision):
+            yield
+    except InputError:
+        raise
     except Exception as error:
-        chain = list(_causes(error))
-        text = _first_line(error)
-
-        def caused_by(*kinds: type[BaseException]) -> bool:
-            return any(isinstance(cause, kinds) for cause in chain)
-
-        if caused_by(errors.GatedRepoError) or "gated dataset" in text:
-            raise InputError(
-                f"The data set '{name}' is gated. Accept its terms at "
-                f"https://huggingface.co/datasets/{name}, then log in with 'hf auth login' or set HF_TOKEN "
-                f"to a token of that account, {_LOCAL_FILE}."
-            ) from error
-        if caused_by(errors.RevisionNotFoundError):
-            raise InputError(
-                f"The data set '{name}' has no revision '{revision}'. Check data.revision."
-            ) from error
-        if caused_by(errors.RepositoryNotFoundError, errors.HFValidationError):
-            raise InputError(_unknown(name)) from error
-        if caused_by(errors.HfHubHTTPError):
-            raise InputError(
-                f"The hub refused the data set '{name}' ({text}). Try again later, {_LOCAL_FILE}."
-            ) from error
-        if caused_by(ConnectionError, TimeoutError, errors.HTTPError, errors.LocalEntryNotFoundError):
-            raise InputError(
-                f"The data set '{name}' is not on this machine, and the hub cannot be reached: check the "
-                "network or the proxy, unset HF_HUB_OFFLINE and HF_DATASETS_OFFLINE if they are set, "
-                f"{_LOCAL_FILE}."
-            ) from error
+        text, otherwise = _first_line(error), DATA_SET.otherwise
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
-            raise InputError(_unknown(name)) from error
+            raise InputError(unknown_on_hub(DATA_SET, name)) from error
         if isinstance(error, ValueError) and text.startswith("Unknown split"):
             known = text.partition("Should be one of ")[2].strip(" .")
             hint = did_you_mean(split, known.strip("[]").replace("'", "").split(", "))
@@ -151,23 +125,9 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
         if isinstance(error, RuntimeError) and "scripts are no longer supported" in text:
             raise InputError(
                 f"The data set '{name}' is made by a script, which is not run. Try data.revision: "
-                f"refs/convert/parquet, {_LOCAL_FILE}."
+                f"refs/convert/parquet, {otherwise}."
             ) from error
         raise InputError(f"The data set '{name}' cannot be loaded: {type(error).__name__}: {text}") from error
-
-
-def _unknown(name: str) -> str:
-    return (
-        f"The hub has no data set '{name}' that you may see. Check the spelling; if it is private, log in "
-        f"with 'hf auth login' or set HF_TOKEN; {_LOCAL_FILE}."
-    )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and what it was raised from."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,17 +6,17 @@ the path and says how to get the model.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, Protocol
 
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.gguf import converted_gguf
+from linchain_cli.model.hub import MODEL, cached_ids, hub_problems
 from linchain_cli.storage import expand
 
 logger = logging.getLogger(__name__)
@@ -254,7 +254,7 @@ def _hub_directory(repo: str, revision: str | None, weights: bool) -> Path:
     """Downloads what a model needs, small files first: an unusable model is refused before its weights."""
     from huggingface_hub import snapshot_download
 
-    with _hub_problems(repo, revision):
+    with hub_problems(MODEL, repo, revision):
         commit = _resolve_commit(repo, revision)
 
         def fetch(patterns: list[str]) -> Path:
@@ -299,70 +299,6 @@ def _resolve_commit(repo: str, revision: str | None) -> str | None:
             return None
         raise
     except (HTTPError, ConnectionError, TimeoutError):
-        if _cached_ids(repo):
+        if cached_ids(MODEL, repo):
             logger.warning("The Hugging Face hub cannot be reached; using the earlier download of %s.", repo)
         return None
-
-
-@contextlib.contextmanager
-def _hub_problems(repo: str, revision: str | None) -> Iterator[None]:
-    """Turns what huggingface_hub raises into an InputError with the way out."""
-    from huggingface_hub import constants, errors
-
-    local = f"or give the path of a checkpoint directory (no directory '{repo}' exists here)"
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"'{repo}' is gated. Accept its licence at {constants.ENDPOINT}/{repo}, then log in with "
-            "'hf auth login' or set HF_TOKEN to a token of that account."
-        ) from error
-    except errors.DisabledRepoError as error:
-        raise InputError(
-            f"The hub has disabled access to '{repo}'. Choose another model, {local}."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(
-            f"'{repo}' has no revision '{revision}' on the hub. Check model.revision."
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"The hub has no model '{repo}' that you may see. Check the spelling; if it is private, log in "
-            f"with 'hf auth login' or set HF_TOKEN; {local}.{did_you_mean(repo, _cached_ids())}"
-        ) from error
-    except errors.HFValidationError as error:
-        raise InputError(
-            f"'{repo}' is neither a directory here nor a valid hub id (organisation/name)."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "no status"
-        login = (
-            " Log in with 'hf auth login' or set HF_TOKEN." if status in (401, 403) else " Try again later."
-        )
-        raise InputError(f"The hub refused '{repo}' (HTTP {status}).{login}") from error
-    except (
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-        errors.HTTPError,
-        ConnectionError,
-        TimeoutError,
-    ) as error:
-        why = (
-            "HF_HUB_OFFLINE is set; unset it to download"
-            if constants.HF_HUB_OFFLINE
-            else f"{constants.ENDPOINT} cannot be reached; check the network or the proxy"
-        )
-        state = "only in part" if _cached_ids(repo) else "not"
-        raise InputError(
-            f"The model '{repo}' is {state} on this machine, and {why}, {local}."
-            + did_you_mean(repo, _cached_ids())
-        ) from error
-
-
-def _cached_ids(repo: str | None = None) -> list[str]:
-    """Hub ids with an earlier download in the hub cache; with `repo`, that one only."""
-    from huggingface_hub import constants
-
-    folders = Path(constants.HF_HUB_CACHE).glob("models--*/snapshots")
-    ids = [folder.parent.name.removeprefix("models--").replace("--", "/") for folder in folders]
-    return [name for name in ids if repo is None or name == repo]

@@ -13,6 +13,7 @@ from linchain_cli.recipe.schema import (
     TemplateConfig,
     TrainingConfig,
     json_schema,
+    within,
 )
 from linchain_cli.shipped import shipped_recipes
 
@@ -30,4 +31,5 @@ __all__ = [
     "json_schema",
     "load_recipe",
     "shipped_recipes",
+    "within",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -529,6 +529,10 @@ class Recipe(StrictModel):
         """Where the run is written."""
         return expand(self.output_dir) / self.name
 
+    def flat(self) -> dict[str, Any]:
+        """Its values as JSON has them, by dotted key; an empty mapping is a value."""
+        return dict(_flat(self.model_dump(mode="json")))
+
     def to_yaml(self) -> str:
         """The recipe with every default written out. Reading it again gives an equal recipe."""
         return yaml.dump(
@@ -538,6 +542,19 @@ class Recipe(StrictModel):
             allow_unicode=True,
             width=2**31,
         )
+
+
+def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def within(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `names`, or lies in a section that is."""
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 SECTIONS = ("model", "adapter", "data", "training", "evaluation")

@@ -4,13 +4,11 @@ same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from linchain_cli.errors import InputError
-
-if TYPE_CHECKING:
-    from linchain_cli.recipe import Recipe
+from linchain_cli.recipe import Recipe, within
 
 # A recipe's keys that may differ between a checkpoint and the run that continues it: names, lengths,
 # intervals. Which model and data it is shows in their hashes, wherever they lie.
@@ -43,22 +41,10 @@ def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[st
             rows the hash is among the others.
     """
     assert others.keys() == _MEANING.keys()
-    values = dict(_flat(recipe.model_dump(mode="json")))
+    values = {key: value for key, value in recipe.flat().items() if not within(key, FREE_KEYS)}
     if held_out is not None:
         values["data.validation"] = held_out
     return {"recipe": values, **others}
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A recipe's values by dotted key, without FREE_KEYS."""
-    for key, value in section.items():
-        dotted = prefix + key
-        if dotted in FREE_KEYS:
-            continue
-        if isinstance(value, dict) and value:
-            yield from _flat(value, dotted + ".")
-        else:
-            yield dotted, value
 
 
 def refuse_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:

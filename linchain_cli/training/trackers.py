@@ -35,17 +35,9 @@ def start_trackers(job: Job) -> None:
         # What a killed run had logged after the checkpoint is logged again.
         "tensorboard": {"purge_step": job.state.step + 1} if job.state.step else {},
     }
-    job.accelerator.init_trackers(
-        "linchain", config=_flat(job.recipe.model_dump(mode="json")), init_kwargs=options
-    )
-
-
-def _flat(section: dict, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """The recipe by dotted keys; trackers take numbers and text only."""
-    values = {}
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            values |= _flat(value, f"{prefix}{key}.")
-        else:
-            values[prefix + key] = value if isinstance(value, (str, int, float, bool)) else str(value)
-    return values
+    # Trackers take numbers and text only.
+    config = {
+        key: value if isinstance(value, (str, int, float, bool)) else str(value)
+        for key, value in job.recipe.flat().items()
+    }
+    job.accelerator.init_trackers("linchain", config=config, init_kwargs=options)

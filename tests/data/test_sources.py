@@ -11,7 +11,7 @@ import pytest
 from linchain_cli.data import hub
 from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.rows import RowError
-from linchain_cli.data.sources import resolve_source
+from linchain_cli.data.sources import SourceRequest, resolve_source
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 
@@ -286,10 +286,10 @@ def _hub_answers():
         ),
         "no network": (
             _from(errors.HTTPError("refused"), ConnectionError("Couldn't reach 'o/n' on the Hub")),
-            "cannot be reached",
+            "'o/n' is not on this machine",
         ),
         "busy": (_refused(errors.HfHubHTTPError, 503), "refused the data set 'o/n'.*later"),
-        "offline": (errors.OfflineModeIsEnabled("offline"), "unset HF_HUB_OFFLINE"),
+        "offline": (errors.OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE is set; unset it"),
         "split": (
             ValueError("Unknown split \"train\". Should be one of ['training', 'test']."),
             "Did you mean 'training'",
@@ -318,7 +318,7 @@ def test_the_hub_s_refusals_say_what_to_do(monkeypatch, source, case):
 def test_without_a_hub_the_real_library_s_failure_is_understood(source):
     hub.load_hub_dataset.cache_clear()
     with pytest.raises(
-        InputError, match="'nobody/nothing' is not on this machine, and the hub cannot be reached"
+        InputError, match="'nobody/nothing' is not on this machine, and HF_HUB_OFFLINE is set"
     ):
         list(rows_of(source("nobody/nothing")))
 
@@ -341,10 +341,19 @@ def test_a_hub_that_does_not_answer_is_told_once(monkeypatch, caplog):
     monkeypatch.setattr(logger, "propagate", True)
     monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(InputError, match="the hub cannot be reached"):
+    with pytest.raises(InputError, match="is not on this machine"):
         hub.load_hub_dataset("someone/never-asked-for", "train", None)
     assert [record.getMessage() for record in caplog.records] == [
         "The hub does not answer; it is asked again for half a minute.",
         "something else",
     ]
     assert not logger.filters
+
+
+@pytest.mark.parametrize("name", ["data/rows", "datasets/mine/rows", "here/rows"])
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(InputError, match=f"{name}, and it looks like a path"):
+        resolve_source(SourceRequest(name))
+    assert resolve_source(SourceRequest("owner/rows")).kind == "hub"
