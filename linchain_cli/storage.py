@@ -171,11 +171,13 @@ def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     and then filled, which readers may see. Else the staging directory lies beside it, and gets its name.
 
     Raises:
-        FileExistsError: `target` came to be, or was replaced, while the block ran, or exists without
-        `overwrite`.
+        FileExistsError: `target` exists without `overwrite`, or came to be or was replaced while the block
+        ran.
     """
     target = Path(os.path.realpath(target))
     before = _identity(target)
+    if before and not overwrite and not (target.is_dir() and is_empty(target)):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     inside = _is_filled_in_place(target)
     if not inside:
         make_directory(target.parent)
