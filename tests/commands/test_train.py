@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,31 @@ def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
     assert linchain("train", recipe, "--fresh")[0] == 0
     assert run.read_status().step == 4
     assert linchain("train", recipe, "name=new")[0] == 0
+
+
+def test_a_run_goes_on_and_is_used_from_another_directory(
+    linchain, recipe, run, tiny_llama_dir, tmp_path, monkeypatch
+):
+    """Its base was named by a relative path, and there is nothing, or another model, at that path there."""
+    base = shutil.copytree(tiny_llama_dir, tmp_path / "models" / "tiny")
+    recipe.write_text(recipe.read_text().replace(str(tiny_llama_dir), "models/tiny"))
+    monkeypatch.chdir(tmp_path)
+    assert linchain("train", recipe, "training.max_steps=2")[0] == 0
+    kept = run.read_status().base
+    assert (kept.path, kept.source, kept.directory) == ("models/tiny", str(base), str(base))
+    run.update_status(status="stopped")
+    (tmp_path / "elsewhere" / "models" / "tiny").mkdir(parents=True)
+    (tmp_path / "nowhere").mkdir()
+    for place in ("elsewhere", "nowhere"):
+        monkeypatch.chdir(tmp_path / place)
+        code, _, err = linchain("train", recipe, "--resume", "training.max_steps=3")
+        assert code == 0, err
+        run.update_status(status="stopped")
+    run.update_status(status="finished")
+    assert linchain("inspect", run.path)[0] == 0
+    assert linchain("generate", run.path, "Is it?", "--max-new-tokens", 1)[0] == 0
+    code, _, err = linchain("generate", "models/tiny", "Is it?")
+    assert code == 2 and "it looks like a path, so the hub was not asked" in err
 
 
 def test_tasks_are_evaluated_at_the_end(linchain, recipe, run):
