@@ -188,13 +188,18 @@ def test_of_two_merges_into_one_output_the_second_to_end_says_so(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_place_that_cannot_be_written_to_is_told_at_once(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(InputError, match="locked is not writable"):
+    with pytest.raises(InputError, match="locked: Permission denied. Choose another --out"):
         check_output(tmp_path / "locked" / "out", MergeReceipt, sources=[])
 
 
 def test_a_read_only_place_is_told_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(InputError, match="out cannot be written: .* is not writable. Choose another --out"):
+    def read_only(path):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(storage, "_mkdir", read_only)
+    with pytest.raises(
+        InputError, match="out cannot be written: .*: Read-only file system. Choose another --out"
+    ):
         check_output(tmp_path / "out", MergeReceipt, sources=[])
 
 
