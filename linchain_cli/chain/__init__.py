@@ -18,6 +18,7 @@ from linchain_cli.chain.files import (
 from linchain_cli.chain.fold import find_siblings, folded
 from linchain_cli.chain.inject import (
     ChainConfig,
+    adapter_kind,
     detach,
     disabled,
     drops,
@@ -37,6 +38,7 @@ from linchain_cli.chain.layer import (
 from linchain_cli.chain.targets import Coverage, Matches, coverage, match_modules, refuse_shared
 
 __all__ = [
+    "adapter_kind",
     "Adapter",
     "ChainConfig",
     "ChainLinear",

@@ -48,6 +48,11 @@ class ChainConfig:
             )
 
 
+def adapter_kind(depth: int) -> str:
+    """What people call an adapter of that depth: a LoRA, a MoSLoRA, a chain of 3 links."""
+    return {0: "a LoRA", 1: "a MoSLoRA"}.get(depth, f"a chain of {depth} links")
+
+
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)

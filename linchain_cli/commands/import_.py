@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
     from linchain_cli.importing.convert import Imported
     from linchain_cli.importing.foreign import ForeignAdapter
+    from linchain_cli.model.files import FoundBase
     from linchain_cli.recipe import Recipe
 
 
@@ -53,7 +54,7 @@ def run(
     origin = {"path": path, "revision": foreign.config.get("revision"), "hash": found.hash}
     imported = import_adapter(foreign, drop_bias=drop_bias, base=origin, names=found.names)
     adapter = found.shorten(imported.adapter)
-    _write(target, imported, adapter, foreign)
+    _write(target, imported, adapter, foreign, found.place)
     _show(out, imported, adapter, found.note)
 
 
@@ -66,6 +67,7 @@ class _Base:
     names: Mapping[str, str] = field(default_factory=dict)
     hash: str | None = None
     note: str = ""
+    place: FoundBase | None = None
 
     def shorten(self, adapter: Adapter) -> Adapter:
         """The adapter with names as its targets instead of whole paths, where the base shows that they do."""
@@ -87,6 +89,7 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
     """
     from linchain_cli.importing.fit import check_base_weights, fit_to_model
     from linchain_cli.model.checkpoint import open_checkpoint
+    from linchain_cli.model.files import found_at
     from linchain_cli.model.loading import base_hash, empty_model, locate
 
     whole = list(foreign.base_weights)
@@ -105,10 +108,13 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
     names = fit_to_model(foreign, model)
     if whole:
         check_base_weights(foreign, model, open_checkpoint(directory))
-    return _Base(model, names, base_hash(directory) if Path(path).exists() else None)
+    place = found_at(path, directory)
+    return _Base(model, names, base_hash(directory) if place.source else None, place=place)
 
 
-def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignAdapter) -> None:
+def _write(
+    target: Path, imported: Imported, adapter: Adapter, foreign: ForeignAdapter, place: FoundBase | None
+) -> None:
     """A run directory that `eval`, `generate`, `merge`, `export` and `inspect` take like a trained one."""
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
@@ -122,7 +128,13 @@ def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignA
         status="finished",
         created_at=now(),
         finished_at=now(),
-        base=RunBase(**_place(recipe.model.path), revision=recipe.model.revision),
+        base=RunBase(
+            path=recipe.model.path,
+            revision=recipe.model.revision,
+            commit=place and place.commit,
+            source=place and place.source,
+            directory=place and str(place.directory.resolve()),
+        ),
         imported={
             "from": str(foreign.directory),
             "padded": list(imported.padded),
@@ -135,14 +147,6 @@ def _write(target: Path, imported: Imported, adapter: Adapter, foreign: ForeignA
         save_adapter(adapter, run.adapter_dir)
         storage.write_atomic(run.recipe_path, recipe.to_yaml())
         write_record(run.status_path, status)
-
-
-def _place(path: str) -> dict[str, str | None]:
-    """What run.json keeps of a base, so that it is found from other directories, too."""
-    from linchain_cli.storage import expand
-
-    local = expand(path)
-    return {"path": path, "source": str(local.resolve()) if local.exists() else None}
 
 
 def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:
@@ -175,10 +179,11 @@ def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:
 
 
 def _show(out: Path, imported: Imported, adapter: Adapter, note: str) -> None:
+    from linchain_cli.chain import adapter_kind
     from linchain_cli.importing.convert import describe_losses
 
     config = adapter.config
-    kind = {0: "a LoRA", 1: "a MoSLoRA"}.get(config.depth, f"a chain of {config.depth} links")
+    kind = adapter_kind(config.depth)
     print(f"{out}: {kind} of rank {config.rank}, alpha {config.alpha:g}, on {len(adapter.tensors)} modules")
     if imported.padded:
         print(

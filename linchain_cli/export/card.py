@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from linchain_cli import __version__
-from linchain_cli.chain import Adapter
+from linchain_cli.chain import Adapter, adapter_kind
 from linchain_cli.evaluations import Line, TaskScore, heading
 
 Kind = Literal["merged", "peft", "gguf"]
@@ -81,9 +81,6 @@ def model_card(
     """
     config = adapter.config
     base = origin.base or PublishedBase("a base model that is not named")
-    chain = {0: "LoRA", 1: "MoSLoRA (a chain of one link)"}.get(
-        config.depth, f"a linear chain of {config.depth} links"
-    )
     what = {
         "merged": f"`{base.name}` with a trained adapter folded in. It loads and runs like the base.",
         "peft": f"An adapter for `{base.name}` as a plain LoRA of rank {config.rank} in PEFT's file format.",
@@ -92,12 +89,13 @@ def model_card(
     parts = [
         _front_matter(kind, base, auto_class),
         f"# {origin.name}",
-        f"{what} The adapter was trained as {chain}, rank {config.rank}, alpha {config.alpha:g}, on"
-        f" {len(adapter.tensors)} linear modules. Every ΔW has rank {config.rank} at most.",
+        f"{what} The adapter was trained as {adapter_kind(config.depth)}, rank {config.rank}, alpha"
+        f" {config.alpha:g}, on {len(adapter.tensors)} linear modules. Every ΔW has rank {config.rank} at"
+        " most.",
         "## Base",
         f"`{base.name}`"
         + (f" at revision `{base.revision}`" if base.revision else "")
-        + (f", weights SHA-256 `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
+        + (f", weights `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
         + ". Its licence and its limits hold for this derivative too.",
         "## Data",
         "\n".join(f"- `{_without_folders(source)}`" for source in origin.data)

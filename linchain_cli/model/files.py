@@ -72,23 +72,24 @@ def find_base(
         InputError: as `locate`; it is in none of these places.
     """
     if named is not None:
-        return _found(named, locate(named, weights=weights))
+        return found_at(named, locate(named, weights=weights))
     if known.source is None:
         kept = Path(known.directory) if known.directory else None
         if kept and kept.is_dir() and (not weights or _has_weights(kept)):
             return FoundBase(kept, commit=known.commit)
-        return _found(known.path, locate(known.path, known.commit or known.revision, weights=weights))
+        return found_at(known.path, locate(known.path, known.commit or known.revision, weights=weights))
     below = [] if near is None else near.resolve().parents
     places = [Path(known.source), *(root / known.path for root in (Path.cwd(), *below))]
     for place in places:
         if place.exists():
-            return _found(str(place), locate(str(place), weights=weights))
+            return found_at(str(place), locate(str(place), weights=weights))
     raise InputError(
         f"it was at {known.source}, where nothing is now; nor is there any {known.path} below {Path.cwd()}."
     )
 
 
-def _found(path: str, directory: Path) -> FoundBase:
+def found_at(path: str, directory: Path) -> FoundBase:
+    """What is known of the place of a base that was named `path` and located at `directory`."""
     local = expand(path)
     if local.exists():
         return FoundBase(directory, source=str(local.resolve()))

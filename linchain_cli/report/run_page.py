@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linchain_cli import evaluations, storage
+from linchain_cli.chain import adapter_kind
 from linchain_cli.chain.files import adapter_hash
 from linchain_cli.evaluations import find_evaluations
 from linchain_cli.recipe import Recipe, load_recipe
@@ -52,8 +53,7 @@ def write_run_report(run: RunDirectory, base: str | None = None) -> Path:
 
 def _what(recipe: Recipe) -> str:
     adapter = recipe.adapter
-    kind = {0: "LoRA", 1: "MoSLoRA"}.get(adapter.depth, f"a chain of {adapter.depth} links")
-    return f"{kind} of rank {adapter.rank} on {recipe.model.path}"
+    return f"{adapter_kind(adapter.depth)} of rank {adapter.rank} on {recipe.model.path}"
 
 
 def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]):

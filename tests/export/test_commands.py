@@ -177,6 +177,8 @@ def test_export_and_import_are_inverse(make_run, base_of, capsys, tmp_path):
     back = RunDirectory(tmp_path / "back")
     one, two = run.adapter_dir / "chain.safetensors", back.adapter_dir / "chain.safetensors"
     assert one.read_bytes() == two.read_bytes()
+    base = str(base_of("llama").resolve())
+    assert (back.read_status().base.source, back.read_status().base.directory) == (base, base)
     assert load_adapter(back.adapter_dir).base["hash"] == load_adapter(run.adapter_dir).base["hash"]
 
 
