@@ -305,7 +305,7 @@ def test_leftovers_of_killed_processes_go_and_those_of_running_ones_stay(tmp_pat
     ):
         (tmp_path / name).mkdir()
     (tmp_path / f".replaced-out-{dead}" / "mine").write_text("x")
-    with pytest.raises(ZeroDivisionError), staged_output(tmp_path / "out"):
+    with pytest.raises(ZeroDivisionError), staged_output(tmp_path / "out", MergeReceipt, overwrite=True):
         raise ZeroDivisionError
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {f".staging-out-{alive}", f".staging-other-{dead}", "out"}
