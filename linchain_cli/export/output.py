@@ -76,11 +76,20 @@ def check_output(
             raise InputError(f"{out} cannot be the output: it holds {name}. Choose another --out.")
     _check_writable(out, target)
     if target.is_dir() and not storage.is_empty(target):
-        if kind is None or not overwrite:
-            use = " Use --overwrite to replace it, or choose" if kind else " Choose"
-            raise InputError(f"{out} exists and is left as it is.{use} another --out.")
-        check_replaceable(target, kind)
+        if kind is not None and overwrite:
+            check_replaceable(target, kind)
+        else:
+            raise InputError(f"{out} exists and is left as it is. {_way_out(target, kind)}")
     return target
+
+
+def _way_out(target: Path, kind: type[Receipt] | None) -> str:
+    """What to do about an output that exists: `--overwrite` is named where it would be heard."""
+    with contextlib.suppress(InputError):
+        if kind is not None:
+            check_replaceable(target, kind)
+            return "Use --overwrite to replace it, or choose another --out."
+    return "Choose another --out."
 
 
 def _check_writable(out: Path, target: Path) -> None:

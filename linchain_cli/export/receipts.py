@@ -17,6 +17,7 @@ from linchain_cli.export.comparison import LogitProof
 from linchain_cli.records import read_record
 
 CARD_FILE = "README.md"
+_PASSING = (storage.STAGING_PREFIX, storage.REPLACED_PREFIX, storage.REMOVED_PREFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +153,10 @@ def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
     if not receipt.files_listed:  # the first version did not list all that it wrote
         return
     known = {*receipt.files, kind.FILE, CARD_FILE}
-    found = [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
-    others = sorted(name for path in found if (name := str(path.relative_to(directory))) not in known)
+    files = [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
+    found = [str(path.relative_to(directory)) for path in files]
+    # What is staged inside a mount point is on its way.
+    others = sorted(name for name in found if name not in known and not name.startswith(_PASSING))
     if others:
         verb = "is" if len(others) == 1 else "are"
         raise InputError(f"{refused}, and {_listed(others)} {verb} not of it. {elsewhere}")

@@ -21,7 +21,7 @@ from linchain_cli.export import output, shards
 from linchain_cli.export.card import Origin
 from linchain_cli.export.merge import MergeOptions, merge_checkpoint
 from linchain_cli.export.output import check_disk, check_output, parse_size, staged_output
-from linchain_cli.export.receipts import MergeReceipt
+from linchain_cli.export.receipts import MergeReceipt, check_replaceable
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -118,7 +118,7 @@ def test_what_exists_is_left_unless_asked(tmp_path, places):
         check_output(file, MergeReceipt, overwrite=True, sources=[])
     with pytest.raises(InputError, match="cannot be made: .*file is a file"):
         check_output(file / "below" / "it", MergeReceipt, overwrite=True, sources=[])
-    with pytest.raises(InputError, match="--overwrite to replace it"):
+    with pytest.raises(InputError, match="full exists and is left as it is. Choose another --out"):
         check_output(full, MergeReceipt, overwrite=False, sources=[])
     assert check_output(bare, MergeReceipt, overwrite=False, sources=[]) == bare
 
@@ -135,6 +135,13 @@ def test_overwrite_replaces_what_the_command_wrote(merged):
     receipt["base"]["path"] = receipt["base"].pop("name")
     (out / "merge.json").write_text(json.dumps(receipt))  # as the first version wrote it
     again(overwrite=True)
+
+
+def test_what_is_staged_inside_a_mount_point_is_nobodys(merged):
+    out, again = merged
+    (out / ".staging-out-1").mkdir()
+    (out / ".staging-out-1" / "model.safetensors").write_text("half")
+    check_replaceable(out, MergeReceipt)
 
 
 @pytest.mark.parametrize(
