@@ -30,14 +30,12 @@ def write_companions(
     directory: Path,
     dtype: torch.dtype | None,
     *,
-    untied: bool = False,
     own: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
 
     Args:
         dtype: what the weights were recast to; None where they keep their types.
-        untied: the output head has a weight of its own now.
         own: files by name that come in place of the base's, or beside them.
 
     Raises:
@@ -47,8 +45,10 @@ def write_companions(
     for name, content in (own or {}).items():
         (directory / name).write_bytes(content)
     changes = []
-    if dtype is not None or untied:
-        _change(directory / CONFIG_FILE, lambda config: _with_weights(config, dtype, untied))
+    if dtype is not None:
+        _change(directory / CONFIG_FILE, lambda config: _with_dtype(config, dtype))
+    for name in _PLACES:
+        _change(directory / name, dict)  # which reads it, and refuses what is no JSON
     make_portable(directory)
     for name, key in _PLACES.items():
         _change(directory / name, lambda config, key=key: _without_place(config, key))
@@ -77,24 +77,16 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _with_weights(config: dict[str, Any], dtype: torch.dtype | None, untied: bool) -> dict[str, Any]:
-    """config.json with the type that the weights now have, and with tying off, wherever it names them."""
+def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """config.json with the type that the weights now have, wherever it names one."""
     name = str(dtype).removeprefix("torch.")
 
     def changed(part: dict[str, Any]) -> dict[str, Any]:
         result = {key: changed(value) if isinstance(value, dict) else value for key, value in part.items()}
-        if dtype is not None:
-            result.update({key: name for key in ("dtype", "torch_dtype") if key in part})
-        if untied and "tie_word_embeddings" in part:
-            result["tie_word_embeddings"] = False
-        return result
+        return result | {key: name for key in ("dtype", "torch_dtype") if key in part}
 
     result = changed(config)
-    if dtype is not None and "dtype" not in config and "torch_dtype" not in config:
-        result["dtype"] = name
-    if untied:
-        result["tie_word_embeddings"] = False
-    return result
+    return result if {"dtype", "torch_dtype"} & result.keys() else result | {"dtype": name}
 
 
 def _without_place(config: dict[str, Any], key: str) -> dict[str, Any]:

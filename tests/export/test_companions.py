@@ -84,6 +84,12 @@ def test_files_that_are_no_json_are_named(copied):
         copied(generation_config="{")
 
 
+@pytest.mark.parametrize("name", ["config", "tokenizer_config"])
+def test_configurations_that_are_no_json_are_named(copied, name):
+    with pytest.raises(InputError, match=f"base's {name}.json holds no JSON object"):
+        copied(**{name: "[]"})
+
+
 def test_a_merge_says_what_it_repaired_and_proves_generate(make_run, checkpoint, capsys):
     settings = {"eos_token_id": 2, "pad_token_id": 0, "num_return_sequences": 3}
     (checkpoint / "generation_config.json").write_text(json.dumps(settings))
