@@ -67,6 +67,10 @@ LAYOUTS = {
 }
 
 
+# Weights that llama.cpp's graphs multiply without looking for an adapter.
+_UNADAPTED = ("ffn_gate_inp_shexp.weight",)
+
+
 def write_gguf(adapter: Adapter, model: PreTrainedModel, directory: Path) -> FactorProof:
     """Writes adapter.gguf into `directory`, reads it back and compares every ΔW with the chain's.
 
@@ -116,6 +120,11 @@ def tensor_names(adapter: Adapter, model: PreTrainedModel) -> dict[str, str]:
             raise InputError(
                 f"llama.cpp's '{layout.architecture}' has no tensor for '{path}', so that no GGUF adapter can"
                 " hold it. Merge instead: linchain merge."
+            )
+        if name.endswith(_UNADAPTED):
+            raise InputError(
+                f"llama.cpp applies no adapter to '{path}': what it learned would be lost. Merge instead:"
+                " linchain merge."
             )
         if name == "output.weight" and model.config.get_text_config().tie_word_embeddings:
             raise InputError(f"'{path}' has no tensor of its own in llama.cpp: it shares the embeddings'")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import modeling_gguf_pytorch_utils as reading
 
-from linchain_cli.chain import delta_weight
+from linchain_cli.chain import Adapter, ChainConfig, adapter_of, delta_weight, detach, inject
 from linchain_cli.cli import main
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export import gguf_lora
@@ -24,15 +24,38 @@ def linchain(*arguments) -> int:
 
 
 # Whose GGUF files transformers reads by itself, with its own knowledge of llama.cpp's names and layouts.
-READ_BY_TRANSFORMERS = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "phi3", "gpt2"]
+READ_BY_TRANSFORMERS = [
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "starcoder2",
+    "stablelm",
+    "nemotron",
+]
 
 
-@pytest.mark.parametrize("architecture", READ_BY_TRANSFORMERS)
-def test_transformers_reads_the_delta_where_the_chain_has_it(
-    tmp_path, base_of, adapter_of_base, architecture
-):
-    base = base_of(architecture)
-    adapter, model = adapter_of_base(base), empty_model(base)
+def random_chains(model, targets="all-linear") -> Adapter:
+    """Chains of depth 2 whose A, links and B are random."""
+    config = ChainConfig(rank=4, depth=2, alpha=8.0, init="kaiming", target_modules=targets)
+    for layer in inject(model, config, 1).values():
+        layer.B.data.normal_(generator=torch.Generator().manual_seed(1))
+    adapter = adapter_of(model, config, {"path": None, "hash": None})
+    detach(model)
+    return adapter
+
+
+@pytest.mark.parametrize("kind", READ_BY_TRANSFORMERS)
+def test_transformers_reads_the_delta_where_the_chain_has_it(tmp_path, small_model, kind):
+    model = small_model(kind)
+    adapter = random_chains(model, ["q_proj", "o_proj", "down_proj"] if kind == "qwen2_moe" else "all-linear")
     proof = write_gguf(adapter, model, tmp_path)
     assert proof.modules == len(adapter.tensors) and proof.largest_error < 1e-7
     reader = gguf.GGUFReader(tmp_path / ADAPTER_FILE)
@@ -55,7 +78,7 @@ def test_transformers_reads_the_delta_where_the_chain_has_it(
     assert read.keys() == {f"{path}.weight" for path in adapter.tensors}
     for path, chain in adapter.tensors.items():
         exact = delta_weight(*chain, 2.0, torch.float64)
-        if architecture == "gpt2":  # whose Conv1D holds (in, out)
+        if kind == "gpt2":  # whose Conv1D holds (in, out)
             exact = exact.T
         torch.testing.assert_close(read[f"{path}.weight"], exact, rtol=1e-5, atol=1e-6)
 
@@ -92,6 +115,12 @@ def test_what_llama_cpp_rearranges_or_lacks_is_refused_by_name(
     with pytest.raises(InputError, match="llama.cpp's 'qwen2' has no tensor for 'model"):
         write_gguf(adapter_of_base(base), empty_model(base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_to_which_llama_cpp_applies_no_adapter_is_refused(tmp_path, small_model):
+    model = small_model("qwen2_moe")
+    with pytest.raises(InputError, match="no adapter to 'model.layers.0.mlp.shared_expert_gate'"):
+        write_gguf(random_chains(model, ["shared_expert_gate"]), model, tmp_path)
 
 
 def test_the_proof_catches_rows_in_another_order(tmp_path, base_of, adapter_of_base, monkeypatch):
