@@ -86,6 +86,7 @@ def evaluate(
     Raises:
         InputError: a task cannot be evaluated under this protocol, a row cannot be encoded, or nothing can be
             written at `out`.
+        LinchainError: the processes do not hold the same adapter, rows and settings.
     """
     _refuse_without_options(tasks, protocol)
     of_protocol = {"beams": beams} if protocol == "generate" else {"normalise": normalise}
@@ -94,6 +95,7 @@ def evaluate(
     setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
     own = {task.name: _own_template(task, template, tokenizer) for task in tasks}
     fingerprints = {task.name: fingerprint(setting, task, own[task.name].fingerprint) for task in tasks}
+    _refuse_unlike(fingerprints)
     rank, world = _rank_and_world()
     turn_of, shares = (rank, world) if share else (0, 1)
     store = ResultStore(out, setting) if out is not None else None
@@ -263,6 +265,20 @@ def _rank_and_world() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _refuse_unlike(fingerprints: Mapping[str, str]) -> None:
+    """Of processes that would evaluate different things the first raises LinchainError, the others end."""
+    rank, world = _rank_and_world()
+    found: list[Any] = [None] * world
+    if world > 1:
+        torch.distributed.all_gather_object(found, fingerprints)
+    if all(each == found[0] for each in found):
+        return
+    error = LinchainError("the processes do not hold the same adapter, rows and settings to evaluate")
+    if rank == 0:
+        raise error
+    raise SystemExit(error.exit_code)
 
 
 def _gather(predictions: list[Prediction], world: int) -> list[Prediction]:

@@ -4,7 +4,9 @@ same.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from linchain_cli.errors import InputError
@@ -20,6 +22,14 @@ FREE_KEYS = (
     *("training.log_every", "training.eval_every", "training.save_every"),
     *("training.keep_checkpoints", "training.trackers", "training.parallel", "evaluation"),
 )
+
+# What may be changed on the way to make a run fit or go faster, because it changes no more than the order of
+# sums: what is said of it. Recomputing activations gives the same bits.
+_EXECUTION = {
+    "training.micro_batch_size": "sums are formed in another order, so the end may differ in its last bits",
+    "training.gradient_checkpointing": "the result stays the same",
+    "training.compile": "compiled blocks round otherwise, so the end may differ in its last bits",
+}
 
 _MEANING = {
     "data": "the rows or their tokens are others",
@@ -47,24 +57,42 @@ def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[st
     return {"recipe": values, **others}
 
 
-def refuse_differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+def compare(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> list[str]:
     """Compares the fingerprints of a checkpoint with those of the run that wants to continue it.
+
+    Returns:
+        What is to be said of the differences that leave the result as it is but for its last bits.
 
     Raises:
         InputError: something that decides the result differs; every difference is listed with its meaning.
     """
-    lines = []
+    lines, notes, restore = [], [], []
     for key in sorted(saved["recipe"].keys() | current["recipe"].keys()):
         before, after = saved["recipe"].get(key), current["recipe"].get(key)
-        if before != after:
-            lines.append(f"  {key}: {before!r} in the checkpoint, {after!r} now")
+        if before == after:
+            continue
+        if key in _EXECUTION:
+            notes.append(f"{key} is {_written(after)} now (was {_written(before)}): {_EXECUTION[key]}")
+            continue
+        lines.append(f"  {key}: {before!r} in the checkpoint, {after!r} now")
+        restore.append(f"{key}={_written(before)}")
     for key, meaning in _MEANING.items():
         if saved.get(key) != current.get(key):
             before, after = (str(value)[:16] for value in (saved.get(key), current.get(key)))
             lines.append(f"  {key}: {before} in the checkpoint, {after} now: {meaning}")
+            if key == "world_size":
+                restore.append(f"--nproc {saved[key]}")
     if lines:
+        how = f" ({' '.join(restore)})" if restore else ""
         raise InputError(
             "this run cannot be resumed as it is:\n"
             + "\n".join(lines)
-            + "\nRestore what differs, or start over with --fresh."
+            + f"\nRestore what differs{how}, or start over with --fresh. A run of another name can begin with"
+            f" these values, its optimizer and schedule anew: name=NEW adapter.init_from={checkpoint}"
         )
+    return notes
+
+
+def _written(value: Any) -> str:
+    """A recipe's value as it stands on the command line."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from linchain_cli.training import state as states
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
-from linchain_cli.training.fingerprints import fingerprints, refuse_differences
+from linchain_cli.training.fingerprints import compare, fingerprints
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
 from linchain_cli.training.progress import counting_rows
 from linchain_cli.training.state import TrainingState
@@ -82,6 +83,17 @@ class Job:
     def total_steps(self) -> int:
         return schedule.total_steps(self.recipe.training, len(self.data.train))
 
+    @contextlib.contextmanager
+    def dropping_out(self) -> Iterator[None]:
+        """Training mode for the chains alone: whatever dropout the base was made with stays off."""
+        for layer in self.layers.values():
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.training = False
+
     def adapter(self) -> Adapter:
         """The adapter as it stands."""
         model = self.recipe.model
@@ -99,8 +111,9 @@ class Job:
         files[states.STATE_FILE] = states.state_bytes(self.state, about)
         return files
 
-    def load_checkpoint(self, files: dict[str, bytes]) -> dict[str, Any]:
-        """Continues from a checkpoint's files, and returns what state.json tells beside the state.
+    def load_checkpoint(self, step: int, files: dict[str, bytes]) -> dict[str, Any]:
+        """Continues from the files of the checkpoint of `step`, and returns what state.json tells beside the
+        state, with `notes` on what is not as it was.
 
         Raises:
             InputError: they belong to another run.
@@ -108,10 +121,15 @@ class Job:
         from safetensors.torch import load
 
         state, about = states.read_state(files[states.STATE_FILE])
-        saved = about["fingerprints"]
-        if is_same_base(self.base.directory, self.base.hash, saved["base"]):  # of either kind of hash
-            saved = saved | {"base": self.base.hash}
-        refuse_differences(saved, self.fingerprints)
+        before = about["fingerprints"]
+        if is_same_base(self.base.directory, self.base.hash, before["base"]):  # of either kind of hash
+            before = before | {"base": self.base.hash}
+        about["notes"] = compare(before, self.fingerprints, self.store.path(step))
+        wanted = self.recipe.training.micro_batch_size
+        if before["recipe"]["training.micro_batch_size"] != wanted:
+            state.micro_batch_size = None  # to be settled anew
+            if self.recipe.adapter.dropout:
+                about["notes"].append("with other micro-batches dropout draws other masks from here on")
         self.state = state
         states.restore(self.parameters, load(files[TENSORS_FILE]))
         optimizers.load_optimizer_state(self.optimizer, self.parameters, load(files[states.OPTIMIZER_FILE]))
@@ -241,21 +259,34 @@ def warnings(job: Job) -> list[str]:
     return found
 
 
-def resume(job: Job, note: Callable[[str], None]) -> None:
+def resume(job: Job, note: Callable[[str], None], finished: bool = False) -> None:
     """Continues a job from its newest usable checkpoint, or from step 0 when there is none; says which.
 
     The first process reads it; the others may be on machines that do not see the run directory.
+
+    Args:
+        finished: the run has finished before, so that it is not to begin again.
 
     Raises:
         InputError: the checkpoint belongs to another run, or none is usable.
     """
     accelerator, run = job.accelerator, job.run
     found = from_main(accelerator, on_main(accelerator, lambda: job.store.read_latest(note)))
+    if found is None and finished:
+        raise_on_all(
+            accelerator,
+            InputError(
+                f"{run.path} is finished and has no checkpoint to go on from. A run of another name can begin"
+                f" with its adapter: name=NEW adapter.init_from={run.adapter_dir}"
+            ),
+        )
     if found is None:
         note(f"{run.path} has no checkpoint yet: starting at step 0")
         return
     step, files = found
-    about = together(accelerator, lambda: job.load_checkpoint(files))
+    about = together(accelerator, lambda: job.load_checkpoint(step, files))
+    for message in about["notes"]:
+        note(message)
     if job.total_steps < step:
         raise_on_all(
             accelerator,

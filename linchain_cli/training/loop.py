@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
 import signal
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,7 +119,7 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
     scale = 1.0 / float(data.supervised_counts[rows].sum())
     parts = micro_batches(rows, data.lengths, job.state.micro_batch_size, rank, accelerator.num_processes)
     total, slots = torch.zeros((), device=job.device), 0
-    with folded(job.model), _dropout(job):
+    with folded(job.model), job.dropping_out():
         for index, part in enumerate(parts):
             if job.recipe.adapter.dropout:
                 torch.manual_seed(dropout_seed(job.recipe.seed, job.state.step, index, rank))
@@ -141,18 +139,6 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     return Step(step_loss, norm, int(slots), _signum(flags))
-
-
-@contextlib.contextmanager
-def _dropout(job: Job) -> Iterator[None]:
-    """Training mode for the chains alone: whatever dropout the base was made with stays off."""
-    for layer in job.layers.values():
-        layer.training = True
-    try:
-        yield
-    finally:
-        for layer in job.layers.values():
-            layer.training = False
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

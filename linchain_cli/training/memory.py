@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import gather_object
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import Batch, collate
+from linchain_cli.data.batches import Batch, collate, micro_batches, step_rows, steps_per_epoch
 from linchain_cli.errors import LinchainError
 from linchain_cli.machine import available_memory
 from linchain_cli.recipe import Recipe
@@ -26,6 +26,7 @@ USABLE = 0.9
 GIB = 2**30
 _POLL_SECONDS = 0.001
 _FEW = 8  # tokens
+_EPOCHS_AHEAD = 100  # of longer runs: by then rows of all lengths have met
 
 
 def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
@@ -64,11 +65,69 @@ def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
 
 
 def _peak_of(job: Job, batch: Batch) -> int:
-    """The most memory in use during a forward and a backward pass. No gradient is left."""
-    with _peak(job.device) as peak, folded(job.model):
+    """The most memory in use during a forward and a backward pass."""
+    with _peak(job.device) as peak:
+        _forward_and_backward(job, batch)
+    return peak.bytes
+
+
+def _forward_and_backward(job: Job, batch: Batch) -> None:
+    """What a micro-batch takes, with nothing left of it: no gradient, no number that the run computes."""
+    with folded(job.model), job.dropping_out():
         loss.add_gradients(job.model, batch, 1.0, job.device)
     job.optimizer.zero_grad(set_to_none=True)
-    return peak.bytes
+
+
+def run_heaviest(job: Job) -> None:
+    """Runs the largest micro-batches that lie ahead, so that memory ends a run now and not at their step.
+
+    Room for the optimizer's state, which comes with the first step, is held meanwhile.
+    """
+    training, state, data = job.recipe.training, job.state, job.data.train
+    ahead = range(state.step, job.total_steps)
+    world, rank = job.accelerator.num_processes, job.accelerator.process_index
+    size = state.micro_batch_size
+    held = torch.empty(_state_to_come(job), dtype=torch.uint8, device=job.device)
+    for step in heaviest_steps(data.lengths, job.recipe.seed, training.global_batch_size, size, ahead, world):
+        rows = step_rows(len(data), job.recipe.seed, training.global_batch_size, step)
+        part = micro_batches(rows, data.lengths, size, rank, world)[0]  # the longest rows come first
+        _forward_and_backward(job, collate(data, part, job.base.pad_id))
+    del held
+
+
+def heaviest_steps(
+    lengths: np.ndarray, seed: int, global_batch: int, micro_batch: int, ahead: range, world: int = 1
+) -> list[int]:
+    """The steps of `ahead` with the first process's largest micro-batches: that with most tokens, and that
+    with most positions if short rows are padded (where it is another step).
+
+    Args:
+        lengths: each row's tokens, (rows,) int32.
+    """
+    count, per_epoch = len(lengths), steps_per_epoch(len(lengths), global_batch)
+    last = min(ahead.stop, ahead.start + _EPOCHS_AHEAD * per_epoch)
+    sizes = [np.empty((2, 0), dtype=np.int64)]
+    for epoch in range(ahead.start // per_epoch, math.ceil(last / per_epoch)):
+        order = step_rows(count, seed, count, epoch)  # an epoch as one step: its whole order
+        of_epoch = _first_parts(lengths[order].astype(np.int64), global_batch, micro_batch, world)
+        steps = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
+        sizes.append(of_epoch[:, (steps >= ahead.start) & (steps < last)])
+    tokens, positions = np.concatenate(sizes, axis=1)
+    return sorted({ahead[int(each.argmax())] for each in (tokens, positions)}) if len(tokens) else []
+
+
+def _first_parts(lengths: np.ndarray, global_batch: int, micro_batch: int, world: int) -> np.ndarray:
+    """(2, steps): tokens and padded positions of the first process's first micro-batch, which has the longest
+    rows; `lengths` are in an epoch's order.
+    """
+    full = len(lengths) // global_batch * global_batch
+    found = []
+    for steps in (lengths[:full].reshape(-1, global_batch), lengths[None, full:]):
+        if steps.size:
+            share = -np.sort(-steps, axis=1)[:, ::world]
+            rows = math.ceil(share.shape[1] / math.ceil(share.shape[1] / micro_batch))
+            found.append([share[:, :rows].sum(axis=1), rows * share[:, 0]])
+    return np.concatenate(found, axis=1)
 
 
 class _Peak:
@@ -106,10 +165,12 @@ def _in_use(device: torch.device) -> int:
 
 def _room(job: Job) -> int:
     """Bytes free for activations, once the optimizer's state is there."""
-    optimizer = (
-        0 if job.state.step else 2 * 4 * sum(parameter.numel() for parameter in job.parameters.values())
-    )
-    return _free(job.device) - optimizer
+    return _free(job.device) - _state_to_come(job)
+
+
+def _state_to_come(job: Job) -> int:
+    """Bytes of the optimizer's state at most, which the first step allocates."""
+    return 0 if job.state.step else 2 * 4 * sum(parameter.numel() for parameter in job.parameters.values())
 
 
 def _free(device: torch.device) -> int:
@@ -154,18 +215,20 @@ def _readable(size: str) -> str:
 
 
 def _remedies(recipe: Recipe) -> str:
+    """What needs less: first what leaves the result as it is, so that a run can go on with it."""
     training = recipe.training
     size = training.micro_batch_size
-    options = [
-        (
-            size == "auto" or size > 1,
-            f"a smaller training.micro_batch_size (now {size}; the result stays the same)",
-        ),
+    same = [
+        (size == "auto" or size > 1, f"a smaller training.micro_batch_size (now {size})"),
         (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
+    ]
+    other = [
         (True, f"a smaller data.max_length (now {recipe.data.max_length})"),
         (recipe.model.quantization == "none", "model.quantization=nf4"),
         (recipe.model.dtype == "float32", "model.dtype=bfloat16"),
         (training.optimizer == "adamw", "training.optimizer=adamw_8bit"),
         (training.parallel == "replicate", "training.parallel=shard on several GPUs"),
     ]
-    return f"What needs less: {', '.join(text for applies, text in options if applies)}."
+    kept, changed = (", ".join(text for applies, text in options if applies) for options in (same, other))
+    first = f"What needs less and leaves the result as it is, also with --resume: {kept}. " if kept else ""
+    return f"{first}What needs less and makes it another run: {changed}."

@@ -16,17 +16,15 @@ from linchain_cli import storage
 from linchain_cli.chain import save_adapter
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import SharedCpus, limit_threads
-from linchain_cli.recipe import Recipe
+from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.run import KeptAdapter, RunDirectory, Timings
 from linchain_cli.training import job as jobs
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
-from linchain_cli.training.memory import explained, find_micro_batch
-from linchain_cli.training.metrics import peak_memory_bytes
-from linchain_cli.training.plan import predict
-from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main
+from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
+from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main, together
 from linchain_cli.training.progress import Display, note
 from linchain_cli.training.signals import stop_requests
 from linchain_cli.training.threads import LoadedCpus
@@ -41,6 +39,7 @@ def run_training(
     base: Base | None = None,
     labels: dict[str, Any] | None = None,
     quiet: bool = False,
+    ready: Callable[[Job], None] | None = None,
 ) -> Job | None:
     """Trains what `recipe` describes into its run directory.
 
@@ -49,9 +48,12 @@ def run_training(
         base: a loaded base model to use; its chains are taken out again at the end only by the caller.
         labels: fields to add to run.json (a comparison marks its arms so).
         quiet: show nothing but notes.
+        ready: looks at the job on every process before anything is spent or written; what it raises ends the
+            run.
 
     Returns:
-        The finished job, its model carrying what adapter/ holds; None when the run had finished before.
+        The finished job, its model carrying what adapter/ holds; None when the run had finished before and
+        the recipe asks for no more.
 
     Raises:
         InputError: the recipe, what it names, or the run directory does not allow it.
@@ -69,22 +71,24 @@ def run_training(
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
         began = time.perf_counter()
-        plan = from_main(accelerator, on_main(accelerator, lambda: _claim(run, resume, fresh, held)))
-        if plan == FINISHED:
+        claim = on_main(accelerator, lambda: _claim(run, recipe, resume, fresh, held))
+        plan, taken = from_main(accelerator, claim)
+        job = None if plan == FINISHED else jobs.prepare(recipe, run, accelerator, base, resume=plan != NEW)
+        if job is None or plan == LONGER and job.total_steps <= taken:
             say(f"{run.path} is finished already; nothing to resume")
             return None
-        job = jobs.prepare(recipe, run, accelerator, base, resume=plan == CONTINUE)
         say(jobs.chain_coverage(job).describe())
         for told in job.data.report.notes:
             say(told)
         for warning in jobs.warnings(job):
             say(f"warning: {warning}")
+        if ready is not None:
+            together(accelerator, lambda: ready(job))
         if resume:
-            jobs.resume(job, say)
-        with explained(job.recipe, job.device):
+            jobs.resume(job, say, plan == LONGER)
+        with explained(job.recipe, job.device), _plainly(job):
             _settle_micro_batch(job, say)
-        if plan == NEW and base is None:
-            labels = {"plan": on_main(accelerator, lambda: _predict(job)), **(labels or {})}
+            together(accelerator, lambda: run_heaviest(job))
         seconds = round(time.perf_counter() - began, 3)
         on_main(accelerator, lambda: _open(job, plan, labels or {}, seconds))
         with _told_in_status(job):
@@ -92,20 +96,30 @@ def run_training(
             quiet = quiet or not accelerator.is_main_process
             with Display(job.total_steps, job.state.step, quiet) as display:
                 train(job, display, stop, LoadedCpus(job, cpus, display.note))
-            on_main(accelerator, lambda: _finish(job))
+            _finish(job)
     return job
 
 
-NEW, CONTINUE, FINISHED = "new", "continue", "finished"
+NEW, CONTINUE, FINISHED, LONGER = "new", "continue", "finished", "longer"
 
 
-def _claim(run: RunDirectory, resume: bool, fresh: bool, held: contextlib.ExitStack) -> str:
-    """Locks the run for this process, and says what there is to do."""
+def _claim(
+    run: RunDirectory, recipe: Recipe, resume: bool, fresh: bool, held: contextlib.ExitStack
+) -> tuple[str, int]:
+    """Locks the run for this process, and says what there is to do and how many steps a finished run took.
+
+    LONGER is a finished run of which the recipe now says otherwise how long it is: it may have to go on.
+    """
     held.enter_context(run.lock())
-    if resume and run.exists():
-        return FINISHED if run.read_status().finished else CONTINUE
-    run.check_free(replace=fresh)
-    return NEW
+    if not (resume and run.exists()):
+        run.check_free(replace=fresh)
+        return NEW, 0
+    status = run.read_status()
+    if not status.finished:
+        return CONTINUE, 0
+    before, now = load_recipe(run.recipe_path).training, recipe.training
+    same = all(getattr(before, key) == getattr(now, key) for key in ("epochs", "max_steps", "early_stopping"))
+    return FINISHED if same else LONGER, status.step or 0
 
 
 def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
@@ -115,33 +129,10 @@ def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
         job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
 
 
-def _predict(job: Job) -> dict[str, Any] | None:
-    """What the run should cost, to stand in run.json beside what it did; None where that cannot be told."""
-    if job.base.sharded:
-        return None
-    settled = job.recipe.training.model_copy(update={"micro_batch_size": job.state.micro_batch_size})
-    recipe = job.recipe.model_copy(update={"training": settled})
-    data, world, config = job.data, job.accelerator.num_processes, jobs.chain_config(recipe)
-    try:
-        plan = predict(
-            recipe,
-            config,
-            job.base.directory,
-            data.train,
-            data.validation,
-            job.device,
-            loaded=True,
-            world=world,
-        )
-    except Exception:  # a run does not fail for its forecast, whatever a model or a full GPU does to it
-        return None
-    return plan.to_dict()
-
-
 def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -> None:
     """Writes (or cuts back) the run's files to where the job stands."""
     run, step = job.run, job.state.step
-    if plan == CONTINUE:
+    if plan != NEW:
         storage.write_atomic(run.recipe_path, job.recipe.to_yaml())
         storage.remove_staging(run.path)
         storage.remove_staging(run.checkpoints_dir)
@@ -154,7 +145,8 @@ def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -
         status="running",
         reason=None,
         started_at=runs.now(),
-        resumed_from=step if plan == CONTINUE else None,
+        finished_at=None,
+        resumed_from=step if plan != NEW else None,
         timings=Timings(prepare_seconds=prepare_seconds),
         **jobs.description(job),
         **labels,
@@ -162,21 +154,17 @@ def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -
 
 
 def _finish(job: Job) -> None:
-    """Writes adapter/ and the final status; the model carries what adapter/ holds afterwards."""
-    state, run, keep = job.state, job.run, job.recipe.training.keep
-    if keep == "best":
+    """Puts what is kept into the model of every process; the first one writes adapter/ and the status."""
+    if job.recipe.training.keep == "best":
         states.restore(job.parameters, job.best)
+    on_main(job.accelerator, lambda: _write_result(job))
+
+
+def _write_result(job: Job) -> None:
+    state, run, keep = job.state, job.run, job.recipe.training.keep
     save_adapter(job.adapter(), run.adapter_dir)
-    status = run.read_status()
-    timings = replace(status.timings, train_seconds=round(state.seconds, 3))
-    if plan := status.plan:
-        plan["measured"] = {
-            "peak_memory_bytes": peak_memory_bytes(job.device),
-            "train_seconds": round(state.seconds, 2),
-            "tokens_per_second": round(state.tokens / state.seconds, 2) if state.seconds else None,
-        }
+    timings = replace(run.read_status().timings, train_seconds=round(state.seconds, 3))
     run.update_status(
-        plan=plan,
         status="finished",
         finished_at=runs.now(),
         step=state.step,

@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 
-from linchain_cli.chain import ChainConfig, inject
+from linchain_cli.chain import ChainConfig, detach, inject
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.answers import AnswerRule
@@ -273,6 +273,31 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
     assert alike(read_results(two)) == alike(read_results(one))
     assert predictions_path(two).read_bytes() == predictions_path(one).read_bytes()
     assert list(two.parent.glob(".*.part-*")) == []
+
+
+def test_processes_with_other_adapters_are_refused(model, tokenizer, template, tasks, tmp_path):
+    def run_one():
+        rank = torch.distributed.get_rank()
+        inject(model, ChainConfig(rank=2, depth=1, target_modules=["q_proj"]), seed=rank)
+        try:
+            with pytest.raises(LinchainError if rank == 0 else SystemExit) as end:
+                run(model, tokenizer, template, tasks, out=tmp_path / "eval.json")
+            if rank == 0:
+                assert "do not hold the same adapter" in str(end.value)
+        finally:
+            detach(model)
+
+    context = multiprocessing.get_context("fork")
+    processes = [
+        context.Process(target=_work, args=(rank, 2, tmp_path / "store", run_one)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert not (tmp_path / "eval.json").exists()
 
 
 def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, template, tasks, monkeypatch):

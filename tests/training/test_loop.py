@@ -20,7 +20,7 @@ from linchain_cli.model.attention import use_grouped_attention
 from linchain_cli.model.fast import is_replaced
 from linchain_cli.model.flat_rows import TOKEN_STEP, flat_hidden_states, reads_flat
 from linchain_cli.run import read_jsonl
-from linchain_cli.training import loop, loss
+from linchain_cli.training import loop, loss, runner
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.signals import StopRequest
 
@@ -308,6 +308,7 @@ def test_what_is_not_finite_stops_before_the_update_and_names_step_and_rows(
             next(iter(chain_layers(model).values())).B.grad += value
         return result
 
+    monkeypatch.setattr(runner, "run_heaviest", lambda job: None)
     monkeypatch.setattr(loss, "add_gradients", spoilt)
     with pytest.raises(LinchainError, match=r"step 4: the loss is .* nothing was updated") as caught:
         run_tiny({"training.save_every": 1})
@@ -379,7 +380,7 @@ def test_with_dropout_each_row_has_its_own(job_of, monkeypatch):
     batch = alike_up_to(30, batch_of([40, 40, 40], 600))
     for dropout in (0.0, 0.1):
         job = job_of({"adapter.dropout": dropout})
-        with loop._dropout(job):
+        with job.dropping_out():
             loss.add_gradients(job.model, batch, 0.01, CPU)
         loss.summed_loss(job.model, batch, CPU)
     # 60 different tokens in steps of 16; 120 in rows of their own.

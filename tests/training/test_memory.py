@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from linchain_cli.data.batches import collate
+from linchain_cli.data.batches import collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
-from linchain_cli.run import read_jsonl
+from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import loop, memory
 
 GIB = memory.GIB
@@ -115,7 +116,7 @@ def test_a_real_allocation_failure_tells_numbers_and_keys(recipe_of):
     assert message.startswith("out of memory: 1048576.00 GiB were asked for on cpu, where ")
     assert "GiB were free" in message
     for key in (
-        "a smaller training.micro_batch_size (now 2; the result stays the same)",
+        "leaves the result as it is, also with --resume: a smaller training.micro_batch_size (now 2)",
         "training.gradient_checkpointing=true",
         "a smaller data.max_length (now 192)",
         "model.quantization=nf4",
@@ -141,7 +142,7 @@ def test_what_is_used_already_is_not_recommended(recipe_of):
         )
     assert str(caught.value) == (
         "out of memory: 2.50 GiB were asked for on cpu, where 1.44 GiB were free."
-        " What needs less: a smaller data.max_length (now 192)."
+        " What needs less and makes it another run: a smaller data.max_length (now 192)."
     )
 
 
@@ -151,11 +152,47 @@ def test_other_errors_pass(recipe_of):
 
 
 def test_a_run_that_runs_out_of_memory_fails_with_a_reason(run_tiny, recipe_of, monkeypatch):
-    monkeypatch.setattr(loop.loss, "add_gradients", lambda *args: torch.empty(1 << 50))
+    monkeypatch.setattr(loop, "optimizer_step", lambda *args: torch.empty(1 << 50))
     with pytest.raises(LinchainError, match="out of memory: .* training.micro_batch_size"):
         run_tiny()
-    from linchain_cli.run import RunDirectory
-
     status = RunDirectory(recipe_of().run_path).read_status()
     assert status.status == "failed" and status.reason.startswith("out of memory: ")
     assert read_jsonl(RunDirectory(recipe_of().run_path).rows_path) == []
+
+
+def test_memory_runs_out_before_the_first_step_or_not_at_all(run_tiny, recipe_of, monkeypatch):
+    """A micro-batch of the last step is too much: nothing is written, and no step is taken."""
+    original = loop.loss.add_gradients
+    job = run_tiny({"name": "sizes", "training.max_steps": 10})
+    sizes = []
+    for row in read_jsonl(job.run.rows_path):
+        part = micro_batches(np.array(row["rows"]), job.data.train.lengths, 2)[0]
+        sizes.append(int(job.data.train.lengths[part].sum()))
+    most = max(sizes)
+    assert sizes.index(most) > 0
+
+    def small(model, batch, scale, device):
+        if int(batch.attention_mask.sum()) >= most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(model, batch, scale, device)
+
+    monkeypatch.setattr(loop.loss, "add_gradients", small)
+    with pytest.raises(LinchainError, match="out of memory: 2.00 GiB were asked for"):
+        run_tiny({"training.max_steps": 10})
+    assert not recipe_of().run_path.exists()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_heaviest_steps_are_those_that_trying_all_finds(world):
+    lengths = np.random.RandomState(0).randint(5, 200, 45).astype(np.int32)
+    for seed, ahead in ((1, range(0, 23)), (2, range(7, 12)), (3, range(13, 14))):
+        tokens, positions = {}, {}
+        for step in ahead:
+            part = micro_batches(step_rows(45, seed, 6, step), lengths, 4, 0, world)[0]
+            tokens[step] = lengths[part].sum()
+            positions[step] = len(part) * lengths[part].max()
+        found = memory.heaviest_steps(lengths, seed, 6, 4, ahead, world)
+        assert max(tokens[step] for step in found) == max(tokens.values())
+        assert max(positions[step] for step in found) == max(positions.values())
+        assert len(found) <= 2
+    assert memory.heaviest_steps(lengths, 1, 6, 4, range(9, 9)) == []

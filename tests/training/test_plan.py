@@ -201,25 +201,6 @@ def test_processes_share_the_time(make_recipe, tiny_llama_dir, tmp_path, monkeyp
     assert seconds(2) == pytest.approx(seconds(1) / 2, rel=0.1)
 
 
-def test_a_run_records_the_prediction_beside_what_it_measured(
-    make_recipe, tiny_llama_dir, tmp_path, monkeypatch
-):
-    from linchain_cli.training.runner import run_training
-
-    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
-    recipe = make_recipe(tiny_llama_dir, epochs=None, max_steps=3, warmup_steps=1)
-    recipe = recipe.model_copy(update={"output_dir": str(tmp_path / "runs")})
-    job = run_training(recipe, quiet=True)
-    plan = json.loads((tmp_path / "runs" / "x" / "run.json").read_text())["plan"]
-    assert plan["memory"]["process"] > 100e6  # with transformers imported, and without the loaded base
-    assert plan["total_steps"] == 3 and plan["memory"]["total"] > plan["memory"]["base"] > 0
-    assert plan["time"]["train_seconds"] > 0
-    measured = plan["measured"]
-    assert measured["train_seconds"] == pytest.approx(job.state.seconds, abs=0.01)
-    assert measured["peak_memory_bytes"] > plan["memory"]["base"]
-    assert measured["tokens_per_second"] > 0
-
-
 def test_the_time_counts_common_beginnings_once(make_recipe, tmp_path):
     """Four rows of ten tokens, eight of them the same: 16 different ones, one step of counts."""
 

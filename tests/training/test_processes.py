@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
 
 
 def wait_for_step(run: RunDirectory, step: int, process) -> None:
@@ -137,6 +137,25 @@ def test_several_processes_resume_bit_for_bit(starter, recipe_file, recipe_of):
     assert alone.wait() == 0 and "finished already" in alone.log
 
 
+def test_all_processes_evaluate_the_adapter_that_is_kept(starter, recipe_file, recipe_of):
+    changes = {"evaluation.tasks": ["everyday"], "evaluation.limit": 6}
+    values = {"hook": "validation_losses", "values": [1.0, 2.0]}  # after steps 3 and 6
+    for rank in starter.ranks(2, "train", recipe_file(changes), **values):
+        assert rank.wait(120) == 0, rank.log
+    run = RunDirectory(recipe_of().run_path)
+    assert run.read_status().adapter == KeptAdapter(step=3, kept="best")
+    alone = starter.start("train", recipe_file(changes), "name=alone", **values)
+    assert alone.wait(120) == 0
+    # The processes' best adapter is that of one process, and so are the scores of all rows.
+    scores = [
+        [row["scores"] for row in read_jsonl(RunDirectory(path).eval_dir / "likelihood.predictions.jsonl")]
+        for path in (run.path, run.path.with_name("alone"))
+    ]
+    assert len(scores[0]) == 6
+    for ours, theirs in zip(*scores, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+
+
 def test_another_number_of_processes_does_not_resume(starter, recipe_file, recipe_of):
     recipe = recipe_file({"training.max_steps": 500, "training.save_every": 2})
     run = RunDirectory(recipe_of().run_path)
@@ -147,6 +166,9 @@ def test_another_number_of_processes_does_not_resume(starter, recipe_file, recip
     ranks = starter.ranks(2, "train", recipe, "--resume")
     assert [rank.wait(120) for rank in ranks] == [2, 2]
     assert "world_size: 1 in the checkpoint, 2 now: rows would be shared out otherwise" in ranks[0].log
+    newest = max(run.checkpoints_dir.iterdir())
+    assert "Restore what differs (--nproc 1)" in ranks[0].log
+    assert f"name=NEW adapter.init_from={newest}" in " ".join(ranks[0].log.split())
     assert ranks[1].log == ""
 
 
@@ -168,6 +190,7 @@ def test_a_signal_to_any_one_process_stops_all_of_them(starter, recipe_file, rec
     ("where", "kind", "codes", "message"),
     [
         ("prepare", "bug", [1, 1], "ValueError: a bug"),
+        ("heaviest", "memory", [1, 1], "out of memory: 2.00 GiB were asked for on cpu"),
         ("step", "memory", [1, 1], "out of memory: 2.00 GiB were asked for on cpu"),
         ("step", "exit", [1, 7], ""),
     ],
@@ -180,7 +203,7 @@ def test_an_error_on_one_process_ends_all_of_them(
     assert [rank.wait(90) for rank in ranks] == codes, ranks[0].log + ranks[1].log
     assert message in ranks[1].log
     run = RunDirectory(recipe_of().run_path)
-    if where == "prepare":
+    if where != "step":
         assert ranks[0].log == "" and not run.path.exists()
     else:
         assert "error: another process of this run ended while this one waited for it" in ranks[0].log

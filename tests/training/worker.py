@@ -117,8 +117,18 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
             "bug": ValueError("a bug"),
         }[kind]
 
-    module, name = {"prepare": (job, "put_in_chains"), "step": (loop.loss, "add_gradients")}[where]
+    module, name = {
+        "prepare": (job, "put_in_chains"),
+        "heaviest": (loop.loss, "add_gradients"),
+        "step": (loop, "optimizer_step"),
+    }[where]
     setattr(module, name, fail)
+
+
+def validation_losses(values: list[float]) -> None:
+    """What the validations find, one after another."""
+    found = iter(values)
+    loop.validation_loss = lambda job: next(found)
 
 
 def main() -> None:
