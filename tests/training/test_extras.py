@@ -56,7 +56,7 @@ def test_init_from_must_fit(run_tiny, tmp_path):
 def test_an_adapter_of_another_base_is_taken_with_a_warning(run_tiny, base, monkeypatch, capfd):
     source = str(run_tiny({"name": "first"}).run.adapter_dir)
     capfd.readouterr()
-    run_tiny({"name": "second", "adapter.init_from": source, "training.max_steps": 1})
+    run_tiny({"name": "second", "adapter.init_from": source})
     assert "warning" not in capfd.readouterr().err
     monkeypatch.setattr(base, "hash", "0" * 64)
     run_tiny({"name": "third", "adapter.init_from": source, "training.max_steps": 1})
