@@ -88,7 +88,7 @@ def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
         and err
         == f"error: {run.path} holds a finished run. Use --fresh to replace it, or another name (name=NEW).\n"
     )
-    code, _, err = linchain("train", recipe, "--resume")
+    code, _, err = linchain("train", recipe, "training.max_steps=1", "--resume")
     assert code == 0 and err == f"{run.path} is finished already; nothing to resume\n"
     code, _, err = linchain("train", recipe, "--resume", "--fresh")
     assert code == 2 and "give one of them" in err
