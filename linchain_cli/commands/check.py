@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 from linchain_cli.commands.options import Overrides, RecipePath
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
+    from torch import nn
 
     from linchain_cli.recipe import Recipe
 
@@ -32,7 +31,8 @@ def _check(recipe: Recipe, console: Console) -> None:
     from linchain_cli.commands import check_view
     from linchain_cli.data import prepare_data
     from linchain_cli.machine import limit_threads
-    from linchain_cli.model.loading import default_device, load_tokenizer, locate
+    from linchain_cli.model.limits import limits
+    from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
     from linchain_cli.training.job import chain_config
     from linchain_cli.training.plan import predict, recipe_epoch
     from linchain_cli.training.progress import counting_rows
@@ -41,10 +41,11 @@ def _check(recipe: Recipe, console: Console) -> None:
     limit_threads()
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
-    _modules(recipe, directory, console)
+    model = empty_model(directory)
+    _modules(recipe, model, console)
 
     with counting_rows() as progress:
-        data = prepare_data(recipe.data, tokenizer, progress=progress)
+        data = prepare_data(recipe.data, tokenizer, limits(model), progress=progress)
     epoch = recipe_epoch(recipe, data.train)
     check_view.sources(console, data)
     check_view.lengths(console, data, data.config.max_length)
@@ -56,14 +57,13 @@ def _check(recipe: Recipe, console: Console) -> None:
     check_view.plan(console, plan)
 
 
-def _modules(recipe: Recipe, directory: Path, console: Console) -> None:
+def _modules(recipe: Recipe, model: nn.Module, console: Console) -> None:
     """The modules that get a chain, as `train` would choose or refuse them."""
     from linchain_cli.chain import coverage, linear_shape, match_modules, refuse_shared
     from linchain_cli.commands import check_view
-    from linchain_cli.model.loading import empty_model, text_decoder_prefix
+    from linchain_cli.model.loading import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
 
-    model = empty_model(directory)
     refuse_unfit(model, recipe.training)
     prefix = text_decoder_prefix(model)
     matches = match_modules(model, recipe.adapter.target_modules, prefix)

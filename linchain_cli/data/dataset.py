@@ -7,12 +7,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from linchain_cli.data.cache import open_or_encode
+from linchain_cli.data.encoding import TextEncoder
 from linchain_cli.data.formats import choose_template
 from linchain_cli.data.mixture import hold_out, weighted
-from linchain_cli.data.pipeline import EncodingSettings, Progress
+from linchain_cli.data.pipeline import EncodingSettings, Progress, encoded_rows
 from linchain_cli.data.report import DataReport
 from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source, resolve_source
@@ -24,6 +25,7 @@ from linchain_cli.model.gguf import cache_root
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from linchain_cli.model.limits import Limits
     from linchain_cli.recipe import DataConfig, SourceConfig, TemplateConfig
 
 # Where `max_length` is auto and the model reads more: what other tools take, and a row may need gigabytes.
@@ -49,6 +51,7 @@ class PreparedData:
 def prepare_data(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    limits: Limits | None = None,
     *,
     cache_dir: Path | None = None,
     data_dir: str | Path | None = None,
@@ -59,13 +62,14 @@ def prepare_data(
     Args:
         config: the recipe's data section.
         tokenizer: a fast tokenizer; its template, EOS and leading tokens are part of the rows.
+        limits: what the model can read; None asks no model.
         cache_dir: where encodings are kept, else `encoded` in the tool's cache ($LINCHAIN_CACHE).
         data_dir: a directory that may hold registered data sets as files.
         progress: called with the number of rows read so far.
 
     Raises:
-        InputError: a source is missing, a row is bad (or none is good), rows have no supervised token,
-            or more rows are to be held out than there are.
+        InputError: a source is missing, a row is bad (or none is good), rows have no supervised token, more
+            rows are to be held out than there are, or the model cannot read a row.
     """
     cache_dir = Path(cache_dir) if cache_dir else cache_root() / "encoded"
     config = config.model_copy(update={"max_length": longest_row(config, tokenizer)})
@@ -80,6 +84,8 @@ def prepare_data(
         report.template = found[0].template.name
         _check_supervised(report, config.max_unsupervised_share, config.max_length)
         _tell(report, found, config.max_length)
+        if limits is not None and _has_unknown_ids(store, tokenizer, limits.embeddings):
+            _refuse_unknown_ids(pairs, tokenizer, settings, limits.embeddings)
         return found, store, report
 
     found, store, report = encoded(config.sources)
@@ -99,6 +105,11 @@ def prepare_data(
         raise InputError(f"{conflict.message} The rows go through {found[0].template.name}.")
     prepared = PreparedData(train, validation, found[0].template, settled, report, validation_report)
     report.warnings += _warnings(prepared, tokenizer)
+    if limits is not None:
+        longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.validation) if rows)
+        remedy = "set data.max_length to at most {positions}"
+        if warning := limits.check_length(longest, "the longest row has", remedy):
+            report.warnings.append(warning)
     return prepared
 
 
@@ -214,3 +225,28 @@ def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> lis
                 "rows"
             )
     return found
+
+
+def _has_unknown_ids(store: EncodedStore, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> bool:
+    """Whether rows hold tokens without an embedding. They are read only if the tokenizer has such tokens."""
+    return max(tokenizer.get_vocab().values()) >= embeddings and store.highest_token() >= embeddings
+
+
+def _refuse_unknown_ids(
+    sources: Sequence[tuple[Source, Template]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: EncodingSettings,
+    embeddings: int,
+) -> NoReturn:
+    """Encodes again to find where the first of the tokens comes from that the model has no embedding for."""
+    for row in encoded_rows(sources, TextEncoder(tokenizer), settings):
+        for text in row.encoded:
+            unknown = text.input_ids[text.input_ids >= embeddings]
+            if len(unknown) and text.supervised.any():
+                token = tokenizer.convert_ids_to_tokens(int(unknown[0]))
+                raise InputError(
+                    f"{row.place}: the token {token!r} has the id {unknown[0]}, and the model's embeddings"
+                    f" end at {embeddings - 1}: the tokenizer has more tokens than the model. Take the"
+                    " checkpoint's own tokenizer files, or rows and a template without this token."
+                )
+    raise InputError("the encoded rows are damaged: remove the folder `encoded` from the cache")

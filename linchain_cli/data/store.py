@@ -139,6 +139,12 @@ class EncodedStore:
             _file(self._directory, name), dtype=dtype, count=rows, offset=start * dtype.itemsize
         )
 
+    def highest_token(self, block: int = 1 << 22) -> int:
+        """The largest id of all rows, looked at in blocks."""
+        total = int(self._read("offsets", self.num_rows, self.num_rows + 1)[0])
+        starts = range(0, total, block)
+        return max(int(self._read("tokens", at, min(at + block, total)).max()) for at in starts)
+
 
 class EncodedRows:
     """Rows of a store: all of them, `only` some (in any order, also several times), or all `without` some

@@ -51,9 +51,10 @@ class Base:
 
     @property
     def pad_id(self) -> int:
-        """What fills short rows. No loss reads it, so any token does where a tokenizer has none for it."""
+        """What fills short rows. No loss reads it, so any token does that the model has an embedding for."""
+        embeddings = self.model.get_input_embeddings().weight.shape[0]
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(token for token in candidates if token is not None)
+        return next(token for token in candidates if token is not None and 0 <= token < embeddings)
 
 
 def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None = None) -> Base:

@@ -34,6 +34,7 @@ from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.errors import InputError
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
+from linchain_cli.model.limits import limits
 from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.model.rope import length_classes
 from linchain_cli.recipe import Recipe
@@ -193,10 +194,13 @@ def prepare(
         InputError: whatever is wrong with model, data or adapter.
     """
     base = base or load_base(recipe, accelerator, run if resume else None)
+    readable = limits(base.model)
     # The first process encodes; the others find its cache.
     with counting_rows(quiet=not accelerator.is_main_process) as progress:
-        data = on_main(accelerator, lambda: prepare_data(recipe.data, base.tokenizer, progress=progress))
-    data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer))
+        data = on_main(
+            accelerator, lambda: prepare_data(recipe.data, base.tokenizer, readable, progress=progress)
+        )
+    data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer, readable))
     recipe = recipe.model_copy(update={"data": data.config})
     if base.sharded:
         together(accelerator, lambda: _refuse_classes(base.model, data))

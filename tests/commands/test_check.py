@@ -111,6 +111,24 @@ def test_what_train_would_refuse_is_refused(recipe, capsys):
     assert "'lm_head' shares its weight with 'model.embed_tokens'" in capsys.readouterr().err
 
 
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_rows_that_the_model_cannot_read_are_told(recipe, capsys, tmp_path, tiny_gpt2_dir):
+    change(tmp_path / "model" / "config.json", max_position_embeddings=100)
+    assert check(recipe) == 0
+    assert "and the model was made for 100: it reads on" in capsys.readouterr().out
+    change(tmp_path / "model" / "config.json", vocab_size=300)
+    assert check(recipe) == 2
+    error = capsys.readouterr().err
+    assert "train.jsonl:1 (row 1): the token " in error and "the model's embeddings end at 299" in error
+    shutil.copytree(tiny_gpt2_dir, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
+    change(tmp_path / "gpt2" / "config.json", n_positions=100)
+    assert check(recipe, "model.path=gpt2", "adapter.target_modules=[c_attn]") == 2
+    assert "the model has 100 positions: set data.max_length to at most 100" in capsys.readouterr().err
+
+
 class Rows:
     lengths = np.array([3])
 

@@ -21,6 +21,7 @@ from linchain_cli.data.mixture import hold_out
 from linchain_cli.data.store import EncodedStore
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.model.limits import Limits
 
 
 @pytest.fixture
@@ -494,3 +495,39 @@ def test_the_rows_of_one_conversation_are_held_out_together(tmp_path):
     ]
     assert len(tokens[1]) == 4 and not tokens[0] & tokens[1]
     assert len(train) + len(validation) == 20
+def test_tokens_that_the_model_has_no_embedding_for_are_named_with_their_row(
+    tmp_path, byte_level, data_config, rows, write
+):
+    tokenizer = copy.deepcopy(byte_level)
+    known = len(tokenizer)
+    tokenizer.add_tokens(["ZEBRA"])
+    rows[30]["instruction"] += " ZEBRA"
+    train = str(write("zebra.json", json.dumps(rows)))
+
+    def prepare(limits=None):
+        return prepare_data(data_config(train), tokenizer, limits, cache_dir=tmp_path / "cache")
+
+    prepare(Limits(embeddings=known + 1))
+    for _ in range(2):  # also where the rows lie encoded already
+        with pytest.raises(InputError) as told:
+            prepare(Limits(embeddings=known))
+        assert f"zebra.json:1 (row 31): the token 'ZEBRA' has the id {known}" in str(told.value)
+        assert f"the model's embeddings end at {known - 1}" in str(told.value)
+    del rows[30]
+    write("zebra.json", json.dumps(rows))
+    assert len(prepare(Limits(embeddings=known)).train) == 49, "a token that no row has is no error"
+
+
+def test_rows_longer_than_the_model_can_read(prepare, train, byte_level, tmp_path, data_config):
+    longest = int(prepare(train).train.lengths.max())
+
+    def with_limits(table: bool, positions: int, **fields):
+        config = data_config(train, **fields)
+        return prepare_data(config, byte_level, Limits(10**6, positions, table), cache_dir=tmp_path / "cache")
+
+    assert with_limits(True, longest).report.warnings == []
+    with pytest.raises(InputError, match=f"longest row has {longest} tokens, and the model has 60 positions"):
+        with_limits(True, 60)
+    with_limits(True, 60, max_length=60, train_on_inputs=True)
+    (warning,) = with_limits(False, 60).report.warnings
+    assert "was made for 60" in warning and "set data.max_length to at most 60" in warning

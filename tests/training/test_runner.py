@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError, LinchainError
@@ -445,6 +447,30 @@ def test_what_the_run_is_too_short_for_is_told(run_tiny, capfd):
     run_tiny({"training.warmup_steps": 100, "training.max_steps": 2})
     printed = capfd.readouterr().err
     assert "warning: training.warmup_steps: the run has 2 steps, and warm-up takes 100" in printed
+
+
+def test_a_pad_token_without_an_embedding_pads_nothing(run_tiny, base, monkeypatch):
+    plain = run_tiny({"name": "plain"})
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "<|the model has never seen me|>"})
+    assert tokenizer.pad_token_id == base.model.get_input_embeddings().num_embeddings
+    monkeypatch.setattr(base, "tokenizer", tokenizer)
+    job = run_tiny()
+    assert job.base.pad_id == tokenizer.eos_token_id
+    assert adapter_bytes(job.run) == adapter_bytes(plain.run), "nothing reads padding"
+
+
+def test_rows_that_the_model_cannot_read_are_refused_before_the_first_step(
+    run_tiny, base, monkeypatch, capfd
+):
+    monkeypatch.setattr(base.model.config, "max_position_embeddings", 50)
+    run_tiny({"training.max_steps": 1})
+    assert "warning: the longest row has 1" in capfd.readouterr().err
+    table = torch.nn.Embedding(50, 4)
+    monkeypatch.setattr(base.model, "wpe", table, raising=False)
+    with pytest.raises(InputError, match="the model has 50 positions: set data.max_length to at most 50"):
+        run_tiny({"name": "other"})
+    assert not (base.directory / "other").exists()
 
 
 def test_warnings_of_the_data_are_shown(run_tiny, tmp_path, commonsense_rows, capfd):
