@@ -183,8 +183,7 @@ def test_the_processors_maker(box):
 
 _GAPS = """
 import sys
-from linchain_cli.machine import release_memory
-from linchain_cli.training.plan import resident_bytes
+from linchain_cli.machine import release_memory, resident_bytes
 blocks = [b"x" * 100_000 for _ in range(2000)]
 held = resident_bytes()
 kept = blocks[::2]

@@ -33,9 +33,9 @@ def _check(recipe: Recipe, console: Console) -> None:
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.limits import limits
     from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
+    from linchain_cli.training.display import counting_rows
+    from linchain_cli.training.forecast import forecast, recipe_epoch
     from linchain_cli.training.job import chain_config
-    from linchain_cli.training.plan import predict, recipe_epoch
-    from linchain_cli.training.progress import counting_rows
     from linchain_cli.training.schedule import total_steps, unreachable
 
     limit_threads()
@@ -53,8 +53,8 @@ def _check(recipe: Recipe, console: Console) -> None:
     check_view.notes(console, unreachable(recipe.training, epoch.rows, data.validation is not None))
     check_view.rows(console, data.train, tokenizer)
 
-    plan = predict(recipe, chain_config(recipe), directory, data.train, data.validation, default_device())
-    check_view.plan(console, plan)
+    config, device = chain_config(recipe), default_device()
+    check_view.cost(console, forecast(recipe, config, directory, data.train, data.validation, device))
 
 
 def _modules(recipe: Recipe, model: nn.Module, console: Console) -> None:

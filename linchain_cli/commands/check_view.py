@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from linchain_cli.chain import Coverage, Matches
     from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
     from linchain_cli.recipe import Recipe
-    from linchain_cli.training.plan import Plan
+    from linchain_cli.training.forecast import Forecast
 
 BAR = 40  # characters of the histogram's longest bar
 
@@ -188,11 +188,11 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
-def plan(console: Console, plan: Plan) -> None:
+def cost(console: Console, forecast: Forecast) -> None:
     """Predicted memory by part, and time."""
     from dataclasses import asdict
 
-    _section(console, f"Predicted cost on {plan.device}, of one process")
+    _section(console, f"Predicted cost on {forecast.device}, of one process")
     names = {
         "process": "Python and libraries",
         "base": "base weights",
@@ -202,18 +202,18 @@ def plan(console: Console, plan: Plan) -> None:
         "logits": "logits",
         "allocator": "gaps that the allocator keeps",
     }
-    sizes = {names[part]: size for part, size in asdict(plan.memory).items() if size}
-    sizes["at most, together"] = plan.memory.total
+    sizes = {names[part]: size for part, size in asdict(forecast.memory).items() if size}
+    sizes["at most, together"] = forecast.memory.total
     _print_table(
         console, ("memory", "MB"), [(name, _count(round(size / 1e6))) for name, size in sizes.items()]
     )
-    if plan.time is not None:
+    if forecast.time is not None:
         console.print(
-            f"time: {_duration(plan.time.train_seconds)} for {_count(plan.total_steps)} steps "
-            f"({plan.time.tokens_per_second:,.0f} tokens per second without padding), and "
-            f"{_duration(plan.time.validation_seconds)} for validation"
+            f"time: {_duration(forecast.time.train_seconds)} for {_count(forecast.total_steps)} steps "
+            f"({forecast.time.tokens_per_second:,.0f} tokens per second without padding), and "
+            f"{_duration(forecast.time.validation_seconds)} for validation"
         )
-    notes(console, plan.notes)
+    notes(console, forecast.notes)
 
 
 def _duration(seconds: float) -> str:

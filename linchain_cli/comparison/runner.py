@@ -37,8 +37,8 @@ from linchain_cli.recipe import Recipe
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base
+from linchain_cli.training.display import note
 from linchain_cli.training.metrics import reset_peak_memory
-from linchain_cli.training.progress import note
 from linchain_cli.training.runner import run_training
 from linchain_cli.training.schedule import total_steps
 

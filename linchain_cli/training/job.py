@@ -45,9 +45,9 @@ from linchain_cli.training import state as states
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
+from linchain_cli.training.display import counting_rows
 from linchain_cli.training.fingerprints import compare, fingerprints
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
-from linchain_cli.training.progress import counting_rows
 from linchain_cli.training.state import TrainingState
 
 

@@ -19,11 +19,11 @@ from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import release_memory
 from linchain_cli.training import loss
 from linchain_cli.training import state as states
+from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
 from linchain_cli.training.metrics import Interval, peak_memory_bytes
 from linchain_cli.training.optimizer import set_learning_rate
 from linchain_cli.training.processes import on_main, raise_on_all, sum_over_processes
-from linchain_cli.training.progress import Display
 from linchain_cli.training.schedule import learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.threads import LoadedCpus

@@ -15,11 +15,10 @@ from accelerate.utils import gather_object
 from linchain_cli.chain import folded
 from linchain_cli.data.batches import Batch, collate, micro_batches, step_rows, steps_per_epoch
 from linchain_cli.errors import LinchainError
-from linchain_cli.machine import available_memory
+from linchain_cli.machine import available_memory, resident_bytes
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import loss
 from linchain_cli.training.job import Job
-from linchain_cli.training.plan import resident_bytes
 
 # The share of free memory that may be planned with; the rest is for fragmentation and other processes.
 USABLE = 0.9

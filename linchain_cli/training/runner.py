@@ -21,11 +21,11 @@ from linchain_cli.run import KeptAdapter, RunDirectory, Timings
 from linchain_cli.training import job as jobs
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base
+from linchain_cli.training.display import Display, note
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
 from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main, together
-from linchain_cli.training.progress import Display, note
 from linchain_cli.training.signals import stop_requests
 from linchain_cli.training.threads import LoadedCpus
 from linchain_cli.training.trackers import check_trackers, start_trackers
@@ -72,9 +72,9 @@ def run_training(
         say = note if accelerator.is_main_process else (lambda message: None)
         began = time.perf_counter()
         claim = on_main(accelerator, lambda: _claim(run, recipe, resume, fresh, held))
-        plan, taken = from_main(accelerator, claim)
-        job = None if plan == FINISHED else jobs.prepare(recipe, run, accelerator, base, resume=plan != NEW)
-        if job is None or plan == LONGER and job.total_steps <= taken:
+        found, taken = from_main(accelerator, claim)
+        job = None if found == FINISHED else jobs.prepare(recipe, run, accelerator, base, resume=found != NEW)
+        if job is None or found == LONGER and job.total_steps <= taken:
             say(f"{run.path} is finished already; nothing to resume")
             return None
         say(jobs.chain_coverage(job).describe())
@@ -85,12 +85,12 @@ def run_training(
         if ready is not None:
             together(accelerator, lambda: ready(job))
         if resume:
-            jobs.resume(job, say, plan == LONGER)
+            jobs.resume(job, say, found == LONGER)
         with explained(job.recipe, job.device), _plainly(job):
             _settle_micro_batch(job, say)
             together(accelerator, lambda: run_heaviest(job))
         seconds = round(time.perf_counter() - began, 3)
-        on_main(accelerator, lambda: _open(job, plan, labels or {}, seconds))
+        on_main(accelerator, lambda: _open(job, found, labels or {}, seconds))
         with _told_in_status(job):
             start_trackers(job)
             quiet = quiet or not accelerator.is_main_process
@@ -106,7 +106,7 @@ NEW, CONTINUE, FINISHED, LONGER = "new", "continue", "finished", "longer"
 def _claim(
     run: RunDirectory, recipe: Recipe, resume: bool, fresh: bool, held: contextlib.ExitStack
 ) -> tuple[str, int]:
-    """Locks the run for this process, and says what there is to do and how many steps a finished run took.
+    """Locks the run for this process, and says what is there and how many steps a finished run took.
 
     LONGER is a finished run of which the recipe now says otherwise how long it is: it may have to go on.
     """
@@ -129,10 +129,10 @@ def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
         job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
 
 
-def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -> None:
+def _open(job: Job, found: str, labels: dict[str, Any], prepare_seconds: float) -> None:
     """Writes (or cuts back) the run's files to where the job stands."""
     run, step = job.run, job.state.step
-    if plan != NEW:
+    if found != NEW:
         storage.write_atomic(run.recipe_path, job.recipe.to_yaml())
         storage.remove_staging(run.path)
         storage.remove_staging(run.checkpoints_dir)
@@ -146,7 +146,7 @@ def _open(job: Job, plan: str, labels: dict[str, Any], prepare_seconds: float) -
         reason=None,
         started_at=runs.now(),
         finished_at=None,
-        resumed_from=step if plan != NEW else None,
+        resumed_from=step if found != NEW else None,
         timings=Timings(prepare_seconds=prepare_seconds),
         **jobs.description(job),
         **labels,

@@ -29,7 +29,7 @@ from linchain_cli.run import (
     newest_finished_run,
     read_jsonl,
 )
-from linchain_cli.training.progress import Display
+from linchain_cli.training.display import Display
 from linchain_cli.training.runner import run_training
 
 WORDS = ["adapter.depth=0,3"]

@@ -10,8 +10,8 @@ from torch import nn
 
 from linchain_cli.chain import ChainConfig, inject
 from linchain_cli.model.head import hidden_states
+from linchain_cli.training.forecast.memory import saved_bytes
 from linchain_cli.training.norms import LeanRMSNorm, make_norms_lean
-from linchain_cli.training.plan import saved_bytes
 
 IDS = torch.arange(3, 43).view(2, 20)
 WITHOUT = {

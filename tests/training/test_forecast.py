@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.model.loading import load_model, load_tokenizer
 from linchain_cli.recipe import Recipe
-from linchain_cli.training import plan as plans
-from linchain_cli.training.plan import computed_share, planned_model, predict, saved_bytes
+from linchain_cli.training.forecast import Forecast, forecast, memory, recipe_epoch, time
+from linchain_cli.training.forecast.memory import saved_bytes
+from linchain_cli.training.forecast.model import forecast_model
+from linchain_cli.training.forecast.time import computed_share
 
 CPU = torch.device("cpu")
 CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])
@@ -23,7 +26,7 @@ CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(plans, "_TIMING_SECONDS", 0.01)
+    monkeypatch.setattr(time, "_TIMING_SECONDS", 0.01)
 
 
 @pytest.fixture
@@ -44,11 +47,11 @@ def make_recipe(tmp_path, commonsense_rows):
 
 
 @pytest.fixture
-def plan_of(make_recipe, tmp_path):
-    def make(directory: Path, config: ChainConfig = CHAINS, **training) -> plans.Plan:
+def forecast_of(make_recipe, tmp_path):
+    def make(directory: Path, config: ChainConfig = CHAINS, **training) -> Forecast:
         recipe = make_recipe(directory, **training)
         data = prepare_data(recipe.data, load_tokenizer(directory), cache_dir=tmp_path / "cache")
-        return predict(recipe, config, directory, data.train, data.validation, CPU)
+        return forecast(recipe, config, directory, data.train, data.validation, CPU)
 
     return make
 
@@ -60,9 +63,9 @@ def plan_of(make_recipe, tmp_path):
 def test_the_count_is_what_a_real_forward_keeps(request, make_recipe, kind, targets, depth):
     directory = request.getfixturevalue(kind)
     config = ChainConfig(rank=4, depth=depth, target_modules=targets)
-    planned = planned_model(make_recipe(directory), config, directory, CPU)
-    planned.set_attn_implementation("eager")
-    counted = saved_bytes(planned, 3, 17)
+    model_of_recipe = forecast_model(make_recipe(directory), config, directory, CPU)
+    model_of_recipe.set_attn_implementation("eager")
+    counted = saved_bytes(model_of_recipe, 3, 17)
 
     model = load_model(directory, dtype="float32", device=CPU, attention="eager")
     inject(model, config)
@@ -82,38 +85,35 @@ def test_the_count_is_what_a_real_forward_keeps(request, make_recipe, kind, targ
     assert counted == sum(kept.values()) > 0
 
 
-def test_parts_of_the_memory(plan_of, tiny_llama_dir):
-    plan = plan_of(tiny_llama_dir)
+def test_parts_of_the_memory(forecast_of, tiny_llama_dir):
+    found = forecast_of(tiny_llama_dir).memory
     model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
-    assert plan.base_parameters == sum(p.numel() for p in model.parameters())
-    assert plan.memory.base == 4 * plan.base_parameters
+    assert found.base == 4 * sum(p.numel() for p in model.parameters())
     layers = inject(model, CHAINS)
     trained = sum(p.numel() for layer in layers.values() for p in (layer.A, layer.links, layer.B))
-    assert plan.trainable_parameters == trained
-    assert plan.memory.optimizer == 8 * trained
-    assert plan.memory.adapters == 8 * (trained + sum(layer.A.numel() for layer in layers.values()))
-    assert plan.memory.process > 50e6  # Python, numpy and torch are here
-    parts = json.loads(json.dumps(plan.to_dict()))["memory"]
-    assert parts.pop("total") == sum(parts.values()) == plan.memory.total
+    assert found.optimizer == 8 * trained
+    assert found.adapters == 8 * (trained + sum(layer.A.numel() for layer in layers.values()))
+    assert found.process > 50e6  # Python, numpy and torch are here
+    assert found.total == sum(asdict(found).values())
 
 
-def test_tied_embeddings_count_once(plan_of, tiny_tied_dir, tiny_llama_dir):
-    tied, untied = plan_of(tiny_tied_dir), plan_of(tiny_llama_dir)
+def test_tied_embeddings_count_once(forecast_of, tiny_tied_dir, tiny_llama_dir):
+    tied, untied = forecast_of(tiny_tied_dir), forecast_of(tiny_llama_dir)
     head = load_model(tiny_llama_dir, dtype="float32", device=CPU).lm_head.weight
     assert untied.memory.base - tied.memory.base == 4 * head.numel()
 
 
 def test_8_bit_state_is_for_large_tensors():
-    assert plans._optimizer_bytes(torch.empty(64, 64, device="meta"), "paged_adamw_8bit") == 2 * 4096
-    assert plans._optimizer_bytes(torch.empty(63, 64, device="meta"), "adamw_8bit") == 8 * 63 * 64
-    assert plans._optimizer_bytes(torch.empty(64, 64, device="meta"), "adamw") == 8 * 4096
+    assert memory._optimizer_bytes(torch.empty(64, 64, device="meta"), "paged_adamw_8bit") == 2 * 4096
+    assert memory._optimizer_bytes(torch.empty(63, 64, device="meta"), "adamw_8bit") == 8 * 63 * 64
+    assert memory._optimizer_bytes(torch.empty(64, 64, device="meta"), "adamw") == 8 * 4096
 
 
 def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
     sizes = {}
     for quantization in ("none", "int8", "nf4"):
         recipe = make_recipe(tiny_llama_dir, {"quantization": quantization})
-        sizes[quantization] = plans._base_bytes(recipe, planned_model(recipe, CHAINS, tiny_llama_dir, CPU))
+        sizes[quantization] = memory._base_bytes(recipe, forecast_model(recipe, CHAINS, tiny_llama_dir, CPU))
     model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
     linear = (
         sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -126,7 +126,7 @@ def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
 def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
     def activations(attention: str, **training) -> int:
         recipe = make_recipe(tiny_llama_dir, {"attention": attention}, **training)
-        return plans._activations(recipe, planned_model(recipe, CHAINS, tiny_llama_dir, CPU), 2, 100, CPU)
+        return memory._activations(recipe, forecast_model(recipe, CHAINS, tiny_llama_dir, CPU), 2, 100, CPU)
 
     eager, fused = activations("eager"), activations("sdpa")
     weights = (
@@ -136,36 +136,35 @@ def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
     assert activations("sdpa", gradient_checkpointing=True) < fused
 
 
-def test_time_is_of_the_whole_run(plan_of, tiny_llama_dir):
-    plan = plan_of(tiny_llama_dir)
-    assert plan.total_steps == 2 * math.ceil(50 / 8)
-    assert plan.time.train_seconds > 0 and plan.time.validation_seconds > 0
-    assert plan.notes == ()
+def test_time_is_of_the_whole_run(forecast_of, tiny_llama_dir):
+    found = forecast_of(tiny_llama_dir)
+    assert found.total_steps == 2 * math.ceil(50 / 8)
+    assert found.time.train_seconds > 0 and found.time.validation_seconds > 0
+    assert found.notes == ()
 
 
-def test_time_grows_with_steps(plan_of, tiny_llama_dir, monkeypatch):
-    monkeypatch.setattr(plans, "_seconds", lambda run, device: (run(), 1.0)[1])
+def test_time_grows_with_steps(forecast_of, tiny_llama_dir, monkeypatch):
+    monkeypatch.setattr(time, "_seconds", lambda run, device: (run(), 1.0)[1])
     few, many = (
-        plan_of(tiny_llama_dir, epochs=None, max_steps=5),
-        plan_of(tiny_llama_dir, epochs=None, max_steps=50),
+        forecast_of(tiny_llama_dir, epochs=None, max_steps=5),
+        forecast_of(tiny_llama_dir, epochs=None, max_steps=50),
     )
     assert many.time.train_seconds == pytest.approx(10 * few.time.train_seconds, rel=1e-3)
-    again = plan_of(tiny_llama_dir, epochs=None, max_steps=5, gradient_checkpointing=True)
+    again = forecast_of(tiny_llama_dir, epochs=None, max_steps=5, gradient_checkpointing=True)
     assert again.time.train_seconds > few.time.train_seconds
 
 
-def test_what_cannot_be_timed_is_said(plan_of, tiny_llama_dir, monkeypatch):
+def test_what_cannot_be_timed_is_said(forecast_of, tiny_llama_dir, monkeypatch):
     def fails(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(plans, "position_seconds", fails)
-    plan = plan_of(tiny_llama_dir)
-    assert plan.time is None and "RuntimeError" in plan.notes[0]
-    assert plan.to_dict()["time"] is None
-    monkeypatch.setattr(plans, "saved_bytes", fails)
-    plan = plan_of(tiny_llama_dir)
-    assert plan.memory.activations is None and len(plan.notes) == 2
-    assert plan.memory.total == plan.to_dict()["memory"]["total"] > plan.memory.base
+    monkeypatch.setattr(time, "position_seconds", fails)
+    found = forecast_of(tiny_llama_dir)
+    assert found.time is None and "RuntimeError" in found.notes[0]
+    monkeypatch.setattr(memory, "saved_bytes", fails)
+    found = forecast_of(tiny_llama_dir)
+    assert found.memory.activations is None and len(found.notes) == 2
+    assert found.memory.total > found.memory.base
 
 
 def test_auto_takes_the_whole_batch_at_most(make_recipe, tiny_llama_dir):
@@ -174,31 +173,19 @@ def test_auto_takes_the_whole_batch_at_most(make_recipe, tiny_llama_dir):
         supervised_counts = np.full(40, 3, np.int32)
 
     recipe = make_recipe(tiny_llama_dir, micro_batch_size="auto")
-    assert plans.recipe_epoch(recipe, Rows()).longest_micro_batch == 80
+    assert recipe_epoch(recipe, Rows()).longest_micro_batch == 80
 
 
-def test_the_planned_model_has_the_recipe_s_chains(make_recipe, tiny_llama_dir):
-    model = planned_model(make_recipe(tiny_llama_dir), CHAINS, tiny_llama_dir, CPU)
+def test_the_model_has_the_recipe_s_chains(make_recipe, tiny_llama_dir):
+    model = forecast_model(make_recipe(tiny_llama_dir), CHAINS, tiny_llama_dir, CPU)
     assert len(chain_layers(model)) == 4
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-def test_planning_leaves_the_random_state_alone(plan_of, tiny_llama_dir):
+def test_forecasting_leaves_the_random_state_alone(forecast_of, tiny_llama_dir):
     before = torch.get_rng_state()
-    plan_of(tiny_llama_dir)
+    forecast_of(tiny_llama_dir)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_processes_share_the_time(make_recipe, tiny_llama_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(plans, "_seconds", lambda run, device: (run(), 1.0)[1])
-    recipe = make_recipe(tiny_llama_dir)
-    data = prepare_data(recipe.data, load_tokenizer(tiny_llama_dir), cache_dir=tmp_path / "cache")
-
-    def seconds(world: int) -> float:
-        plan = predict(recipe, CHAINS, tiny_llama_dir, data.train, data.validation, CPU, world=world)
-        return plan.time.train_seconds
-
-    assert seconds(2) == pytest.approx(seconds(1) / 2, rel=0.1)
 
 
 def test_the_time_counts_common_beginnings_once(make_recipe, tmp_path):

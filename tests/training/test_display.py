@@ -6,11 +6,11 @@ import io
 
 from rich.console import Console
 
-from linchain_cli.training import progress
+from linchain_cli.training import display
 
 
 def test_encoding_tells_how_far_it_is_and_a_cache_says_nothing(run_tiny, capsys, monkeypatch):
-    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(display, "SECONDS_BETWEEN_LINES", 0.0)
     run_tiny({"name": "first", "data.max_length": 257})
     assert "encoding rows: 46 so far\n" in capsys.readouterr().err
     run_tiny({"name": "second", "data.max_length": 257})
@@ -19,8 +19,8 @@ def test_encoding_tells_how_far_it_is_and_a_cache_says_nothing(run_tiny, capsys,
 
 def test_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
     times = iter([0.0, 1.0, 9.9, 10.5, 10.5, 11.0, 21.0, 21.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
-    with progress.counting_rows() as show:
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(times))
+    with display.counting_rows() as show:
         for rows in (10, 20, 1000, 1100, 20000):
             show(rows)
     assert capsys.readouterr().err == "encoding rows: 1,000 so far\nencoding rows: 20,000 so far\n"
@@ -29,11 +29,11 @@ def test_lines_come_at_most_every_few_seconds(capsys, monkeypatch):
 def test_on_a_terminal_the_number_changes_in_place(monkeypatch):
     shown = io.StringIO()
     monkeypatch.setattr(
-        progress, "Console", lambda **options: Console(file=shown, force_terminal=True, width=60)
+        display, "Console", lambda **options: Console(file=shown, force_terminal=True, width=60)
     )
-    with progress.counting_rows() as show:
+    with display.counting_rows() as show:
         show(12345)
     assert "encoding rows: 12,345 so far" in shown.getvalue()
-    with progress.counting_rows():
+    with display.counting_rows():
         length = len(shown.getvalue())
     assert len(shown.getvalue()) == length, "nothing to count, nothing to see"

@@ -1,0 +1,145 @@
+"""Memory at the moment of most in training, by part."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linchain_cli.chain import chain_layers, folded
+from linchain_cli.data.store import EncodedRows
+from linchain_cli.machine import resident_bytes
+from linchain_cli.model.attention import GROUPED
+from linchain_cli.model.head import decoder_blocks
+from linchain_cli.recipe import Recipe
+from linchain_cli.training.forecast.model import UNSUPPORTED, attention_of, micro_batch_size, recipe_epoch
+from linchain_cli.training.loss import positions_at_once
+from linchain_cli.training.norms import make_norms_lean
+
+# Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
+_QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
+_SMALL = 4096  # elements; smaller tensors keep their 8-bit optimizer's state in 32 bit
+# On CPUs freed memory stays in the process, in gaps that other sizes do not fit: with rows of many lengths
+# the resident set grew by 1.2 to 1.5 times the activations (SmolLM2-135M, glibc, eager attention).
+_CPU_GAPS = 0.4
+
+
+@dataclass(frozen=True)
+class MemoryForecast:
+    """Bytes at the moment of most memory in training, on each process."""
+
+    process: int  # Python and its libraries; 0 where a device's own memory is counted
+    base: int
+    adapters: int  # with their gradients
+    optimizer: int
+    activations: int | None  # None where the model does not run on the meta device
+    logits: int
+    allocator: int  # freed memory that a CPU's allocator keeps between tensors of other sizes
+
+    @property
+    def total(self) -> int:
+        return sum(size or 0 for size in asdict(self).values())
+
+
+def forecast_memory(
+    recipe: Recipe, model: nn.Module, rows: EncodedRows, device: torch.device, notes: list[str]
+) -> MemoryForecast:
+    """Counts the parts for a model on the meta device; what cannot be counted is told in `notes`."""
+    process = resident_bytes() if device.type == "cpu" else 0
+    epoch = recipe_epoch(recipe, rows)
+    batch = min(micro_batch_size(recipe), epoch.rows)
+    length = math.ceil(epoch.longest_micro_batch / batch)
+    activations = None
+    try:
+        activations = _activations(recipe, model, batch, length, device)
+    except UNSUPPORTED as error:
+        notes.append(f"activations are not counted ({type(error).__name__} on the meta device)")
+    _, trained = _parameters(model)
+    folded_factors = sum(layer.A.numel() for layer in chain_layers(model).values())  # A' of each layer
+    return MemoryForecast(
+        process=process,
+        base=_base_bytes(recipe, model),
+        adapters=2 * 4 * (sum(p.numel() for p in trained) + folded_factors),
+        optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
+        activations=activations,
+        logits=_logits(model, batch * int(rows.supervised_counts.max()), device),
+        allocator=int(_CPU_GAPS * (activations or 0)) if device.type == "cpu" else 0,
+    )
+
+
+def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(the base's, the chains'), shared ones once."""
+    trained = [p for layer in chain_layers(model).values() for p in (layer.A, layer.links, layer.B)]
+    ours = {id(p) for p in trained}
+    return [p for p in model.parameters() if id(p) not in ours], trained
+
+
+def _base_bytes(recipe: Recipe, model: nn.Module) -> int:
+    base, _ = _parameters(model)
+    rounded = _rounded_weights(model) if recipe.model.quantization != "none" else set()
+    small = _QUANTISED.get(recipe.model.quantization)
+    return round(sum(p.numel() * (small if id(p) in rounded else p.element_size()) for p in base))
+
+
+def _rounded_weights(model: nn.Module) -> set[int]:
+    """The weights that bitsandbytes rounds: those of linear modules, but the head's."""
+    head = model.get_output_embeddings()
+    return {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
+
+
+def _optimizer_bytes(parameter: Tensor, name: str) -> int:
+    """AdamW's two moments."""
+    each = 1 if "8bit" in name and parameter.numel() >= _SMALL else 4
+    return 2 * each * parameter.numel()
+
+
+def _logits(model: nn.Module, labelled: int, device: torch.device) -> int:
+    """The logits of the largest piece, in the model's type and in float32, and their gradients."""
+    weight = model.get_output_embeddings().weight
+    rows = min(labelled, positions_at_once(weight.shape[0], device))
+    return 2 * (4 + weight.element_size()) * rows * weight.shape[0]
+
+
+def _activations(recipe: Recipe, model: nn.Module, batch: int, length: int, device: torch.device) -> int:
+    """What autograd keeps between the forward and the backward pass, and one block's gradients."""
+    # These two keep attention's weights as tensors of their own, which makes them countable.
+    attention = attention_of(recipe, model, device)
+    countable = attention in ("eager", GROUPED)
+    model.set_attn_implementation(attention if countable else "eager")
+    make_norms_lean(model)
+    kept = saved_bytes(model, batch, length)
+    if not countable:
+        # Fused attention keeps no (length x length) weights: the part that grows with the length's square.
+        square = max(0.0, (saved_bytes(model, batch, 2 * length) - 2 * kept) / 2)
+        kept = int(kept - square)
+    blocks = len(decoder_blocks(model))
+    if recipe.training.gradient_checkpointing:
+        hidden = batch * length * model.get_input_embeddings().weight.shape[1] * _element_size(model)
+        return blocks * hidden + 2 * kept // blocks
+    return kept + kept // blocks
+
+
+def _element_size(model: nn.Module) -> int:
+    return model.get_input_embeddings().weight.element_size()
+
+
+def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
+    """Bytes of the tensors, but parameters, that autograd saves in a forward pass over (batch, length).
+
+    `model` is on the meta device, so nothing is computed or allocated.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            saved[tensor.untyped_storage()._cdata] = tensor  # held, so that no other takes its address
+        return tensor
+
+    ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
+        # With a mask transformers does not look into the (absent) values for packed sequences.
+        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
