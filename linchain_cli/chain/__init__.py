@@ -34,6 +34,7 @@ from linchain_cli.chain.layer import (
     fold_into_a,
     linear_shape,
     misfit,
+    parameter_count,
 )
 from linchain_cli.chain.targets import Coverage, Matches, coverage, match_modules, refuse_shared
 
@@ -66,6 +67,7 @@ __all__ = [
     "merge",
     "misfit",
     "named_tensors",
+    "parameter_count",
     "refuse_shared",
     "save_adapter",
     "set_enabled",

@@ -8,7 +8,7 @@ and adapter in one autograd node, and is what training runs when nothing stands 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ def delta_weight(
 
 # bitsandbytes' layers compute W0·x, too, from weights that they have packed.
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
+
+
+def parameter_count(shapes: Iterable[tuple[int, int]], rank: int, depth: int) -> int:
+    """Trained parameters of chains around modules of these (d_in, d_out): Σ r·(d_in + d_out) + n·r²."""
+    return sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:

@@ -71,8 +71,9 @@ def modules(
     recipe: Recipe,
 ) -> None:
     """What gets a chain and what does not, and how many parameters that trains."""
-    rank, depth = recipe.adapter.rank, recipe.adapter.depth
-    trained = sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
+    from linchain_cli.chain import parameter_count
+
+    trained = parameter_count(shapes, recipe.adapter.rank, recipe.adapter.depth)
     _section(console, "Model")
     counts = [(pattern, _count(count)) for pattern, count in matches.per_pattern.items()]
     _print_table(console, ("pattern", "modules"), counts)

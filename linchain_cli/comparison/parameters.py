@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from linchain_cli.chain import linear_shape, match_modules
+from linchain_cli.chain import linear_shape, match_modules, parameter_count
 from linchain_cli.model.loading import empty_model, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 
 Shape = tuple[int, int]
 
 
-def trained_parameters(shapes: Sequence[Shape], rank: int, depth: int) -> int:
-    """Σ over modules of r·(d_in + d_out) + n·r²; `shapes` are (d_in, d_out)."""
-    return sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
-
-
 def closest_rank(shapes: Sequence[Shape], depth: int, wanted: int) -> int:
     """The rank at which chains have nearest to `wanted` parameters; of two equally near, the lower one."""
     rank = 1
-    while trained_parameters(shapes, rank + 1, depth) <= wanted:
+    while parameter_count(shapes, rank + 1, depth) <= wanted:
         rank += 1
-    below, above = (abs(trained_parameters(shapes, r, depth) - wanted) for r in (rank, rank + 1))
+    below, above = (abs(parameter_count(shapes, r, depth) - wanted) for r in (rank, rank + 1))
     return rank if below <= above else rank + 1
 
 
@@ -41,7 +36,7 @@ def with_equal_parameters(recipes: Sequence[Recipe], base: Recipe, directory: Pa
         paths = match_modules(model, recipe.adapter.target_modules, prefix).paths
         return [linear_shape(model.get_submodule(path)) for path in paths]
 
-    wanted = trained_parameters(shapes(base), base.adapter.rank, 0)
+    wanted = parameter_count(shapes(base), base.adapter.rank, 0)
     adjusted = []
     for recipe in recipes:
         adapter = recipe.adapter

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from linchain_cli.chain import ChainConfig, inject
+from linchain_cli.chain import ChainConfig, inject, parameter_count
 from linchain_cli.comparison.grid import expand
-from linchain_cli.comparison.parameters import closest_rank, trained_parameters, with_equal_parameters
+from linchain_cli.comparison.parameters import closest_rank, with_equal_parameters
 from linchain_cli.model.loading import load_model
 
 SHAPES = [(576, 576), (576, 192), (1536, 576)]
@@ -15,9 +15,9 @@ SHAPES = [(576, 576), (576, 192), (1536, 576)]
 @pytest.mark.parametrize("depth", [0, 1, 3, 8])
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
 def test_no_other_rank_comes_closer(depth, rank):
-    wanted = trained_parameters(SHAPES, rank, 0)
+    wanted = parameter_count(SHAPES, rank, 0)
     found = closest_rank(SHAPES, depth, wanted)
-    gaps = {r: abs(trained_parameters(SHAPES, r, depth) - wanted) for r in range(1, 100)}
+    gaps = {r: abs(parameter_count(SHAPES, r, depth) - wanted) for r in range(1, 100)}
     assert gaps[found] == min(gaps.values())
     assert depth or found == rank
 
@@ -27,7 +27,7 @@ def test_the_count_is_what_a_model_trains(tiny_llama_dir):
     layers = inject(model, ChainConfig(rank=4, depth=3, target_modules=["q_proj", "k_proj", "down_proj"]))
     shapes = [(layer.A.shape[1], layer.B.shape[0]) for layer in layers.values()]
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    assert count == trained_parameters(shapes, 4, 3)
+    assert count == parameter_count(shapes, 4, 3)
 
 
 def test_arms_get_ranks_and_keep_their_scale(recipe_path, tiny_llama_dir):
