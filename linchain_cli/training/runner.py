@@ -25,7 +25,14 @@ from linchain_cli.training.display import Display, note
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
-from linchain_cli.training.processes import connect, from_main, is_lost_connection, on_main, together
+from linchain_cli.training.processes import (
+    connect,
+    from_main,
+    is_lost_connection,
+    on_main,
+    raise_on_all,
+    together,
+)
 from linchain_cli.training.signals import stop_requests
 from linchain_cli.training.threads import LoadedCpus
 from linchain_cli.training.trackers import check_trackers, start_trackers
@@ -66,7 +73,7 @@ def run_training(
     run = RunDirectory(recipe.run_path)
     with contextlib.ExitStack() as held:
         held.callback(torch.set_num_threads, cpus.limit)
-        stop = held.enter_context(stop_requests())
+        stop = held.enter_context(stop_requests("stopped before the first step: nothing was written"))
         held.enter_context(_deterministic(recipe.training.deterministic))
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
@@ -77,6 +84,8 @@ def run_training(
         if job is None or found == LONGER and job.total_steps <= taken:
             say(f"{run.path} is finished already; nothing to resume")
             return None
+        if found != NEW:
+            stop.message = f"stopped before the next step: {run.path} is as it was"
         say(jobs.chain_coverage(job).describe())
         for told in job.data.report.notes:
             say(told)
@@ -97,6 +106,8 @@ def run_training(
             with Display(job.total_steps, job.state.step, quiet) as display:
                 train(job, display, stop, LoadedCpus(job, cpus, display.note))
             _finish(job)
+        if signum := from_main(accelerator, stop.signum):  # it came too late to stop a step
+            raise_on_all(accelerator, Stopped(f"{run.path} is finished; nothing was done after that", signum))
     return job
 
 

@@ -9,34 +9,40 @@ import sys
 from collections.abc import Iterator
 
 from linchain_cli.errors import LinchainError, Stopped
+from linchain_cli.training.processes import is_first_process
 
 
 class StopRequest:
     """`signum` is the signal that asked for the stop, 0 while none has.
 
     `deferred` says that somebody looks at it from step to step. Until then, a signal stops what is going on
-    (loading, encoding) on the spot.
+    (loading, encoding, evaluating) on the spot, and `message` says what that leaves.
     """
 
-    signum = 0
-    deferred = False
+    def __init__(self, message: str = "stopped"):
+        self.message = message
+        self.signum = 0
+        self.deferred = False
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(message: str) -> Iterator[StopRequest]:
     """Catches the two signals for the length of the block.
 
     Raises:
-        Stopped: a signal came while `deferred` was not set.
+        Stopped: a signal came while `deferred` was not set, with `message`.
+        SystemExit: the same, on other processes than the first.
     """
-    request = StopRequest()
+    request = StopRequest(message)
 
     def handle(signum, _frame):
         if request.signum:
             _exit_at_once(128 + signum)
         request.signum = signum
         if not request.deferred:
-            raise Stopped("stopped before the first step", signum)
+            if is_first_process():
+                raise Stopped(request.message, signum)
+            raise SystemExit(128 + signum)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

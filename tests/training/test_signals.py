@@ -10,6 +10,7 @@ import pytest
 
 from linchain_cli.errors import Stopped
 from linchain_cli.run import RunDirectory, read_jsonl
+from linchain_cli.training import runner
 from linchain_cli.training.signals import stop_requests
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
@@ -70,19 +71,35 @@ def test_before_the_first_step_there_is_nothing_to_wait_for(
     wait_until(marker.exists, process, "loading")
     os.kill(process.pid, number)
     assert process.wait(30) == code
-    assert "error: stopped before the first step" in process.log
+    assert "error: stopped before the first step: nothing was written" in process.log
     assert not recipe_of().run_path.exists()
+
+
+def test_a_signal_while_the_result_is_written_ends_after_it(run_tiny, recipe_of, monkeypatch):
+    """The run is finished then, and what would follow it is not begun."""
+    original = runner._write_result
+
+    def interrupted(job):
+        os.kill(os.getpid(), signal.SIGINT)
+        original(job)
+
+    monkeypatch.setattr(runner, "_write_result", interrupted)
+    with pytest.raises(Stopped, match="is finished; nothing was done after that") as caught:
+        run_tiny({"training.max_steps": 1})
+    assert caught.value.exit_code == 130
+    run = RunDirectory(recipe_of().run_path)
+    assert run.read_status().finished and (run.adapter_dir / "chain.safetensors").is_file()
 
 
 def test_handlers_are_put_back():
     before = [signal.getsignal(number) for number, _ in SIGNALS]
-    with stop_requests() as request:
+    with stop_requests("never said") as request:
         assert [signal.getsignal(number) for number, _ in SIGNALS] != before
         request.deferred = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert request.signum == signal.SIGTERM
     assert [signal.getsignal(number) for number, _ in SIGNALS] == before
-    with pytest.raises(Stopped, match="before the first step") as caught, stop_requests():
+    with pytest.raises(Stopped, match="^left as it is$") as caught, stop_requests("left as it is"):
         os.kill(os.getpid(), signal.SIGINT)
     assert caught.value.exit_code == 130
     assert [signal.getsignal(number) for number, _ in SIGNALS] == before
