@@ -44,8 +44,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check linchain_cli tests scripts
 
 bench: $(VENV)/.installed-bench
-	@test -f scripts/bench_train.py || { echo "this version has no benchmarks" >&2; exit 1; }
-	$(BIN)/python scripts/bench_train.py
+	$(BIN)/python -m scripts.bench train
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/generate_reference.py

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import math
 import os
+import resource
 import stat
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -138,6 +140,17 @@ def resident_bytes() -> int:
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held so far, or since it was told to count anew."""
+    try:
+        # getrusage would count what the process that started this one held.
+        lines = (PROC / "self" / "status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+    except (OSError, ValueError, IndexError, StopIteration):
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release_memory() -> None:

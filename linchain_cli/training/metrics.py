@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from linchain_cli.machine import peak_resident_bytes
 
 
 def peak_memory_bytes(device: torch.device) -> int:
     """The most memory held so far: on CUDA by the allocator, elsewhere by the process (resident set)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident_bytes()
 
 
 def reset_peak_memory(device: torch.device) -> bool:

@@ -1,28 +1,24 @@
 """One arm of the training benchmark, in a process of its own: reads `go` lines, runs a round for each, prints
 JSON.
 
-Called by scripts/bench_train.py as `python train_arms.py ARM SETTINGS.json`. All arms see the same rows in
+Called by `processes.Arm` as `python -m scripts.bench.arms ARM SETTINGS.json`. All arms see the same rows in
 the same steps, start from the same A and links (B = 0), and use AdamW at one constant rate, so that their
 losses can be compared.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import re
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-RATE = 3e-4
-ALPHA_PER_RANK = 2
+from linchain_cli.training.metrics import peak_memory_bytes, reset_peak_memory
+from scripts.bench.job import ALPHA_PER_RANK, BATCH, RATE, TARGETS, Rows, make_job, restore_norms
 
 
 def announce(**values) -> None:
@@ -34,76 +30,15 @@ def wait_for_go() -> None:
         sys.exit(0)
 
 
-def reset_peak_memory(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mb(device: str) -> float:
-    """On CUDA what the allocator held at most; on a CPU the process's largest resident set since the last
-    reset."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 2**10
-
-
-class Rows:
-    """The rows of step after step, encoded once by linchain's own data room and shared by every arm."""
-
-    def __init__(self, job):
-        from linchain_cli.data import step_rows
-
-        self.data, self.pad_id = job.data.train, job.base.pad_id
-        self.by_step = lambda step: step_rows(len(self.data), job.recipe.seed, 16, step)
-
-    def examples(self, steps: int) -> list[dict[str, list[int]]]:
-        """Rows in training order as the Hugging Face trainers take them."""
-        examples = []
-        for row in np.concatenate([self.by_step(step) for step in range(steps)]):
-            ids, supervised = self.data[int(row)]
-            labels = np.where(supervised, ids, -100)
-            examples.append(
-                {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist()}
-            )
-        return examples
-
-    def tokens(self, step: int) -> int:
-        return int(self.data.lengths[self.by_step(step)].sum())
-
-
-def make_job(settings: dict, depth: int, compiled: bool = False, attention: str = "auto"):
-    """A linchain job on the benchmark's rows; other arms take model, rows and initial values from it."""
-    from linchain_cli.recipe import Recipe
-    from linchain_cli.run import RunDirectory
-    from linchain_cli.training.job import prepare
-    from linchain_cli.training.processes import connect
-
-    recipe = Recipe.model_validate({
-        "name": "bench",
-        "output_dir": settings["scratch"],
-        "model": {"path": settings["model"], "dtype": settings["dtype"], "quantization":
-        settings["quantization"], "attention": attention}, "adapter": {"rank": settings["rank"], "depth":
-        depth, "alpha": ALPHA_PER_RANK * settings["rank"],
-        "target_modules": TARGETS}, "data": {"train": settings["data"], "validation": 0, "max_length":
-        settings["max_length"], "train_on_inputs": settings["train_on_inputs"]}, "training": {
-            "max_steps": settings["rounds"] * settings["steps"], "global_batch_size": 16,
-            "micro_batch_size": settings["micro"], "learning_rate": RATE, "lr_scheduler": "constant",
-            "warmup_steps": 0, "keep": "last", "compile": compiled,
-        },
-    })  # fmt: skip
-    job = prepare(recipe, RunDirectory(recipe.run_path), connect())
-    job.state.micro_batch_size = settings["micro"]
-    return job
+def peak_memory_mb(settings: dict) -> float:
+    """The most since the last reset: of the allocator on CUDA, else of the process."""
+    return peak_memory_bytes(torch.device(settings["device"])) / 2**20
 
 
 def serve(settings: dict, job, rows: Rows, step) -> None:
     """Runs `settings["steps"]` calls of `step(number) -> loss` for each `go`."""
     announce(ready=True)
-    reset_peak_memory(settings["device"])
+    reset_peak_memory(torch.device(settings["device"]))
     for number in range(settings["rounds"]):
         wait_for_go()
         losses = []
@@ -114,10 +49,8 @@ def serve(settings: dict, job, rows: Rows, step) -> None:
         if settings["device"] == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-        announce(
-            seconds=seconds, tokens=sum(rows.tokens(index) for index in steps), losses=losses,
-            peak_mb=peak_memory_mb(settings["device"]),
-        )  # fmt: skip
+        tokens = sum(rows.tokens(index) for index in steps)
+        announce(seconds=seconds, tokens=tokens, losses=losses, peak_mb=peak_memory_mb(settings))
 
 
 def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
@@ -162,21 +95,6 @@ def limit_arm(settings: dict) -> None:
         return math.nan
 
     serve(settings, job, rows, step)
-
-
-def read_rows_apart(apart: bool = True) -> None:
-    """linchain computes what rows begin with for each of them, as it does with dropout; False ends it."""
-    from linchain_cli.chain import drops
-    from linchain_cli.training import loss
-
-    loss.drops = (lambda model: True) if apart else drops
-
-
-def restore_norms(model: nn.Module) -> None:
-    """Takes linchain's norms out again: peers and the limit run transformers' own."""
-    for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
-            module.__dict__.pop("forward", None)
 
 
 class UncollapsedChain(nn.Module):
@@ -254,7 +172,7 @@ def clocked(settings: dict, tokens_of):
             if state.global_step % settings["steps"] == 0:
                 if state.global_step == 0:
                     announce(ready=True)
-                    reset_peak_memory(settings["device"])
+                    reset_peak_memory(torch.device(settings["device"]))
                 wait_for_go()
                 self.losses = []
                 self.began = time.perf_counter()
@@ -269,9 +187,7 @@ def clocked(settings: dict, tokens_of):
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - self.began
             tokens = sum(tokens_of(state.global_step - back) for back in range(1, settings["steps"] + 1))
-            announce(
-                seconds=seconds, tokens=tokens, losses=self.losses, peak_mb=peak_memory_mb(settings["device"])
-            )
+            announce(seconds=seconds, tokens=tokens, losses=self.losses, peak_mb=peak_memory_mb(settings))
 
     return Clock()
 
@@ -281,7 +197,7 @@ def trainer_arguments(settings: dict) -> dict:
     already."""
     return {
         "output_dir": settings["scratch"], "max_steps": settings["rounds"] * settings["steps"],
-        "per_device_train_batch_size": settings["micro"], "gradient_accumulation_steps": 16 //
+        "per_device_train_batch_size": settings["micro"], "gradient_accumulation_steps": BATCH //
         settings["micro"], "learning_rate": RATE, "lr_scheduler_type": "constant", "logging_steps": 1,
         "save_strategy": "no", "report_to": [], "train_sampling_strategy": "sequential", "disable_tqdm": True,
         "use_cpu": settings["device"] == "cpu", "bf16": False, "fp16": False,
@@ -329,7 +245,7 @@ def run_sft(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = F
     )  # fmt: skip
     # Packing makes other rows of the given ones, so a step's tokens are counted in what it really trains on.
     lengths = [len(ids) for ids in trainer.train_dataset["input_ids"]]
-    trainer.add_callback(clocked(settings, lambda step: sum(lengths[16 * step : 16 * step + 16])))
+    trainer.add_callback(clocked(settings, lambda step: sum(lengths[BATCH * step : BATCH * (step + 1)])))
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 

@@ -1,18 +1,17 @@
 """Training speed on CPUs that other processes use too, beside the same arms alone: rounds and medians.
 
-    python scripts/bench_busy.py --model DIR --data rows.json [rows2.json ...] [--competitors 1]
+    python -m scripts.bench busy --model DIR --data rows.json [rows2.json ...] [--competitors 1]
 
 Every arm is a process of its own with the model loaded; they take turns. In each round every arm runs alone,
 and again beside processes that only count. `linchain` sets its threads by the load, as training does;
 `linchain, all threads` keeps torch's number, `linchain, one thread` takes one. An untimed step comes before
-each timed one, and the load is noticed in it. The last line is JSON.
+each timed one, and the load is noticed in it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import statistics
 import subprocess
@@ -21,9 +20,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from bench_train import Arm
+from scripts.bench import options
+from scripts.bench.processes import Arm
 
-# Names of arms: what scripts/bench/train_arms.py calls them, and their environment.
+# Names of arms: what arms.py calls them, and their environment.
 ARMS = {
     "linchain": ("linchain-3", {}),
     "linchain, all threads": ("linchain-3", {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}),
@@ -34,15 +34,11 @@ ARMS = {
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="checkpoint directory")
-    parser.add_argument("--data", nargs="+", default=["everyday"], help="row files or a registered name")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--competitors", type=int, default=1, help="other processes, each busy on one CPU")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--micro", type=int, default=4, help="rows per micro-batch")
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
-    return parser.parse_args()
+    made = options.parser(__doc__, rounds=3)
+    made.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    made.add_argument("--competitors", type=int, default=1, help="other processes, each busy on one CPU")
+    options.add_training(made, steps=1)
+    return made.parse_args()
 
 
 @contextlib.contextmanager
@@ -68,30 +64,25 @@ def measure(arms: dict[str, Arm]) -> dict[str, float]:
 
 
 def main() -> None:
-    options = parse()
+    arguments = parse()
     os.environ.pop("OMP_NUM_THREADS", None)
-    settings = {
-        "model": options.model, "data": options.data, "device": "cpu", "dtype": "auto",
-        "quantization": "none", "steps": 1, "micro": options.micro, "rank": 16, "max_length": 256,
-        "train_on_inputs": False, "rounds": 4 * options.rounds,
-    }  # fmt: skip
+    settings = options.training_settings(arguments, device="cpu", rounds=4 * arguments.rounds)
     idle, busy = [], []
     with tempfile.TemporaryDirectory() as scratch:
         arms = {}
-        for name in options.arms:
+        for name in arguments.arms:
             kind, environment = ARMS[name]
             directory = Path(scratch, name.replace(" ", "-"))
             directory.mkdir()
             arms[name] = Arm(kind, settings, directory, environment)
             arms[name].receive()
-        for number in range(options.rounds):
+        for number in range(arguments.rounds):
             idle.append(measure(arms))
-            with competitors(options.competitors):
+            with competitors(arguments.competitors):
                 busy.append(measure(arms))
-            print(f"round {number + 1} of {options.rounds} done", file=sys.stderr)
+            print(f"round {number + 1} of {arguments.rounds} done", file=sys.stderr)
         for arm in arms.values():
-            arm.process.stdin.close()
-            arm.process.wait()
+            arm.close()
 
     results = {
         name: {
@@ -100,14 +91,8 @@ def main() -> None:
         }
         for name in arms
     }
-    print(f"{'tokens per second':24} {'alone':>8} {f'beside {options.competitors}':>10}")
+    print(f"{'tokens per second':24} {'alone':>8} {f'beside {arguments.competitors}':>10}")
     for name, result in results.items():
         print(f"{name:24} {result['idle']:8.0f} {result['busy']:10.0f}")
-    document = {"settings": settings, "competitors": options.competitors, "arms": results}
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document))
-
-
-if __name__ == "__main__":
-    main()
+    document = {"settings": settings, "competitors": arguments.competitors, "arms": results}
+    options.finish(document, arguments.out)

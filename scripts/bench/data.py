@@ -1,17 +1,15 @@
 """How long rows take to encode and to open again, how much memory that needs, and how much padding sorting
 saves.
 
-    python scripts/bench_data.py MODEL FILE [FILE ...] [--rows 170420 1704200] [--template alpaca]
+    python -m scripts.bench data --model DIR --data FILE [FILE ...] [--rows 170420 1704200]
 
-MODEL is a checkpoint directory (its tokenizer is used); the rows of the JSON FILEs are repeated to each of
-the row counts. Every figure comes from a process of its own: "encode" with an empty cache, "cached" with
-what that one left, each followed by the batches of 200 steps. Memory is the process's resident set at its
-most.
+Of the model only the tokenizer is used; the rows of the JSON files are repeated to each of the row counts.
+Every figure comes from a process of its own: "encode" with an empty cache, "cached" with what that one left,
+each followed by the batches of 200 steps. Memory is the process's resident set at its most.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -19,16 +17,19 @@ import tempfile
 from itertools import cycle, islice
 from pathlib import Path
 
+from scripts.bench import options
+
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 started = time.perf_counter()
 from pathlib import Path
 from linchain_cli.data import collate, epoch_plan, micro_batches, prepare_data, step_rows
+from linchain_cli.machine import peak_resident_bytes
 from linchain_cli.model.loading import load_tokenizer
 from linchain_cli.recipe import DataConfig
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident_bytes() / 2**20
 
 tokenizer = load_tokenizer(Path(sys.argv[1]))
 imported, libraries, computed = time.perf_counter(), peak(), time.process_time()
@@ -73,14 +74,12 @@ def measure(model: str, path: Path, template: str, cache: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model")
-    parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--rows", nargs="+", type=int, default=[170_420, 1_704_200])
-    parser.add_argument("--template", default="alpaca")
-    options = parser.parse_args()
+    made = options.parser(__doc__, rounds=1, data=False)
+    made.add_argument("--data", nargs="+", type=Path, required=True, help="JSON files")
+    made.add_argument("--rows", nargs="+", type=int, default=[170_420, 1_704_200])
+    made.add_argument("--template", default="alpaca")
+    arguments = made.parse_args()
+    results = []
     columns = (
         "rows",
         "start",
@@ -95,11 +94,11 @@ def main() -> None:
         "unsorted",
     )
     print(("{:>14}" * len(columns)).format(*columns))
-    for rows in options.rows:
+    for rows in arguments.rows * arguments.rounds:
         with tempfile.TemporaryDirectory(prefix="linchain-bench-") as folder:
-            path = repeated(options.files, rows, Path(folder) / "rows.json")
+            path = repeated(arguments.data, rows, Path(folder) / "rows.json")
             for _ in range(2):
-                found = measure(options.model, path, options.template, Path(folder) / "cache")
+                found = measure(arguments.model, path, arguments.template, Path(folder) / "cache")
                 cells = (
                     f"{found['rows']:,}",
                     "cached" if found["cached"] else "encode",
@@ -114,7 +113,5 @@ def main() -> None:
                     f"{found['padding_unsorted']:.1%}",
                 )
                 print(("{:>14}" * len(cells)).format(*cells), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+                results.append(found)
+    options.finish({"measured": results}, arguments.out)

@@ -7,11 +7,10 @@
     generate      linchain's 4-beam generation of 32 tokens
     transformers  the same by transformers' `generate`, left-padded batches of like length
 
-    python scripts/bench_eval.py MODEL --data-dir DIR [--tasks boolq,openbookqa] [--rows 32] [--rounds 3]
+    python -m scripts.bench eval --model DIR --data-dir DIR [--tasks boolq,openbookqa] [--rows 32]
 
-A table comes first; the last line is JSON. Needs `lm-eval` (the `bench` extra). Everything runs in float32;
-with `--bfloat16` predictions are also made in bfloat16, and the share that flips with the batches is
-reported.
+Needs `lm-eval` (the `bench` extra). Everything runs in float32; with `--bfloat16` predictions are also made
+in bfloat16, and the share that flips with the batches is reported.
 """
 
 from __future__ import annotations
@@ -39,6 +38,7 @@ from linchain_cli.evaluation.results import NEAR_TIE
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.evaluation.tasks import load_tasks
 from linchain_cli.model.loading import load_model, load_tokenizer, locate
+from scripts.bench import options
 
 Key = tuple[str, int]
 Predictions = dict[Key, str | None]
@@ -72,12 +72,11 @@ def main() -> None:
     if arguments.bfloat16:
         report["bfloat16"] = flips(directory, bench.tasks, found["likelihood"])
     print_table(report)
-    print(json.dumps(report))
+    options.finish(report, arguments.out)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", help="checkpoint directory, .gguf file or hub id")
+    parser = options.parser(__doc__, rounds=3, data=False)
     parser.add_argument("--data-dir", default=os.environ.get("LINCHAIN_DATA_DIR"))
     parser.add_argument(
         "--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to measure beside likelihood"
@@ -87,7 +86,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--generated-rows", type=int, default=8, help="rows of each task for the generating arms"
     )
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="rows of a batch for lm-eval and transformers"
     )
@@ -305,7 +303,3 @@ def print_table(report: dict[str, Any]) -> None:
         f"predictions as likelihood: {report['same_predictions']};"
         f" generated as transformers: {report['same_generated']}"
     )
-
-
-if __name__ == "__main__":
-    main()

@@ -3,8 +3,7 @@ save_pretrained.
 
 Makes a Llama-shaped checkpoint of 1.1 billion random bfloat16 weights in several shards and a random adapter,
 in a temporary directory (about 7 GB, removed at the end), and runs the three arms in turn, each in a process
-of its own, several times. Every arm ends with its files fsynced. The table shows medians; the last line is
-JSON:
+of its own, several times. Every arm ends with its files fsynced. The JSON holds:
 
     ratio_to_copy, peft_ratio_to_copy                  seconds over those of the copy in the same round
     (median) peak_above_import_mb, peft_peak_above_import_mb    peak resident memory above that after the
@@ -12,7 +11,7 @@ JSON:
 
 PEFT's time counts loading the model, because a streaming merge reads it as well; its parts are in the table.
 
-    python scripts/bench_merge.py [--rounds 3] [--layers 22] [--dir DIR]
+    python -m scripts.bench merge [--rounds 3] [--layers 22] [--dir DIR]
 """
 
 from __future__ import annotations
@@ -27,6 +26,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from scripts.bench import options
 
 SHARD_BYTES = 600_000_000
 TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
@@ -98,15 +99,6 @@ def make_adapters(base: Path, chain: Path, peft: Path) -> None:
     write_peft(adapter, empty_model(base), peft)
 
 
-def status_kb(field: str) -> int:
-    """A memory field of this process in kB: VmRSS now, or VmHWM, its peak. (getrusage's peak would count the
-    parent.)"""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def fsync_all(directory: Path) -> None:
     for path in directory.iterdir():
         descriptor = os.open(path, os.O_RDONLY)
@@ -151,39 +143,38 @@ def run_peft(args) -> dict[str, float]:
 
 def run_arm(args) -> None:
     """One arm in this process: prints its seconds and its memory as JSON."""
-    import torch  # noqa: F401  the imports belong to no arm's time or memory
+    import torch  # the imports belong to no arm's time or memory
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     import linchain_cli.export.sums  # noqa: F401
+    from linchain_cli.machine import peak_resident_bytes, resident_bytes
+    from linchain_cli.training.metrics import reset_peak_memory
 
     if args.arm == "peft":
         import peft  # noqa: F401
     args.out.mkdir()
-    before = status_kb("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present
+    before = resident_bytes()
+    reset_peak_memory(torch.device("cpu"))
     start = time.perf_counter()
     parts = {"copy": run_copy, "linchain": run_linchain, "peft": run_peft}[args.arm](args)
     fsync_all(args.out)
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_mb": (status_kb("VmHWM") - before) / 1024, **parts}))
+    print(json.dumps({"seconds": seconds, "peak_mb": (peak_resident_bytes() - before) / 2**20, **parts}))
 
 
 def call_arm(arm: str, work: Path) -> dict[str, float]:
-    command = [sys.executable, __file__, "--arm", arm, "--dir", str(work)]
+    command = [sys.executable, "-m", "scripts.bench", "merge", "--arm", arm, "--dir", str(work)]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     shutil.rmtree(work / "out")
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3, help="how often each arm runs")
-    parser.add_argument("--layers", type=int, default=22, help="decoder layers; fewer for a quick look")
-    parser.add_argument("--dir", type=Path, help="where the temporary directory goes")
-    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    made = options.parser(__doc__, rounds=3, model=False, data=False)
+    made.add_argument("--layers", type=int, default=22, help="decoder layers; fewer for a quick look")
+    made.add_argument("--dir", type=Path, help="where the temporary directory goes")
+    made.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    args = made.parse_args()
     if args.arm:
         args.base, args.chain, args.peft, args.out = (
             args.dir / name for name in ("base", "chain", "peft", "out")
@@ -209,10 +200,10 @@ def main() -> None:
                 + ", ".join(f"{arm} {rounds[-1][arm]['seconds']:.2f} s" for arm in ARMS),
                 flush=True,
             )
-    report(rounds)
+    options.finish(report(rounds), args.out)
 
 
-def report(rounds: list[dict[str, dict[str, float]]]) -> None:
+def report(rounds: list[dict[str, dict[str, float]]]) -> dict[str, float]:
     ratios = {
         arm: statistics.median(r[arm]["seconds"] / r["copy"]["seconds"] for r in rounds) for arm in ARMS
     }
@@ -223,14 +214,9 @@ def report(rounds: list[dict[str, dict[str, float]]]) -> None:
         print(f"{arm:<10}{seconds:>10.2f}{ratios[arm]:>10.2f}{peaks[arm]:>10.0f}")
     parts = {part: statistics.median(r["peft"][part] for r in rounds) for part in ("load", "merge", "save")}
     print("peft's seconds: " + ", ".join(f"{part} {seconds:.2f}" for part, seconds in parts.items()))
-    result = {
+    return {
         "ratio_to_copy": round(ratios["linchain"], 3),
         "peak_above_import_mb": round(peaks["linchain"], 1),
         "peft_ratio_to_copy": round(ratios["peft"], 3),
         "peft_peak_above_import_mb": round(peaks["peft"], 1),
     }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

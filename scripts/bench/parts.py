@@ -1,41 +1,38 @@
 """What each part of a fast training step is worth: one process, each step run with the part and without it.
 
-    python scripts/bench_parts.py --model DIR --data rows.json [rows2.json ...] [--parts ...] [--out FILE]
+    python -m scripts.bench parts --model DIR --data rows.json [rows2.json ...] [--parts ...]
 
-Rows, settings and the step are those of scripts/bench_train.py's arm at depth 3. In every round each part
-takes its turn, and each of the steps runs once with everything and once without the part, whichever first by
-turns. Two figures: the time without it divided by the time with it, for each step's fastest round (which
-leaves out what else the machine was doing) and as the median over all pairs. The last line is JSON.
+Rows, settings and the step are those of train.py's arm at depth 3. In every round each part takes its turn,
+and each of the steps runs once with everything and once without the part, whichever first by turns. Two
+figures: the time without it divided by the time with it, for each step's fastest round (which leaves out
+what else the machine was doing) and as the median over all pairs.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+import torch
 
-from bench.train_arms import RATE, Rows, make_job, read_rows_apart, restore_norms  # noqa: E402
+from linchain_cli.chain import chain_layers, find_siblings
+from linchain_cli.chain.fused import Group
+from linchain_cli.model.attention import GROUPED
+from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
+from linchain_cli.model.head import hidden_states
+from linchain_cli.training.loop import optimizer_step
+from linchain_cli.training.norms import make_norms_lean
+from linchain_cli.training.signals import StopRequest
+from scripts.bench import options
+from scripts.bench.job import RATE, Rows, make_job, restore_norms
 
 
-def parts(model) -> dict[str, tuple[Callable, Callable]]:
+def parts(model: torch.nn.Module) -> dict[str, tuple[Callable, Callable]]:
     """How each part is taken out and put back."""
-    import torch
-
-    from linchain_cli.chain import chain_layers, find_siblings
-    from linchain_cli.chain.fused import Group
-    from linchain_cli.model.attention import GROUPED
-    from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
-    from linchain_cli.model.head import hidden_states
-    from linchain_cli.training.norms import make_norms_lean
 
     def lone() -> None:
         for layer in chain_layers(model).values():
@@ -50,7 +47,6 @@ def parts(model) -> dict[str, tuple[Callable, Callable]]:
         "lean norms": (lambda: restore_norms(model), lambda: make_norms_lean(model)),
         "q, k and v in one node": (lone, lambda: find_siblings(model, lambda: hidden_states(model, ids))),
         "rows without padding": (lambda: forbid_flat_rows(model), lambda: allow_flat_rows(model)),
-        "common beginnings once": (read_rows_apart, lambda: read_rows_apart(False)),
     }
     if model.config._attn_implementation == GROUPED:
         # Without it rows are padded, too.
@@ -59,31 +55,19 @@ def parts(model) -> dict[str, tuple[Callable, Callable]]:
 
 
 def main() -> None:
-    from linchain_cli.training.loop import optimizer_step
-    from linchain_cli.training.signals import StopRequest
-
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="checkpoint directory")
-    parser.add_argument("--data", nargs="+", default=["everyday"], help="row files or a registered name")
-    parser.add_argument("--parts", nargs="+", help="only these")
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=3, help="different steps of 16 rows")
-    parser.add_argument("--micro", type=int, default=4, help="rows per micro-batch")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--max-length", type=int, default=256)
-    parser.add_argument("--train-on-inputs", action="store_true")
-    parser.add_argument("--out", type=Path, help="also write the JSON there")
-    options = parser.parse_args()
-
-    settings = {key: value for key, value in vars(options).items() if key not in ("parts", "out")}
+    made = options.parser(__doc__, rounds=6)
+    made.add_argument("--parts", nargs="+", help="only these")
+    options.add_training(made, steps=3)
+    arguments = made.parse_args()
+    settings = options.training_settings(arguments)
     with tempfile.TemporaryDirectory() as scratch:
-        settings |= {"dtype": "auto", "quantization": "none", "scratch": scratch, "device": "cpu"}
+        settings["scratch"] = scratch
         job = make_job(settings, depth=3)
         rows, stop = Rows(job), StopRequest()
         available = parts(job.model)
-        if unknown := set(options.parts or ()) - set(available):
-            parser.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(available)}")
-        chosen = options.parts or list(available)
+        if unknown := set(arguments.parts or ()) - set(available):
+            made.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(available)}")
+        chosen = arguments.parts or list(available)
 
         def seconds(index: int) -> float:
             began = time.perf_counter()
@@ -91,10 +75,10 @@ def main() -> None:
             return time.perf_counter() - began
 
         times = {name: {True: defaultdict(list), False: defaultdict(list)} for name in chosen}
-        for number in range(options.rounds + 1):
+        for number in range(arguments.rounds + 1):
             for name in chosen:
                 take_out, put_back = available[name]
-                for index in range(options.steps):
+                for index in range(arguments.steps):
                     for without in (False, True) if (number + index) % 2 else (True, False):
                         if without:
                             take_out()
@@ -103,14 +87,14 @@ def main() -> None:
                             put_back()
                         if number:  # the first round warms up
                             times[name][without][index].append(taken)
-            print(f"round {number} of {options.rounds} done", file=sys.stderr)
+            print(f"round {number} of {arguments.rounds} done", file=sys.stderr)
 
     results = {}
     for name, taken in times.items():
         fastest = {without: sum(min(values) for values in taken[without].values()) for without in taken}
         pairs = [
             slow / fast
-            for index in range(options.steps)
+            for index in range(arguments.steps)
             for slow, fast in zip(taken[True][index], taken[False][index], strict=True)
         ]
         results[name] = {"fastest": fastest[True] / fastest[False], "median": statistics.median(pairs)}
@@ -118,10 +102,4 @@ def main() -> None:
     for name, entry in results.items():
         print(f"{name:26} {entry['fastest']:8.3f} {entry['median']:8.3f}")
     document = {"settings": {k: v for k, v in settings.items() if k != "scratch"}, "parts": results}
-    if options.out:
-        options.out.write_text(json.dumps(document, indent=2) + "\n")
-    print(json.dumps(document))
-
-
-if __name__ == "__main__":
-    main()
+    options.finish(document, arguments.out)

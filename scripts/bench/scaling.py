@@ -1,12 +1,12 @@
 """Step time against rank, depth and length: does it grow as the arithmetic says?
 
-    python scripts/bench_scaling.py --model DIR [--plot docs/scaling.png] [--device cuda]
+    python -m scripts.bench scaling --model DIR [--plot docs/scaling.png] [--device cuda]
 
 Every point is a job of its own with linchain's own optimizer step over four rows of one length; points take
 turns, and the median over the rounds counts. The dashed line is the arithmetic, fitted at its first point:
 4·d_in·d_out per adapted module and token for the base, 6·r·(d_in + d_out) for the chain, n − 1 products of
-r × r per module and step for the collapse, attention by the length's square. Every token of every row is
-computed, also where rows begin alike, which training computes once. The last line is JSON.
+r × r per module and step for the collapse, attention by the length's square. No two rows begin alike, which
+training would compute once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
-from train_arms import RATE, Rows, make_job, read_rows_apart
+from linchain_cli.training.loop import optimizer_step
+from linchain_cli.training.signals import StopRequest
+from scripts.bench import options
+from scripts.bench.job import RATE, Rows, make_job
 
 RANKS, DEPTHS, LENGTHS = (8, 32, 128), (0, 1, 2, 4, 8), (64, 128, 256, 512, 1024)
 RANK, DEPTH, LENGTH = 16, 3, 128
@@ -28,7 +29,7 @@ ROWS = 4
 
 
 def main() -> None:
-    options = parse()
+    arguments = parse()
     points = {("rank", rank): (rank, DEPTH, LENGTH) for rank in RANKS}
     points |= {("depth", depth): (RANK, depth, LENGTH) for depth in DEPTHS}
     points |= {("length", length): (RANK, DEPTH, length) for length in LENGTHS}
@@ -38,46 +39,44 @@ def main() -> None:
             mine = [key for key in points if key[0] == axis]
             steps = {}
             for key in mine:
-                steps[key], work[key] = point(options, Path(scratch), *points[key])
+                steps[key], work[key] = point(arguments, Path(scratch), *points[key])
             times = {key: [] for key in mine}
-            for number in range(options.rounds + 1):
+            for number in range(arguments.rounds + 1):
                 for key in mine:
                     times[key].append(steps[key](number))
             for key in mine:
                 seconds[key] = statistics.median(times[key][1:])  # the first warms up
                 print(f"{axis} {key[1]:5}  {1e3 * seconds[key]:8.0f} ms", flush=True)
-    if options.plot:
-        plot(seconds, work, options)
-    print(json.dumps({f"{axis} {value}": time for (axis, value), time in seconds.items()}))
+    if arguments.plot:
+        plot(seconds, work, arguments.plot)
+    options.finish({f"{axis} {value}": time for (axis, value), time in seconds.items()}, arguments.out)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="checkpoint directory")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--plot", type=Path, help="where the PNG goes")
-    return parser.parse_args()
+    made = options.parser(__doc__, rounds=5, data=False)
+    made.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    made.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    made.add_argument("--plot", type=Path, help="where the PNG goes")
+    return made.parse_args()
 
 
-def point(options: argparse.Namespace, scratch: Path, rank: int, depth: int, length: int):
+def point(arguments: argparse.Namespace, scratch: Path, rank: int, depth: int, length: int):
     """(a function that takes one step and returns its seconds, the step's multiplications and additions)."""
-    from linchain_cli.training.loop import optimizer_step
-    from linchain_cli.training.signals import StopRequest
-
     rows = scratch / f"{length}.json"
-    text = "Is it so? " + "again and " * (length // 2)
-    row = {"instruction": text[: 5 * (length - 44)], "input": "", "output": "the correct answer is true"}
-    rows.write_text(json.dumps([row | {"input": str(number)} for number in range(ROWS)]))
+    text = " Is it so? " + "again and " * length
+    text = text[: 5 * (length - 8)]
+    beginnings = ("Now", "Here", "Then", "What")
+    answer = {"input": "", "output": "the correct answer is true"}
+    rows.write_text(json.dumps([{"instruction": first + text} | answer for first in beginnings]))
     settings = {
-        "model": options.model,
+        "model": arguments.model,
         "data": str(rows),
-        "device": options.device,
-        "dtype": options.dtype,
+        "template": "plain",
+        "device": arguments.device,
+        "dtype": arguments.dtype,
         "quantization": "none",
         "steps": 1,
-        "rounds": options.rounds + 1,
+        "rounds": arguments.rounds + 1,
         "micro": ROWS,
         "rank": rank,
         "max_length": 2 * length + 64,
@@ -85,7 +84,6 @@ def point(options: argparse.Namespace, scratch: Path, rank: int, depth: int, len
         "scratch": str(scratch / f"{rank}-{depth}-{length}"),
     }
     job = make_job(settings, depth)
-    read_rows_apart()
     steps, stop = Rows(job), StopRequest()
 
     def step(number: int) -> float:
@@ -107,7 +105,7 @@ def arithmetic(job, tokens: int, rank: int, depth: int) -> float:
     return tokens * (4 * base + chain + attention) + collapse
 
 
-def plot(seconds: dict, work: dict, options: argparse.Namespace) -> None:
+def plot(seconds: dict, work: dict, target: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -124,8 +122,4 @@ def plot(seconds: dict, work: dict, options: argparse.Namespace) -> None:
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xticks(values if axis != "length" else [64, 256, 512, 1024])
     axes.legend()
-    figure.savefig(options.plot, dpi=110, metadata={"Software": None})
-
-
-if __name__ == "__main__":
-    main()
+    figure.savefig(target, dpi=110, metadata={"Software": None})

@@ -1,11 +1,11 @@
 """How long linchain takes before it does anything, as whole processes.
 
-    python scripts/bench_start.py --model DIR --data rows.json [rows2.json ...] [--rounds 5]
+    python -m scripts.bench start --model DIR --data rows.json [rows2.json ...] [--rounds 5]
 
 `linchain --help` and `linchain recipes list` are timed from start to end. `linchain train` is timed from its
 start to the beginning of its first optimizer step, in turns with a process that imports transformers and
 loads the same model in the same type: what no tool can save. The first round warms up caches and does not
-count. A table of medians comes first; the last line is JSON.
+count.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from scripts.bench import options
+
+ROOT = Path(__file__).resolve().parents[2]
 LOAD = """
 import sys, torch, transformers
 transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
@@ -28,23 +30,19 @@ transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=getattr(tor
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct", help="checkpoint directory")
-    parser.add_argument("--data", nargs="+", default=["everyday"], help="row files or a registered name")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    arguments = options.parser(__doc__, rounds=5).parse_args()
     linchain = [sys.executable, "-m", "linchain_cli"]
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = Path(folder) / "recipe.yaml"
-        recipe.write_text(json.dumps(recipe_of(options, folder)))
-        for number in range(options.rounds + 1):
+        recipe.write_text(json.dumps(recipe_of(arguments, folder)))
+        for number in range(arguments.rounds + 1):
             dtype, first_step = until_first_step([*linchain, "train", str(recipe), "--fresh"], Path(folder))
             found = {
                 "linchain --help": whole([*linchain, "--help"]),
                 "linchain recipes list": whole([*linchain, "recipes", "list"]),
                 "import transformers, load the model": whole(
-                    [sys.executable, "-c", LOAD, options.model, dtype]
+                    [sys.executable, "-c", LOAD, arguments.model, dtype]
                 ),
                 "linchain train, to its first step": first_step,
             }
@@ -58,16 +56,16 @@ def main() -> None:
     pairs = zip(seconds[train], seconds[load], strict=True)
     medians["first step after loading alone"] = statistics.median(ours - alone for ours, alone in pairs)
     print(f"{'first step after loading alone':38} {medians['first step after loading alone']:6.2f} s")
-    print(json.dumps(medians))
+    options.finish(medians, arguments.out)
 
 
-def recipe_of(options: argparse.Namespace, folder: str) -> dict:
+def recipe_of(arguments: argparse.Namespace, folder: str) -> dict:
     return {
         "name": "start",
         "output_dir": folder,
-        "model": {"path": str(Path(options.model).resolve())},
+        "model": {"path": str(Path(arguments.model).resolve())},
         "adapter": {"rank": 16, "depth": 3, "alpha": 32},
-        "data": {"train": options.data, "validation": 0},
+        "data": {"train": arguments.data, "validation": 0},
         "training": {"max_steps": 1, "warmup_steps": 0, "log_every": 1, "keep": "last"},
     }
 
@@ -95,7 +93,3 @@ def until_first_step(command: list[str], folder: Path) -> tuple[str, float]:
     # Written once, at the end of the only step.
     written = (run / "rows.jsonl").stat().st_mtime
     return json.loads((run / "run.json").read_text())["base"]["dtype"], written - began - row["step_seconds"]
-
-
-if __name__ == "__main__":
-    main()
