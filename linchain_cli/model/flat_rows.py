@@ -177,6 +177,7 @@ def reading_flat_rows(attention: Callable) -> Callable:
 
 AttentionInterface.register(GROUPED, reading_flat_rows(grouped_attention))
 _TRIAL = "reads flat rows"
+_SHARES = "shares beginnings"
 
 
 def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
@@ -220,6 +221,16 @@ def allow_flat_rows(model: nn.Module) -> bool:
 def forbid_flat_rows(model: nn.Module) -> None:
     """Undoes `allow_flat_rows`."""
     record(model)[_TRIAL] = False
+
+
+def share_beginnings(model: nn.Module, wanted: bool) -> None:
+    """Whether what rows begin with is computed once, as it is unless told otherwise: for measurements."""
+    record(model)[_SHARES] = wanted
+
+
+def shares_beginnings(model: nn.Module) -> bool:
+    """What `share_beginnings` was told last."""
+    return record(model).get(_SHARES, True)
 
 
 def _the_same_flat(model: nn.Module, ids: Tensor, mask: Tensor, embedded: list[Tensor]) -> bool:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import drops
 from linchain_cli.data.batches import IGNORED, Batch
-from linchain_cli.model.flat_rows import TOKEN_STEP, FlatRows, flat_hidden_states, reads_flat
+from linchain_cli.model.flat_rows import (
+    TOKEN_STEP,
+    FlatRows,
+    flat_hidden_states,
+    reads_flat,
+    shares_beginnings,
+)
 from linchain_cli.model.head import head_logits, hidden_states, vocabulary_size
 from linchain_cli.model.rope import forget_lengths, length_classes
 
@@ -64,7 +70,8 @@ def _read(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor,
     flat = None
     if reads_flat(model, batch.labels.shape[1]):
         dtype = model.get_input_embeddings().weight.dtype
-        flat = FlatRows.of(batch.input_ids, batch.attention_mask, dtype, share=not drops(model))
+        share = shares_beginnings(model) and not drops(model)
+        flat = FlatRows.of(batch.input_ids, batch.attention_mask, dtype, share=share)
     # On a CPU each new shape of a product costs time, see `TOKEN_STEP`.
     labels = Labels.of(batch, flat, step=TOKEN_STEP if device.type == "cpu" else 1).to(device)
     if flat is not None:

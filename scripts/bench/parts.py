@@ -22,7 +22,7 @@ import torch
 from linchain_cli.chain import chain_layers, find_siblings
 from linchain_cli.chain.fused import Group
 from linchain_cli.model.attention import GROUPED
-from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
+from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows, share_beginnings
 from linchain_cli.model.head import hidden_states
 from linchain_cli.training.loop import optimizer_step
 from linchain_cli.training.norms import make_norms_lean
@@ -47,6 +47,10 @@ def parts(model: torch.nn.Module) -> dict[str, tuple[Callable, Callable]]:
         "lean norms": (lambda: restore_norms(model), lambda: make_norms_lean(model)),
         "q, k and v in one node": (lone, lambda: find_siblings(model, lambda: hidden_states(model, ids))),
         "rows without padding": (lambda: forbid_flat_rows(model), lambda: allow_flat_rows(model)),
+        "common beginnings once": (
+            lambda: share_beginnings(model, False),
+            lambda: share_beginnings(model, True),
+        ),
     }
     if model.config._attn_implementation == GROUPED:
         # Without it rows are padded, too.

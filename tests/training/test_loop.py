@@ -18,7 +18,7 @@ from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, st
 from linchain_cli.errors import LinchainError
 from linchain_cli.model.attention import use_grouped_attention
 from linchain_cli.model.fast import is_replaced
-from linchain_cli.model.flat_rows import TOKEN_STEP, flat_hidden_states, reads_flat
+from linchain_cli.model.flat_rows import TOKEN_STEP, flat_hidden_states, reads_flat, share_beginnings
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss, runner
 from linchain_cli.training.base import suit_to_training
@@ -385,6 +385,22 @@ def test_with_dropout_each_row_has_its_own(job_of, monkeypatch):
         loss.summed_loss(job.model, batch, CPU)
     # 60 different tokens in steps of 16; 120 in rows of their own.
     assert counts == [64, 64, 128, 64]
+
+
+def test_beginnings_are_read_apart_where_they_are_to_be(job_of, monkeypatch):
+    counts = []
+    monkeypatch.setattr(
+        loss,
+        "flat_hidden_states",
+        lambda model, rows: counts.append(rows.input_ids.shape[1]) or flat_hidden_states(model, rows),
+    )
+    job, batch = job_of(), alike_up_to(30, batch_of([40, 40, 40], 600))
+    values = []
+    for wanted in (True, False, True):
+        share_beginnings(job.model, wanted)
+        values.append(loss.summed_loss(job.model, batch, CPU).item())
+    assert counts == [64, 128, 64]
+    assert values[1] == pytest.approx(values[0], rel=1e-6) and values[2] == values[0]
 
 
 def test_what_the_fast_base_computes_is_in_use(base):
