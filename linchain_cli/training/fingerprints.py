@@ -67,8 +67,10 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Pa
         InputError: something that decides the result differs; every difference is listed with its meaning.
     """
     lines, notes, restore = [], [], []
+    # A key that the version of the checkpoint did not know had what is its default now.
+    known = Recipe(name="r", model={"path": "m"}, data={"train": "d"}).flat()
     for key in sorted(saved["recipe"].keys() | current["recipe"].keys()):
-        before, after = saved["recipe"].get(key), current["recipe"].get(key)
+        before, after = saved["recipe"].get(key, known.get(key)), current["recipe"].get(key)
         if before == after:
             continue
         if key in _EXECUTION:
