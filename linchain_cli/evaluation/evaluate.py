@@ -16,7 +16,7 @@ from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.encoding import encode_prompt
 from linchain_cli.data.rows import Row, Template
 from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.jobs import (
     Job,
     NormaliseName,
