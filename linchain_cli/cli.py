@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli import __version__
+from linchain_cli import __version__, console
 from linchain_cli.commands import (
     check,
     compare,
@@ -25,6 +26,7 @@ from linchain_cli.commands import (
     merge,
     recipes,
     report,
+    runs,
     train,
 )
 from linchain_cli.errors import LinchainError
@@ -41,9 +43,9 @@ app = typer.Typer(
     name="linchain",
     help="Fine-tune language models with chain adapters, evaluate them, export checkpoints.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train", no_args_is_help=True)(train.run)
 app.command("eval")(eval.run)
@@ -55,6 +57,7 @@ app.command("compare", no_args_is_help=True)(compare.run)
 app.command("check", no_args_is_help=True)(check.run)
 app.command("inspect")(inspect.run)
 app.command("report")(report.run)
+app.command("runs")(runs.run)
 
 recipes_app = typer.Typer(
     help="List, copy and describe recipes.", no_args_is_help=True, rich_markup_mode=None
@@ -76,33 +79,48 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Only results, warnings and errors: no notes, no progress.")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Options of every command. `--debug` is taken out by `main`, wherever it stands."""
+    """Options of every command. `main` takes out `--quiet` and `--debug`, wherever they stand."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
-    _show_notes()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, quiet = _take(words, "--quiet", "-q")
+    words, debug = _take(words, "--debug")
+    _print_anything()
+    console.set_quiet(quiet)
+    _show_log(logging.WARNING if quiet else logging.INFO)
     if remark := ensure_home():
-        logging.getLogger("linchain_cli").info(remark)
-    arguments, debug = _take_debug(list(sys.argv[1:] if arguments is None else arguments))
-    sys.exit(_run(arguments, debug))
+        console.note(remark)
+    sys.exit(_run(words, debug))
 
 
-def _show_notes() -> None:
+def _take(arguments: list[str], *options: str) -> tuple[list[str], bool]:
+    """Takes an option out of the words before a `--`, so that it may stand before or behind the command."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    rest = [word for word in arguments[:end] if word not in options]
+    return rest + arguments[end:], len(rest) != end
+
+
+def _print_anything() -> None:
+    """A stream whose encoding lacks a character (ASCII, under some schedulers and in containers) gets a
+    question mark in its place, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
+
+
+def _show_log(level: int) -> None:
     """Lets what the package logs (a conversion that takes a while, a hub that cannot be reached) reach
     stderr."""
     logger = logging.getLogger("linchain_cli")
-    logger.setLevel(logging.INFO)
+    logger.setLevel(level)
     logger.handlers = [logging.StreamHandler()]
-
-
-def _take_debug(arguments: list[str]) -> tuple[list[str], bool]:
-    """Takes `--debug` out of the words before a `--`, so that it may stand before or behind the command."""
-    end = arguments.index("--") if "--" in arguments else len(arguments)
-    options = [word for word in arguments[:end] if word != "--debug"]
-    return options + arguments[end:], len(options) != end
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -126,20 +144,58 @@ def _run(arguments: list[str], debug: bool) -> int:
     except OSError as error:
         if debug:
             traceback.print_exc()
-        if error.filename is None:
+        if error.filename is None or error.strerror is None:
             return _unexpected(error)
-        print(f"error: {error.filename}: {error.strerror or error}", file=sys.stderr)
+        remedy = _REMEDIES.get(error.errno, "")
+        print(f"error: {_name(error.filename)}: {error.strerror}{remedy}", file=sys.stderr)
         return 2 if error.errno in WRONG_PLACE else 1
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from"):  # pathlib's own
+            place = _one_line(error).removeprefix("Symlink loop from ")
+            print(f"error: {place}: a link that leads back to itself", file=sys.stderr)
+            return 2
+        if _is_out_of_memory(error):
+            print(f"error: the memory is not enough ({_one_line(error)})", file=sys.stderr)
+            return 1
         return _unexpected(error)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of Python, of a GPU, or of torch on a CPU, which has no type of its own for it."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+_REMEDIES = {
+    errno.EACCES: "; choose a place that you may read and write, or change its permissions",
+    errno.EPERM: "; choose a place that you may read and write",
+    errno.EROFS: "; choose a place that can be written to",
+    errno.EISDIR: "; a file is expected there: name one, or move the directory away",
+    errno.ENOSPC: "; make room there, or choose another place",
+    errno.EDQUOT: "; make room there, or choose another place",
+}
+
+
+def _name(path: object) -> str:
+    """A path as text of one line."""
+    text = os.fsdecode(path) if isinstance(path, (str, bytes, os.PathLike)) else str(path)
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
 def _unexpected(error: Exception) -> int:
-    reason = " ".join(str(error).split())
-    print(f"error: unexpected {type(error).__name__}: {reason} (--debug shows where)", file=sys.stderr)
+    print(
+        f"error: unexpected {type(error).__name__}: {_one_line(error)} (--debug shows where)", file=sys.stderr
+    )
     return 1
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 400 else f"{text[:397]}..."
 
 
 def _call(arguments: list[str]) -> int:

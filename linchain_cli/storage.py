@@ -134,8 +134,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     try:
         _write_file(temporary, data.encode() if isinstance(data, str) else data, "xb")
         _rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # what people know it by
         raise
     fsync_directory(path.parent)
 

@@ -29,7 +29,7 @@ LEVELS = [
         "run": ["run"],
         "evaluations": ["evaluations"],
     },
-    {"base": ["__init__", "errors", "storage", "records", "locks", "machine", "shipped"]},
+    {"base": ["__init__", "errors", "storage", "records", "locks", "machine", "shipped", "console"]},
 ]
 ROOM_OF = {module: room for level in LEVELS for room, modules in level.items() for module in modules}
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
@@ -48,6 +48,7 @@ LIGHT = [
         "records",
         "locks",
         "shipped",
+        "console",
         "__init__",
     )
 ]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from linchain_cli import __version__, cli
+from linchain_cli import __version__, cli, console
 from linchain_cli.commands import recipes
 from linchain_cli.errors import InputError, LinchainError, Stopped
 
@@ -30,6 +30,7 @@ COMMANDS = [
     "check",
     "inspect",
     "report",
+    "runs",
     "recipes",
 ]
 
@@ -55,7 +56,7 @@ def test_help_lists_every_command_with_its_whole_sentence(capsys):
 
 
 OPTIONS = {
-    "train": ["--resume", "--fresh", "--nproc"],
+    "train": ["--resume", "--fresh", "--overwrite", "--nproc"],
     "eval": [
         "--tasks",
         "--protocol",
@@ -67,14 +68,15 @@ OPTIONS = {
         "--against",
         "--out",
     ],
-    "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite", "--no-proof"],
-    "export": ["--format", "--base", "--out", "--overwrite"],
+    "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite", "--no-proof", "--json"],
+    "export": ["--format", "--base", "--out", "--overwrite", "--json"],
     "import": ["--out", "--base", "--drop-bias"],
-    "compare": ["--seeds", "--equal-parameters", "--fresh"],
+    "compare": ["--seeds", "--equal-parameters", "--fresh", "--overwrite", "--json"],
     "generate": [],
     "check": [],
-    "inspect": ["--base"],
-    "report": [],
+    "inspect": ["--base", "--json"],
+    "report": ["--json"],
+    "runs": ["--json"],
     "recipes": ["list", "copy", "schema"],
 }
 
@@ -86,6 +88,22 @@ def test_every_option_is_there_and_has_a_help_text(command, capsys):
     for option in OPTIONS[command]:
         assert option in text
     assert "negated" not in text and " / --no-" not in text
+
+
+def test_h_is_help_everywhere(capsys):
+    for words in ([], ["train"], ["recipes"], ["recipes", "copy"]):
+        assert run(*words, "-h") == 0
+        assert f"Usage: {' '.join(['linchain', *words])}" in capsys.readouterr().out
+
+
+def test_a_shell_completes_commands_and_options():
+    """What the script that `--install-completion` puts into a shell asks for."""
+    environment = {**ENVIRONMENT, "_LINCHAIN_COMPLETE": "complete_bash"}
+    for words, position, expected in (("linchain tr", 1, "train"), ("linchain train --re", 2, "--resume")):
+        environment |= {"COMP_WORDS": words, "COMP_CWORD": str(position)}
+        command = [sys.executable, "-m", "linchain_cli"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.stdout.split() == [expected], done.stderr
 
 
 def test_version(capsys):
@@ -131,8 +149,20 @@ def test_a_command_without_its_arguments_shows_its_help(command, capsys):
         (Stopped("saved at step 3", signal.SIGINT), 130, "error: saved at step 3\n"),
         (ValueError("two\nlines"), 1, "error: unexpected ValueError: two lines (--debug shows where)\n"),
         (KeyboardInterrupt(), 130, ""),
-        (MemoryError(), 1, "error: unexpected MemoryError"),
+        (MemoryError("for 3 TB"), 1, "error: the memory is not enough (for 3 TB)\n"),
+        (RuntimeError("Symlink loop from 'a'"), 2, "error: 'a': a link that leads back to itself\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "error: the memory is not enough"),
         (OSError(28, "No space left on device"), 1, "No space left on device"),
+        (
+            OSError(28, "No space left on device", "a/b"),
+            1,
+            "error: a/b: No space left on device; make room there, or choose another place\n",
+        ),
+        (PermissionError(13, "Permission denied", "a/b"), 2, "error: a/b: Permission denied; choose a place"),
+        (OSError(30, "Read-only file system", "a"), 2, "error: a: Read-only file system; choose a place"),
+        (IsADirectoryError(21, "Is a directory", "a"), 2, "a file is expected there"),
+        (OSError(36, "File name too long", "x" * 300), 2, "xxx...: File name too long\n"),
+        (FileNotFoundError(2, "No such file or directory", "a\nb"), 2, "error: 'a\\nb': No such file"),
     ],
 )
 def test_errors_become_one_line_and_an_exit_code(error, code, text, capsys, monkeypatch):
@@ -158,7 +188,53 @@ def test_errors_become_one_line_and_an_exit_code(error, code, text, capsys, monk
     ],
 )
 def test_debug_may_stand_anywhere_before_two_dashes(arguments, rest, debug):
-    assert cli._take_debug(arguments) == (rest, debug)
+    assert cli._take(arguments, "--debug") == (rest, debug)
+
+
+@pytest.mark.parametrize("option", ["-q", "--quiet"])
+def test_quiet_leaves_results_warnings_and_errors(option, capsys, monkeypatch):
+    log = logging.getLogger("linchain_cli.model.files")
+
+    def purposes():
+        console.note("a note")
+        log.info("a conversion")
+        log.warning("an old download")
+        console.warn("few rows")
+        with console.Progress() as progress:
+            progress._last = -1e9
+            progress.show("rows", 3, 4000)
+        return [("one", "A purpose")]
+
+    monkeypatch.setattr(recipes, "recipe_purposes", purposes)
+    assert run("recipes", "list") == 0
+    loud = capsys.readouterr()
+    assert loud.err.splitlines() == [
+        *("a note", "a conversion", "an old download", "warning: few rows", "rows: 3 of 4,000")
+    ]
+    assert run("recipes", option, "list") == 0
+    assert capsys.readouterr() == (loud.out, "an old download\nwarning: few rows\n")
+    assert run("recipes", "list", option, "--json", "--no-such") == 2
+    assert "--no-such" in capsys.readouterr().err
+
+
+def test_json_is_all_that_stdout_holds(capsys, monkeypatch):
+    purposes = recipes.recipe_purposes
+    monkeypatch.setattr(recipes, "recipe_purposes", lambda: console.note("listing") or purposes())
+    assert run("recipes", "list", "--json") == 0
+    shown = capsys.readouterr()
+    assert {entry["name"]: entry["purpose"] for entry in json.loads(shown.out)} == dict(purposes())
+    assert shown.err == "listing\n"
+
+
+@pytest.mark.parametrize("words", [["recipes", "list"], ["recipes", "schema"], ["train", "rezept-ä.yaml"]])
+def test_a_terminal_that_takes_ascii_alone_gets_the_rest_as_question_marks(words, tmp_path):
+    environment = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    command = [sys.executable, "-m", "linchain_cli", *words]
+    done = subprocess.run(command, capture_output=True, cwd=tmp_path, env=environment, timeout=60)
+    assert done.returncode == (2 if words[0] == "train" else 0), done.stderr
+    assert (done.stdout + done.stderr).isascii() and b"unexpected" not in done.stderr
+    if words[1] == "schema":
+        assert json.loads(done.stdout)["title"] == "Recipe"
 
 
 def test_notes_of_the_package_reach_the_user(capsys, monkeypatch):

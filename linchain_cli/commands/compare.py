@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli.commands.options import RecipePath
+from linchain_cli import console
+from linchain_cli.commands.options import Json, RecipePath
 from linchain_cli.errors import InputError
 
 MAX_SEED = 2**32 - 1
@@ -33,8 +34,9 @@ def run(
         ),
     ] = False,
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Replace an existing comparison and all its arms.")
+        bool, typer.Option("--fresh", "--overwrite", help="Replace an existing comparison and all its arms.")
     ] = False,
+    json: Json = False,
 ) -> None:
     """Train combinations of values on the same rows and compare them."""
     chosen = parse_seeds(seeds) if seeds is not None else None
@@ -46,6 +48,9 @@ def run(
     from linchain_cli.run import ComparisonDirectory
 
     results = run_comparison(grid, chosen or [grid.base.seed], equal_parameters=equal_parameters, fresh=fresh)
+    if json:
+        console.print_json(results)
+        return
     print("\n".join(lines(results, shutil.get_terminal_size((100, 24)).columns)))
     directory = ComparisonDirectory(grid.base.run_path)
     print(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from linchain_cli.commands.options import Base, Overwrite, RunPath
+from linchain_cli import console
+from linchain_cli.commands.options import Base, Json, Overwrite, RunPath
 from linchain_cli.commands.origin import open_run
 
 
@@ -27,6 +29,7 @@ def run(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    json: Json = False,
 ) -> None:
     """Write an adapter in another tool's format."""
     from linchain_cli.export.adapters import export_adapter
@@ -50,6 +53,9 @@ def run(
         template=None if subject.imported else subject.recipe.data.template,
         files=subject.travelling_files(found.directory),
     )
+    if json:
+        console.print_json({"directory": str(out), **asdict(receipt)})
+        return
     print(f"{out}: a LoRA of rank {subject.adapter.config.rank} on {receipt.modules} modules")
     print(
         f"  read back: every ΔW within {receipt.largest_error:.2g} of the chain's, largest at"

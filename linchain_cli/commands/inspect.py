@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from linchain_cli.commands.options import AllowOtherBase, Base, RunPath
+from linchain_cli import console
+from linchain_cli.commands.options import AllowOtherBase, Base, Json, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import LinchainError
 
@@ -20,6 +20,7 @@ def run(
     run_path: RunPath = None,
     base: Base = None,
     allow_other_base: AllowOtherBase = False,
+    json: Json = False,
 ) -> None:
     """Show spectra and sizes of what was learned."""
     from linchain_cli import storage
@@ -31,20 +32,25 @@ def run(
     check_factors(subject.adapter)
     directory = _base(subject, base, allow_other_base)
     layers = layer_numbers(subject.adapter, directory)
-    config = subject.adapter.config
-    _show(layers, config.rank, config.depth)
+    config, found = subject.adapter.config, _as_json(subject, layers)
     target = Path(f"{subject.opened.place('inspect')}.json")
+    if json:
+        console.print_json(found)
+    else:
+        _show(layers, config.rank, config.depth)
     try:
-        storage.write_json(target, _as_json(subject, layers))
+        storage.write_json(target, found)
     except OSError as error:  # of a run that can only be read, what there is to see has been shown
-        print(f"{target} cannot be written: {error.strerror or error}", file=sys.stderr)
+        console.note(f"{target} cannot be written: {error.strerror or error}")
         return
-    print(f"written: {target}")
+    written = [target]
     heat_map = layer_map_plot(layers, lambda layer: layer.entropy_rank, "entropy rank of ΔW")
     if heat_map is not None:
         heat_map[0].suptitle(f"entropy rank of ΔW (at most {config.rank})")
-        storage.write_atomic(target.with_suffix(".png"), png(heat_map[0]))
-        print(f"written: {target.with_suffix('.png')}")
+        written.append(target.with_suffix(".png"))
+        storage.write_atomic(written[-1], png(heat_map[0]))
+    for path in written if not json else ():
+        print(f"written: {path}")
 
 
 def _base(subject: AdaptedRun, base: str | None, allow_other: bool) -> Path | None:
@@ -63,7 +69,7 @@ def _base(subject: AdaptedRun, base: str | None, allow_other: bool) -> Path | No
     except LinchainError as error:
         if base is not None:
             raise
-        print(f"‖W0‖ is left out: {error}")
+        console.note(f"‖W0‖ is left out: {error}")
         return None
 
 

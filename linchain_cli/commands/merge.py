@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from linchain_cli.commands.options import AllowOtherBase, Base, Overwrite, RunPath
+from linchain_cli import console
+from linchain_cli.commands.options import AllowOtherBase, Base, Json, Overwrite, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import InputError
 
@@ -37,6 +39,7 @@ def run(
         bool,
         typer.Option("--no-proof", help="Leave out the comparison of merged and adapted model's logits."),
     ] = False,
+    json: Json = False,
 ) -> None:
     """Fold a run's adapter into its base checkpoint."""
     import torch
@@ -62,27 +65,20 @@ def run(
         chat_template=subject.recipe.data.chat.template,
         files=subject.travelling_files(found.directory),
     )
-    _show(_merge(subject, found, base, out, options))
+    result = _merge(subject, found, base, out, options)
+    if json:
+        console.print_json({"directory": str(result.directory), **asdict(result.receipt)})
+    else:
+        _show(result)
 
 
 def _merge(
     subject: AdaptedRun, found: FoundBase, base: str | None, out: Path, options: MergeOptions
 ) -> MergeResult:
-    """Merges under a progress bar."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Merges, and shows how far it is."""
     from linchain_cli.export.merge import merge_checkpoint
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        bars: dict[str, Any] = {}
-
-        def progress(phase: str, done: int, total: int) -> None:
-            if phase not in bars:
-                bars[phase] = bar.add_task(phase, total=total)
-            bar.update(bars[phase], completed=done)
-
+    with console.Progress("bytes") as progress:
         return merge_checkpoint(
             found.directory,
             subject.adapter,
@@ -90,7 +86,7 @@ def _merge(
             options,
             subject.origin(found, base),
             keep=subject.inputs,
-            progress=progress,
+            progress=progress.show,
         )
 
 
@@ -106,7 +102,7 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
     try:
         return run_prompts(subject.recipe.data, tokenizer)
     except InputError as error:
-        print(f"The run's rows cannot be read ({error}); comparing logits on plain sentences instead.")
+        console.note(f"The run's rows cannot be read ({error}); comparing logits on plain sentences instead.")
         return plain_prompts(tokenizer)
 
 

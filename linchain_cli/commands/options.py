@@ -57,3 +57,4 @@ PromptTemplate = Annotated[
 ]
 Dtype = Literal["float32", "bfloat16"]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from linchain_cli import console
 from linchain_cli.errors import InputError
 from linchain_cli.run import Opened, RunDirectory, find_adapter
 
@@ -54,7 +54,7 @@ class NamedRun:
             template = template_of(data, tokenizer)
             return travelling_files(data, self.opened.status.rows, tokenizer, template, base_directory)
         except (InputError, OSError) as error:
-            print(f"How to ask the model is not written beside it: {error}", file=sys.stderr)
+            console.note(f"How to ask the model is not written beside it: {error}")
             return {}
 
     def find_base(self, base: str | None = None, weights: bool = True) -> FoundBase:
@@ -134,9 +134,9 @@ def name_run(path: Path | str | None) -> NamedRun:
     opened = find_adapter(path)
     if is_first_process():
         if opened.note:
-            print(opened.note, file=sys.stderr)
+            console.note(opened.note)
         elif path is None:
-            print(f"run {opened.name}", file=sys.stderr)
+            console.note(f"run {opened.name}")
     from linchain_cli.recipe import load_recipe
 
     return NamedRun(opened, load_recipe(opened.run.recipe_path))

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from linchain_cli import storage
+from linchain_cli import console, storage
+from linchain_cli.commands.options import Json
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.shipped import recipe_purposes, shipped_recipes
 
 
-def list_recipes() -> None:
+def list_recipes(json: Json = False) -> None:
     """List the shipped recipes."""
     purposes = dict(recipe_purposes())
+    if json:
+        console.print_json([{"name": name, "purpose": purpose} for name, purpose in purposes.items()])
+        return
     width = max(map(len, purposes), default=0)
     for name, purpose in purposes.items():
         print(f"{name:<{width}}  {purpose}")
@@ -28,6 +31,7 @@ def copy(
         Path | None,
         typer.Option(metavar="FILE", help="Where it goes; left out, ./NAME.yaml.", show_default=False),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
 ) -> None:
     """Copy a shipped recipe here, to be changed."""
     shipped = shipped_recipes()
@@ -37,9 +41,10 @@ def copy(
     target = storage.expand(out) if out else Path(f"{name}.yaml")
     if target.is_dir():
         target /= f"{name}.yaml"
-    if os.path.lexists(target):
+    if os.path.lexists(target) and not (overwrite and target.is_file()):
         raise InputError(
-            f"{target} exists and is left as it is: name another place with --out, or move it away."
+            f"{target} exists and is left as it is: name another place with --out, or replace it with"
+            " --overwrite."
         )
     if not target.parent.is_dir():
         raise InputError(f"{target.parent} is not a directory.")
@@ -56,4 +61,4 @@ def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from linchain_cli.recipe import json_schema
 
-    print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
+    console.print_json(json_schema())

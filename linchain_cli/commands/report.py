@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli.commands.options import Base
-from linchain_cli.errors import InputError
+from linchain_cli import console
+from linchain_cli.commands.options import Base, Json
 
 
 def run(
@@ -21,21 +21,22 @@ def run(
         ),
     ] = None,
     base: Base = None,
+    json: Json = False,
 ) -> None:
     """Write one HTML page about a run or a comparison."""
     from linchain_cli.run import ComparisonDirectory, find_run
 
     directory = ComparisonDirectory(path) if path is not None else None
-    try:
-        if directory is not None and directory.exists():
-            from linchain_cli.report.comparison_page import write_comparison_report
+    if directory is not None and directory.exists():
+        from linchain_cli.report.comparison_page import write_comparison_report
 
-            written = write_comparison_report(directory)
-        else:
-            found = find_run(path)
-            from linchain_cli.report.run_page import write_run_report
+        written = write_comparison_report(directory)
+    else:
+        found = find_run(path)
+        from linchain_cli.report.run_page import write_run_report
 
-            written = write_run_report(found, base)
-    except PermissionError as error:
-        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from error
-    print(written)
+        written = write_run_report(found, base)
+    if json:
+        console.print_json({"report": str(written)})
+    else:
+        print(written)

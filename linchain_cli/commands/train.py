@@ -25,7 +25,9 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue a stopped run from its newest checkpoint.")
     ] = False,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Replace an existing run directory.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", "--overwrite", help="Replace an existing run directory.")
+    ] = False,
     nproc: Annotated[
         int | None,
         typer.Option(min=1, help="Number of processes; left out, one per visible GPU.", show_default=False),

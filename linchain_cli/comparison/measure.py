@@ -109,7 +109,7 @@ def measure(
     rows = read_jsonl(run.metrics_path)
     trained = [row for row in rows if "loss" in row]
     peaks = [row["peak_memory_bytes"] for row in trained if row.get("peak_memory_bytes")]
-    kept_step = earlier_step(status)
+    kept_step, halves = earlier_step(status), read_halves(run)
     return Measurement(
         arm,
         seed,
@@ -125,7 +125,7 @@ def measure(
         max(peaks) if peaks and status.own_peak_memory else None,
         _accuracies(run, evaluation) if kept_step is None else {},
         status.hashes,
-        read_halves(run),
+        halves.losses if halves else None,
         kept_step,
     )
 

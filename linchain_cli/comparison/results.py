@@ -20,12 +20,11 @@ from linchain_cli.comparison.tables import (
     has_halves,
 )
 from linchain_cli.errors import InputError
-from linchain_cli.report.wording import table_cells, table_titles
+from linchain_cli.report.wording import Row, table_cells, table_titles
 from linchain_cli.run import ComparisonDirectory, RunDirectory
 
 FORMAT_VERSION = 1
 SHARED = {"data": "rows", "base": "base weights"}  # hashes that all runs of a comparison have in common
-Row = Mapping[str, Any]
 
 
 def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from linchain_cli.comparison.definition import (
     remove,
 )
 from linchain_cli.comparison.grid import Arm, Grid
-from linchain_cli.comparison.halves import half_losses, read_halves, write_halves
+from linchain_cli.comparison.halves import half_losses, halves_path, read_halves
 from linchain_cli.comparison.measure import earlier_step, run_evaluation
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.comparison.results import collect, write
@@ -34,6 +34,7 @@ from linchain_cli.machine import release_memory
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
+from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base
@@ -225,7 +226,8 @@ class _Runner:
             return
         attach(base.model, load_adapter(run.adapter_dir))
         try:
-            write_halves(run, half_losses(base.model, rows, status.micro_batch_size, base.pad_id))
+            found = half_losses(base.model, rows, status.micro_batch_size or 1, base.pad_id)
+            write_record(halves_path(run), found)
         finally:
             detach(base.model)
 

@@ -75,16 +75,6 @@ def p_value(found: Estimate) -> float | None:
     return max(0.0, 1 - student_t(abs(found.mean) * math.sqrt(found.n) / found.deviation, found.n - 1))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's p values (Scandinavian Journal of Statistics 6, 1979): calling those below `LEVEL` something is
-    wrong about any of them in at most that share of families, however they depend on each other."""
-    adjusted, highest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        adjusted[index] = highest
-    return adjusted
-
-
 def smallest_telling(deviation: float, n: int, comparisons: int) -> float:
     """The smallest mean of n values that would be told from 0 at this spread, as the clearest of so many
     comparisons."""

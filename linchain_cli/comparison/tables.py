@@ -11,7 +11,8 @@ from typing import Any
 from linchain_cli.comparison.definition import Definition
 from linchain_cli.comparison.grid import DEPTH, INIT, LINKS_RATE, RATE, Arm, labels, settings
 from linchain_cli.comparison.measure import Measurement
-from linchain_cli.comparison.statistics import LEVEL, estimate, holm, interval, p_value, smallest_telling
+from linchain_cli.comparison.statistics import LEVEL, estimate, interval, p_value, smallest_telling
+from linchain_cli.evaluation.statistics import holm
 from linchain_cli.recipe import Recipe
 
 LOWER, HIGHER, WITHIN = "lower", "higher", "within the spread"

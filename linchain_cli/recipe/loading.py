@@ -10,7 +10,7 @@ from typing import Any
 from linchain_cli.errors import InputError, did_you_mean, nearest
 from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.schema import Recipe
-from linchain_cli.recipe.validation import Key, check, dotted_fields
+from linchain_cli.recipe.validation import MOST_PROBLEMS, Key, check, dotted_fields
 from linchain_cli.shipped import shipped_recipes
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -87,7 +87,9 @@ def _summary(path: Path, complaints: list[tuple[int, str]]) -> str:
     lines = [message for _, message in sorted(complaints, key=lambda item: item[0])]
     if len(lines) == 1:
         return lines[0]
-    return f"{path} has {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines)
+    some = "" if len(lines) <= MOST_PROBLEMS else f", of which these are the first {MOST_PROBLEMS}"
+    shown = "\n".join(f"  {line}" for line in lines[:MOST_PROBLEMS])
+    return f"{path} has {len(lines)} problems{some}:\n{shown}"
 
 
 def _read(path: Path) -> _Draft:
@@ -120,6 +122,8 @@ def _read_text(path: Path) -> str:
     try:
         if path.is_dir():
             raise InputError(_directory_message(path))
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a regular file. A recipe is read more than once: write it to one.")
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise InputError(f"{path}: {path.stat().st_size:,} bytes are no recipe; it is a short YAML file.")
         data = path.read_bytes()

@@ -19,7 +19,9 @@ from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choo
 from linchain_cli.storage import expand
 
 Text = Annotated[str, StringConstraints(min_length=1, pattern=r"^[^\x00]*$"), Expected("non-empty text")]
-Count = Annotated[int, Field(ge=1)]
+# No array has more than 10**9 places, and no sum of a few of them overflows.
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountFromZero = Annotated[int, Field(ge=0, le=10**9)]
 FileName = Annotated[
     str,
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"),
@@ -73,9 +75,9 @@ Targets = Annotated[
 class AdapterConfig(StrictModel):
     """The chain: h = W0 x + (alpha / rank) · B · Wn · … · W1 · A · x, with n = depth."""
 
-    rank: Count = 16
+    rank: Annotated[int, Field(ge=1, le=2**16)] = 16
     """Rows of A, columns of B, and both sides of every link."""
-    depth: Annotated[int, Field(ge=0)] = 3
+    depth: Annotated[int, Field(ge=0, le=1000)] = 3
     """Number of rank x rank links between A and B: 0 is LoRA, 1 is MoSLoRA."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The chain's output is multiplied by alpha / rank."""
@@ -233,7 +235,7 @@ Sources = Annotated[
     Expected("a registered name, a hub id, a file, or a list of them"),
 ]
 Validation = Annotated[
-    tagged(Annotated[int, Field(ge=0)], "rows")
+    tagged(CountFromZero, "rows")
     | tagged(Literal["auto"], "auto")
     | tagged(
         Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$"), AfterValidator(_below_all)], "share"
@@ -251,9 +253,9 @@ def _kind_of_length(value: Any) -> str:
 
 
 Length = Annotated[
-    tagged(Annotated[int, Field(ge=2)], "number") | tagged(Literal["auto"], "auto"),
+    tagged(Annotated[int, Field(ge=2, le=10**9)], "number") | tagged(Literal["auto"], "auto"),
     choose(_kind_of_length),
-    Expected("a whole number of at least 2, or auto"),
+    Expected("a whole number from 2 to 1,000,000,000, or auto"),
 ]
 
 
@@ -378,7 +380,7 @@ def _kind_of_warmup(value: Any) -> str:
 
 
 WarmUp = Annotated[
-    tagged(Annotated[int, Field(ge=0)], "steps") | tagged(Annotated[float, Field(gt=0, lt=1)], "share"),
+    tagged(CountFromZero, "steps") | tagged(Annotated[float, Field(gt=0, lt=1)], "share"),
     choose(_kind_of_warmup),
     Expected("a whole number of at least 0, or a share of the run below 1"),
 ]
@@ -401,7 +403,7 @@ Tracker = Literal[
 class TrainingConfig(StrictModel):
     """Length, batches, optimizer, and what is logged and kept."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = 3.0
+    epochs: Annotated[float, Field(gt=0, le=10**6)] | None = 3.0
     """Passes over the training rows. Give this or max_steps."""
     max_steps: Count | None = None
     """Optimizer steps; takes the place of epochs."""

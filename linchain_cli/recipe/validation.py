@@ -23,6 +23,7 @@ from linchain_cli.recipe.strict_yaml import Key
 Model = TypeVar("Model", bound=BaseModel)
 
 CONFLICT = "conflict"
+MOST_PROBLEMS = 50  # of one recipe; whoever has more has given another kind of file
 # pydantic puts the tag of a union's branch among the keys of an error; nobody's key begins like this.
 TAG_MARK = "\0"
 
@@ -74,7 +75,7 @@ class StrictModel(BaseModel):
 
 
 def check(model: type[Model], value: Mapping[str, Any]) -> tuple[Model | None, list[Problem]]:
-    """The validated model, or None and every problem of `value`.
+    """The validated model, or None and every problem of `value`, up to `MOST_PROBLEMS` of them.
 
     pydantic runs the checks across fields only where each field alone is valid. So the wrong values are
     taken out and the rest is looked at again, until nothing new turns up; what then depends on a value
@@ -87,12 +88,14 @@ def check(model: type[Model], value: Mapping[str, Any]) -> tuple[Model | None, l
             valid = model.model_validate(rest)
         except ValidationError as error:
             known = [_whole(key) for problem in problems for key in problem.involved]
-            fresh = [
-                p for p in _problems(error, model) if not any(_related(p.involved, key) for key in known)
-            ]
+            new = (p for p in _problems(error, model) if not any(_related(p.involved, key) for key in known))
+            fresh = list(itertools.islice(new, MOST_PROBLEMS - len(problems)))
+            problems += fresh
+            if len(problems) == MOST_PROBLEMS:
+                problems.append(Problem((), f"more is wrong than the first {MOST_PROBLEMS} problems.", ()))
+                break
             if not fresh:
                 break
-            problems += fresh
             rest = _without(rest, [key for problem in fresh for key in problem.involved])
         else:
             if not problems:
@@ -257,19 +260,29 @@ def _describe_type(annotation: Any) -> str:
 
 
 def _describe_bounds(metadata: Iterable[Any]) -> str:
-    words = []
+    words, low, high = [], None, None
     for item in _flat(metadata):
         if isinstance(item, annotated_types.Ge):
-            words.append(f"of at least {item.ge}")
-        elif isinstance(item, annotated_types.Gt):
-            words.append(f"above {item.gt}")
+            low = item.ge
         elif isinstance(item, annotated_types.Le):
-            words.append(f"at most {item.le}")
+            high = item.le
+        elif isinstance(item, annotated_types.Gt):
+            words.append(f"above {_number(item.gt)}")
         elif isinstance(item, annotated_types.Lt):
-            words.append(f"below {item.lt}")
+            words.append(f"below {_number(item.lt)}")
         elif isinstance(item, annotated_types.MinLen) and item.min_length == 1:
             words.append("that is not empty")
+    if low is not None and high is not None:
+        words.append(f"from {_number(low)} to {_number(high)}")
+    elif low is not None:
+        words.insert(0, f"of at least {_number(low)}")
+    elif high is not None:
+        words.append(f"at most {_number(high)}")
     return f" {' and '.join(words)}" if words else ""
+
+
+def _number(bound: Any) -> str:
+    return f"{bound:,}" if isinstance(bound, int) else str(bound)
 
 
 def _flat(metadata: Iterable[Any]) -> Iterator[Any]:

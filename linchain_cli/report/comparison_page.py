@@ -8,7 +8,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ValidationError
 
 from linchain_cli import storage
 from linchain_cli.chain import load_adapter
@@ -19,7 +21,7 @@ from linchain_cli.report.html import Markup, facts, figure, page, section, table
 from linchain_cli.report.layers import layer_numbers
 from linchain_cli.report.parts import origin_section, recipe_section, samples_section
 from linchain_cli.report.run_page import FILE
-from linchain_cli.report.wording import table_cells, table_titles
+from linchain_cli.report.wording import FIRST_COLUMN, table_cells, table_titles
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus
 
 
@@ -38,7 +40,7 @@ def write_comparison_report(directory: ComparisonDirectory) -> Path:
     for title, rows, rates in table_titles(results):
         drawn = [figure(one) for one in comparison_pictures(results, rows)]
         shown = tag("div", drawn, class_="figures")
-        parts.append(section(title, table(table_cells(rows, rates), "Means over seeds"), shown))
+        parts.append(section(title, _tables(table_cells(rows, rates)), shown))
     document = page(
         f"{results['name']}: a comparison on {recipe.model.path}",
         _summary(results, finished, status),
@@ -57,6 +59,19 @@ def write_comparison_report(directory: ComparisonDirectory) -> Path:
     return target
 
 
+class _Results(BaseModel):
+    """What of results.json the page reads."""
+
+    format: Literal[1]
+    name: str
+    recipe: Recipe
+    learning_rate: float
+    hashes: dict[str, str]
+    tables: dict[Literal["recipe_rate", "best_rate"], list[dict[str, Any]]]
+    runs: list[dict[str, Any]]
+    notes: list[str]
+
+
 def read_results(directory: ComparisonDirectory) -> dict[str, Any]:
     """results.json of a comparison.
 
@@ -66,18 +81,29 @@ def read_results(directory: ComparisonDirectory) -> dict[str, Any]:
     path = directory.results_path
     try:
         found = json.loads(path.read_bytes())
+        _Results.model_validate(found)
     except FileNotFoundError:
         raise InputError(
             f"{directory.path} has no results yet: finish it by giving its `linchain compare` again"
         ) from None
-    except (OSError, ValueError) as error:
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}"
+        raise InputError(f"{path} is damaged ({reason}): give its `linchain compare` again") from error
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}): give its `linchain compare` again") from error
-    if (
-        not isinstance(found, dict)
-        or not {"recipe", "runs", "tables", "notes", "name", "hashes"} <= found.keys()
-    ):
-        raise InputError(f"{path} is damaged: give its `linchain compare` again")
     return found
+
+
+_COST = ("seconds per step", "memory", "parameters")
+
+
+def _tables(cells: Sequence[Mapping[str, str]]) -> list[Markup]:
+    """What was reached and what it took apart: together they would be wider than a screen."""
+    reached = [{name: text for name, text in line.items() if name not in _COST} for line in cells]
+    took = [{name: text for name, text in line.items() if name in (FIRST_COLUMN, *_COST)} for line in cells]
+    found = [table(reached, "Means over seeds")]
+    return found + [table(took, "What a run takes")] if any(len(line) > 1 for line in took) else found
 
 
 def _commands(results: Mapping[str, Any]) -> str:

@@ -45,7 +45,7 @@ def picture(figure: Figure, caption: str, alt: str) -> Picture:
 def png(figure: Figure) -> bytes:
     """The figure as a PNG."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=120)
+    figure.savefig(data, format="png", dpi=200)
     return data.getvalue()
 
 
@@ -92,12 +92,9 @@ def _ends(points: Points) -> str:
     return f"{start:.4g} at step {first} to {end:.4g} at step {last}"
 
 
-def loss_curves(training: Points, validation: Points) -> Picture | None:
-    """Training and validation loss of one run; None when nothing was logged."""
-    if not training and not validation:
-        return None
+def loss_figure(training: Points, validation: Points) -> Figure:
+    """Training and validation loss of one run over its steps; one of them at least has points."""
     figure, axes = _figure()
-    said = []
     if training:
         window = _window(len(training))
         axes.plot(
@@ -113,7 +110,6 @@ def loss_curves(training: Points, validation: Points) -> Picture | None:
             )
         else:
             axes.lines[0].set_label("training")
-        said.append(f"training loss from {_ends(training)}")
     if validation:
         axes.plot(
             *zip(*validation, strict=True),
@@ -123,12 +119,23 @@ def loss_curves(training: Points, validation: Points) -> Picture | None:
             linewidth=1.2,
             label="validation",
         )
-        said.append(f"validation loss from {_ends(validation)}, lowest {min(v for _, v in validation):.4g}")
     values = [value for _, value in (*training, *validation)]
     _finish(axes, values, xlabel="optimizer step", ylabel="loss per supervised token")
     axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def loss_curves(training: Points, validation: Points) -> Picture | None:
+    """`loss_figure` with its words; None when nothing was logged."""
+    if not training and not validation:
+        return None
+    said = []
+    if training:
+        said.append(f"training loss from {_ends(training)}")
+    if validation:
+        said.append(f"validation loss from {_ends(validation)}, lowest {min(v for _, v in validation):.4g}")
     caption = "Training loss (each step's rows) and validation loss."
-    return picture(figure, caption, "Line chart: " + "; ".join(said) + ".")
+    return picture(loss_figure(training, validation), caption, "Line chart: " + "; ".join(said) + ".")
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,16 @@ def test_copy_writes_the_same_bytes_and_never_over_a_file(elsewhere, capsys):
     assert copied.read_text() == "mine"
 
 
+def test_copy_over_a_file_only_when_asked(elsewhere):
+    (elsewhere / "figure2.yaml").write_text("mine")
+    assert recipes("copy", "figure2", "--overwrite") == 0
+    assert (elsewhere / "figure2.yaml").read_bytes() == shipped_recipes()["figure2"].read_bytes()
+    (elsewhere / "linked.yaml").symlink_to("nowhere")
+    assert recipes("copy", "figure2", "--overwrite", "--out", "linked.yaml") == 2
+    (elsewhere / "folder" / "figure2.yaml").mkdir(parents=True)
+    assert recipes("copy", "figure2", "--overwrite", "--out", "folder") == 2
+
+
 def test_copy_to_another_place(elsewhere, capsys):
     (elsewhere / "folder").mkdir()
     assert recipes("copy", "figure2", "--out", "folder") == 0

@@ -10,13 +10,13 @@ import pytest
 from linchain_cli.comparison.statistics import (
     Estimate,
     estimate,
-    holm,
     interval,
     p_value,
     smallest_telling,
     student_t,
     t_quantile,
 )
+from linchain_cli.evaluation.statistics import holm
 
 # Two-sided 95 % quantiles of Student's t, from printed tables.
 TABLE = {
@@ -77,13 +77,6 @@ def test_p_values_and_intervals_say_the_same():
     assert p_value(Estimate(4.302652729911275 / math.sqrt(3), 1.0, 3)) == pytest.approx(0.05)
     assert p_value(Estimate(1.0, None, 1)) is None
     assert (p_value(Estimate(0.0, 0.0, 3)), p_value(Estimate(0.1, 0.0, 3))) == (1.0, 0.0)
-
-
-def test_holm_by_hand():
-    # Smallest first: 4 · 0.005, 3 · 0.01, 2 · 0.03, 1 · 0.04, each at least as large as the one before.
-    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.6, 0.7]) == [1.0, 1.0]
-    assert holm([]) == []
 
 
 def test_the_smallest_telling_difference_is_where_the_word_begins():

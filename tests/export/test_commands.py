@@ -132,8 +132,9 @@ def test_a_base_that_has_moved_is_named_with_base(make_run, base_of, capsys, tmp
 def test_rows_that_are_gone_do_not_stop_a_merge(make_run, base_of, capsys, tmp_path):
     run = make_run(base_of("llama"), data=str(tmp_path / "gone.jsonl"))
     assert linchain("merge", run.path) == 0
-    out = capsys.readouterr().out
-    assert "rows cannot be read" in out and "plain sentences instead" in out and "top-1 agreement" in out
+    shown = capsys.readouterr()
+    assert "rows cannot be read" in shown.err and "plain sentences instead" in shown.err
+    assert "top-1 agreement" in shown.out
 
 
 def test_a_quantised_run_reports_the_gap_to_its_own_base(make_run, base_of, capsys):
@@ -276,13 +277,25 @@ def test_inspect_shows_and_writes_the_spectra(make_run, base_of, capsys):
     assert (run.path / "inspect.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_with_json_stdout_holds_what_the_files_say(make_run, base_of, capsys):
+    run = make_run(base_of("llama"))
+    for command, name in (("merge", "merged/merge.json"), ("export", "peft/export.json")):
+        assert linchain(command, run.path, "--json") == 0
+        said, written = json.loads(capsys.readouterr().out), json.loads((run.path / name).read_bytes())
+        assert said.pop("directory") == str((run.path / name).parent)
+        del written["format"], written["format_version"]
+        assert said == written
+    assert linchain("inspect", run.path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == json.loads((run.path / "inspect.json").read_bytes())
+
+
 def test_inspect_without_the_base_leaves_its_norms_out(make_run, base_of, capsys, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(base_of("llama"), home)
     run = make_run(home, depth=0)
     shutil.rmtree(home)
     assert linchain("inspect", run.path) == 0
-    assert "‖W0‖ is left out" in capsys.readouterr().out
+    assert "‖W0‖ is left out" in capsys.readouterr().err
     assert linchain("inspect", run.path, "--base", home) == 2
 
 

@@ -34,7 +34,7 @@ def test_sizes(text, size):
     assert parse_size(text, "--max-shard-size") == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "five", "-1GB", "0", "0.1", "5XB", "nan", "1e9"])
+@pytest.mark.parametrize("text", ["", "GB", "five", "-1GB", "0", "0.1", "5XB", "nan", "1e9", "9" * 400])
 def test_sizes_that_are_none(text):
     with pytest.raises(InputError, match="--max-shard-size: .* is not a size"):
         parse_size(text, "--max-shard-size")

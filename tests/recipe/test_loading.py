@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -172,13 +174,13 @@ def test_every_problem_is_reported_at_once_with_line_key_and_remedy(write):
 
 def test_one_problem_is_one_line(write):
     path = write(VALID.replace("rank: 8", "rank: 0"))
-    assert message(path) == f"{path}:7: adapter.rank: expected a whole number of at least 1, got '0'."
+    assert message(path) == f"{path}:7: adapter.rank: expected a whole number from 1 to 65,536, got '0'."
 
 
 @pytest.mark.parametrize(
     ("override", "text"),
     [
-        ("adapter.depth=-1", "adapter.depth: expected a whole number of at least 0, got '-1'."),
+        ("adapter.depth=-1", "adapter.depth: expected a whole number from 0 to 1,000, got '-1'."),
         ("adapter.rank=3.5", "adapter.rank: expected a whole number"),
         ("adapter.dropout=.nan", "adapter.dropout: expected a number"),
         ("adapter.alpha=inf", "adapter.alpha: expected a number above 0"),
@@ -413,3 +415,34 @@ def test_any_override_is_taken_or_an_input_error(tmp_path, override):
 def test_odd_keys_are_unknown_keys(write, key):
     for text in (f"{MINIMAL}{key}: 1\n", f"{MINIMAL}training: {{{key}: 1}}\n"):
         assert ":4: " in message(write(text)) and "unknown key" in message(write(text))
+
+
+def test_a_file_with_thousands_of_wrong_keys_is_told_in_fifty_lines(write):
+    path = write(MINIMAL + "".join(f"key{i}: {i}\n" for i in range(20_000)))
+    started = time.process_time()
+    lines = message(path).splitlines()
+    assert time.process_time() - started < 20  # the parser's; each key was looked up before, for two minutes
+    assert len(lines) == 51 and lines[0] == f"{path} has 51 problems, of which these are the first 50:"
+    assert lines[1].endswith("more is wrong than the first 50 problems.")
+    assert lines[2].startswith(f"  {path}:4: key0: unknown key.")
+    doubled = write(MINIMAL + "seed: 1\n" * 1000, "doubled.yaml")
+    lines = message(doubled).splitlines()
+    assert len(lines) == 51 and "of which these are the first 50:" in lines[0]
+
+
+def test_a_pipe_is_no_recipe(tmp_path):
+    os.mkfifo(tmp_path / "recipe.yaml")
+    assert "not a regular file" in message(tmp_path / "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("adapter.rank=99999999999", "adapter.depth=100000000", "data.max_length=99999999999999999999"),
+        *("training.global_batch_size=99999999999999999999", "training.max_steps=99999999999999999999"),
+        *("training.epochs=1e300", "seed=99999999999999999999"),
+    ],
+)
+def test_numbers_that_nothing_could_count_are_refused_with_the_bound(write, override):
+    said = message(write(MINIMAL), override)
+    assert " to " in said or "below" in said or "at most" in said

@@ -75,6 +75,7 @@ def test_an_unknown_key_is_looked_for_in_other_sections():
         (int | None, (), "a whole number or null"),
         (float, (Field(gt=0), Field(le=1)), "a number above 0 and at most 1"),
         (Annotated[int, Field(ge=1)] | None, (), "a whole number of at least 1 or null"),
+        (int, (Field(ge=1, le=10**9),), "a whole number from 1 to 1,000,000,000"),
         (list[str], (), "a list, each item text"),
         (dict[str, int], (), "a mapping of text to a whole number"),
         (Literal["one"], (), "'one'"),

@@ -1,0 +1,94 @@
+"""What a command says besides its result: notes and progress, all of it on stderr, where `--quiet` ends it.
+
+A result goes to stdout, in words or with `--json` as one JSON value, and nothing else goes there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SECONDS_BETWEEN_LINES = 30.0
+
+_quiet = False
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether notes and progress are left out from here on; warnings and errors never are."""
+    global _quiet
+    _quiet = quiet
+
+
+def note(message: str) -> None:
+    """A line that the user may want to know."""
+    if not _quiet:
+        print(message, file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """A line that the user should know."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def stderr_console(quiet: bool = False) -> Console:
+    """Where progress is drawn; silent with `quiet` (every process but the first) or `--quiet`."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet or _quiet, soft_wrap=True, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """A result as indented JSON on stdout, in ASCII where that is all that stdout takes."""
+    plain = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "") != "utf8"
+    print(json.dumps(value, indent=2, ensure_ascii=plain, allow_nan=False))
+
+
+class Progress:
+    """How far something is: bars on a terminal, elsewhere a line every half minute.
+
+    Args:
+        unit: `bytes` are shown as such; anything else is counted.
+        quiet: show nothing (every process but the first).
+    """
+
+    def __init__(self, unit: str = "", quiet: bool = False):
+        self._console, self._unit = stderr_console(quiet), unit
+        self._last = time.monotonic()
+        self._bars: dict[str, Any] = {}
+        self._progress = self._drawn() if self._console.is_terminal and not self._console.quiet else None
+
+    def _drawn(self) -> Any:
+        from rich import progress
+
+        count = progress.DownloadColumn() if self._unit == "bytes" else progress.MofNCompleteColumn()
+        text = progress.TextColumn("{task.description}", markup=False)
+        columns = (text, progress.BarColumn(), count, progress.TimeRemainingColumn())
+        return progress.Progress(*columns, console=self._console, transient=True)
+
+    def __enter__(self) -> Progress:
+        if self._progress:
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._progress:
+            self._progress.stop()
+
+    def show(self, what: str, done: int, total: int, part: str = "") -> None:
+        """So much of `what` is done; `part` is the part of it that is under way."""
+        if self._progress:
+            if what not in self._bars:
+                self._bars[what] = self._progress.add_task(what, total=total)
+            self._progress.update(self._bars[what], description=part or what, completed=done, total=total)
+        elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
+            self._last = time.monotonic()
+            text = f"{what} ({part})" if part else what
+            self._console.print(f"{text}: {self._amount(done)} of {self._amount(total)}", markup=False)
+
+    def _amount(self, number: int) -> str:
+        return f"{number / 1e6:,.0f} MB" if self._unit == "bytes" else f"{number:,}"
