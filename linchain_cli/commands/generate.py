@@ -59,7 +59,7 @@ def run(
         typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
     ] = None,
 ) -> None:
-    """Answer one prompt, through the template that the model was trained with."""
+    """Answer one prompt, through the template of its training."""
     columns = _columns(column or ())
     model, prompt = _model_and_prompt(model_and_prompt or [], bool(columns))
     if beams > 1 and temperature > 0:
