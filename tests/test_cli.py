@@ -67,6 +67,7 @@ OPTIONS = {
         "--data-dir",
         "--against",
         "--out",
+        "--json",
     ],
     "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite", "--no-proof", "--json"],
     "export": ["--format", "--base", "--out", "--overwrite", "--json"],

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, ModelName, PromptTemplate
+from linchain_cli import console
+from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, Json, ModelName, PromptTemplate
 from linchain_cli.commands.origin import is_first_process
 from linchain_cli.commands.subject import (
     Asked,
@@ -99,6 +99,7 @@ def run(
             "--references", help="Also show published accuracies of the same tasks, with their source."
         ),
     ] = False,
+    json: Json = False,
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
     subject = find_subject(model, base, allow_other_base)
@@ -134,7 +135,11 @@ def run(
     if other is not None:
         seconds = settings.evaluate(other, loaded_tasks, other.results_dir, like=subject)
     if is_first_process():
-        for one, against_it in zip(firsts, seconds, strict=True):
+        pairs = list(zip(firsts, seconds, strict=True))
+        if json:
+            console.print_json([_as_json(*pair) for pair in pairs])
+            return
+        for one, against_it in pairs:
             _show(one, against_it, references)
 
 
@@ -174,7 +179,7 @@ class _Settings:
         loaded = load_subject(subject, self.dtype)
         asked = choose_template(subject, loaded.tokenizer, self.template, like)
         if is_first_process():
-            print(f"{subject.name}: template {asked.template.name}, {asked.why}", file=sys.stderr)
+            console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")
         results = [self._own(subject, loaded, asked, tasks, out)] if tasks else []
         if self.foreign:
             results.append(self._foreign(subject, loaded, asked, out))
@@ -199,13 +204,9 @@ class _Settings:
     def _own(
         self, subject: Subject, loaded: LoadedModel, asked: Asked, tasks: Sequence[Task], out: Path
     ) -> Results:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
         from linchain_cli.evaluation.evaluate import evaluate
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=_stderr(), transient=True, disable=not is_first_process()) as bar:
-            handle = bar.add_task(subject.name, total=sum(len(task.rows) for task in tasks))
+        with console.Progress(quiet=not is_first_process()) as progress:
             return evaluate(
                 loaded.model,
                 loaded.tokenizer,
@@ -221,21 +222,35 @@ class _Settings:
                 base_sha256=loaded.base_sha256,
                 quantization=loaded.quantization,
                 out=out,
-                on_progress=lambda task, done, _: bar.update(handle, description=task, completed=done),
+                on_progress=lambda task, done, total: progress.show(subject.name, done, total, task),
             )
 
 
-def _stderr():
-    from rich.console import Console
+def _compared(first: Results, second: Results | None) -> dict[str, Any] | None:
+    """The comparison of both, kept in the first one's file; None where there is nothing to compare."""
+    from linchain_cli.evaluation.results import compare
+    from linchain_cli.evaluation.store import add_comparison
 
-    return Console(stderr=True)
+    if second is None or all(score.accuracy is None for score in first.summary.tasks.values()):
+        return None
+    comparison = compare(first, second)
+    add_comparison(first.path, comparison)
+    return comparison
+
+
+def _as_json(first: Results, second: Results | None) -> dict[str, Any]:
+    """A result as its file has it, and where that lies."""
+    from linchain_cli.evaluation.show import write_chart
+
+    comparison = _compared(first, second)
+    write_chart([first] if second is None else [first, second], first.path.with_suffix(".png"))
+    found = {"results": str(first.path), **first.summary.to_json()}
+    return found | ({"against": [comparison]} if comparison is not None else {})
 
 
 def _show(first: Results, second: Results | None, references: bool) -> None:
     """Tables, the chart, and where everything lies."""
-    from linchain_cli.evaluation.results import compare
     from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
-    from linchain_cli.evaluation.store import add_comparison
     from linchain_cli.evaluations import describe, find_evaluations
 
     for results in (first, second):
@@ -243,10 +258,9 @@ def _show(first: Results, second: Results | None, references: bool) -> None:
             if results.known:
                 print(f"measured before: {', '.join(results.known)} (in {results.path})")
             print_results(results)
-    if second is not None and any(score.accuracy is not None for score in first.summary.tasks.values()):
-        comparison = compare(first, second)
+    comparison = _compared(first, second)
+    if comparison is not None:
         print_comparison(first, comparison)
-        add_comparison(first.path, comparison)
     if references:
         print_published(first)
     chart = first.path.with_suffix(".png")

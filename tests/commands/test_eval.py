@@ -131,6 +131,17 @@ def test_two_models_are_compared_on_the_same_prompts(workplace, capsys):
     assert comparison["all_rows"]["gained"] == gained
 
 
+def test_with_json_stdout_holds_the_results_alone(workplace, capsys):
+    arguments = ["eval", "--tasks", "boolq", "--data-dir", "data", "--json"]
+    assert linchain(*arguments) == 0
+    (said,) = json.loads(capsys.readouterr().out)
+    assert said.pop("results") == "runs/tuned/eval/likelihood.json"
+    assert said["tasks"] == read("runs/tuned/eval/likelihood.json")["tasks"] and said["model"] == "runs/tuned"
+    assert linchain(*arguments, "--against", "base") == 0
+    ((comparison,),) = (one["against"] for one in json.loads(capsys.readouterr().out))
+    assert comparison["model"] == "base"
+
+
 def test_an_earlier_result_is_compared_without_its_model(workplace, capsys, monkeypatch):
     arguments = ["eval", "--tasks", "boolq,piqa", "--data-dir", "data"]
     assert linchain(*arguments, "--against", "base") == 0
