@@ -27,9 +27,11 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def _check(recipe: Recipe, console: Console) -> None:
-    """Model, then data, then cost: what is cheap to find wrong comes first."""
+    """Model, then data, tasks and cost: what is cheap to find wrong comes first."""
     from linchain_cli.commands import check_view
     from linchain_cli.data import prepare_data
+    from linchain_cli.evaluation.questions import check_questions
+    from linchain_cli.evaluation.tasks import recipe_tasks
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.limits import limits
     from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
@@ -44,14 +46,20 @@ def _check(recipe: Recipe, console: Console) -> None:
     model = empty_model(directory)
     _modules(recipe, model, console)
 
+    readable = limits(model)
     with counting_rows() as progress:
-        data = prepare_data(recipe.data, tokenizer, limits(model), progress=progress)
+        data = prepare_data(recipe.data, tokenizer, readable, progress=progress)
     epoch = recipe_epoch(recipe, data.train)
     check_view.sources(console, data)
     check_view.lengths(console, data, data.config.max_length)
     check_view.epoch(console, epoch, total_steps(recipe.training, epoch.rows), recipe)
     check_view.notes(console, unreachable(recipe.training, epoch.rows, data.validation is not None))
     check_view.rows(console, data.train, tokenizer)
+    if tasks := recipe_tasks(recipe.evaluation):
+        protocol = recipe.evaluation.protocol
+        warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
+        check_view.tasks(console, tasks, protocol)
+        check_view.notes(console, warnings)
 
     config, device = chain_config(recipe), default_device()
     check_view.cost(console, forecast(recipe, config, directory, data.train, data.validation, device))

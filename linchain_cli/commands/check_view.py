@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from linchain_cli.chain import Coverage, Matches
     from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
+    from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import Recipe
     from linchain_cli.training.forecast import Forecast
 
@@ -187,6 +188,13 @@ def _runs(ids: list[int], supervised: list[bool], tokenizer: Any) -> Iterator[tu
 def _printable(text: str) -> str:
     """Without characters that a terminal would obey."""
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
+
+
+def tasks(console: Console, tasks: Sequence[Task], protocol: str) -> None:
+    """What will be evaluated when training is done."""
+    _section(console, f"Evaluated afterwards, by {protocol}")
+    table = [(task.name, _count(len(task.rows)), task.source) for task in tasks]
+    _print_table(console, ("task", "rows", "from"), table)
 
 
 def cost(console: Console, forecast: Forecast) -> None:

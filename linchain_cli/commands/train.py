@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,7 @@ from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.evaluation.task import Task
-    from linchain_cli.recipe import Recipe
+    from linchain_cli.recipe import EvaluationConfig, Recipe
     from linchain_cli.run import RunDirectory
     from linchain_cli.training.job import Job
 
@@ -36,6 +35,7 @@ def run(
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
         raise InputError("--resume continues the run and --fresh replaces it: give one of them.")
+    from linchain_cli.evaluation.tasks import recipe_tasks
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import RunDirectory
 
@@ -44,7 +44,7 @@ def run(
     if not (resume and directory.exists()):
         directory.check_free(replace=fresh)
     # A misspelt task should be told before hours of training, not after.
-    tasks = _tasks(loaded)
+    tasks = recipe_tasks(loaded.evaluation)
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
 
     if not launched() and (processes := wanted_processes(nproc)) > 1:
@@ -55,10 +55,10 @@ def run(
 
 def _train(recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: bool, fresh: bool) -> None:
     from linchain_cli.training.processes import disconnect, is_first_process
-    from linchain_cli.training.runner import run_training
+    from linchain_cli.training.runner import finished_job, run_training
 
     try:
-        job = run_training(recipe, resume=resume, fresh=fresh)
+        job = run_training(recipe, resume=resume, fresh=fresh, ready=lambda job: _check_tasks(job, tasks))
     except InputError:
         raise
     except BaseException:
@@ -66,11 +66,38 @@ def _train(recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: b
         raise
     if job is not None:
         _plot(directory)
+    elif tasks and not _is_evaluated(directory, recipe, tasks):
+        job = finished_job(directory)
+    if job is not None:
         if tasks:
-            _evaluate(job, tasks)
+            _evaluate(job, recipe.evaluation, tasks)
         if is_first_process():
             print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
     disconnect()
+
+
+def _check_tasks(job: Job, tasks: list[Task]) -> None:
+    """Tells what is wrong with the evaluation while nothing is spent."""
+    from linchain_cli.evaluation.questions import check_questions
+    from linchain_cli.model.limits import limits
+    from linchain_cli.training.display import note
+    from linchain_cli.training.processes import is_first_process
+
+    protocol = job.recipe.evaluation.protocol
+    for warning in check_questions(job.base.tokenizer, job.data.template, tasks, protocol, limits(job.model)):
+        if is_first_process():
+            note(f"warning: evaluation.tasks: {warning}")
+
+
+def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: list[Task]) -> bool:
+    """Whether the run's adapter has been evaluated as the recipe says; the first process looks."""
+    from linchain_cli.evaluation.store import has_result
+    from linchain_cli.training.processes import connect, from_main
+
+    accelerator = connect()
+    return from_main(
+        accelerator, accelerator.is_main_process and has_result(directory, recipe.evaluation, tasks)
+    )
 
 
 def _plot(directory: RunDirectory) -> None:
@@ -83,35 +110,28 @@ def _plot(directory: RunDirectory) -> None:
             loss_plot(directory)
 
 
-def _tasks(recipe: Recipe) -> list[Task]:
-    if not recipe.evaluation.tasks:
-        return []
-    from linchain_cli.evaluation.tasks import load_tasks
-
-    section = recipe.evaluation
-    return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
-
-
-def _evaluate(job: Job, tasks: list[Task]) -> None:
+def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task]) -> None:
     from linchain_cli.data.asking import straddle_mostly
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.show import print_results
     from linchain_cli.training.processes import is_first_process
+    from linchain_cli.training.signals import stop_requests
 
-    section = job.recipe.evaluation
-    results = evaluate(
-        job.model,
-        job.base.tokenizer,
-        job.data.template,
-        tasks,
-        name=str(job.run.path),
-        protocol=section.protocol,
-        limit=section.limit,
-        straddles=straddle_mostly(job.data.report.counts()),
-        base_sha256=job.base.hash,
-        quantization=job.recipe.model.quantization,
-        out=job.run.eval_dir,
-        share=not job.base.sharded,
-    )
+    left = f"{job.run.path} is finished, its evaluation is not: --resume continues it"
+    with stop_requests(left):
+        results = evaluate(
+            job.model,
+            job.base.tokenizer,
+            job.data.template,
+            tasks,
+            name=str(job.run.path),
+            protocol=section.protocol,
+            limit=section.limit,
+            straddles=straddle_mostly(job.data.report.counts()),
+            base_sha256=job.base.hash,
+            quantization=job.recipe.model.quantization,
+            out=job.run.eval_dir,
+            share=not job.base.sharded,
+        )
     if is_first_process():
         print_results(results)

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from linchain_cli.chain.files import adapter_hash
 from linchain_cli.comparison.halves import read_halves
+from linchain_cli.evaluation.store import run_result
 from linchain_cli.evaluation.tasks import expand_tasks
-from linchain_cli.evaluations import Evaluation, find_evaluations, first_of
 from linchain_cli.recipe.schema import EvaluationConfig
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
@@ -146,20 +145,11 @@ def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]
     )
 
 
-def run_evaluation(
-    run: RunDirectory, section: EvaluationConfig, tasks: Sequence[str] = ()
-) -> Evaluation | None:
-    """The result, of those below the run's eval/, that `section` asked for: of its adapter as it is now."""
-    found, _ = find_evaluations(run.eval_dir)
-    adapter = adapter_hash(run.adapter_dir)
-    return first_of(found, section.protocol, limit=section.limit, adapter_sha256=adapter, tasks=tasks)
-
-
 def _accuracies(run: RunDirectory, section: EvaluationConfig) -> dict[str, float]:
     # The name of a task of the user's own stands in its file, which need not be there any more.
     own = any(name.endswith((".yaml", ".yml")) for name in section.tasks)
     wanted = None if own or not section.tasks else expand_tasks(section.tasks)
-    result = run_evaluation(run, section, wanted or ())
+    result = run_result(run, section, wanted or ())
     return {
         name: score.accuracy
         for name, score in (result.tasks.items() if result else ())

@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,17 +20,20 @@ from linchain_cli.comparison.definition import (
 )
 from linchain_cli.comparison.grid import Arm, Grid
 from linchain_cli.comparison.halves import half_losses, halves_path, read_halves
-from linchain_cli.comparison.measure import earlier_step, run_evaluation
+from linchain_cli.comparison.measure import earlier_step
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.comparison.results import collect, write
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
+from linchain_cli.evaluation.questions import check_questions
+from linchain_cli.evaluation.store import has_result
 from linchain_cli.evaluation.task import Task
-from linchain_cli.evaluation.tasks import load_tasks
+from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import release_memory
 from linchain_cli.model.hashing import is_same_base
+from linchain_cli.model.limits import limits
 from linchain_cli.model.loading import locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.records import write_record
@@ -71,7 +73,7 @@ def run_comparison(
     """
     directory = ComparisonDirectory(grid.base.run_path)
     arms = _adjusted(grid) if equal_parameters else list(grid.arms)
-    tasks = _tasks(grid.base)
+    tasks = recipe_tasks(grid.base.evaluation)
     with locked(directory.path, _WAIT):
         if fresh:
             _refuse_busy(directory)
@@ -113,13 +115,6 @@ def _adjusted(grid: Grid) -> list[Arm]:
     directory = locate(model.path, model.revision, weights=False)
     recipes = with_equal_parameters([arm.recipe for arm in grid.arms], grid.base, directory)
     return [replace(arm, recipe=recipe) for arm, recipe in zip(grid.arms, recipes, strict=True)]
-
-
-def _tasks(recipe: Recipe) -> list[Task]:
-    section = recipe.evaluation
-    if not section.tasks:
-        return []
-    return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
 
 
 def _write(directory: ComparisonDirectory) -> dict[str, Any]:
@@ -194,7 +189,7 @@ class _Runner:
         if read_halves(run) is None and earlier_step(status) is None:
             with run.lock():
                 self._measure_halves(recipe, run, status)
-        if self.tasks and not self._is_evaluated(run):
+        if self.tasks and not has_result(run, self.definition.base.evaluation, self.tasks):
             with run.lock():
                 note(f"{title}: evaluating")
                 self._evaluate(recipe, run)
@@ -260,6 +255,8 @@ class _Runner:
                     " (name=NEW), or use --fresh"
                 )
         self._note_sparse_validation(data)
+        protocol = self.definition.base.evaluation.protocol
+        check_questions(base.tokenizer, data.template, self.tasks, protocol, limits(base.model))
 
     def _note_sparse_validation(self, data: PreparedData) -> None:
         training = self.definition.base.training
@@ -270,14 +267,6 @@ class _Runner:
                 f" {steps} steps: the loss curves will be coarse; training.eval_every={max(1, steps // 10)}"
                 " would give ten"
             )
-
-    def _is_evaluated(self, run: RunDirectory) -> bool:
-        """Whether the run's adapter has a result of exactly these rows."""
-        names = [task.name for task in self.tasks]
-        result = run_evaluation(run, self.definition.base.evaluation, names)
-        return result is not None and all(
-            result.tasks[task.name].rows_sha256 == task.fingerprint for task in self.tasks
-        )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
         from linchain_cli.data.asking import straddle_mostly

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,7 @@ from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.encoding import encode_prompt
 from linchain_cli.data.rows import Row, Template
-from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.jobs import (
     Job,
     NormaliseName,
@@ -27,12 +27,16 @@ from linchain_cli.evaluation.jobs import (
     make_job,
 )
 from linchain_cli.evaluation.progress import Progress
+from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
 from linchain_cli.evaluation.store import ResultStore
-from linchain_cli.evaluation.task import Task
+from linchain_cli.evaluation.task import Task, check_protocol
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
+from linchain_cli.model.limits import limits
 from linchain_cli.model.products import fast_products
 from linchain_cli.storage import sha256_bytes, tensor_bytes
+
+logger = logging.getLogger(__name__)
 
 BEAMS = 4
 # Tokens of a batch by device, where "cuda" stands for all but CPUs. A CPU's cores are busy long before, so
@@ -88,12 +92,13 @@ def evaluate(
             written at `out`.
         LinchainError: the processes do not hold the same adapter, rows and settings.
     """
-    _refuse_without_options(tasks, protocol)
+    for task in tasks:
+        check_protocol(task.name, task.rule, protocol)
     of_protocol = {"beams": beams} if protocol == "generate" else {"normalise": normalise}
     setting = setting_of(model, template, name, protocol, limit, base_sha256, quantization, **of_protocol)
     batch_tokens = batch_tokens or _batch_tokens(model, protocol)
     setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
-    own = {task.name: _own_template(task, template, tokenizer) for task in tasks}
+    own = {task.name: task_template(task, template, tokenizer) for task in tasks}
     fingerprints = {task.name: fingerprint(setting, task, own[task.name].fingerprint) for task in tasks}
     _refuse_unlike(fingerprints)
     rank, world = _rank_and_world()
@@ -101,6 +106,9 @@ def evaluate(
     store = ResultStore(out, setting) if out is not None else None
     earlier = store.measured(fingerprints) if store else None
     missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
+    for warning in check_questions(tokenizer, template, missing, protocol, limits(model)):
+        if rank == 0:
+            logger.warning("warning: %s", warning)
     progress = Progress(store.directory, _only(fingerprints, missing)) if store and share else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
@@ -137,10 +145,6 @@ def evaluate(
 
 def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, str]:
     return {task.name: fingerprints[task.name] for task in tasks}
-
-
-def _own_template(task: Task, template: Template, tokenizer) -> Template:
-    return template if task.template in (None, template.name) else get_template(task.template, tokenizer)
 
 
 def answer(
@@ -205,14 +209,6 @@ def _batches(
 def _batch_tokens(model, protocol: ProtocolName) -> int:
     by_device = BATCH_TOKENS[protocol]
     return by_device.get(model.get_input_embeddings().weight.device.type, by_device["cuda"])
-
-
-def _refuse_without_options(tasks: Sequence[Task], protocol: ProtocolName) -> None:
-    for task in tasks:
-        if protocol == "likelihood" and task.rule.kind not in ("options", "loss"):
-            raise InputError(
-                f"{task.name} has no options whose likelihood could be compared: use --protocol generate"
-            )
 
 
 def setting_of(

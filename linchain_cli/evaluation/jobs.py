@@ -126,12 +126,7 @@ class GenerationJob:
         from linchain_cli.evaluation.generation import Generator, stop_tokens
 
         self.task, self._tokenizer = task, setup.tokenizer
-        prompts = []
-        for row in task.rows:
-            with _place(task, row):
-                prompts.append(
-                    encode_prompt(setup.tokenizer, setup.template, row.fields, straddles=setup.straddles)
-                )
+        prompts = [_prompt(setup, task, row) for row in task.rows]
         ends = stop_tokens(setup.model, setup.tokenizer, setup.template)
         self._generator = Generator(
             setup.model, ends, prompts, setup.beams, task.max_new_tokens, setup.batch_tokens
@@ -146,6 +141,11 @@ class GenerationJob:
             readings = self.task.rule.readings(text, row.options, row.answer)
             predictions.append(_prediction(self.task, row, readings, {"text": text}))
         return predictions
+
+
+def _prompt(setup: Setup, task: Task, row: TaskRow) -> list[int]:
+    with _place(task, row):
+        return encode_prompt(setup.tokenizer, setup.template, row.fields, straddles=setup.straddles)
 
 
 class LossJob:
@@ -179,6 +179,18 @@ def _loss_tree(setup: Setup, task: Task, row: TaskRow) -> OptionTree:
         rendered = setup.template.render(row.fields)
         encoded = text_encoder(setup.tokenizer).encode(rendered, adds_bos=setup.template.adds_bos)
         return loss_tree([(one.input_ids.tolist(), one.supervised.tolist()) for one in encoded])
+
+
+def texts_of(setup: Setup, task: Task, row: TaskRow, protocol: ProtocolName) -> tuple[Sequence[int], int]:
+    """The tokens that a row has the model read, of all its options, and how many its longest text has."""
+    if task.rule.kind != "loss" and protocol == "generate":
+        prompt = _prompt(setup, task, row)
+        return prompt, len(prompt)
+    if task.rule.kind == "loss":
+        tree = _loss_tree(setup, task, row)
+    else:
+        tree, _ = _scored_options(setup, task, row, task.free_text or setup.normalise != "none")
+    return tree.tokens, 1 + max(tree.depths)
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

@@ -7,16 +7,20 @@ what the others have added in the meantime.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+from linchain_cli.chain.files import adapter_hash
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import Results, predictions_path, read_results
-from linchain_cli.evaluations import Evaluation, describe, find_evaluations, read_evaluation
+from linchain_cli.evaluation.task import Task
+from linchain_cli.evaluations import Evaluation, describe, find_evaluations, first_of, read_evaluation
 from linchain_cli.locks import locked
+from linchain_cli.recipe import EvaluationConfig
+from linchain_cli.run import RunDirectory
 from linchain_cli.storage import make_directory
 
 LOCK_SECONDS = 60.0
@@ -124,6 +128,21 @@ def add_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
         others = [one for one in results.summary.against if _pair(one) != _pair(comparison)]
         summary = results.summary.model_copy(update={"against": [*others, dict(comparison)]})
         replace(results, summary=summary).write(path)
+
+
+def run_result(run: RunDirectory, section: EvaluationConfig, tasks: Iterable[str] = ()) -> Evaluation | None:
+    """The result, of those below the run's eval/, that `section` asked for: of its adapter as it is now."""
+    found, _ = find_evaluations(run.eval_dir)
+    adapter = adapter_hash(run.adapter_dir)
+    return first_of(found, section.protocol, limit=section.limit, adapter_sha256=adapter, tasks=tasks)
+
+
+def has_result(run: RunDirectory, section: EvaluationConfig, tasks: Sequence[Task]) -> bool:
+    """Whether the run's adapter has a result of exactly these tasks' rows."""
+    result = run_result(run, section, [task.name for task in tasks])
+    return result is not None and all(
+        result.tasks[task.name].rows_sha256 == task.fingerprint for task in tasks
+    )
 
 
 def results_directory(out: Path) -> Path:

@@ -67,6 +67,15 @@ class Task:
 AnswerNames = Literal["option", "index", "position", "letter"]
 
 
+def check_protocol(name: str, rule: AnswerRule, protocol: str) -> None:
+    """Raises InputError when the protocol compares options and the task has none."""
+    if protocol == "likelihood" and rule.kind not in ("options", "loss"):
+        raise InputError(
+            f"{name} has no options whose likelihood could be compared: use the protocol generate"
+            " (--protocol generate, evaluation.protocol=generate)"
+        )
+
+
 def read_row(
     row: Any,
     index: int,

@@ -18,7 +18,8 @@ from typing import Any
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import RAW_SOURCES
-from linchain_cli.evaluation.task import Task, read_row
+from linchain_cli.evaluation.task import Task, check_protocol, read_row
+from linchain_cli.recipe import EvaluationConfig
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
 
@@ -87,6 +88,20 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
     if not expanded:
         raise InputError(f"no task is named. Known: {', '.join(task_names())}, or a task's .yaml file.")
     return list(expanded)
+
+
+def recipe_tasks(section: EvaluationConfig) -> list[Task]:
+    """The tasks of a recipe's evaluation section, none where it names none.
+
+    Raises:
+        InputError: as `load_tasks`.
+    """
+    if not section.tasks:
+        return []
+    for name in expand_tasks(section.tasks):
+        if spec := SPECS.get(name):  # before its rows are asked for, which may take a while
+            check_protocol(name, spec.rule, section.protocol)
+    return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
 
 
 def load_tasks(

@@ -13,7 +13,7 @@ import torch
 
 from linchain_cli import run as runs
 from linchain_cli import storage
-from linchain_cli.chain import save_adapter
+from linchain_cli.chain import load_adapter, load_tensors, save_adapter
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import SharedCpus, limit_threads
 from linchain_cli.recipe import Recipe, load_recipe
@@ -108,6 +108,22 @@ def run_training(
             _finish(job)
         if signum := from_main(accelerator, stop.signum):  # it came too late to stop a step
             raise_on_all(accelerator, Stopped(f"{run.path} is finished; nothing was done after that", signum))
+    return job
+
+
+def finished_job(run: RunDirectory) -> Job:
+    """The job of a run that has finished, its model carrying what adapter/ holds: for what follows training.
+
+    Raises:
+        InputError: what the run's recipe names is gone, or its adapter is missing or damaged.
+    """
+    limit_threads()
+    accelerator = connect()
+    read = on_main(accelerator, lambda: (load_recipe(run.recipe_path), load_adapter(run.adapter_dir)))
+    recipe, adapter = from_main(accelerator, read)
+    job = jobs.prepare(recipe, run, accelerator, resume=True)
+    for path, layer in job.layers.items():
+        load_tensors(layer, adapter.tensors[path])
     return job
 
 

@@ -80,6 +80,17 @@ def test_numbers_that_a_short_run_cannot_reach_are_told(recipe, capsys):
     assert "training.warmup_steps: the run" not in capsys.readouterr().out, "defaults fit any length"
 
 
+def test_tasks_are_looked_at_too(recipe, capsys, tmp_path):
+    assert check(recipe, "evaluation.tasks=[everyday]", "evaluation.limit=7") == 0
+    out = capsys.readouterr().out
+    assert "Evaluated afterwards, by likelihood" in out
+    assert lines_of(out, "everyday") == [["everyday", "7", "everyday", "(test)"]]
+    (tmp_path / "sums.jsonl").write_text('{"instruction": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "sums.yaml").write_text("path: sums.jsonl\nanswer: number\n")
+    assert check(recipe, "evaluation.tasks=[sums.yaml]") == 2
+    assert "sums has no options whose likelihood could be compared" in capsys.readouterr().err
+
+
 def test_overrides_count(recipe, capsys):
     assert check(recipe, "adapter.depth=0", "training.epochs=1", "data.template=plain") == 0
     out = capsys.readouterr().out

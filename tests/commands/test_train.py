@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,42 @@ def test_tasks_are_evaluated_at_the_end(linchain, recipe, run):
     results = json.loads((run.eval_dir / "likelihood.json").read_bytes())
     assert results["tasks"]["everyday"]["n"] == 4 and results["model"] == str(run.path)
     assert len(read_jsonl(run.eval_dir / "likelihood.predictions.jsonl")) == 4
+
+
+def test_a_wrong_task_is_told_before_training(linchain, recipe, run, tmp_path):
+    code, _, err = linchain("train", recipe, "evaluation.tasks=[gsm8k]")
+    assert code == 2 and "gsm8k has no options whose likelihood could be compared" in err
+    (tmp_path / "sums.jsonl").write_text('{"instruction": "1 + 1?", "answer": "2"}\n')
+    (tmp_path / "sums.yaml").write_text("path: sums.jsonl\nanswer: number\n")
+    code, _, err = linchain("train", recipe, f"evaluation.tasks=[{tmp_path}/sums.yaml]")
+    assert code == 2 and "sums has no options whose likelihood could be compared" in err
+    assert not run.path.exists()
+
+
+def test_a_missing_evaluation_is_made_up_on_resume(linchain, recipe, run, monkeypatch):
+    """It was cut off by Ctrl-C, and its tasks were named only later."""
+    from linchain_cli.evaluation import evaluate
+
+    tasks = ["evaluation.tasks=[everyday]", "evaluation.limit=4"]
+    original = evaluate.halved
+
+    def interrupted(run, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "halved", interrupted)
+        code, _, err = linchain("train", recipe, *tasks)
+    assert code == 130 and f"{run.path} is finished, its evaluation is not: --resume continues it" in err
+    assert run.read_status().finished and not list(run.eval_dir.glob("*.json"))
+    code, out, err = linchain("train", recipe, *tasks, "--resume")
+    assert code == 0 and "everyday" in out and out.endswith(f"(adapter in {run.adapter_dir})\n")
+    made_up = (run.eval_dir / "likelihood.predictions.jsonl").read_bytes()
+    code, out, err = linchain("train", recipe, *tasks, "--resume")
+    assert (code, out) == (0, "") and err == f"{run.path} is finished already; nothing to resume\n"
+    assert linchain("train", recipe, *tasks, "name=whole")[0] == 0
+    whole = run.eval_dir.parents[1] / "whole" / "eval" / "likelihood.predictions.jsonl"
+    assert whole.read_bytes() == made_up
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def loads(monkeypatch):
     """The recipes a base model was loaded for."""
     seen, load = [], runner.load_base
 
-    def counted(recipe, accelerator):
+    def counted(recipe, *others):
         seen.append(recipe.name)
-        return load(recipe, accelerator)
+        return load(recipe, *others)
 
     monkeypatch.setattr(runner, "load_base", counted)
     return seen
