@@ -1,10 +1,13 @@
-"""Which attention a model computes with, and one written for CPUs.
+"""Which attention a model computes with: one written for CPUs, and torch's own (SDPA) for GPUs.
 
 On a CPU transformers' eager attention repeats keys and values for the query heads that share them, and goes
 through the scores in float32; torch's SDPA takes still longer in its backward pass. `grouped_attention` takes
 the query heads of one key head as more rows of one product (grouped-query attention, arXiv 2305.13245), and
 leaves the softmax in the scores' type, whose kernel computes in float32 anyway. Forward and backward take
 about half of eager's time, and a third of its memory is kept in between.
+
+On a GPU SDPA has the fastest kernels, as long as it is given no mask. `FLAT_SDPA` is transformers' way of
+calling it under a name of its own, by which a model is known to read rows without padding.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import eager_mask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from linchain_cli.model.fast import REFUSALS, alike, probe_ids
 
 GROUPED = "grouped"
+FLAT_SDPA = "flat_sdpa"
 
 
 def grouped_attention(
@@ -62,8 +67,11 @@ def grouped_attention(
     return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(GROUPED, grouped_attention)  # model/flat_rows.py has it read flat rows, too
+# model/flat_rows.py has them read flat rows, too.
+AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, eager_mask)
+AttentionInterface.register(FLAT_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(FLAT_SDPA, sdpa_mask)
 
 
 def attention_window(model: nn.Module) -> float:
@@ -77,33 +85,33 @@ def attention_window(model: nn.Module) -> float:
 
 
 def may_group(model: PreTrainedModel) -> bool:
-    """Whether nothing is known that speaks against grouped attention; `use_grouped_attention` finds out."""
+    """Whether nothing is known that speaks against another attention; `use_attention` finds out."""
     return model._can_set_attn_implementation() and not any(
         hasattr(module, "sinks") for module in model.modules()
     )
 
 
 @torch.no_grad()
-def use_grouped_attention(model: PreTrainedModel) -> bool:
-    """Gives a model that computes with eager attention the grouped one, if it then gives the same answers.
+def use_attention(model: PreTrainedModel, name: str) -> bool:
+    """Gives a model GROUPED or FLAT_SDPA attention, if it then gives the same answers as with its own.
 
     Returns:
         Whether it did. Architectures that bring an attention of their own, or something that is not in the
-        formula, keep eager attention.
+        formula, keep what they have.
     """
     if not may_group(model):
         return False
-    ids = probe_ids(model, 1, 24)
+    ids, before = probe_ids(model, 1, 24), model.config._attn_implementation
 
     def logits() -> Tensor:
         return model(input_ids=ids, use_cache=False).logits
 
     expected = logits()
     try:
-        model.set_attn_implementation(GROUPED)
+        model.set_attn_implementation(name)
         same = alike(logits(), expected, model.dtype)
     except REFUSALS:
         same = False
     if not same:
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(before)
     return same

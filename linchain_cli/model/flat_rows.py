@@ -9,7 +9,7 @@ template share a quarter of their tokens and more.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from linchain_cli.model.attention import GROUPED, attention_window, grouped_attention
+from linchain_cli.model.attention import FLAT_SDPA, GROUPED, attention_window, grouped_attention
 from linchain_cli.model.fast import REFUSALS, alike, probe_ids, record
 from linchain_cli.model.head import backbone, hidden_states
 
@@ -51,12 +52,12 @@ class FlatRows:
 
     @classmethod
     def of(
-        cls, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype, *, share: bool = True
+        cls, input_ids: Tensor, attention_mask: Tensor, dtype: torch.dtype | None, *, share: bool = True
     ) -> FlatRows:
         """From right-padded rows (rows, longest) and their mask of ones and zeros.
 
-        `share` has what several rows begin with computed once. Not with dropout, which is to differ from row
-        to row.
+        `dtype` is that of the causal mask (`mask_type`). `share` has what several rows begin with computed
+        once. Not with dropout, which is to differ from row to row.
         """
         missing = -input_ids.shape[1] % LENGTH_STEP
         if not missing and attention_mask.all():
@@ -86,11 +87,33 @@ class FlatRows:
             flat_rows,
             shared_tokens,
             token_holders,
-            torch.full((slots, slots), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None],
+            _causal_mask(slots, dtype),
         )
 
     def to(self, device: torch.device) -> FlatRows:
-        return FlatRows(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        return FlatRows(**in_one_copy(vars(self), device))
+
+
+def _causal_mask(slots: int, dtype: torch.dtype | None) -> Tensor:
+    """(1, 1, slots, slots), to be added to the scores. Four dimensions keep transformers from making a mask
+    of its own; without a type nobody reads it."""
+    if dtype is None:
+        return torch.zeros(1, 1, 1, 1, dtype=torch.long)
+    return torch.full((slots, slots), torch.finfo(dtype).min, dtype=dtype).triu(1)[None, None]
+
+
+def in_one_copy(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The tensors on `device`. Those of whole numbers go to a GPU in one transfer out of pinned memory, which
+    the host need not wait for."""
+    if device.type == "cpu":
+        return dict(tensors)
+    whole = {name: tensor for name, tensor in tensors.items() if tensor.dtype == torch.int64}
+    moved = {name: tensors[name].to(device, non_blocking=True) for name in tensors.keys() - whole.keys()}
+    packed = torch.cat([tensor.flatten() for tensor in whole.values()])
+    if device.type == "cuda":
+        packed = packed.pin_memory()
+    parts = packed.to(device, non_blocking=True).split([tensor.numel() for tensor in whole.values()])
+    return moved | {name: part.view(whole[name].shape) for name, part in zip(whole, parts, strict=True)}
 
 
 def _first_alike(ids: Tensor, mask: Tensor) -> Tensor:
@@ -149,9 +172,10 @@ class _Unpad(torch.autograd.Function):
         return grad.new_zeros(ctx.shape).index_copy_(0, ctx.saved_tensors[0], grad), None
 
 
-def reading_flat_rows(attention: Callable) -> Callable:
+def reading_flat_rows(attention: Callable, *, masked: bool = True) -> Callable:
     """An attention function for transformers' AttentionInterface that reads flat rows, too: it puts them
-    beside each other for `attention`, which need not know of them."""
+    beside each other for `attention`, which need not know of them. Unless it is `masked`, `attention` is
+    causal by itself where it is given no mask, and reads none."""
 
     def either(
         module: nn.Module,
@@ -169,13 +193,15 @@ def reading_flat_rows(attention: Callable) -> Callable:
             return attention(module, query, key, value, attention_mask, **options)
         places = padded_rows, flat_rows, shared_tokens, token_holders
         query, key, value = (_padded(states, *places) for states in (query, key, value))
-        output, _ = attention(module, query, key, value, attention_mask, **options)
+        mask = attention_mask if masked else None
+        output, _ = attention(module, query, key, value, mask, **options)
         return _Unpad.apply(output.flatten(0, 1), flat_rows)[None], None
 
     return either
 
 
 AttentionInterface.register(GROUPED, reading_flat_rows(grouped_attention))
+AttentionInterface.register(FLAT_SDPA, reading_flat_rows(sdpa_attention_forward, masked=False))
 _TRIAL = "reads flat rows"
 _SHARES = "shares beginnings"
 
@@ -190,7 +216,7 @@ def reads_flat(model: nn.Module, longest: int) -> bool:
     """Whether the model reads rows of up to `longest` tokens without padding."""
     return (
         record(model).get(_TRIAL, False)
-        and model.config._attn_implementation == GROUPED
+        and model.config._attn_implementation in (GROUPED, FLAT_SDPA)
         and longest <= attention_window(model)
     )
 
@@ -204,7 +230,7 @@ def allow_flat_rows(model: nn.Module) -> bool:
     """
     forbid_flat_rows(model)
     longest = int(min(13, attention_window(model)))
-    if model.config._attn_implementation != GROUPED or longest < 3:
+    if model.config._attn_implementation not in (GROUPED, FLAT_SDPA) or longest < 3:
         return False
     ids = probe_ids(model, 2, longest).cpu()
     ids[1, : longest // 3] = ids[0, : longest // 3]
@@ -216,6 +242,12 @@ def allow_flat_rows(model: nn.Module) -> bool:
     except REFUSALS:
         pass
     return record(model)[_TRIAL]
+
+
+def mask_type(model: nn.Module) -> torch.dtype | None:
+    """The type of the causal mask that the model's flat rows bring along; None where none is needed."""
+    masked = model.config._attn_implementation != FLAT_SDPA
+    return model.get_input_embeddings().weight.dtype if masked else None
 
 
 def forbid_flat_rows(model: nn.Module) -> None:
@@ -235,7 +267,7 @@ def shares_beginnings(model: nn.Module) -> bool:
 
 def _the_same_flat(model: nn.Module, ids: Tensor, mask: Tensor, embedded: list[Tensor]) -> bool:
     embeddings = model.get_input_embeddings().weight
-    rows = FlatRows.of(ids, mask.long(), embeddings.dtype).to(embeddings.device)
+    rows = FlatRows.of(ids, mask.long(), mask_type(model)).to(embeddings.device)
     mask = mask.to(embeddings.device)
     tokens = rows.padded_rows[:, : mask.shape[1]][mask]  # of the rows one after the other, with padding
     padded = hidden_states(model, ids.to(embeddings.device))[mask]

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
-from linchain_cli.model.attention import GROUPED, use_grouped_attention
+from linchain_cli.model.attention import FLAT_SDPA, GROUPED, use_attention
 from linchain_cli.model.fast import changing_nothing
 from linchain_cli.model.files import find_base, locate, read_config, weight_files
 from linchain_cli.model.hashing import base_hash
@@ -93,8 +93,9 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def resolve_attention(name: str, device: torch.device) -> str | None:
     """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
 
-    `auto` on a CPU is linchain's own (model/attention.py), which `load_model` gives every model that it
-    suits; the others stay with eager, whose backward in bfloat16 is faster than SDPA's up to some 300 tokens.
+    With `auto`, `load_model` then gives every model that it suits an attention of linchain's own
+    (model/attention.py): on a CPU instead of eager, whose backward in bfloat16 is faster than SDPA's up to
+    some 300 tokens, elsewhere instead of what transformers takes by default.
     """
     if name not in ATTENTIONS:
         raise InputError(
@@ -277,9 +278,10 @@ def load_model(
     _keep_differentiable(model)
     _keep_unscaled(model)
     model.eval().requires_grad_(False)
-    if implementation == GROUPED:
+    if attention == "auto":
+        own = FLAT_SDPA if model.config._attn_implementation == "sdpa" else GROUPED
         with changing_nothing(model):
-            use_grouped_attention(model)
+            use_attention(model, own)
     return model
 
 

@@ -17,6 +17,8 @@ from linchain_cli.model.flat_rows import (
     TOKEN_STEP,
     FlatRows,
     flat_hidden_states,
+    in_one_copy,
+    mask_type,
     reads_flat,
     shares_beginnings,
 )
@@ -62,16 +64,15 @@ class Labels:
         return cls(positions, labels, F.pad(counts, (0, fill)))
 
     def to(self, device: torch.device) -> Labels:
-        return Labels(*(each.to(device, non_blocking=True) for each in vars(self).values()))
+        return Labels(**in_one_copy(vars(self), device))
 
 
 def _read(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Labels]:
     """Hidden states (n, d) of a batch's labelled tokens, and their n labels."""
     flat = None
     if reads_flat(model, batch.labels.shape[1]):
-        dtype = model.get_input_embeddings().weight.dtype
         share = shares_beginnings(model) and not drops(model)
-        flat = FlatRows.of(batch.input_ids, batch.attention_mask, dtype, share=share)
+        flat = FlatRows.of(batch.input_ids, batch.attention_mask, mask_type(model), share=share)
     # On a CPU each new shape of a product costs time, see `TOKEN_STEP`.
     labels = Labels.of(batch, flat, step=TOKEN_STEP if device.type == "cpu" else 1).to(device)
     if flat is not None:

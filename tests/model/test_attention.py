@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from linchain_cli.model.attention import GROUPED, grouped_attention, use_grouped_attention
+from linchain_cli.model.attention import GROUPED, grouped_attention, use_attention
 from linchain_cli.model.head import hidden_states
 
 # What brings an attention of its own.
@@ -26,7 +26,7 @@ def test_values_and_gradients_are_those_of_eager_attention(architecture, small_m
     model = small_model(architecture)
     model.set_attn_implementation("eager")
     expected = run(model)
-    assert use_grouped_attention(model) == (architecture not in THEIR_OWN)
+    assert use_attention(model, GROUPED) == (architecture not in THEIR_OWN)
     assert (model.config._attn_implementation == GROUPED) == (architecture not in THEIR_OWN)
     for ours, theirs in zip(run(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
@@ -83,7 +83,7 @@ def test_what_is_not_in_the_formula_is_refused(small_model):
     model = small_model("llama")
     model.set_attn_implementation("eager")
     model.model.layers[0].self_attn.sinks = torch.zeros(4)
-    assert not use_grouped_attention(model)
+    assert not use_attention(model, GROUPED)
 
 
 def test_other_answers_keep_eager_attention(small_model, monkeypatch):
@@ -96,5 +96,5 @@ def test_other_answers_keep_eager_attention(small_model, monkeypatch):
     monkeypatch.setitem(AttentionInterface._global_mapping, GROUPED, wrong)
     model = small_model("llama")
     model.set_attn_implementation("eager")
-    assert not use_grouped_attention(model)
+    assert not use_attention(model, GROUPED)
     assert model.config._attn_implementation == "eager"

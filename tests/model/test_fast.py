@@ -10,7 +10,7 @@ from torch import nn
 
 from linchain_cli.chain import ChainConfig, inject, merge
 from linchain_cli.errors import InputError
-from linchain_cli.model.attention import use_grouped_attention
+from linchain_cli.model.attention import GROUPED, use_attention
 from linchain_cli.model.fast import alike, changing_nothing, is_replaced, probe_ids, record, replace_forward
 from linchain_cli.model.flat_rows import reads_flat
 from linchain_cli.model.loading import load_model
@@ -50,7 +50,7 @@ def test_a_replaced_forward_is_bound_and_put_back():
 
 def test_suiting_a_model_to_training_can_be_taken_back(small_model):
     model = small_model("llama")
-    use_grouped_attention(model)
+    use_attention(model, GROUPED)
     undo = suit_to_training(model)
     assert reads_flat(model, 8) and any(map(is_replaced, model.modules()))
     undo()

@@ -7,13 +7,14 @@ import dataclasses
 import pytest
 import torch
 
-from linchain_cli.model.attention import attention_window, use_grouped_attention
+from linchain_cli.model.attention import FLAT_SDPA, GROUPED, attention_window, use_attention
 from linchain_cli.model.flat_rows import (
     LENGTH_STEP,
     TOKEN_STEP,
     FlatRows,
     allow_flat_rows,
     flat_hidden_states,
+    mask_type,
     reads_flat,
 )
 from linchain_cli.model.head import hidden_states
@@ -25,11 +26,14 @@ KEEP_TO_THEMSELVES = {"stablelm", "nemotron"}
 IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
 
 
-def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
+@pytest.mark.parametrize("attention", [GROUPED, FLAT_SDPA])
+def test_rows_without_padding(architecture, attention, small_model, hidden_and_gradient):
     """What a model says of itself holds: with gradients, several rows, and one that fills the longest."""
     model = small_model(architecture)
-    model.set_attn_implementation("eager")
-    use_grouped_attention(model)
+    if attention == FLAT_SDPA and not model._supports_sdpa:
+        pytest.skip("has no SDPA")
+    model.set_attn_implementation("eager" if attention == GROUPED else "sdpa")
+    use_attention(model, attention)
     assert allow_flat_rows(model) == (architecture not in THEIR_OWN | KEEP_TO_THEMSELVES)
     if not reads_flat(model, 3):
         return
@@ -40,7 +44,7 @@ def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
         model, lambda: hidden_states(model, ids).flatten(0, 1)[mask.flatten().bool()]
     )
     for share in (False, True):
-        rows = FlatRows.of(ids, mask, torch.float32, share=share)
+        rows = FlatRows.of(ids, mask, mask_type(model), share=share)
         assert len(rows.shared_tokens) == share * longest  # one of rows 0 and 2, the others of rows 1 and 3
         real = rows.padded_rows[:, :longest][mask.bool()]
         flat = hidden_and_gradient(model, lambda: flat_hidden_states(model, rows)[real])  # noqa: B023
@@ -55,12 +59,12 @@ def test_rows_without_padding(architecture, small_model, hidden_and_gradient):
 def test_a_state_that_runs_along_the_tokens_is_noticed(small_model, kind, dtype):
     """In bfloat16 what a row's end does to the next row's beginning is less than the rounding."""
     model = small_model(kind).to(dtype)
-    assert use_grouped_attention(model) and not allow_flat_rows(model)
+    assert use_attention(model, GROUPED) and not allow_flat_rows(model)
 
 
 def test_what_is_as_small_as_rounding_is_noticed(small_model):
     model = small_model("llama").bfloat16()
-    assert use_grouped_attention(model) and allow_flat_rows(model)
+    assert use_attention(model, GROUPED) and allow_flat_rows(model)
     block = model.model.layers[0]
     block.register_forward_hook(lambda _module, _inputs, output: output + 1e-6 * output.roll(1, dims=1))
     assert not allow_flat_rows(model)
@@ -68,7 +72,7 @@ def test_what_is_as_small_as_rounding_is_noticed(small_model):
 
 def test_trials_leave_no_gradients(small_model):
     model = small_model("llama").requires_grad_(True)
-    assert use_grouped_attention(model) and allow_flat_rows(model)
+    assert use_attention(model, GROUPED) and allow_flat_rows(model)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not model.get_input_embeddings()._forward_hooks
 
@@ -135,7 +139,7 @@ def test_shapes_recur():
 
 def test_tokens_of_no_row_reach_nobody(small_model):
     model = small_model("llama")
-    assert use_grouped_attention(model) and allow_flat_rows(model)
+    assert use_attention(model, GROUPED) and allow_flat_rows(model)
     rows = FlatRows.of(IDS[:1, :5], torch.ones(1, 5, dtype=torch.long), torch.float32)
     others = rows.input_ids.clone()
     others[0, 5:] = 77

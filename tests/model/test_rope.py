@@ -11,7 +11,7 @@ import torch
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.errors import InputError
-from linchain_cli.model.attention import use_grouped_attention
+from linchain_cli.model.attention import GROUPED, use_attention
 from linchain_cli.model.flat_rows import allow_flat_rows
 from linchain_cli.model.rope import length_classes
 from linchain_cli.training import loss
@@ -62,7 +62,7 @@ def test_classes(model, small_model, request):
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_the_gradient_does_not_depend_on_the_micro_batch(model, flat):
-    assert not flat or (use_grouped_attention(model) and allow_flat_rows(model))
+    assert not flat or (use_attention(model, GROUPED) and allow_flat_rows(model))
     results = []
     for parts in ([[length] for length in LENGTHS], [LENGTHS], [LENGTHS[:2], LENGTHS[2:]]):
         with folded(model):

@@ -16,7 +16,7 @@ from linchain_cli.chain import chain_layers, find_siblings, folded, inject
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
-from linchain_cli.model.attention import use_grouped_attention
+from linchain_cli.model.attention import GROUPED, use_attention
 from linchain_cli.model.fast import is_replaced
 from linchain_cli.model.flat_rows import TOKEN_STEP, flat_hidden_states, reads_flat, share_beginnings
 from linchain_cli.run import read_jsonl
@@ -345,7 +345,7 @@ def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_d
         for layer in chain_layers(model).values():
             layer.double()
         make_different_from_base(model)
-    assert use_grouped_attention(fast)
+    assert use_attention(fast, GROUPED)
     suit_to_training(fast)
     batches = [change(batch_of([17, 5, 11], 600, seed)) for seed in range(2)]
     assert len(find_siblings(fast, lambda: fast(batches[0].input_ids))) == fast.config.num_hidden_layers

@@ -1,0 +1,148 @@
+"""A GPU that computes nothing but shapes, so that what matters on one shows on any machine.
+
+Tensors on the device `meta` stand for a GPU's, those on the CPU stay real. While a `PretendGpu` is entered,
+it sees every operation on them: what would be a kernel launch, a copy to the device or a wait of the host for
+it, and it refuses operations on tensors of both places, as CUDA does. What is computed on the device has no
+values: a read of it gives `scalar`.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx.experimental._config
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICE = torch.device("meta")
+_optimizers = sys.modules[torch.optim.Optimizer.__module__]  # `torch.optim` hides the module of that name
+
+# Operations that only describe memory anew, or take some: no kernel runs.
+_FREE = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "empty", "empty_like",
+    "empty_strided", "expand", "lift_fresh", "narrow", "new_empty", "new_empty_strided", "numpy_T", "permute",
+    "resize_", "select", "set_", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
+    "unfold", "unsqueeze", "view",
+}  # fmt: skip
+# Operations whose result's size or value the host has to know.
+_READS = {
+    "_local_scalar_dense", "_unique2", "equal", "is_nonzero", "masked_select", "nonzero",
+    "unique_consecutive", "unique_dim",
+}  # fmt: skip
+_MASKING = {"index", "index_put", "index_put_", "_unsafe_index"}  # they read where an index is boolean
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy from the host to the device."""
+
+    bytes: int
+    asynchronous: bool
+    place: str
+
+
+@dataclass
+class PretendGpu(TorchDispatchMode):
+    """Records what a GPU would be asked for.
+
+    `launches` counts kernels by their operator, `places` by operator and source line. `reads` names operator
+    and source line of each wait of the host for the device, `copies` are those to the device.
+    """
+
+    scalar: float = 1.0
+    launches: Counter[str] = field(default_factory=Counter)
+    places: Counter[tuple[str, str]] = field(default_factory=Counter)
+    reads: list[str] = field(default_factory=list)
+    copies: list[Copy] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def __enter__(self) -> PretendGpu:
+        self._sdpa = torch.nn.functional.scaled_dot_product_attention
+        self._fused = _optimizers._get_fused_kernels_supported_devices
+        torch.nn.functional.scaled_dot_product_attention = self._flash
+        # The host would read how many there are; here they all are.
+        self._assumed = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
+        self._assumed.__enter__()
+        devices = [*self._fused(), DEVICE.type]
+        _optimizers._get_fused_kernels_supported_devices = lambda: devices
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._assumed.__exit__(*error)
+        torch.nn.functional.scaled_dot_product_attention = self._sdpa
+        _optimizers._get_fused_kernels_supported_devices = self._fused
+
+    def clear(self) -> None:
+        """Forgets what was recorded so far."""
+        for records in (self.launches, self.places, self.reads, self.copies):
+            records.clear()
+
+    @property
+    def launched(self) -> int:
+        """Kernels so far."""
+        return self.launches.total()
+
+    def _flash(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        """scaled_dot_product_attention's choice on a GPU: the flash kernel, which takes no mask."""
+        if query.device != DEVICE or attn_mask is not None:
+            return self._sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
+        scale = options.get("scale")
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        here = [tensor for tensor in tensors if tensor.device == DEVICE]
+        there = [tensor for tensor in tensors if tensor.device != DEVICE]
+        if not here and not any(isinstance(leaf, torch.device) and leaf == DEVICE for leaf in leaves):
+            return func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if there and name in ("_to_copy", "copy_"):
+            return self._copy(func, name, args, kwargs)
+        if any(tensor.dim() for tensor in there):  # a number may come from the host
+            raise RuntimeError(f"{name}: tensors on the device and on the host at {_place()}")
+        if name == "_to_copy" and kwargs.get("device") not in (None, DEVICE):
+            self.reads.append(f"copy to the host at {_place()}")
+            return torch.full(here[0].shape, self.scalar, dtype=kwargs.get("dtype") or here[0].dtype)
+        if name in _READS or (
+            name in _MASKING and any(t.dtype == torch.bool for t in args[1] if t is not None)
+        ):
+            self.reads.append(f"{name} at {_place()}")
+            if name == "_local_scalar_dense":
+                return torch.tensor(self.scalar).to(here[0].dtype).item()
+            if name in ("equal", "is_nonzero"):
+                return True
+        if name not in _FREE:
+            self.launches[name] += 1
+            self.places[name, _place()] += 1
+        return func(*args, **kwargs)
+
+    def _copy(self, func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
+        if name == "copy_" and args[0].device != DEVICE:
+            self.reads.append(f"copy to the host at {_place()}")
+            return args[0].fill_(self.scalar)
+        source = args[1] if name == "copy_" else args[0]
+        asynchronous = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
+        self.copies.append(Copy(source.numel() * source.element_size(), bool(asynchronous), _place()))
+        if name == "copy_":
+            return args[0]
+        dtype = kwargs.get("dtype") or source.dtype
+        return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=DEVICE)
+
+
+def _place() -> str:
+    """The innermost line outside torch that asked for the operation."""
+    for frame in reversed(traceback.extract_stack(limit=60)[:-2]):
+        if "/torch/" not in frame.filename and frame.filename != __file__:
+            return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}"
+    return "?"
