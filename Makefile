@@ -2,6 +2,7 @@
 # make test         all tests
 # make lint         ruff
 # make bench        benchmarks
+# make serve-check  a finished run (RUN=runs/quickstart) in real engines, which it installs: vLLM, llama.cpp, mlx-lm
 # make docs         what is generated: docs/recipe.md
 # make clean        remove build output and caches; .venv, models and runs stay
 #
@@ -13,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install quickstart test lint bench docs clean
+.PHONY: install quickstart test lint bench serve-check docs clean
 
 install: $(VENV)/.installed
 
@@ -45,6 +46,10 @@ lint: $(VENV)/.installed
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m scripts.bench train
+
+RUN ?= runs/quickstart
+serve-check: $(VENV)/.installed
+	$(BIN)/python scripts/serve_check.py $(RUN)
 
 docs: $(VENV)/.installed
 	$(BIN)/python scripts/generate_reference.py
