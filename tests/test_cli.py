@@ -74,7 +74,7 @@ OPTIONS = {
     "import": ["--out", "--base", "--drop-bias"],
     "compare": ["--seeds", "--equal-parameters", "--fresh", "--overwrite", "--json"],
     "generate": [],
-    "check": [],
+    "check": ["--json"],
     "inspect": ["--base", "--json"],
     "report": ["--json"],
     "runs": ["--json"],

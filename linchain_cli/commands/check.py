@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-from linchain_cli.commands.options import Overrides, RecipePath
+from linchain_cli.commands.options import Json, Overrides, RecipePath
+from linchain_cli.console import print_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,7 +15,7 @@ if TYPE_CHECKING:
     from linchain_cli.recipe import Recipe
 
 
-def run(recipe: RecipePath, overrides: Overrides = None) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, json: Json = False) -> None:
     """Show what a recipe would train, on what, at what cost."""
     from rich.console import Console
 
@@ -21,13 +23,16 @@ def run(recipe: RecipePath, overrides: Overrides = None) -> None:
     from linchain_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    check_view.recipe(console, loaded.to_yaml())
-    _check(loaded, console)
+    shown = Console(soft_wrap=True, highlight=False, markup=False, quiet=json)
+    check_view.recipe(shown, loaded.to_yaml())
+    found = _check(loaded, shown)
+    if json:
+        print_json({"recipe": loaded.model_dump(mode="json"), **found})
 
 
-def _check(recipe: Recipe, console: Console) -> None:
-    """Model, then data, tasks and cost: what is cheap to find wrong comes first."""
+def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Model, then data, tasks and cost: what is cheap to find wrong comes first. Shows each as soon as it is
+    known, and returns all of it, as JSON holds it, but for the example rows. Memory is in bytes."""
     from linchain_cli.commands import check_view
     from linchain_cli.data import prepare_data
     from linchain_cli.evaluation.questions import check_questions
@@ -44,7 +49,7 @@ def _check(recipe: Recipe, console: Console) -> None:
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
     model = empty_model(directory)
-    _modules(recipe, model, console)
+    modules = _modules(recipe, model, console)
 
     readable = limits(model)
     with counting_rows() as progress:
@@ -52,9 +57,12 @@ def _check(recipe: Recipe, console: Console) -> None:
     epoch = recipe_epoch(recipe, data.train)
     check_view.sources(console, data)
     check_view.lengths(console, data, data.config.max_length)
-    check_view.epoch(console, epoch, total_steps(recipe.training, epoch.rows), recipe)
-    check_view.notes(console, unreachable(recipe.training, epoch.rows, data.validation is not None))
+    steps = total_steps(recipe.training, epoch.rows)
+    check_view.epoch(console, epoch, steps, recipe)
+    short = list(unreachable(recipe.training, epoch.rows, data.validation is not None))
+    check_view.notes(console, short)
     check_view.rows(console, data.train, tokenizer)
+    warnings = []
     if tasks := recipe_tasks(recipe.evaluation):
         protocol = recipe.evaluation.protocol
         warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
@@ -62,12 +70,32 @@ def _check(recipe: Recipe, console: Console) -> None:
         check_view.notes(console, warnings)
 
     config, device = chain_config(recipe), default_device()
-    check_view.cost(console, forecast(recipe, config, directory, data.train, data.validation, device))
+    cost = forecast(recipe, config, directory, data.train, data.validation, device)
+    check_view.cost(console, cost)
+    reports = [report for report in (data.report, data.validation_report) if report is not None]
+    told = [note for report in reports for note in (*report.notes, *report.warnings)]
+    return {
+        "modules": modules,
+        "rows": data.report.counts(),
+        "validation": data.validation_report.counts() if data.validation_report else None,
+        "train_rows": len(data.train),
+        "validation_rows": len(data.validation or ()),
+        "max_length": data.config.max_length,
+        "epoch": asdict(epoch),
+        "total_steps": steps,
+        "tasks": {task.name: len(task.rows) for task in tasks},
+        "notes": [*told, *short, *warnings, *cost.notes],
+        "forecast": {
+            "device": cost.device,
+            "memory": {**asdict(cost.memory), "total": cost.memory.total},
+            "time": asdict(cost.time) if cost.time else None,
+        },
+    }
 
 
-def _modules(recipe: Recipe, model: nn.Module, console: Console) -> None:
+def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, Any]:
     """The modules that get a chain, as `train` would choose or refuse them."""
-    from linchain_cli.chain import coverage, linear_shape, match_modules, refuse_shared
+    from linchain_cli.chain import coverage, linear_shape, match_modules, parameter_count, refuse_shared
     from linchain_cli.commands import check_view
     from linchain_cli.model.loading import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
@@ -80,3 +108,11 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     covered = coverage(model, matches.paths, prefix)
     check_view.modules(console, matches, shapes, parameters, covered, recipe)
+    adapter = recipe.adapter
+    return {
+        "per_pattern": dict(matches.per_pattern),
+        "adapted": len(matches.paths),
+        "trainable_parameters": parameter_count(shapes, adapter.rank, adapter.depth),
+        "frozen_parameters": parameters,
+        "coverage": {"share": covered.share, **asdict(covered)},
+    }

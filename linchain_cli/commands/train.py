@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from linchain_cli import console
 from linchain_cli.commands.options import Overrides, RecipePath
 from linchain_cli.errors import InputError
 
@@ -80,13 +81,12 @@ def _check_tasks(job: Job, tasks: list[Task]) -> None:
     """Tells what is wrong with the evaluation while nothing is spent."""
     from linchain_cli.evaluation.questions import check_questions
     from linchain_cli.model.limits import limits
-    from linchain_cli.training.display import note
     from linchain_cli.training.processes import is_first_process
 
     protocol = job.recipe.evaluation.protocol
     for warning in check_questions(job.base.tokenizer, job.data.template, tasks, protocol, limits(job.model)):
         if is_first_process():
-            note(f"warning: evaluation.tasks: {warning}")
+            console.warn(f"evaluation.tasks: {warning}")
 
 
 def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: list[Task]) -> bool:
@@ -118,7 +118,7 @@ def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task]) -> None:
     from linchain_cli.training.signals import stop_requests
 
     left = f"{job.run.path} is finished, its evaluation is not: --resume continues it"
-    with stop_requests(left):
+    with stop_requests(left), console.Progress(quiet=not is_first_process()) as progress:
         results = evaluate(
             job.model,
             job.base.tokenizer,
@@ -132,6 +132,7 @@ def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task]) -> None:
             quantization=job.recipe.model.quantization,
             out=job.run.eval_dir,
             share=not job.base.sharded,
+            on_progress=lambda task, done, total: progress.show("evaluating", done, total, task),
         )
     if is_first_process():
         print_results(results)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from linchain_cli.comparison.halves import half_losses, halves_path, read_halves
 from linchain_cli.comparison.measure import earlier_step
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.comparison.results import collect, write
+from linchain_cli.console import Progress, note
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
@@ -40,7 +40,6 @@ from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base
-from linchain_cli.training.display import note
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.runner import run_training
 from linchain_cli.training.schedule import total_steps
@@ -201,7 +200,7 @@ class _Runner:
         own_peak = reset_peak_memory(self.accelerator.device)
         labels = {"comparison": self.directory.path.name, "arm": arm.name, "own_peak_memory": own_peak}
         try:
-            run_training(recipe, resume=unfinished, base=base, labels=labels, quiet=not sys.stderr.isatty())
+            run_training(recipe, resume=unfinished, base=base, labels=labels, brief=True)
         except InUse:
             raise
         except InputError as error:
@@ -276,18 +275,20 @@ class _Runner:
         base, section = self._loaded(recipe), self.definition.base.evaluation
         attach(base.model, load_adapter(run.adapter_dir))
         try:
-            evaluate(
-                base.model,
-                base.tokenizer,
-                template_of(load_recipe(run.recipe_path).data, base.tokenizer),
-                self.tasks,
-                name=str(run.path),
-                protocol=section.protocol,
-                limit=section.limit,
-                straddles=straddle_mostly(run.read_status().rows),
-                base_sha256=base.hash,
-                quantization=recipe.model.quantization,
-                out=run.eval_dir,
-            )
+            with Progress() as progress:
+                evaluate(
+                    base.model,
+                    base.tokenizer,
+                    template_of(load_recipe(run.recipe_path).data, base.tokenizer),
+                    self.tasks,
+                    name=str(run.path),
+                    protocol=section.protocol,
+                    limit=section.limit,
+                    straddles=straddle_mostly(run.read_status().rows),
+                    base_sha256=base.hash,
+                    quantization=recipe.model.quantization,
+                    out=run.eval_dir,
+                    on_progress=lambda task, done, total: progress.show(recipe.name, done, total, task),
+                )
         finally:
             detach(base.model)

@@ -5,23 +5,21 @@ stderr.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-SECONDS_BETWEEN_LINES = 10.0
+from linchain_cli.console import SECONDS_BETWEEN_LINES, stderr_console
 
 
 @contextlib.contextmanager
 def counting_rows(quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """Yields what shows a number of encoded rows: in place on a terminal, elsewhere as a line every ten
-    seconds. Nothing appears before the first number, so that rows found in the cache are not told about.
+    """Yields what shows a number of encoded rows: in place on a terminal, elsewhere as a line every half
+    minute. Nothing appears before the first number, so that rows found in the cache are not told about.
     """
-    console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+    console = stderr_console(quiet)
     last = time.monotonic()
     with contextlib.ExitStack() as shown:
         status = None
@@ -40,19 +38,22 @@ def counting_rows(quiet: bool = False) -> Iterator[Callable[[int], None]]:
 
 
 class Display:
-    """Shows steps, validation losses and notes of one run.
+    """Shows steps, validation losses and notes of one run: under a bar on a terminal, elsewhere as a line for
+    every logged step, and one every half minute in between.
 
     Args:
         total_steps: where the bar ends. done: steps that a resumed run has behind it.
         quiet: show nothing (every process but the first).
+        brief: without a terminal, the line every half minute and nothing else (one of many runs).
     """
 
-    def __init__(self, total_steps: int, done: int = 0, quiet: bool = False):
-        self.console = Console(stderr=True, quiet=quiet, soft_wrap=True, highlight=False)
+    def __init__(self, total_steps: int, done: int = 0, quiet: bool = False, brief: bool = False):
+        self.console = stderr_console(quiet)
         self.total_steps = total_steps
         self.started, self.first_step = time.monotonic(), done
+        self.last_line = self.started
         self.bar = None
-        if self.console.is_terminal and not quiet:
+        if self.console.is_terminal and not self.console.quiet:
             self.bar = Progress(
                 TextColumn("training"),
                 BarColumn(),
@@ -62,6 +63,7 @@ class Display:
                 console=self.console,
             )
             self.task = self.bar.add_task("", total=total_steps, completed=done, status="")
+        self.brief = brief and self.bar is None
 
     def __enter__(self) -> Display:
         if self.bar:
@@ -73,26 +75,30 @@ class Display:
             self.bar.stop()
 
     def step(self, step: int, loss: float, tokens_per_second: float) -> None:
-        """After every optimizer step; moves the bar."""
+        """After every optimizer step."""
         if self.bar:
             self.bar.update(
                 self.task, completed=step, status=f"loss {loss:.4f} · {tokens_per_second:,.0f} tokens/s"
             )
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self._line(step, loss, tokens_per_second)
 
     def row(self, row: dict[str, Any]) -> None:
-        """After a step whose metrics were logged; a line where there is no bar."""
-        if not self.bar:
-            step = row["step"]
-            step_seconds = (time.monotonic() - self.started) / (step - self.first_step)
-            left = _clock(step_seconds * (self.total_steps - step))
-            speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-            self.console.print(
-                f"step {step}/{self.total_steps}  loss {row['loss']:.4f}  {speed}  {left} left"
-            )
+        """After a step whose metrics were logged."""
+        if not self.bar and not self.brief:
+            self._line(row["step"], row["loss"], row["tokens_per_second"])
+
+    def _line(self, step: int, loss: float, tokens_per_second: float) -> None:
+        self.last_line = time.monotonic()
+        step_seconds = (self.last_line - self.started) / (step - self.first_step)
+        left = _clock(step_seconds * (self.total_steps - step))
+        speed = f"{tokens_per_second:,.0f} tokens/s"
+        self.console.print(f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed}  {left} left")
 
     def validation(self, step: int, loss: float, best: bool) -> None:
         """After a validation."""
-        self.console.print(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}")
+        if not self.brief:
+            self.console.print(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}")
 
     def note(self, message: str) -> None:
         """Anything the user should know."""
@@ -103,8 +109,3 @@ def _clock(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def note(message: str) -> None:
-    """A line for the user outside the bar's time."""
-    print(message, file=sys.stderr, flush=True)

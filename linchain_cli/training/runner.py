@@ -14,6 +14,7 @@ import torch
 from linchain_cli import run as runs
 from linchain_cli import storage
 from linchain_cli.chain import load_adapter, load_tensors, save_adapter
+from linchain_cli.console import note, warn
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import SharedCpus, limit_threads
 from linchain_cli.recipe import Recipe, load_recipe
@@ -21,7 +22,7 @@ from linchain_cli.run import KeptAdapter, RunDirectory, Timings
 from linchain_cli.training import job as jobs
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base
-from linchain_cli.training.display import Display, note
+from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
@@ -45,7 +46,7 @@ def run_training(
     fresh: bool = False,
     base: Base | None = None,
     labels: dict[str, Any] | None = None,
-    quiet: bool = False,
+    brief: bool = False,
     ready: Callable[[Job], None] | None = None,
 ) -> Job | None:
     """Trains what `recipe` describes into its run directory.
@@ -54,7 +55,7 @@ def run_training(
         resume: continue a stopped run. fresh: replace an existing one.
         base: a loaded base model to use; its chains are taken out again at the end only by the caller.
         labels: fields to add to run.json (a comparison marks its arms so).
-        quiet: show nothing but notes.
+        brief: show less of it where there is no terminal, as one of many runs.
         ready: looks at the job on every process before anything is spent or written; what it raises ends the
             run.
 
@@ -90,7 +91,8 @@ def run_training(
         for told in job.data.report.notes:
             say(told)
         for warning in jobs.warnings(job):
-            say(f"warning: {warning}")
+            if accelerator.is_main_process:
+                warn(warning)
         if ready is not None:
             together(accelerator, lambda: ready(job))
         if resume:
@@ -102,8 +104,8 @@ def run_training(
         on_main(accelerator, lambda: _open(job, found, labels or {}, seconds))
         with _told_in_status(job):
             start_trackers(job)
-            quiet = quiet or not accelerator.is_main_process
-            with Display(job.total_steps, job.state.step, quiet) as display:
+            quiet = not accelerator.is_main_process
+            with Display(job.total_steps, job.state.step, quiet, brief) as display:
                 train(job, display, stop, LoadedCpus(job, cpus, display.note))
             _finish(job)
         if signum := from_main(accelerator, stop.signum):  # it came too late to stop a step

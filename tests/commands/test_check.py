@@ -43,6 +43,36 @@ def lines_of(text: str, start: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.startswith(start)]
 
 
+def test_with_json_stdout_holds_one_value_of_what_is_shown(recipe, capfd):
+    arguments = (recipe, "training.warmup_steps=100", "evaluation.tasks=[everyday]", "evaluation.limit=7")
+    assert check(*arguments) == 0
+    shown = capfd.readouterr().out
+    assert check(*arguments, "--json") == 0
+    printed = capfd.readouterr()
+    found = json.loads(printed.out)
+    assert "Recipe" not in printed.err and "note: " not in printed.err
+    assert found["recipe"]["training"]["warmup_steps"] == 100 and found["max_length"] > 0
+    assert found["modules"]["per_pattern"] == {"q_proj": 2, "down_proj": 2}
+    assert found["modules"]["adapted"] == 4
+    assert found["modules"]["trainable_parameters"] == 2 * (4 * 128 + 32) + 2 * (4 * 192 + 32)
+    assert found["modules"]["coverage"]["share"] == pytest.approx(1 / 3)
+    assert (found["rows"]["total"], found["rows"]["kept"], found["validation"]) == (41, 40, None)
+    assert (found["train_rows"], found["validation_rows"]) == (36, 4)
+    assert (found["epoch"]["steps"], found["total_steps"]) == (5, 10)
+    assert found["tasks"] == {"everyday": 7}
+    *parts, total = found["forecast"]["memory"].values()
+    assert total == sum(part or 0 for part in parts) and found["forecast"]["memory"]["base"] > 0
+    assert found["forecast"]["time"]["train_seconds"] > 0
+    assert found["notes"] == [line[6:] for line in shown.splitlines() if line.startswith("note: ")]
+    assert any("training.warmup_steps: the run has 10 steps" in note for note in found["notes"])
+
+
+def test_with_json_an_error_leaves_stdout_empty(recipe, capfd):
+    assert check(recipe, "--json", "adapter.target_modules=[q_prj]") == 2
+    printed = capfd.readouterr()
+    assert printed.out == "" and "Did you mean 'q_proj'" in printed.err
+
+
 def test_everything_is_shown(recipe, capsys):
     assert check(recipe) == 0
     out = capsys.readouterr().out

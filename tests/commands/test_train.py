@@ -82,6 +82,21 @@ def test_from_a_recipe_to_a_finished_run(linchain, recipe, run):
     )
 
 
+def test_quiet_training_shows_its_result_and_warnings_only(linchain, recipe, run, monkeypatch):
+    monkeypatch.setattr("linchain_cli.training.display.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("linchain_cli.console.SECONDS_BETWEEN_LINES", 0.0)
+    words = ("train", recipe, "training.warmup_steps=9", "evaluation.tasks=[everyday]", "evaluation.limit=4")
+    code, out, err = linchain(*words, "-q")
+    finished = f"finished: {run.path} (adapter in {run.adapter_dir})\n"
+    assert code == 0 and out.endswith(finished) and "everyday" in out
+    warned = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert err.splitlines() == warned and any("training.warmup_steps" in line for line in warned)
+    code, out, err = linchain(*words, "--fresh")
+    assert code == 0 and out.endswith(finished)
+    for shown in ("step 4/4  loss ", "step 4: validation loss ", "evaluating (everyday): 4 of 4"):
+        assert shown in err
+
+
 def test_an_existing_run_and_what_may_be_done_with_it(linchain, recipe, run):
     assert linchain("train", recipe, "training.max_steps=1")[0] == 0
     code, _, err = linchain("train", recipe)

@@ -128,7 +128,7 @@ def test_an_arm_is_what_its_recipe_gives_alone(finished, tmp_path):
     _, directory, _ = finished
     arm = RunDirectory(directory.arms_dir / "depth-3-kaiming_seed-2")
     recipe = load_recipe(arm.recipe_path, [f"output_dir={tmp_path}"])
-    run_training(recipe, quiet=True)
+    run_training(recipe, brief=True)
     alone = RunDirectory(recipe.run_path)
     assert metrics(alone) == metrics(arm)
     for name in ("chain.safetensors", "chain.json"):

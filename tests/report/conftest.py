@@ -63,7 +63,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path)
     (root / "rows.json").write_text(json.dumps(rows))
     (root / "recipe.yaml").write_text(RECIPE.format(root=root, model=tiny_llama_dir, rows=root / "rows.json"))
     recipe = load_recipe(root / "recipe.yaml")
-    run_training(recipe, quiet=True)
+    run_training(recipe, brief=True)
     run = recipe.run_path
     (run / "eval").mkdir()
     task = {
