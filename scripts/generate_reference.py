@@ -20,7 +20,7 @@ TARGET = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 INTRODUCTION = """\
 # The recipe, key by key
 
-Generated from `linchain_cli/recipe/schema.py` by `make docs`; `linchain recipes schema` prints the same as
+Generated from `linchain_cli/recipe/` by `make docs`; `linchain recipes schema` prints the same as
 JSON schema.
 
 A recipe is a YAML file. Keys given twice, unknown keys, anchors, aliases and tags are errors. A value is

@@ -22,7 +22,8 @@ from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import ANSWER_PREFIX
 from linchain_cli.evaluation.task import AnswerNames, Task, TaskRow, read_row, row_options
-from linchain_cli.recipe.schema import Count, FileName, TemplateConfig, Text
+from linchain_cli.recipe.data import TemplateConfig
+from linchain_cli.recipe.fields import Count, FileName, Text
 from linchain_cli.recipe.strict_yaml import parse
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, check
 

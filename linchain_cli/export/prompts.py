@@ -14,7 +14,7 @@ from linchain_cli.data.templates import get_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from linchain_cli.recipe.schema import DataConfig
+    from linchain_cli.recipe.data import DataConfig
 
 NUMBER = 8
 

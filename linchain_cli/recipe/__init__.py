@@ -1,16 +1,13 @@
 """The recipe: all that a run is made from. Nothing in here imports torch."""
 
+from linchain_cli.recipe.data import ChatConfig, DataConfig, SourceConfig, TemplateConfig
 from linchain_cli.recipe.loading import load_recipe
 from linchain_cli.recipe.schema import (
     AdapterConfig,
-    ChatConfig,
-    DataConfig,
     EvaluationConfig,
     LearningRateFactors,
     ModelConfig,
     Recipe,
-    SourceConfig,
-    TemplateConfig,
     TrainingConfig,
     json_schema,
     within,
