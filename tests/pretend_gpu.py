@@ -9,7 +9,6 @@ values: a read of it gives `scalar`.
 from __future__ import annotations
 
 import sys
-import traceback
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,7 +141,10 @@ class PretendGpu(TorchDispatchMode):
 
 def _place() -> str:
     """The innermost line outside torch that asked for the operation."""
-    for frame in reversed(traceback.extract_stack(limit=60)[:-2]):
-        if "/torch/" not in frame.filename and frame.filename != __file__:
-            return f"{frame.filename.rpartition('site-packages/')[2]}:{frame.lineno} {frame.name}"
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path and path != __file__:
+            return f"{path.rpartition('site-packages/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
     return "?"
