@@ -165,11 +165,13 @@ def undeclared(names: set[str], requirements: list[str]) -> set[str]:
     return {name for name in names if not {normal(one) for one in distributions.get(name, [name])} & declared}
 
 
-ELSEWHERE = {"llama_cpp"}  # scripts/check_llama_cpp.py runs in an environment of its own
+# What scripts run in environments of their own.
+ELSEWHERE = {"ctranslate2", "llama_cpp", "mlx", "mlx_lm", "vllm", "xllamacpp"}
 
 
 @pytest.mark.parametrize(
-    ("folder", "extras"), [("linchain_cli", []), ("tests", ["test"]), ("scripts", ["test", "bench"])]
+    ("folder", "extras"),
+    [("linchain_cli", ["harness"]), ("tests", ["test", "harness"]), ("scripts", ["test", "bench"])],
 )
 def test_what_is_imported_is_declared(folder, extras):
     """What another dependency happens to bring goes when that one no longer needs it."""

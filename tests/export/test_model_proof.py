@@ -151,7 +151,7 @@ def test_a_signal_during_the_proof_keeps_the_checkpoint_and_says_so(merge, tmp_p
 
 
 def test_a_signal_while_writing_leaves_nothing_and_says_so(merge, tmp_path, monkeypatch):
-    monkeypatch.setattr(merging, "write_companions", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(merging, "write_companions", lambda *_, **__: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Stopped, match="out was not written"):
         merge()
     assert not list(tmp_path.glob("*out*"))
