@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -361,7 +362,10 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
         (["generate", "runs/tuned"], "runs/tuned is a model, and the prompt is missing"),
         (["generate", "base", "a", "b"], "put the prompt in quotes"),
         (["generate", "base", "  "], "the prompt is empty"),
-        (["eval", "base", "--tasks", "lm_eval:no_such_task_here"], "knows no such task"),
+        (
+            ["eval", "base", "--tasks", "lm_eval:no_such_task_here"],
+            "knows no such task" if find_spec("lm_eval") else "pip install lm-eval",
+        ),
     ],
 )
 def test_wrong_input_is_one_message(workplace, capsys, arguments, reason):
