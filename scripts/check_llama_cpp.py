@@ -16,23 +16,11 @@ from pathlib import Path
 
 import gguf
 import torch
+from check_transformers4 import PROMPTS
 
 from linchain_cli.chain import attach, disabled, load_adapter
 from linchain_cli.export.gguf_lora import ADAPTER_FILE, write_gguf
 from linchain_cli.model.loading import empty_model, load_model, load_tokenizer, locate
-
-PROMPTS = (
-    "The kettle began to whistle, so she",
-    "Two plus two equals",
-    "Question: Is the sea salty? Answer:",
-    "def mean(values):\n    return",
-    "In the north the winters are long, and",
-    "Please list three colours:",
-    "A ladder is used to",
-    "Yesterday it rained; today",
-    "The opposite of heavy is",
-    "To open a jar that is shut tight,",
-)
 
 
 def write_float32(source: Path, target: Path) -> None:
