@@ -51,3 +51,9 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A sentence to put behind a message: ` Did you mean 'rank'?`, or nothing."""
     found = nearest(name, names)
     return f" Did you mean '{found}'?" if found else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message: beneath it libraries put advice for programmers."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

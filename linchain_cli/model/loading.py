@@ -1,7 +1,7 @@
-"""Base models and tokenizers: loaded frozen, in the asked dtype, quantised if asked, or refused.
+"""Base models: loaded frozen, in the asked dtype, quantised if asked, or refused.
 
-`files.locate` turns a hub id, a directory or a .gguf file into a checkpoint directory; the
-functions here read such a directory with transformers. No code that comes with a model is ever run.
+`files.locate` turns a hub id, a directory or a .gguf file into a checkpoint directory; the functions here
+read such a directory with transformers.
 """
 
 from __future__ import annotations
@@ -13,17 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from linchain_cli.errors import InputError, LinchainError, did_you_mean
+from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, use_attention
+from linchain_cli.model.config import (
+    UNUSABLE,
+    auto_class,
+    empty_model,
+    load_config,
+    text_decoder,
+    text_decoder_prefix,
+)
 from linchain_cli.model.fast import changing_nothing
-from linchain_cli.model.files import find_base, locate, read_config, weight_files
+from linchain_cli.model.files import find_base, locate, weight_files
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.quiet import quiet
+from linchain_cli.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +41,7 @@ __all__ = [
     "default_device",
     "empty_model",
     "find_base",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "locate",
@@ -46,18 +55,6 @@ __all__ = [
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 QUANTIZATIONS = ("none", "int8", "nf4")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
-# What model classes raise if a configuration's values do not fit together, or a library they need is missing.
-UNUSABLE = (
-    ImportError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RuntimeError,
-    OSError,
-    EOFError,
-)
 
 
 def default_device() -> torch.device:
@@ -105,131 +102,6 @@ def resolve_attention(name: str, device: torch.device) -> str | None:
     if name == "auto":
         return GROUPED if device.type == "cpu" else None
     return name
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. It must be a fast one, because supervision masks need character offsets.
-
-    It is left as stored: a tokenizer without a pad token stays without one.
-    """
-    from transformers import AutoTokenizer
-
-    directory = Path(directory)
-    if not any(
-        (directory / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-    ):
-        raise InputError(
-            f"{directory} holds no tokenizer (tokenizer.json). Copy the model's tokenizer files into it."
-        )
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-        raise InputError(f"{directory}: the tokenizer cannot be loaded: {_first_line(error)}") from error
-    if not tokenizer.is_fast:
-        raise InputError(
-            f"{directory}: {type(tokenizer).__name__} is a slow tokenizer without character offsets. "
-            "Use a checkpoint that carries a tokenizer.json."
-        )
-    if len(tokenizer) == 0:
-        raise InputError(f"{directory}: the tokenizer is empty. Copy the model's tokenizer files again.")
-    return tokenizer
-
-
-def load_config(directory: Path) -> PretrainedConfig:
-    """The checkpoint's configuration. Raises InputError unless it is a decoder-only language model."""
-    from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-
-    directory = Path(directory)
-    raw = read_config(directory)
-    kind = raw["model_type"]
-    if kind not in CONFIG_MAPPING_NAMES:
-        import transformers
-
-        if "auto_map" in raw:
-            raise InputError(
-                f"{directory}: '{kind}' comes with its own Python code, and linchain runs no code that comes "
-                "with a model. "
-                "Use a model that transformers implements itself."
-            )
-        raise InputError(
-            f"{directory}/config.json: transformers {transformers.__version__} has no model type '{kind}'. "
-            f"A newer transformers may have it.{did_you_mean(kind, CONFIG_MAPPING_NAMES)}"
-        )
-    if quantization := raw.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unknown method")
-            if isinstance(quantization, dict)
-            else "unknown method"
-        )
-        raise InputError(
-            f"{directory}: the weights are already quantised ({method}). Give the original full-precision "
-            "checkpoint; 'model.quantization: nf4' quantises it while loading."
-        )
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # a strict configuration class may reject a field with any exception type
-        raise InputError(
-            f"{directory}/config.json is not a valid configuration: {_first_line(error)}"
-        ) from error
-    _refuse_unless_decoder(config, directory)
-    return config
-
-
-def _refuse_unless_decoder(config: PretrainedConfig, directory: Path) -> None:
-    kind = config.model_type
-    wanted = "linchain trains decoder-only language models (Llama, Qwen, Gemma, GPT-2 and the like)."
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{directory}: '{kind}' is an encoder-decoder model; {wanted}")
-    causal, masked, multimodal = _mapping_names()
-    if kind in masked and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False):
-        raise InputError(
-            f"{directory}: '{kind}' is an encoder, which sees the tokens it should predict; {wanted}"
-        )
-    if kind not in causal and not (kind in multimodal and _has_text_part(config)):
-        raise InputError(f"{directory}: '{kind}' is not such a language model; {wanted}")
-
-
-def _mapping_names() -> tuple[dict, dict, dict]:
-    from transformers.models.auto import modeling_auto
-
-    return (
-        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    )
-
-
-def _has_text_part(config: PretrainedConfig) -> bool:
-    return config.get_text_config(decoder=True) is not config
-
-
-def auto_class(config: PretrainedConfig):
-    """transformers' class that loads a model of this configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    causal, _, multimodal = _mapping_names()
-    # A multimodal checkpoint keeps its other towers: its own class, where the causal one would drop them.
-    if config.model_type in multimodal and _has_text_part(config):
-        return AutoModelForImageTextToText
-    return AutoModelForCausalLM
-
-
-def empty_model(directory: Path) -> PreTrainedModel:
-    """The model's modules and shapes on the meta device, weights tied; only the configuration is read."""
-    config = load_config(directory)
-    try:
-        with quiet(), torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=False)
-    except UNUSABLE as error:
-        raise InputError(
-            f"{directory}: no model can be built from config.json: {_first_line(error)}"
-        ) from error
-    model.tie_weights()
-    return model.eval().requires_grad_(False)
 
 
 def load_model(
@@ -296,7 +168,7 @@ def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationC
         GenerationConfig.from_pretrained(directory)
     except Exception as error:  # settings of a wrong type make it raise anything
         logger.warning(
-            "%s/generation_config.json is invalid and left aside: %s", directory, _first_line(error)
+            "%s/generation_config.json is invalid and left aside: %s", directory, first_line(error)
         )
         return GenerationConfig.from_model_config(config)
     return None
@@ -369,7 +241,7 @@ def _loading_problems(directory: Path, files: list[Path], attention: str) -> Ite
     except SafetensorError as error:
         damaged = _first_damaged(files) or directory
         raise InputError(
-            f"{damaged} is damaged ({_first_line(error)}). Download or copy it again."
+            f"{damaged} is damaged ({first_line(error)}). Download or copy it again."
         ) from error
     except pickle.UnpicklingError as error:
         raise InputError(
@@ -388,9 +260,9 @@ def _loading_problems(directory: Path, files: list[Path], attention: str) -> Ite
             and "attention" in str(error).lower()
         ):
             raise InputError(
-                f"model.attention: '{attention}' cannot be used here: {_first_line(error)}"
+                f"model.attention: '{attention}' cannot be used here: {first_line(error)}"
             ) from error
-        raise InputError(f"{directory} cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"{directory} cannot be loaded: {first_line(error)}") from error
 
 
 def _first_damaged(files: list[Path]) -> Path | None:
@@ -403,28 +275,3 @@ def _first_damaged(files: list[Path]) -> Path | None:
         except SafetensorError:
             return file
     return None
-
-
-def text_decoder_prefix(model: nn.Module) -> str:
-    """The dotted path of the part whose modules may carry adapters; "" (all) unless multimodal.
-
-    It is `model.language_model` for Gemma 3 or Qwen2-VL: vision and audio towers and projectors stay outside.
-    """
-    if not _has_text_part(model.config):
-        return ""
-    decoder = model.get_decoder()
-    for path, module in model.named_modules():
-        if module is decoder:
-            return path
-    raise LinchainError(f"cannot tell which part of {type(model).__name__} is the text decoder")
-
-
-def text_decoder(model: nn.Module) -> nn.Module:
-    """The module at `text_decoder_prefix(model)`."""
-    return model.get_submodule(text_decoder_prefix(model))
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an exception's message: beneath it libraries put advice for programmers."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

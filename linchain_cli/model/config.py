@@ -1,0 +1,147 @@
+"""What a checkpoint's config.json says: the model's class, its modules and shapes without values, and which
+part of it is the text decoder. Models that linchain does not train are refused here.
+
+No code that comes with a model is ever run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
+from linchain_cli.model.files import read_config
+from linchain_cli.model.quiet import quiet
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# What model classes raise if a configuration's values do not fit together, or a library they need is missing.
+UNUSABLE = (
+    ImportError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    OSError,
+    EOFError,
+)
+
+
+def load_config(directory: Path) -> PretrainedConfig:
+    """The checkpoint's configuration. Raises InputError unless it is a decoder-only language model."""
+    from transformers import AutoConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    directory = Path(directory)
+    raw = read_config(directory)
+    kind = raw["model_type"]
+    if kind not in CONFIG_MAPPING_NAMES:
+        import transformers
+
+        if "auto_map" in raw:
+            raise InputError(
+                f"{directory}: '{kind}' comes with its own Python code, and linchain runs no code that comes "
+                "with a model. "
+                "Use a model that transformers implements itself."
+            )
+        raise InputError(
+            f"{directory}/config.json: transformers {transformers.__version__} has no model type '{kind}'. "
+            f"A newer transformers may have it.{did_you_mean(kind, CONFIG_MAPPING_NAMES)}"
+        )
+    if quantization := raw.get("quantization_config"):
+        method = (
+            quantization.get("quant_method", "unknown method")
+            if isinstance(quantization, dict)
+            else "unknown method"
+        )
+        raise InputError(
+            f"{directory}: the weights are already quantised ({method}). Give the original full-precision "
+            "checkpoint; 'model.quantization: nf4' quantises it while loading."
+        )
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # a strict configuration class may reject a field with any exception type
+        raise InputError(
+            f"{directory}/config.json is not a valid configuration: {first_line(error)}"
+        ) from error
+    _refuse_unless_decoder(config, directory)
+    return config
+
+
+def _refuse_unless_decoder(config: PretrainedConfig, directory: Path) -> None:
+    kind = config.model_type
+    wanted = "linchain trains decoder-only language models (Llama, Qwen, Gemma, GPT-2 and the like)."
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{directory}: '{kind}' is an encoder-decoder model; {wanted}")
+    causal, masked, multimodal = _mapping_names()
+    if kind in masked and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False):
+        raise InputError(
+            f"{directory}: '{kind}' is an encoder, which sees the tokens it should predict; {wanted}"
+        )
+    if kind not in causal and not (kind in multimodal and _has_text_part(config)):
+        raise InputError(f"{directory}: '{kind}' is not such a language model; {wanted}")
+
+
+def _mapping_names() -> tuple[dict, dict, dict]:
+    from transformers.models.auto import modeling_auto
+
+    return (
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+
+def _has_text_part(config: PretrainedConfig) -> bool:
+    return config.get_text_config(decoder=True) is not config
+
+
+def auto_class(config: PretrainedConfig):
+    """transformers' class that loads a model of this configuration."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    causal, _, multimodal = _mapping_names()
+    # A multimodal checkpoint keeps its other towers: its own class, where the causal one would drop them.
+    if config.model_type in multimodal and _has_text_part(config):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
+
+
+def empty_model(directory: Path) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device, weights tied; only the configuration is read."""
+    config = load_config(directory)
+    try:
+        with quiet(), torch.device("meta"):
+            model = auto_class(config).from_config(config, trust_remote_code=False)
+    except UNUSABLE as error:
+        raise InputError(
+            f"{directory}: no model can be built from config.json: {first_line(error)}"
+        ) from error
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def text_decoder_prefix(model: nn.Module) -> str:
+    """The dotted path of the part whose modules may carry adapters; "" (all) unless multimodal.
+
+    It is `model.language_model` for Gemma 3 or Qwen2-VL: vision and audio towers and projectors stay outside.
+    """
+    if not _has_text_part(model.config):
+        return ""
+    decoder = model.get_decoder()
+    for path, module in model.named_modules():
+        if module is decoder:
+            return path
+    raise LinchainError(f"cannot tell which part of {type(model).__name__} is the text decoder")
+
+
+def text_decoder(model: nn.Module) -> nn.Module:
+    """The module at `text_decoder_prefix(model)`."""
+    return model.get_submodule(text_decoder_prefix(model))
