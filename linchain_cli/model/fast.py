@@ -28,11 +28,11 @@ REFUSALS = (
     TypeError,
     ValueError,
 )
-# The largest error, beside how far values differ from token to token. Gradients gather more of it: on
-# SmolLM2-135M 2e-4 and 1e-2 where the hidden states have 4e-6 and 2e-3.
+# The largest error, beside how far values differ from token to token.
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4}
 _HALF_PRECISION = 1e-2
-_OF_GRADIENTS = 10
+# Gradients gather more of it: on SmolLM2-135M 2e-4 and 1e-2 where the hidden states have 4e-6 and 2e-3.
+GRADIENT_SLACK = 10.0
 
 
 def probe_ids(model: nn.Module, rows: int, length: int) -> Tensor:
@@ -43,16 +43,22 @@ def probe_ids(model: nn.Module, rows: int, length: int) -> Tensor:
     return ids.view(rows, length)
 
 
-def alike(ours: Tensor, expected: Tensor, dtype: torch.dtype, *, gradients: bool = False) -> bool:
+def alike(
+    ours: Tensor, expected: Tensor, dtype: torch.dtype, *, whole: bool = False, slack: float = 1.0
+) -> bool:
     """Whether two ways through a model of that type differ by rounding alone.
 
     The values are (..., d), one vector for each token. What all tokens have in common does not count: in
     trained models a few dimensions are large everywhere, and would hide what happens in the others. float64
     is held to float32's digits, because softmax and norms are in float32 whatever the model's type.
+
+    Args:
+        whole: the values are no states of many tokens (gradients, one token's logits) and count as they are.
+        slack: how many times the usual error is allowed.
     """
-    tolerance = _TOLERANCES.get(dtype, _HALF_PRECISION) * (_OF_GRADIENTS if gradients else 1)
-    ours, expected = (each.detach().double().flatten(0, -2) for each in (ours, expected))
-    spread = expected if gradients else expected - expected.mean(0)
+    tolerance = _TOLERANCES.get(dtype, _HALF_PRECISION) * slack
+    ours, expected = ours.detach().double(), expected.detach().double()
+    spread = expected if whole else expected - expected.flatten(0, -2).mean(0)
     return bool((ours - expected).norm() <= tolerance * spread.norm())
 
 

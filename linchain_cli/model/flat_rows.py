@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, attention_window, grouped_attention
-from linchain_cli.model.fast import REFUSALS, alike, probe_ids, record
+from linchain_cli.model.fast import GRADIENT_SLACK, REFUSALS, alike, probe_ids, record
 from linchain_cli.model.head import backbone, hidden_states
 
 # oneDNN makes a program for each shape that a product of matrices has: some 60 ms for all those of a 135 M
@@ -280,7 +280,7 @@ def _the_same_flat(model: nn.Module, ids: Tensor, mask: Tensor, embedded: list[T
             return False
     expected = torch.zeros_like(found[0]).index_add(0, tokens, gradients)
     return alike(flat[tokens], padded, model.dtype) and alike(
-        sum(found), expected, model.dtype, gradients=True
+        sum(found), expected, model.dtype, whole=True, slack=GRADIENT_SLACK
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from linchain_cli.model.fast import REFUSALS, alike, replace_forward
+from linchain_cli.model.fast import GRADIENT_SLACK, REFUSALS, alike, replace_forward
 
 # What a norm multiplies by: its weight, or (Gemma) one more than that.
 GAINS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -99,7 +99,7 @@ def _gain(module: nn.Module, epsilon: float) -> Callable | None:
         for gain in GAINS.values():
             y = LeanRMSNorm.apply(x, own, probe.weight, gain, epsilon)
             ours = torch.autograd.grad(y, x, grad)[0]
-            if alike(ours, expected, torch.float32, gradients=True):
+            if alike(ours, expected, torch.float32, whole=True, slack=GRADIENT_SLACK):
                 return gain
     except REFUSALS:
         pass

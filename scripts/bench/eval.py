@@ -29,6 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from linchain_cli.data.encoding import encode_prompt, encode_responses
 from linchain_cli.data.templates import get_template
@@ -101,6 +102,10 @@ class Bench:
         self.tasks, self.batch_size = tasks, arguments.batch_size
         self.few = [Task(**{**vars(task), "rows": task.rows[: arguments.generated_rows]}) for task in tasks]
         self.model = load_model(directory, dtype="float32")
+        # With transformers' own attention, as those who use it or lm-evaluation-harness load it.
+        self.theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).to(
+            self.model.device
+        )
         self.tokenizer = load_tokenizer(directory)
         self.template = get_template("alpaca", self.tokenizer)
 
@@ -160,8 +165,8 @@ class Bench:
             longest = max(len(prompt) for _, _, prompt in batch)
             ids = torch.tensor([[ends[0]] * (longest - len(prompt)) + prompt for _, _, prompt in batch])
             mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for _, _, prompt in batch])
-            device = self.model.device
-            written = self.model.generate(
+            device = self.theirs.device
+            written = self.theirs.generate(
                 ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
             for (task, row, _), tokens in zip(batch, written[:, longest:], strict=True):
@@ -178,7 +183,7 @@ class Bench:
         from lm_eval.tasks import TaskManager
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        model = HFLM(pretrained=self.model, tokenizer=self.tokenizer, batch_size=batch_size, max_length=2048)
+        model = HFLM(pretrained=self.theirs, tokenizer=self.tokenizer, batch_size=batch_size, max_length=2048)
         seconds = [0.0]
         inner = model.loglikelihood
 

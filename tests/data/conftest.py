@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+
+from linchain_cli.data.dataset import prepare_data
 
 TEXTS = [
     "Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -151,3 +154,23 @@ def write(tmp_path: Path):
         return path
 
     return write_file
+
+
+@pytest.fixture
+def rows(commonsense_rows):
+    return commonsense_rows(50)
+
+
+@pytest.fixture
+def train(write, rows) -> str:
+    return str(write("train.json", json.dumps(rows)))
+
+
+@pytest.fixture
+def prepare(tmp_path, byte_level, data_config):
+    """`prepare(train, **fields)`: prepares with the byte-level tokenizer and a cache of the test's own."""
+
+    def call(train, tokenizer=byte_level, **fields):
+        return prepare_data(data_config(train, **fields), tokenizer, cache_dir=tmp_path / "cache")
+
+    return call

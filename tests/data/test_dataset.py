@@ -1,47 +1,22 @@
-"""From a data section to encoded rows: the cache, held-out rows, and rows with nothing to learn."""
+"""From a data section to encoded rows: held-out rows, lengths, and rows with nothing to learn."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from linchain_cli.data import cache, fingerprint
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.encoding import text_encoder
 from linchain_cli.data.mixture import hold_out
 from linchain_cli.data.store import EncodedStore
 from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import InputError
 from linchain_cli.model.limits import Limits
-
-
-@pytest.fixture
-def rows(commonsense_rows):
-    return commonsense_rows(50)
-
-
-@pytest.fixture
-def train(write, rows) -> str:
-    return str(write("train.json", json.dumps(rows)))
-
-
-@pytest.fixture
-def prepare(tmp_path, byte_level, data_config):
-    """`prepare(train, **fields)`: prepares with the byte-level tokenizer and a cache of the test's own."""
-
-    def call(train, tokenizer=byte_level, **fields):
-        return prepare_data(data_config(train, **fields), tokenizer, cache_dir=tmp_path / "cache")
-
-    return call
 
 
 def all_rows(encoded) -> list[tuple[list[int], list[bool]]]:
@@ -83,98 +58,6 @@ def test_the_report_adds_up(prepare, write, rows, byte_level):
     counts = json.loads(json.dumps(report.counts()))
     assert (counts["total"], counts["kept"], counts["skipped"]) == (52, 50, 2)
     assert counts["sources"][1]["skipped"] == 2
-
-
-def test_a_second_call_opens_what_the_first_wrote(prepare, train, monkeypatch):
-    first = prepare(train)
-    monkeypatch.setattr(cache, "_encode_to", None)  # calling it would fail
-    again = prepare(train)
-    assert (first.report.cached, again.report.cached) == (False, True)
-    assert all_rows(again.train) == all_rows(first.train)
-    assert again.report.counts() == first.report.counts()
-
-
-def change_source(path: str) -> None:
-    """One letter, with size and modification time as before."""
-    status = os.stat(path)
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data.replace(b"person 7", b"person 8", 1))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def test_any_change_is_noticed(prepare, train, byte_level, write, rows):
-    known = {prepare(train).report.fingerprint}
-
-    def changed(**fields) -> None:
-        report = prepare(fields.pop("train", train), **fields).report
-        assert not report.cached and report.fingerprint not in known
-        known.add(report.fingerprint)
-
-    changed(max_length=255)
-    changed(template="plain")
-    changed(template={"prompt": "{instruction}\n", "response": "{output}"})
-    changed(template="chat")
-    changed(train_on_inputs=True)
-    changed(on_bad_row="skip")
-    changed(columns={"input": "answer"})
-    changed(train=[train, train])
-    changed(train=str(write("lines.jsonl", "".join(json.dumps(row) + "\n" for row in rows))))
-    other = copy.deepcopy(byte_level)
-    other.eos_token = "<s>"
-    changed(tokenizer=other)
-    added = copy.deepcopy(byte_level)
-    added.add_tokens(["person"])
-    changed(tokenizer=added)
-    chat = copy.deepcopy(byte_level)
-    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
-    changed(tokenizer=chat, template="chat")
-    change_source(train)
-    changed()
-
-
-def test_what_changes_no_row_needs_no_new_encoding(prepare, train, byte_level, tmp_path):
-    prepare(train)
-    byte_level(
-        ["a", "b c"], padding="max_length", max_length=4, truncation=True
-    )  # leaves its settings in the tokenizer
-    moved = tmp_path / "moved.json"
-    os.rename(train, moved)
-    for fields in (
-        {},
-        {"validation": 5},
-        {"split_seed": 7, "validation": 5},
-        {"max_unsupervised_share": 0.5},
-    ):
-        assert prepare(str(moved), **fields).report.cached
-
-
-def test_a_report_speaks_of_where_the_files_lie_now(prepare, write, rows, tmp_path):
-    path = write("x.jsonl", json.dumps(rows[0]) + "\nnonsense\n")
-    prepare(str(path), on_bad_row="skip")
-    path.rename(tmp_path / "moved.jsonl")
-    report = prepare(str(tmp_path / "moved.jsonl"), on_bad_row="skip").report
-    assert report.cached
-    assert report.sources[0].name == str(tmp_path / "moved.jsonl")
-    assert report.bad_examples[0].startswith(f"{tmp_path}/moved.jsonl:2 (row 2): ")
-
-
-def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch):
-    path, cache = tmp_path / "x.json", tmp_path / "cache"
-    path.write_text("abc")
-    known = fingerprint.file_hash(path, cache)
-    assert not (cache / "hashes").exists(), "it may change again within the clock's resolution"
-    monkeypatch.setattr(time, "time", lambda clock=time.time: clock() + 10)
-    assert fingerprint.file_hash(path, cache) == known
-    monkeypatch.setattr(fingerprint, "sha256_file", None)
-    assert fingerprint.file_hash(path, cache) == known
-    monkeypatch.undo()
-    change_source_status = os.stat(path)
-    path.write_text("abd")
-    os.utime(path, ns=(change_source_status.st_atime_ns, change_source_status.st_mtime_ns))
-    assert fingerprint.file_hash(path, cache) != known
-    note = next((cache / "hashes").iterdir())
-    note.write_text("{")
-    assert fingerprint.file_hash(path, cache) != known
 
 
 def test_held_out_rows_are_apart_and_always_the_same(prepare, train):
@@ -292,89 +175,6 @@ def test_no_end_of_sequence_token_is_a_warning(prepare, train, byte_level):
     tokenizer = copy.deepcopy(byte_level)
     tokenizer.eos_token = None
     assert "no end-of-sequence token" in prepare(train, tokenizer=tokenizer).report.warnings[0]
-
-
-def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
-    expected = all_rows(prepare(train).train)
-    (directory,) = (
-        path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "hashes"
-    )
-    for damage in (
-        lambda: os.truncate(directory / "tokens.int32", 100),
-        lambda: (directory / "meta.json").write_text("{}"),
-        lambda: (directory / "labels.int32").unlink(),
-        lambda: (directory / "meta.json").unlink(),
-    ):
-        damage()
-        prepared = prepare(train)
-        assert not prepared.report.cached
-        assert all_rows(prepared.train) == expected
-
-
-def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
-    path = write("x.json", json.dumps(rows)[:-1])  # the end is missing
-    with pytest.raises(InputError, match="cut off"):
-        prepare(str(path), template="alpaca")
-    assert [found for found in (tmp_path / "cache").iterdir() if found.is_dir()] == []
-
-
-def test_a_full_disk_is_said(prepare, train, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(cache.StoreWriter, "append", full)
-    with pytest.raises(LinchainError, match="No space is left .* LINCHAIN_CACHE"):
-        prepare(train)
-
-
-def test_a_cache_that_cannot_be_written_is_said(byte_level, train, data_config, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="Set LINCHAIN_CACHE to a directory"):
-        prepare_data(data_config(train), byte_level, cache_dir=tmp_path / "file" / "cache")
-
-
-def test_the_cache_is_where_the_environment_says(byte_level, train, data_config, tmp_path, monkeypatch):
-    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "elsewhere"))
-    report = prepare_data(data_config(train), byte_level).report
-    assert EncodedStore(tmp_path / "elsewhere" / "encoded" / report.fingerprint[:32]).num_rows == 50
-
-
-PROCESS = """
-import sys
-from pathlib import Path
-from types import SimpleNamespace
-from transformers import AutoTokenizer
-from linchain_cli.data.dataset import prepare_data
-from linchain_cli.recipe import DataConfig
-prepared = prepare_data(DataConfig(train=sys.argv[1], validation=0),
-AutoTokenizer.from_pretrained(sys.argv[2]),
-                        cache_dir=Path(sys.argv[3]))
-print(len(prepared.train), prepared.report.cached, prepared.report.tokens)
-"""
-
-
-def test_two_processes_at_once(write, commonsense_rows, tiny_tokenizer_dir, tmp_path):
-    path = write("x.json", json.dumps(commonsense_rows(3000)))
-    command = [sys.executable, "-c", PROCESS, str(path), str(tiny_tokenizer_dir), str(tmp_path / "cache")]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    answers = [process.communicate(timeout=120)[0].split() for process in processes]
-    assert all(process.returncode == 0 for process in processes)
-    assert {(rows, tokens) for rows, _, tokens in answers} == {("3000", answers[0][2])}
-    assert sorted(cached for _, cached, _ in answers) == ["False", "True"]
-
-
-def test_without_locks_the_slower_of_two_takes_the_other_s_rows(prepare, train, monkeypatch, tmp_path):
-    real, raced = cache._encode_to, []
-
-    def race(target, *arguments):
-        if not raced:
-            raced.append(True)
-            real(target, *arguments)  # another process finishes first
-        real(target, *arguments)
-
-    monkeypatch.setattr(cache, "_encode_to", race)
-    assert len(prepare(train).train) == 50
-    assert [path.name for path in (tmp_path / "cache").glob(".staging*")] == []
 
 
 @pytest.mark.parametrize("block", [1, 3, 1000])
@@ -495,6 +295,8 @@ def test_the_rows_of_one_conversation_are_held_out_together(tmp_path):
     ]
     assert len(tokens[1]) == 4 and not tokens[0] & tokens[1]
     assert len(train) + len(validation) == 20
+
+
 def test_tokens_that_the_model_has_no_embedding_for_are_named_with_their_row(
     tmp_path, byte_level, data_config, rows, write
 ):

@@ -245,3 +245,22 @@ def recipe_file(tmp_path: Path, recipe_of) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(step): the run dies when it begins the step behind that one; stop_after(None): no more."""
+    from linchain_cli.errors import LinchainError
+    from linchain_cli.training import loop
+
+    original = loop.optimizer_step
+
+    def set_up(step: int | None) -> None:
+        def step_or_die(job, *args):
+            if job.state.step == step:
+                raise LinchainError("pulled the plug")
+            return original(job, *args)
+
+        monkeypatch.setattr(loop, "optimizer_step", step_or_die)
+
+    return set_up
