@@ -2,23 +2,26 @@
 
 Inside `with folded(model):` every chain layer runs exactly LoRA's two products. The products Wn…W1 of all
 layers are computed once, in one batch per shape, and A' = (α/r)·Wn…W1·A is installed in each layer as an
-autograd leaf. All micro-batches of one optimizer step run forward and backward inside the block; at its end
-one batched backward carries the gradients of the A' into A and links. (B needs no folding: its gradient
-arrives directly.) Layers that read the same input are one group, if `find_siblings` has found them, have
-their A' in one leaf and are computed together; any other layer is a group of its own.
+autograd leaf, beside A' and B in the type that the layer computes in. All micro-batches of one optimizer step
+run forward and backward inside the block; at its end one batched backward carries the gradients of the A'
+into A and links. (B needs no folding: its gradient arrives directly.) Layers that read the same input are one
+group, if `find_siblings` has found them, have their A' in one leaf and are computed together; any other layer
+is a group of its own.
+
+Letters behind a name are a tensor's dimensions: M layers, n links, r rank, D d_in, O d_out.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain.fused import Group
-from linchain_cli.chain.layer import ChainLinear, chain_layers, collapse, fold_into_a
+from linchain_cli.chain.fused import Factors, Group
+from linchain_cli.chain.layer import ChainLinear, chain_layers, fold_into_a
 
 
 @contextlib.contextmanager
@@ -26,48 +29,75 @@ def folded(model: nn.Module) -> Iterator[None]:
     """Folds every chain layer of `model` for the length of the block; see the module's docstring.
 
     With gradients enabled, the block ends by adding to `.grad` of A and links what the block's backward
-    passes left in the folded factors. Changing A or links inside the block has no effect until it ends. If
+    passes left in the folded factors. Changing A, links or B inside the block has no effect until it ends. If
     the block raises, no gradient is carried.
     """
     groups = list(dict.fromkeys(layer.group for layer in chain_layers(model).values()))
-    if any(group.folded_a is not None for group in groups):
+    if any(group.factors is not None for group in groups):
         raise RuntimeError("folded() does not nest: this model is folded already")
-    single = iter(_fold([layer for group in groups for layer in group.layers]))
-    products = [_stack([next(single) for _ in group.layers]) for group in groups]
-    leaves = [product.detach().requires_grad_(product.requires_grad) for product in products]
-    for group, leaf in zip(groups, leaves, strict=True):
-        group.install(leaf)
+    stacks = _stacks(groups)
+    products = [_fold(stack) for stack in stacks]
     try:
         yield
     finally:
+        leaves = [[group.factors.a_RD for group in stack] for stack in stacks]
         for group in groups:
             group.install(None)
     reached = [
-        (product, leaf.grad) for product, leaf in zip(products, leaves, strict=True) if leaf.grad is not None
+        (product, _gradient(of_stack).view_as(product))
+        for product, of_stack in zip(products, leaves, strict=True)
+        if any(leaf.grad is not None for leaf in of_stack)
     ]
     if reached:
-        torch.autograd.backward([product for product, _ in reached], [grad for _, grad in reached])
+        torch.autograd.backward([product for product, _ in reached], [gradient for _, gradient in reached])
 
 
-def _fold(layers: Sequence[ChainLinear]) -> list[Tensor]:
-    """A' (r, d_in) of each layer, differentiable with respect to its A and links.
+def _stacks(groups: Iterable[Group]) -> list[list[Group]]:
+    """The groups in as few parts as can be folded together: of layers with tensors of the same shapes."""
+    alike: dict[tuple, list[Group]] = defaultdict(list)
+    for group in groups:
+        alike[_likeness(group.layers[0])].append(group)
+    return list(alike.values())
 
-    Layers whose links have the same shape and device share their products: n − 1 for a whole model of one
-    rank.
+
+def _likeness(layer: ChainLinear) -> tuple:
+    """What layers have in common that are folded together."""
+    return layer.A.shape, layer.links.shape, layer.A.dtype, layer.A.device, layer.scaling, layer.compute_dtype
+
+
+def _fold(stack: Sequence[Group]) -> Tensor:
+    """Folds the groups of a stack, with one batched product for each link.
+
+    Returns:
+        A' of all their M layers (M, r, D), differentiable with respect to each A and links.
     """
-    links = {layer: layer.links for layer in layers}
-    alike: dict[tuple, list[ChainLinear]] = defaultdict(list)
-    for layer in layers:
-        if layer.depth > 1:
-            alike[layer.links.shape, layer.links.device].append(layer)
-    for members in alike.values():
-        products = collapse(torch.stack([layer.links for layer in members]))
-        links |= zip(members, products.unsqueeze(1).unbind(), strict=True)
-    return [fold_into_a(layer.A, links[layer], layer.scaling) for layer in layers]
+    layers = [layer for group in stack for layer in group.layers]
+    links_Mnrr = torch.stack([layer.links for layer in layers])
+    product_MrD = fold_into_a(torch.stack([layer.A for layer in layers]), links_Mnrr, layers[0].scaling)
+    dtype = layers[0].compute_dtype or product_MrD.dtype
+    ready_a = product_MrD.detach().to(dtype)
+    ready_bs = iter(_cast([layer.B for layer in layers], dtype))
+    place = 0
+    for group in stack:
+        members = slice(place, place := place + len(group.layers))
+        leaf, ready = (a[members].flatten(0, 1) for a in (product_MrD.detach(), ready_a))
+        leaf.requires_grad_(product_MrD.requires_grad)
+        group.install(Factors(leaf, ready, [next(ready_bs) for _ in group.layers]))
+    return product_MrD
 
 
-def _stack(products: Sequence[Tensor]) -> Tensor:
-    return products[0] if len(products) == 1 else torch.cat(list(products))
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The tensors in another type, detached, by two operations however many they are."""
+    if tensors[0].dtype == dtype:
+        return [tensor.detach() for tensor in tensors]
+    together = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(dtype)
+    parts = together.split([tensor.numel() for tensor in tensors])
+    return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _gradient(leaves: Sequence[Tensor]) -> Tensor:
+    """The leaves' gradients one below the other; zero where a group had no part in the loss."""
+    return torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
 
 
 def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[str]]:
@@ -102,7 +132,13 @@ def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[
     groups = [list(dict.fromkeys(paths)) for paths in calls.values()]
     counts = Counter(path for group in groups for path in group)
     # A layer that is called with several inputs has no siblings for good.
-    groups = [group for group in groups if len(group) > 1 and all(counts[path] == 1 for path in group)]
+    groups = [
+        group
+        for group in groups
+        if len(group) > 1
+        and all(counts[path] == 1 for path in group)
+        and len({_likeness(layers[path]) for path in group}) == 1
+    ]
     for layer in layers.values():
         layer.group = Group([layer])
     for group in groups:

@@ -9,93 +9,107 @@ The adapter's term comes first and W0·x is added to it, not the other way round
 whether a young adapter has an effect at all: W0·x is rounded to 8 bits, and a term below half of its last
 digit that is added afterwards vanishes. Added within the product, whose sums are float32, it takes part in
 the one rounding of the whole.
+
+Letters behind a name are a tensor's dimensions: T tokens, D d_in, O d_out, r rank, R the ranks of several
+layers together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class FusedChains(torch.autograd.Function):
-    """y_i = x·W_iᵀ + b_i + (x·A'_iᵀ)·B_iᵀ for k layers on one input x.
+class Factors(NamedTuple):
+    """What k layers that read the same input add to their bases: B_i·A'_i.
 
-    Shapes: x (..., d_in), folded_a (Σr, d_in), which is the A'_i one below the other, then k weights (d_out,
-    d_in), k biases (d_out) or None, and k times B (d_out, r). Weights and biases get no gradient; a weight in
-    4 bit comes with its scales in `scales`, k of them or None. folded_a and B are float32 (or float64) and so
-    are their gradients; each product runs in x's type. Returns a tuple of k outputs.
+    `a_RD` holds the A'_i one below the other and receives their gradients, in float32 (or float64).
+    `ready_a_RD` and `ready_bs_Or`, k of them, are A' and B in the type that the products run in, detached.
+    """
+
+    a_RD: Tensor
+    ready_a_RD: Tensor
+    ready_bs_Or: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, a_RD: Tensor, bs_Or: Sequence[Tensor], dtype: torch.dtype) -> Factors:
+        return cls(a_RD, a_RD.detach().to(dtype), [b_Or.detach().to(dtype) for b_Or in bs_Or])
+
+
+class FusedChains(torch.autograd.Function):
+    """y_i = x·W_iᵀ + b_i + (x·A'_iᵀ)·B_iᵀ for k layers on one input x (..., D).
+
+    The adapters read `dropped` instead, if it is not None: x after dropout. `a_RD`, `ready_a_RD` and among
+    the `operands` k ready B's are those of `Factors`. The other operands are k weights W (O, D), k biases b
+    (O,) or None, none of which gets a gradient, and the k trained B (O, r), which do. A weight in 4 bit comes
+    with its scales in `scales`, k of them or None. The gradients of A' and B have the type of these, and are
+    summed in it; all else is of x's type. Returns a tuple of k outputs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, folded_a: Tensor, scales: Sequence[Any], *operands: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        dropped: Tensor | None,
+        a_RD: Tensor,
+        ready_a_RD: Tensor,
+        scales: Sequence[Any],
+        *operands: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        count = len(scales)
-        weights, biases, Bs = operands[:count], operands[count : 2 * count], operands[2 * count :]
-        a, bs = folded_a.to(x.dtype), [B.to(x.dtype) for B in Bs]
-        rows = x.reshape(-1, x.shape[-1])
-        h = rows @ a.T
+        k = len(scales)
+        weights, biases, bs_Or, trained_bs = (operands[i * k : (i + 1) * k] for i in range(4))
+        x_TD = x.reshape(-1, x.shape[-1])
+        read_TD = x_TD if dropped is None else dropped.reshape(-1, x.shape[-1])
+        h_TR = read_TD @ ready_a_RD.T
         outputs = [
-            _add_product(part @ b.T, rows, matrix(weight, scale, x.dtype), bias)
-            for weight, scale, bias, part, b in zip(weights, scales, biases, _parts(h, bs), bs, strict=True)
+            _add_product(h_Tr @ b_Or.T, x_TD, matrix(weight, scale, x.dtype), bias)
+            for weight, scale, bias, h_Tr, b_Or in zip(
+                weights, scales, biases, _parts(h_TR, bs_Or), bs_Or, strict=True
+            )
         ]
         ctx.scales = scales
-        ctx.save_for_backward(rows, a, h, *weights, *bs)
-        ctx.types = folded_a.dtype, Bs[0].dtype
-        ctx.input_shape = x.shape
+        ctx.save_for_backward(read_TD, ready_a_RD, h_TR, *weights, *bs_Or)
+        ctx.types = a_RD.dtype, trained_bs[0].dtype
+        ctx.input_shape, ctx.is_dropped = x.shape, dropped is not None
         # Not as views, which nobody might change in place: a model does what it likes with a layer's output.
         shape = x.shape[:-1]
-        return tuple(torch.ops.aten._unsafe_view(y, (*shape, y.shape[-1])) for y in outputs)
+        return tuple(torch.ops.aten._unsafe_view(y_TO, (*shape, y_TO.shape[-1])) for y_TO in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, a, h, *operands = ctx.saved_tensors
-        count = len(grads)
-        weights, bs = operands[:count], operands[count:]
+        read_TD, a_RD, h_TR, *operands = ctx.saved_tensors
+        k = len(grads)
+        weights, bs_Or = operands[:k], operands[k:]
         type_a, type_b = ctx.types
+        needs_x, _, needs_a, *_ = ctx.needs_input_grad
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_hs = [grad @ b for grad, b in zip(grads, bs, strict=True)]
-        grad_h = grad_hs[0] if count == 1 else torch.cat(grad_hs, dim=1)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_h @ a
-            for grad, weight, scale in zip(grads, weights, ctx.scales, strict=True):
-                grad_x.addmm_(grad, matrix(weight, scale, grad.dtype))
+        grad_hs = [grad_TO @ b_Or for grad_TO, b_Or in zip(grads, bs_Or, strict=True)]
+        grad_h_TR = grad_hs[0] if k == 1 else torch.cat(grad_hs, dim=1)
+        grad_x = grad_dropped = None
+        if needs_x:
+            grad_read_TD = grad_h_TR @ a_RD
+            if ctx.is_dropped:
+                grad_dropped = grad_read_TD.view(ctx.input_shape)
+            else:
+                grad_x = grad_read_TD
+            for grad_TO, weight, scale in zip(grads, weights, ctx.scales, strict=True):
+                w_OD = matrix(weight, scale, grad_TO.dtype)
+                grad_x = grad_TO @ w_OD if grad_x is None else grad_x.addmm_(grad_TO, w_OD)
             grad_x = grad_x.view(ctx.input_shape)
-        grad_a = (grad_h.T @ rows).to(type_a) if ctx.needs_input_grad[1] else None
+        grad_a_RD = _product(grad_h_TR.T, read_TD, type_a) if needs_a else None
         # (hᵀ·g)ᵀ: the long side of the result runs along memory, which takes half the time of gᵀ·h.
         grad_bs = [
-            (part.T @ grad).T.to(type_b) if needed else None
-            for part, grad, needed in zip(_parts(h, bs), grads, ctx.needs_input_grad[-count:], strict=True)
+            _product(h_Tr.T, grad_TO, type_b).T if needed else None
+            for h_Tr, grad_TO, needed in zip(
+                _parts(h_TR, bs_Or), grads, ctx.needs_input_grad[-k:], strict=True
+            )
         ]
-        return grad_x, grad_a, None, *[None] * (2 * count), *grad_bs
-
-
-class AddBase(torch.autograd.Function):
-    """term + x·Wᵀ + b in `term`'s place, for adapters that compute their term by other operations.
-
-    Shapes: term (n, d_out), x (n, d_in), weight (d_out, d_in), bias (d_out) or None, the last two without
-    gradient; `scale` as one of `FusedChains`' scales.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, term: Tensor, x: Tensor, weight: Tensor, scale: Any, bias: Tensor | None) -> Tensor:
-        ctx.mark_dirty(term)
-        ctx.save_for_backward(weight)
-        ctx.scale = scale
-        return _add_product(term, x, matrix(weight, scale, x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        grad_x = grad @ matrix(weight, ctx.scale, grad.dtype) if ctx.needs_input_grad[1] else None
-        return grad, grad_x, None, None, None
+        return grad_x, grad_dropped, grad_a_RD, None, None, *[None] * (3 * k), *grad_bs
 
 
 def matrix(weight: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
@@ -118,20 +132,32 @@ def _add_product(term: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -
     return term if bias is None or first else term.add_(bias)
 
 
-def _parts(h: Tensor, bs: Sequence[Tensor]) -> Sequence[Tensor]:
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in another type than theirs: a GPU gives the sums themselves instead of rounding them."""
+    if left.dtype == dtype or left.device.type == "cpu":
+        return (left @ right).to(dtype)
+    return torch.mm(left, right, out_dtype=dtype)
+
+
+def _parts(h_TR: Tensor, bs_Or: Sequence[Tensor]) -> Sequence[Tensor]:
     """A'_i·x of each layer out of all of them side by side."""
-    return (h,) if len(bs) == 1 else h.split([b.shape[1] for b in bs], dim=1)
+    return (h_TR,) if len(bs_Or) == 1 else h_TR.split([b_Or.shape[1] for b_Or in bs_Or], dim=1)
 
 
-def fused_chains(x: Tensor, folded_a: Tensor, layers: Sequence[Any]) -> tuple[Tensor, ...]:
-    """The outputs of chain layers that read x (..., d_in); `folded_a` (Σr, d_in) is their A' one below the
-    other."""
+def fused_chains(
+    x: Tensor, factors: Factors, layers: Sequence[Any], dropped: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The outputs of chain layers that read x (..., d_in), by way of `factors`; their adapters read `dropped`
+    of the same shape, if it is given."""
     return FusedChains.apply(
         x,
-        folded_a,
+        dropped,
+        factors.a_RD,
+        factors.ready_a_RD,
         tuple(layer.base_scale for layer in layers),
         *(layer.base_weight for layer in layers),
         *(layer.base.bias for layer in layers),
+        *factors.ready_bs_Or,
         *(layer.B for layer in layers),
     )
 
@@ -152,16 +178,19 @@ class Group:
         self.layers = tuple(layers)
         self.install(None)
 
-    def install(self, folded_a: Tensor | None) -> None:
-        """Folds the layers, with their A' one below the other as `folded_a` (Σr, d_in), or with None unfolds
-        them. Outputs that nobody took are dropped."""
-        self.folded_a = folded_a
-        self._parts = () if folded_a is None else folded_a.split([layer.rank for layer in self.layers])
+    def install(self, factors: Factors | None) -> None:
+        """Folds the layers, or with None unfolds them. Outputs that nobody took are dropped."""
+        self.factors = factors
         self._forget()
 
-    def part(self, layer: Any) -> Tensor | None:
-        """A' (r, d_in) of one of the layers while they are folded, else None."""
-        return self._parts[self.layers.index(layer)] if self._parts else None
+    def part(self, layer: Any) -> Factors | None:
+        """The factors of one of the layers while they are folded, else None."""
+        if self.factors is None or len(self.layers) == 1:
+            return self.factors
+        place = self.layers.index(layer)
+        ranks = [member.rank for member in self.layers]
+        a_rD, ready_a_rD = (stacked.split(ranks)[place] for stacked in self.factors[:2])
+        return Factors(a_rD, ready_a_rD, self.factors.ready_bs_Or[place : place + 1])
 
     def _forget(self) -> None:
         self._input: Tensor | None = None
@@ -173,11 +202,16 @@ class Group:
         state = torch.is_grad_enabled(), _version(x)
         place = self.layers.index(layer)
         if self._input is not x or self._state != state or self._outputs[place] is None:
-            if self.folded_a is None or not all(member.is_fused(x) for member in self.layers):
-                return fused_chains(x, layer.folded_a, [layer])[0]
+            if self.factors is None or not all(member.is_fused(x) for member in self.layers):
+                return self.alone(layer, x)
             self._input, self._state = x, state
-            self._outputs = list(fused_chains(x, self.folded_a, self.layers))
+            self._outputs = list(fused_chains(x, self.factors, self.layers))
         output, self._outputs[place] = self._outputs[place], None
         if all(other is None for other in self._outputs):
             self._forget()
         return output
+
+    def alone(self, layer: Any, x: Tensor, dropped: Tensor | None = None) -> Tensor:
+        """A layer's output for x, computed by itself; its adapter reads `dropped`, if that is given."""
+        factors = self.part(layer) or Factors.of(layer.folded_a, [layer.B], x.dtype)
+        return fused_chains(x, factors, [layer], dropped)[0]

@@ -1,7 +1,7 @@
 """The chain layer: a frozen linear map plus (α/r)·B·Wn…W1·A.
 
 Two ways lead to the same output. The plain one is the formula, written with torch's own operations;
-it serves dropout, quantised bases and anything unusual. The fused one (chain/fused.py) computes base
+it serves anything unusual. The fused one (chain/fused.py) computes base
 and adapter in one autograd node, and is what training runs when nothing stands in its way.
 """
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linchain_cli.chain.fused import AddBase, Group
+from linchain_cli.chain.fused import Group
 from linchain_cli.errors import did_you_mean
 
 
@@ -36,8 +36,15 @@ def collapse(links: Tensor) -> Tensor:
 
 
 def fold_into_a(A: Tensor, links: Tensor, scaling: float) -> Tensor:
-    """A' = (α/r)·Wn…W1·A of shape (r, d_in), so that the adapter is B·A'; A alone where n = 0."""
-    return scaling * A if links.shape[0] == 0 else (scaling * collapse(links)) @ A
+    """A' = (α/r)·Wn…W1·A, so that the adapter is B·A'; A alone where n = 0.
+
+    Args:
+        A: (..., r, d_in). links: (..., n, r, r). scaling: α/r.
+
+    Returns:
+        (..., r, d_in)
+    """
+    return scaling * A if links.shape[-3] == 0 else (scaling * collapse(links)) @ A
 
 
 def delta_weight(
@@ -157,7 +164,7 @@ class ChainLinear(nn.Module):
     def folded_a(self) -> Tensor:
         """A' (r, d_in), as `folded` installed it for one optimizer step, or folded now."""
         part = self.group.part(self)
-        return fold_into_a(self.A, self.links, self.scaling) if part is None else part
+        return fold_into_a(self.A, self.links, self.scaling) if part is None else part.a_RD
 
     @property
     def in_features(self) -> int:
@@ -187,6 +194,12 @@ class ChainLinear(nn.Module):
         return self.base.weight.T if isinstance(self.base, Conv1D) else self.base.weight
 
     @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """The type that the base's products run in; None where that is the input's."""
+        dtype = getattr(self.base, "compute_dtype", self.base.weight.dtype)
+        return dtype if dtype is not None and dtype.is_floating_point else None
+
+    @property
     def base_scale(self) -> Any:
         """The scales of a W0 in 4 bit (bitsandbytes' QuantState), else None."""
         # FSDP2 gives the layer tensors of its own for weights, which do not bring their scales along.
@@ -198,13 +211,11 @@ class ChainLinear(nn.Module):
             return self.base(x)
         if self.is_fused(x):
             return self.group.output(self, x)
-        rows = x.reshape(-1, x.shape[-1])
-        h = F.linear(F.dropout(rows, self.dropout) if self.drops else rows, self.folded_a.to(x.dtype))
-        term = F.linear(h, self.B.to(x.dtype))
+        dropped = F.dropout(x, self.dropout) if self.drops else x
         if self._adds_to_base(x):
-            added = AddBase.apply(term, rows, self.base_weight, self.base_scale, self.base.bias)
-            return added.view(*x.shape[:-1], -1)
-        return self.base(x) + term.view(*x.shape[:-1], -1)
+            return self.group.alone(self, x, dropped)
+        h = F.linear(dropped, self.folded_a.to(x.dtype))
+        return self.base(x) + F.linear(h, self.B.to(x.dtype))
 
     def is_fused(self, x: Tensor) -> bool:
         """Whether the layer adds its chain, without dropout, to a matrix that `_adds_to_base` takes."""
@@ -220,11 +231,12 @@ class ChainLinear(nn.Module):
         gradient and whose forward nobody hooks into or replaced."""
         base = self.base
         if type(base).__name__ == "Linear4bit":
-            usual = self.base_scale is not None and base.compute_dtype == x.dtype
+            usual = self.base_scale is not None
         else:
-            usual = type(base) in (nn.Linear, Conv1D) and base.weight.dtype == x.dtype
+            usual = type(base) in (nn.Linear, Conv1D)
         return (
             usual
+            and self.compute_dtype == x.dtype
             and not base.weight.requires_grad
             and "forward" not in vars(base)
             and not base._forward_hooks

@@ -59,7 +59,7 @@ def test_values_are_those_at_the_blocks_start_and_nothing_stays():
         model[0].links.zero_()
         assert torch.equal(model(batch), before)
     assert not torch.equal(model(batch), before)
-    assert model[0].group.folded_a is None
+    assert model[0].group.factors is None
 
 
 def test_without_gradients_nothing_is_carried():
@@ -73,7 +73,7 @@ def test_an_error_inside_leaves_the_model_unfolded():
     model = make_model(3)
     with pytest.raises(ZeroDivisionError), folded(model):
         raise ZeroDivisionError
-    assert model[0].group.folded_a is None
+    assert model[0].group.factors is None
 
 
 def test_nesting_is_refused():

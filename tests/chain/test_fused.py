@@ -24,9 +24,13 @@ def test_the_node_passes_gradcheck(outputs):
     biases = [random(d_out, trained=False) for d_out in outputs]
     x, a = random(3, 5, 6), random(2 * len(outputs), 6)
     bs = [random(d_out, 2) for d_out in outputs]
-    assert torch.autograd.gradcheck(
-        lambda x, a, *bs: FusedChains.apply(x, a, (None,) * len(weights), *weights, *biases, *bs), (x, a, *bs)
-    )
+
+    def node(x: Tensor, dropped: Tensor | None, a: Tensor, *bs: Tensor) -> tuple[Tensor, ...]:
+        ready = a.detach(), (None,) * len(bs), *weights, *biases, *(b.detach() for b in bs)
+        return FusedChains.apply(x, dropped, a, *ready, *bs)
+
+    assert torch.autograd.gradcheck(lambda x, a, *bs: node(x, None, a, *bs), (x, a, *bs))
+    assert torch.autograd.gradcheck(node, (x, random(3, 5, 6), a, *bs))
 
 
 class Attention(nn.Module):
@@ -87,9 +91,9 @@ def test_siblings_have_the_gradients_of_layers_alone(depth, monkeypatch):
     counts = []
     forward = FusedChains.forward
 
-    def counting(ctx, x, a, *operands):
-        counts.append(len(operands) // 3)
-        return forward(ctx, x, a, *operands)
+    def counting(ctx, x, dropped, a, ready, scales, *operands):
+        counts.append(len(scales))
+        return forward(ctx, x, dropped, a, ready, scales, *operands)
 
     reference = step(make_model(depth))
     model = grouped(make_model(depth))
@@ -134,7 +138,7 @@ def test_a_sibling_that_is_not_called_leaves_nothing_behind():
         each[0].order = ("v",)
     same(step(model), step(other))
     group = model[0].q.group
-    assert group.folded_a is None and group._input is None and not group._outputs
+    assert group.factors is None and group._input is None and not group._outputs
 
 
 def test_with_and_without_gradients_on_the_same_input():

@@ -204,9 +204,7 @@ def test_a_read_only_place_is_told_at_once(tmp_path, monkeypatch):
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(storage, "_mkdir", read_only)
-    with pytest.raises(
-        InputError, match="out cannot be written: .*: Read-only file system. Choose"
-    ):
+    with pytest.raises(InputError, match="out cannot be written: .*: Read-only file system. Choose"):
         check_output(tmp_path / "out", MergeReceipt, sources=[])
 
 
