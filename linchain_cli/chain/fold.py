@@ -5,8 +5,7 @@ layers are computed once, in one batch per shape, and A' = (α/r)·Wn…W1·A is
 autograd leaf, beside A' and B in the type that the layer computes in. All micro-batches of one optimizer step
 run forward and backward inside the block; at its end one batched backward carries the gradients of the A'
 into A and links. (B needs no folding: its gradient arrives directly.) Layers that read the same input are one
-group, if `find_siblings` has found them, have their A' in one leaf and are computed together; any other layer
-is a group of its own.
+group, if `find_siblings` has found them, and are computed together; any other layer is a group of its own.
 
 Letters behind a name are a tensor's dimensions: M layers, n links, r rank, D d_in, O d_out.
 """
@@ -40,11 +39,11 @@ def folded(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        leaves = [[group.factors.a_RD for group in stack] for stack in stacks]
+        leaves = [[leaf for group in stack for leaf in group.factors.as_rD] for stack in stacks]
         for group in groups:
             group.install(None)
     reached = [
-        (product, _gradient(of_stack).view_as(product))
+        (product, torch.stack([_gradient(leaf) for leaf in of_stack]))
         for product, of_stack in zip(products, leaves, strict=True)
         if any(leaf.grad is not None for leaf in of_stack)
     ]
@@ -75,14 +74,13 @@ def _fold(stack: Sequence[Group]) -> Tensor:
     links_Mnrr = torch.stack([layer.links for layer in layers])
     product_MrD = fold_into_a(torch.stack([layer.A for layer in layers]), links_Mnrr, layers[0].scaling)
     dtype = layers[0].compute_dtype or product_MrD.dtype
-    ready_a = product_MrD.detach().to(dtype)
+    ready_a_MrD = product_MrD.detach().to(dtype)
     ready_bs = iter(_cast([layer.B for layer in layers], dtype))
-    place = 0
+    leaves = iter([a.requires_grad_(product_MrD.requires_grad) for a in product_MrD.detach().unbind()])
+    ready_as = iter(ready_a_MrD.split([len(group.layers) for group in stack]))
     for group in stack:
-        members = slice(place, place := place + len(group.layers))
-        leaf, ready = (a[members].flatten(0, 1) for a in (product_MrD.detach(), ready_a))
-        leaf.requires_grad_(product_MrD.requires_grad)
-        group.install(Factors(leaf, ready, [next(ready_bs) for _ in group.layers]))
+        mine = [[next(each) for _ in group.layers] for each in (leaves, ready_bs)]
+        group.install(Factors(mine[0], next(ready_as).flatten(0, 1), mine[1]))
     return product_MrD
 
 
@@ -95,9 +93,9 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _gradient(leaves: Sequence[Tensor]) -> Tensor:
-    """The leaves' gradients one below the other; zero where a group had no part in the loss."""
-    return torch.cat([torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves])
+def _gradient(leaf: Tensor) -> Tensor:
+    """A leaf's gradient: zero if its layer had no part in the loss."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[str]]:

@@ -27,27 +27,27 @@ from torch.autograd.function import once_differentiable
 class Factors(NamedTuple):
     """What k layers that read the same input add to their bases: B_i·A'_i.
 
-    `a_RD` holds the A'_i one below the other and receives their gradients, in float32 (or float64).
-    `ready_a_RD` and `ready_bs_Or`, k of them, are A' and B in the type that the products run in, detached.
+    `as_rD` are the k A'_i that receive the gradients, in float32 (or float64). `ready_a_RD`, all of them one
+    below the other, and the k `ready_bs_Or` are A' and B in the type that the products run in, detached.
     """
 
-    a_RD: Tensor
+    as_rD: Sequence[Tensor]
     ready_a_RD: Tensor
     ready_bs_Or: Sequence[Tensor]
 
     @classmethod
-    def of(cls, a_RD: Tensor, bs_Or: Sequence[Tensor], dtype: torch.dtype) -> Factors:
-        return cls(a_RD, a_RD.detach().to(dtype), [b_Or.detach().to(dtype) for b_Or in bs_Or])
+    def of_one(cls, a_rD: Tensor, b_Or: Tensor, dtype: torch.dtype) -> Factors:
+        return cls([a_rD], a_rD.detach().to(dtype), [b_Or.detach().to(dtype)])
 
 
 class FusedChains(torch.autograd.Function):
     """y_i = x·W_iᵀ + b_i + (x·A'_iᵀ)·B_iᵀ for k layers on one input x (..., D).
 
-    The adapters read `dropped` instead, if it is not None: x after dropout. `a_RD`, `ready_a_RD` and among
-    the `operands` k ready B's are those of `Factors`. The other operands are k weights W (O, D), k biases b
-    (O,) or None, none of which gets a gradient, and the k trained B (O, r), which do. A weight in 4 bit comes
-    with its scales in `scales`, k of them or None. The gradients of A' and B have the type of these, and are
-    summed in it; all else is of x's type. Returns a tuple of k outputs.
+    The adapters read `dropped` instead, if it is not None: x after dropout. `ready_a_RD` is that of
+    `Factors`. `operands` are k weights W (O, D), k biases b (O,) or None and k ready B, none of which gets a
+    gradient, and k trained A' (r, D) and B (O, r), which do. A weight in 4 bit comes with its scales in
+    `scales`, k of them or None. The gradients of A' and B have their types, and are summed in them; all else
+    is of x's type. Returns a tuple of k outputs.
     """
 
     @staticmethod
@@ -55,13 +55,12 @@ class FusedChains(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         dropped: Tensor | None,
-        a_RD: Tensor,
         ready_a_RD: Tensor,
         scales: Sequence[Any],
         *operands: Tensor | None,
     ) -> tuple[Tensor, ...]:
         k = len(scales)
-        weights, biases, bs_Or, trained_bs = (operands[i * k : (i + 1) * k] for i in range(4))
+        weights, biases, bs_Or, trained_as, trained_bs = (operands[i * k : (i + 1) * k] for i in range(5))
         x_TD = x.reshape(-1, x.shape[-1])
         read_TD = x_TD if dropped is None else dropped.reshape(-1, x.shape[-1])
         h_TR = read_TD @ ready_a_RD.T
@@ -73,7 +72,7 @@ class FusedChains(torch.autograd.Function):
         ]
         ctx.scales = scales
         ctx.save_for_backward(read_TD, ready_a_RD, h_TR, *weights, *bs_Or)
-        ctx.types = a_RD.dtype, trained_bs[0].dtype
+        ctx.types = trained_as[0].dtype, trained_bs[0].dtype
         ctx.input_shape, ctx.is_dropped = x.shape, dropped is not None
         # Not as views, which nobody might change in place: a model does what it likes with a layer's output.
         shape = x.shape[:-1]
@@ -86,7 +85,11 @@ class FusedChains(torch.autograd.Function):
         k = len(grads)
         weights, bs_Or = operands[:k], operands[k:]
         type_a, type_b = ctx.types
-        needs_x, _, needs_a, *_ = ctx.needs_input_grad
+        needs_x, needs_as, needs_bs = (
+            ctx.needs_input_grad[0],
+            ctx.needs_input_grad[-2 * k : -k],
+            ctx.needs_input_grad[-k:],
+        )
         grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_hs = [grad_TO @ b_Or for grad_TO, b_Or in zip(grads, bs_Or, strict=True)]
         grad_h_TR = grad_hs[0] if k == 1 else torch.cat(grad_hs, dim=1)
@@ -101,15 +104,16 @@ class FusedChains(torch.autograd.Function):
                 w_OD = matrix(weight, scale, grad_TO.dtype)
                 grad_x = grad_TO @ w_OD if grad_x is None else grad_x.addmm_(grad_TO, w_OD)
             grad_x = grad_x.view(ctx.input_shape)
-        grad_a_RD = _product(grad_h_TR.T, read_TD, type_a) if needs_a else None
+        ranks = [b_Or.shape[1] for b_Or in bs_Or]
+        grad_as = [None] * k
+        if any(needs_as):
+            grad_as = _product(grad_h_TR.T, read_TD, type_a).split(ranks)
         # (hᵀ·g)ᵀ: the long side of the result runs along memory, which takes half the time of gᵀ·h.
         grad_bs = [
             _product(h_Tr.T, grad_TO, type_b).T if needed else None
-            for h_Tr, grad_TO, needed in zip(
-                _parts(h_TR, bs_Or), grads, ctx.needs_input_grad[-k:], strict=True
-            )
+            for h_Tr, grad_TO, needed in zip(_parts(h_TR, bs_Or), grads, needs_bs, strict=True)
         ]
-        return grad_x, grad_dropped, grad_a_RD, None, None, *[None] * (3 * k), *grad_bs
+        return grad_x, grad_dropped, None, None, *[None] * (3 * k), *grad_as, *grad_bs
 
 
 def matrix(weight: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
@@ -152,12 +156,12 @@ def fused_chains(
     return FusedChains.apply(
         x,
         dropped,
-        factors.a_RD,
         factors.ready_a_RD,
         tuple(layer.base_scale for layer in layers),
         *(layer.base_weight for layer in layers),
         *(layer.base.bias for layer in layers),
         *factors.ready_bs_Or,
+        *factors.as_rD,
         *(layer.B for layer in layers),
     )
 
@@ -188,9 +192,9 @@ class Group:
         if self.factors is None or len(self.layers) == 1:
             return self.factors
         place = self.layers.index(layer)
-        ranks = [member.rank for member in self.layers]
-        a_rD, ready_a_rD = (stacked.split(ranks)[place] for stacked in self.factors[:2])
-        return Factors(a_rD, ready_a_rD, self.factors.ready_bs_Or[place : place + 1])
+        one, rows = slice(place, place + 1), slice(place * layer.rank, (place + 1) * layer.rank)
+        as_rD, ready_a_RD, ready_bs_Or = self.factors
+        return Factors(as_rD[one], ready_a_RD[rows], ready_bs_Or[one])
 
     def _forget(self) -> None:
         self._input: Tensor | None = None
@@ -213,5 +217,5 @@ class Group:
 
     def alone(self, layer: Any, x: Tensor, dropped: Tensor | None = None) -> Tensor:
         """A layer's output for x, computed by itself; its adapter reads `dropped`, if that is given."""
-        factors = self.part(layer) or Factors.of(layer.folded_a, [layer.B], x.dtype)
+        factors = self.part(layer) or Factors.of_one(layer.folded_a, layer.B, x.dtype)
         return fused_chains(x, factors, [layer], dropped)[0]

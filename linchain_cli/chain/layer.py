@@ -164,7 +164,7 @@ class ChainLinear(nn.Module):
     def folded_a(self) -> Tensor:
         """A' (r, d_in), as `folded` installed it for one optimizer step, or folded now."""
         part = self.group.part(self)
-        return fold_into_a(self.A, self.links, self.scaling) if part is None else part.a_RD
+        return fold_into_a(self.A, self.links, self.scaling) if part is None else part.as_rD[0]
 
     @property
     def in_features(self) -> int:

@@ -22,15 +22,15 @@ def test_the_node_passes_gradcheck(outputs):
 
     weights = [random(d_out, 6, trained=False) for d_out in outputs]
     biases = [random(d_out, trained=False) for d_out in outputs]
-    x, a = random(3, 5, 6), random(2 * len(outputs), 6)
-    bs = [random(d_out, 2) for d_out in outputs]
+    x, k = random(3, 5, 6), len(outputs)
+    trained = *(random(2, 6) for _ in outputs), *(random(d_out, 2) for d_out in outputs)
 
-    def node(x: Tensor, dropped: Tensor | None, a: Tensor, *bs: Tensor) -> tuple[Tensor, ...]:
-        ready = a.detach(), (None,) * len(bs), *weights, *biases, *(b.detach() for b in bs)
-        return FusedChains.apply(x, dropped, a, *ready, *bs)
+    def node(x: Tensor, dropped: Tensor | None, *trained: Tensor) -> tuple[Tensor, ...]:
+        ready_a, ready_bs = torch.cat(trained[:k]).detach(), [b.detach() for b in trained[k:]]
+        return FusedChains.apply(x, dropped, ready_a, (None,) * k, *weights, *biases, *ready_bs, *trained)
 
-    assert torch.autograd.gradcheck(lambda x, a, *bs: node(x, None, a, *bs), (x, a, *bs))
-    assert torch.autograd.gradcheck(node, (x, random(3, 5, 6), a, *bs))
+    assert torch.autograd.gradcheck(lambda x, *trained: node(x, None, *trained), (x, *trained))
+    assert torch.autograd.gradcheck(node, (x, random(3, 5, 6), *trained))
 
 
 class Attention(nn.Module):
@@ -91,9 +91,9 @@ def test_siblings_have_the_gradients_of_layers_alone(depth, monkeypatch):
     counts = []
     forward = FusedChains.forward
 
-    def counting(ctx, x, dropped, a, ready, scales, *operands):
+    def counting(ctx, x, dropped, ready_a, scales, *operands):
         counts.append(len(scales))
-        return forward(ctx, x, dropped, a, ready, scales, *operands)
+        return forward(ctx, x, dropped, ready_a, scales, *operands)
 
     reference = step(make_model(depth))
     model = grouped(make_model(depth))
