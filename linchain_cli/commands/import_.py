@@ -14,6 +14,7 @@ from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
+    from linchain_cli.data.asking import Asking
     from linchain_cli.importing.convert import Imported
     from linchain_cli.importing.foreign import ForeignAdapter
     from linchain_cli.model.files import FoundBase
@@ -118,11 +119,13 @@ def _write(
     """A run directory that `eval`, `generate`, `merge`, `export` and `inspect` take like a trained one."""
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
+    from linchain_cli.data.asking import read_asking, write_asking
     from linchain_cli.export.output import staged_output
     from linchain_cli.records import write_record
     from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
 
-    recipe = _recipe(target, adapter, foreign)
+    asking = read_asking(foreign.directory)
+    recipe = _recipe(target, adapter, foreign, asking)
     status = RunStatus(
         name=recipe.name,
         status="finished",
@@ -147,15 +150,21 @@ def _write(
         save_adapter(adapter, run.adapter_dir)
         storage.write_atomic(run.recipe_path, recipe.to_yaml())
         write_record(run.status_path, status)
+        if asking is not None:
+            write_asking(asking, staging)
 
 
-def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:
+def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter, asking: Asking | None) -> Recipe:
     """What of a recipe a checkpoint knows: base and adapter. Its data are unknown, and so is its prompt
-    template: the LinChain authors' code shares that of LLM-Adapters."""
+    template unless there is a record of it: the LinChain authors' code shares that of LLM-Adapters."""
     from linchain_cli.recipe import Recipe
 
     config = adapter.config
     authors = any(module.mixer_biases for module in foreign.modules.values()) or "mixer_num" in foreign.config
+    prompts = {"template": "llm-adapters" if authors else "alpaca"}
+    if asking is not None:
+        chat = {"template": asking.chat_template, "options": asking.options, "system": asking.system}
+        prompts = {"template": asking.template, "chat": chat, "turns": asking.turns}
     return Recipe.model_validate(
         {
             "name": re.sub(r"[^A-Za-z0-9._-]", "-", target.name).lstrip("._-")[:200] or "imported",
@@ -168,11 +177,7 @@ def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter) -> Recipe:
                 "init": config.init,
                 "target_modules": list(config.target_modules),
             },
-            "data": {
-                "train": "unknown",
-                "validation": 0,
-                "template": "llm-adapters" if authors else "alpaca",
-            },
+            "data": {"train": "unknown", "validation": 0, **prompts},
             "training": {"keep": "last"},
         }
     )

@@ -13,6 +13,7 @@ from linchain_cli.run import Opened, RunDirectory, find_adapter
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
+    from linchain_cli.data.asking import Asking
     from linchain_cli.export.card import Origin
     from linchain_cli.model.files import FoundBase
     from linchain_cli.recipe import Recipe
@@ -38,21 +39,33 @@ class NamedRun:
         """The parts of the run that nothing may be written over."""
         return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
 
+    @property
+    def asking(self) -> Asking:
+        """How the run's model was taught to be asked; of an adapter that was imported without a record, what
+        its recipe takes for granted."""
+        from linchain_cli.data.asking import asking_of
+
+        return self._record_of_asking or asking_of(self.recipe.data, self.opened.status.rows)
+
+    @property
+    def _record_of_asking(self) -> Asking | None:
+        from linchain_cli.data.asking import read_asking
+
+        return read_asking(self.run.path) if self.imported else None
+
     def travelling_files(self, base_directory: Path) -> dict[str, bytes]:
         """The files that say how the run's model is asked and where it stops, by name. Of an imported adapter
-        nothing of the kind is known.
+        that came without a record nothing of the kind is known.
         """
-        if self.imported:
+        if self.imported and self._record_of_asking is None:
             return {}
-        from linchain_cli.data.asking import travelling_files
-        from linchain_cli.data.templates import template_of
+        from linchain_cli.data.asking import template_of_asking, travelling_files
         from linchain_cli.model.loading import load_tokenizer
 
-        data = self.recipe.data
         try:
             tokenizer = load_tokenizer(base_directory)
-            template = template_of(data, tokenizer)
-            return travelling_files(data, self.opened.status.rows, tokenizer, template, base_directory)
+            template = template_of_asking(self.asking, tokenizer)
+            return travelling_files(self.asking, tokenizer, template, base_directory)
         except (InputError, OSError) as error:
             console.note(f"How to ask the model is not written beside it: {error}")
             return {}

@@ -37,10 +37,10 @@ class Subject:
     @property
     def asking(self) -> Asking | None:
         """How it was taught to be asked, as its run or its directory says."""
-        from linchain_cli.data.asking import asking_of, read_asking
+        from linchain_cli.data.asking import read_asking
 
         if self.named is not None:
-            return asking_of(self.named.recipe.data, self.named.opened.status.rows)
+            return self.named.asking
         return read_asking(locate_subject(self, weights=False))
 
     @property

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from linchain_cli import storage
 from linchain_cli.data.templates import end_tokens, get_template
 from linchain_cli.errors import InputError
-from linchain_cli.records import read_record, record_bytes
+from linchain_cli.records import read_record, record_bytes, write_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,6 +87,11 @@ def read_asking(directory: Path) -> Asking | None:
     return read_record(path, Asking) if path.is_file() else None
 
 
+def write_asking(asking: Asking, directory: Path) -> None:
+    """Leaves the record where `read_asking` finds it."""
+    write_record(directory / ASKING_FILE, asking)
+
+
 def template_of_asking(
     asking: Asking, tokenizer: PreTrainedTokenizerBase, name: str | None = None
 ) -> Template:
@@ -95,8 +100,7 @@ def template_of_asking(
 
 
 def travelling_files(
-    data: DataConfig,
-    rows: Mapping[str, Any],
+    asking: Asking,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     base_directory: Path,
@@ -106,7 +110,7 @@ def travelling_files(
     Raises:
         InputError: the base's generation_config.json is damaged.
     """
-    files = {ASKING_FILE: record_bytes(asking_of(data, rows))}
+    files = {ASKING_FILE: record_bytes(asking)}
     settings = _read_json(base_directory / GENERATION_FILE)
     if settings is None:
         config = _read_json(base_directory / "config.json") or {}

@@ -407,6 +407,22 @@ def test_a_merged_run_is_asked_as_it_was_trained(workplace, capsys):
     )
 
 
+def test_an_imported_adapter_is_asked_as_its_record_says(workplace, capsys):
+    """Its export holds the record; without one it was asked through alpaca, whatever it was trained with."""
+    make_run("own", template={"prompt": "Q: {instruction}\n", "response": "{output}"})
+    assert linchain("export", "runs/own", "--format", "peft") == 0
+    assert linchain("import", "runs/own/peft", "--out", "again") == 0
+    capsys.readouterr()
+    for name in ("runs/own", "again"):
+        assert linchain("eval", name, "--tasks", "boolq", "--data-dir", "data") == 0
+    mine, again = (read(Path(name, "eval", "likelihood.json")) for name in ("runs/own", "again"))
+    assert mine["template_sha256"] == again["template_sha256"]
+    for name in ("runs/own", "again"):
+        assert linchain("merge", name) == 0
+    records = [Path(name, "merged", "linchain_prompt.json").read_bytes() for name in ("runs/own", "again")]
+    assert records[0] == records[1]
+
+
 def test_without_a_record_a_model_is_asked_through_its_chat_template(workplace, capsys):
     assert linchain("eval", "base", "--tasks", "boolq", "--data-dir", "data") == 0
     assert read("eval-base/likelihood.json")["template"] == "chat"

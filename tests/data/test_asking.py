@@ -39,7 +39,7 @@ def data_config(**fields):
 
 def written(tmp_path, data, tokenizer, rows=None, base="{}"):
     (tmp_path / "config.json").write_text(base)
-    files = travelling_files(data, rows or {}, tokenizer, template_of(data, tokenizer), tmp_path)
+    files = travelling_files(asking_of(data, rows or {}), tokenizer, template_of(data, tokenizer), tmp_path)
     out = tmp_path / "out"
     out.mkdir()
     for name, content in files.items():
