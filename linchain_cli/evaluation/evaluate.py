@@ -115,9 +115,11 @@ def evaluate(
     known = total - sum(len(task.rows) for task in missing)
     if on_progress and known + len(done):
         on_progress("continuing", known + len(done), total)
+    passed = known
     try:
         with evaluating(model):
             for turn, job, batch in _batches(setup, own, missing, protocol):
+                passed += len(batch)  # by whatever process
                 keys = [(job.task.name, job.task.rows[position].index) for position in batch]
                 if turn % shares != turn_of or all(key in done for key in keys):
                     continue
@@ -126,7 +128,7 @@ def evaluate(
                 if progress:
                     progress.append(predictions)
                 if on_progress:
-                    on_progress(job.task.name, known + len(done), total)
+                    on_progress(job.task.name, passed, total)
     finally:
         if progress:
             progress.close()

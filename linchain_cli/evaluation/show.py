@@ -22,7 +22,9 @@ def print_results(results: Results, console: Console | None = None) -> None:
     summary = results.summary
     scores = summary.tasks.values()
     table = Table(title=Text(title(summary)), title_justify="left")
-    for column in ("task", "rows", "accuracy", "± stderr", "95 % interval", "majority"):
+    answered = any(score.accuracy is not None for score in scores)
+    ours = ("accuracy", "± stderr", "95 % interval", "majority") if answered else ()
+    for column in ("task", "rows", *ours):
         table.add_column(column, justify="left" if column == "task" else "right")
     others = list(dict.fromkeys(name for score in scores for name in score.metrics))
     counted = {"unparsable": "no answer", "near_ties": "near ties"}
@@ -30,10 +32,11 @@ def print_results(results: Results, console: Console | None = None) -> None:
     for column in (*map(heading, others), *counted.values()):
         table.add_column(column, justify="right")
     for name, score in summary.tasks.items():
-        numbers = [count(score.n), percent(score.accuracy), percent(score.stderr), span(score.interval)]
+        numbers = [percent(score.accuracy), percent(score.stderr), span(score.interval)]
         metrics = [metric_text(score.metrics.get(other)) for other in others]
         counts = [str(getattr(score, key) or 0) for key in counted]
-        table.add_row(name, *numbers, percent(score.majority), *metrics, *counts)
+        numbers = [*numbers, percent(score.majority)] if answered else []
+        table.add_row(name, count(score.n), *numbers, *metrics, *counts)
     if len(summary.tasks) > 1 and summary.average is not None:
         table.add_section()
         average = [percent(summary.average), percent(summary.average_stderr), span(summary.average_interval)]

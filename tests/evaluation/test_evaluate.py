@@ -259,6 +259,7 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
         )
         assert len(results.predictions) == 36  # each process has all rows in the end
         assert 0 < len(own) < len(batches)  # and did its share
+        assert own[-1][1] >= batches[-2][1]  # and showed how far they came together
 
     context = multiprocessing.get_context("fork")  # nothing to import again, and the parent runs one thread
     processes = [

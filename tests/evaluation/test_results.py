@@ -13,7 +13,7 @@ from linchain_cli.evaluation.published import COMMONSENSE, PUBLISHED, published_
 from linchain_cli.evaluation.results import compare, summarise
 from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
 from linchain_cli.evaluation.task import Task, TaskRow
-from linchain_cli.evaluations import Evaluation
+from linchain_cli.evaluations import Evaluation, Metric
 
 SETTING = Evaluation(
     format_version=2, model="one", protocol="likelihood", template="alpaca", dtype="float32",
@@ -125,6 +125,18 @@ def test_the_table_names_the_settings_and_the_majority():
     generated.summary.tasks["boolq"] = generated.summary.tasks["boolq"].model_copy(update={"unparsable": 7})
     text = shown(print_results, generated)
     assert "generate (4 beams)" in text and "no answer" in text and "7" in text
+
+
+def test_tasks_that_only_have_a_loss_have_no_columns_of_accuracies():
+    """They took the place of the headings that there are numbers for."""
+    results = make([True, False], names=("held-out",))
+    loss = Metric(value=1.2345, stderr=0.1, is_share=False)
+    without = {"accuracy": None, "stderr": None, "interval": None, "majority": None, "near_ties": None}
+    results.summary.tasks["held-out"] = results.summary.tasks["held-out"].model_copy(
+        update={**without, "metrics": {"loss": loss, "perplexity": loss}}
+    )
+    text = shown(print_results, results)
+    assert "perplexity" in text and "1.234" in text and "accuracy" not in text and "majority" not in text
 
 
 def test_published_rows_stand_apart_with_their_source():
