@@ -10,8 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linchain_cli.data.encoding import TextEncoder
 from linchain_cli.data.fingerprint import encoding_fingerprint
+from linchain_cli.data.labelled import Encoder, encoder_for
 from linchain_cli.data.pipeline import EncodingSettings, Progress, encode_sources
 from linchain_cli.data.report import DataReport
 from linchain_cli.data.rows import Template
@@ -45,7 +45,8 @@ def open_or_encode(
             found = _open(target, sources)  # unless another process was first
             if not found:
                 shutil.rmtree(target, ignore_errors=True)  # what does not open is damaged
-                _encode_to(target, fingerprint, sources, TextEncoder(tokenizer), settings, progress)
+                encoder = encoder_for(sources[0][1], tokenizer)
+                _encode_to(target, fingerprint, sources, encoder, settings, progress)
     store, report = found or _open(target, sources)
     report.cached = bool(found)
     return store, report
@@ -105,7 +106,7 @@ def _encode_to(
     target: Path,
     fingerprint: str,
     sources: Sources,
-    encoder: TextEncoder,
+    encoder: Encoder,
     settings: EncodingSettings,
     progress: Progress | None,
 ) -> None:

@@ -7,11 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from linchain_cli.data.cache import open_or_encode
-from linchain_cli.data.encoding import TextEncoder
 from linchain_cli.data.formats import choose_template
+from linchain_cli.data.labelled import Labelling, encoder_for, find_classes, labelled_source
 from linchain_cli.data.mixture import hold_out, weighted
 from linchain_cli.data.pipeline import EncodingSettings, Progress, encoded_rows
 from linchain_cli.data.report import DataReport
@@ -37,12 +37,12 @@ class PreparedData:
     """What a run trains on.
 
     `config` is the recipe's data section with what it left to `auto` settled; `template` what the model is
-    asked through afterwards, the first source's. `validation_report` is about validation rows with a source
-    of their own."""
+    asked through afterwards, the first source's, or how rows with a label are read. `validation_report` is
+    about validation rows with a source of their own."""
 
     train: EncodedRows
     validation: EncodedRows | None
-    template: Template
+    template: Template | Labelling
     config: DataConfig
     report: DataReport
     validation_report: DataReport | None = None
@@ -53,6 +53,8 @@ def prepare_data(
     tokenizer: PreTrainedTokenizerBase,
     limits: Limits | None = None,
     *,
+    task: Literal["causal", "classification", "regression"] = "causal",
+    classes: Sequence[str] | None = None,
     cache_dir: Path | None = None,
     data_dir: str | Path | None = None,
     progress: Progress | None = None,
@@ -63,6 +65,8 @@ def prepare_data(
         config: the recipe's data section.
         tokenizer: a fast tokenizer; its template, EOS and leading tokens are part of the rows.
         limits: what the model can read; None asks no model.
+        task: the recipe's; for a classification or regression, rows have a label in place of an answer.
+        classes: the names of a classification's classes; None finds them in the rows.
         cache_dir: where encodings are kept, else `encoded` in the tool's cache ($LINCHAIN_CACHE).
         data_dir: a directory that may hold registered data sets as files.
         progress: called with the number of rows read so far.
@@ -77,8 +81,14 @@ def prepare_data(
         config.max_length, config.train_on_inputs, config.on_bad_row == "skip", config.on_long_row
     )
 
+    labelling = None
+    if task != "causal":
+        if classes is None:
+            classes = find_classes(config, data_dir) if task == "classification" else ()
+        labelling = Labelling.of(task, classes, tokenizer)
+
     def encoded(sources: Sequence[SourceConfig]) -> tuple[list[_Found], EncodedStore, DataReport]:
-        found = [_find(source, config, tokenizer, data_dir) for source in sources]
+        found = [_find(source, config, tokenizer, labelling, data_dir) for source in sources]
         pairs = [(one.source, one.template) for one in found]
         store, report = open_or_encode(pairs, tokenizer, settings, cache_dir, progress)
         report.template = found[0].template.name
@@ -100,7 +110,10 @@ def prepare_data(
     if any(weight != 1 for weight in weights):
         marked = json.dumps([report.fingerprint, weights]).encode()
         report.fingerprint = hashlib.sha256(marked).hexdigest()
-    settled = _settled(config, [one.chosen for one in found], of_validation and of_validation.chosen)
+    if labelling is None:
+        settled = _settled(config, [one.chosen for one in found], of_validation and of_validation.chosen)
+    else:
+        settled = _with_columns(config, found, of_validation)
     for conflict in settled.conflicts():
         raise InputError(f"{conflict.message} The rows go through {found[0].template.name}.")
     prepared = PreparedData(train, validation, found[0].template, settled, report, validation_report)
@@ -119,17 +132,21 @@ class _Found:
     that."""
 
     source: Source
-    template: Template
+    template: Template | Labelling
     chosen: str | TemplateConfig
-    by_itself: bool  # the recipe says auto
+    by_itself: bool  # the recipe says auto, or names no columns of text and label
 
 
 def _find(
     wanted: SourceConfig,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    labelling: Labelling | None,
     data_dir: str | Path | None,
 ) -> _Found:
+    if labelling is not None:
+        source, guessed = labelled_source(wanted, labelling.name, data_dir)
+        return _Found(source, labelling, "auto", guessed)
     source, chosen = resolve_source(wanted, data_dir), wanted.template
     if chosen == "auto":
         chats = bool(config.chat.template or tokenizer.chat_template)
@@ -152,6 +169,19 @@ def _settled(
     update = {"template": first, "train": train}
     if of_validation is not None and of_validation != first:
         update["validation"] = config.validation_source.model_copy(update={"template": of_validation})
+    return config.model_copy(update=update)
+
+
+def _with_columns(config: DataConfig, found: Sequence[_Found], of_validation: _Found | None) -> DataConfig:
+    """The data section with the columns of text and label that were chosen for its sources."""
+    train = [
+        source.model_copy(update={"columns": dict(one.source.columns)}) if one.by_itself else source
+        for source, one in zip(config.train, found, strict=True)
+    ]
+    update: dict[str, object] = {"train": train}
+    if of_validation is not None and of_validation.by_itself:
+        columns = {"columns": dict(of_validation.source.columns)}
+        update["validation"] = config.validation_source.model_copy(update=columns)
     return config.model_copy(update=update)
 
 
@@ -186,15 +216,23 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
     notes, told = report.notes, report.warnings
     for one, counts in zip(found, report.sources, strict=True):
         name, files, counts.template = one.source.name, one.source.files, one.template.name
-        if one.by_itself:
+        if one.by_itself and isinstance(one.template, Labelling):
+            chosen = ", ".join(f"{ours}: {theirs}" for ours, theirs in one.source.columns.items())
+            notes.append(f"{name}: texts and label are the columns {{{chosen}}} (data.columns)")
+        elif one.by_itself:
             notes.append(f"{name}: rows go through the template {counts.template} (data.template: auto)")
-        if counts.unread:
+        if counts.unread and one.source.glue is None:
             notes.append(f"{name}: nothing reads the columns {', '.join(map(str, counts.unread[:20]))}")
         if files and files.left_out:
             names = [Path(file).name for file in files.left_out]
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             notes.append(f"{name}: not read are {', '.join(names[:5])}{more}")
-    if report.truncated:
+    if report.truncated and isinstance(found[0].template, Labelling):
+        told.append(
+            f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length ({max_length:,}"
+            f" tokens; the longest has {report.longest:,}): the longer of their texts loses its end"
+        )
+    elif report.truncated:
         told.append(
             f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length "
             f"({max_length:,} tokens; "
@@ -213,7 +251,7 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
 
 def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     found = []
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not isinstance(prepared.template, Labelling):
         found.append(
             "the tokenizer has no end-of-sequence token: the model does not learn where an answer ends"
         )
@@ -239,7 +277,7 @@ def _refuse_unknown_ids(
     embeddings: int,
 ) -> NoReturn:
     """Encodes again to find where the first of the tokens comes from that the model has no embedding for."""
-    for row in encoded_rows(sources, TextEncoder(tokenizer), settings):
+    for row in encoded_rows(sources, encoder_for(sources[0][1], tokenizer), settings):
         for text in row.encoded:
             unknown = text.input_ids[text.input_ids >= embeddings]
             if len(unknown) and text.supervised.any():

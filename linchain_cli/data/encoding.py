@@ -29,12 +29,18 @@ _OPENINGS = ("the", "1", "\u4e8c")
 
 @dataclass(frozen=True)
 class EncodedText:
-    """One row's tokens: `input_ids` (length,) int32, `supervised` (length,) bool."""
+    """One row's tokens: `input_ids` (length,) int32, `supervised` (length,) bool.
+
+    Of a row with a label, `target` is that (a class's number, or the number itself), and `segments` (length,)
+    uint8 which of its texts each token is of, where the model is told.
+    """
 
     input_ids: np.ndarray
     supervised: np.ndarray
     straddling: int  # tokens that lie on both sides of a span's boundary
     full_length: int  # tokens before truncation
+    segments: np.ndarray | None = None
+    target: float | None = None
 
     @property
     def truncated(self) -> bool:

@@ -32,10 +32,11 @@ ENDINGS = f"{', '.join(TEXTS)} (also with {', '.join(COMPRESSIONS)} behind it), 
 @dataclass(frozen=True)
 class DataFile:
     """A file that is on this machine: `path` is where, `name` how messages call it (its address, if it was
-    fetched)."""
+    fetched). `header` are the columns of a .tsv file without a header line."""
 
     path: Path
     name: str
+    header: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ def open_reader(file: DataFile | Path, wanted: set[str]) -> Reader:
     if form in TABLES:
         return TABLES[form](file.path, file.name, wanted)
     reader = TEXTS[form](file.path, file.name)
+    if file.header is not None:
+        reader.header = list(file.header)
     if isinstance(reader, JsonLinesReader) and starts_list(reader):
         return JsonReader(file.path, file.name)  # a list in a file named .jsonl is read as what it is
     return reader

@@ -58,6 +58,8 @@ def _source_parts(source: Source, cache_dir: Path) -> dict[str, Any]:
     parts: dict[str, Any] = {"columns": sorted(source.columns.items())}
     if source.max_rows is not None:
         parts["max_rows"] = source.max_rows
+    if source.glue:
+        parts["glue"] = source.glue
     if source.labels:
         parts["labels"] = sorted(source.labels.items())
     if file := source.single_file:

@@ -168,6 +168,13 @@ class FormattedRows:
     def unread(self) -> list[str]:
         return [name for name in self._seen if name not in self._asked]
 
+    @property
+    def class_names(self) -> list[str]:
+        """What the data set itself calls the classes in the answer's column, once a row was read."""
+        answers = {self.source.columns.get(name, name) for layout in self._layouts for name in layout.answer}
+        classes = [names for column, names in self._raw.class_names.items() if column in answers]
+        return classes[0] if classes else []
+
     def place(self) -> str:
         """Where the last row stands: file, line and row."""
         return self._raw.place()
@@ -189,10 +196,8 @@ class FormattedRows:
         self._seen |= dict.fromkeys(header)
         if all(stored.missing(header) for stored in self._stored):
             raise InputError(f"{self._raw.header_place()}: {self.missing(header)}.")
-        answers = {self.source.columns.get(name, name) for layout in self._layouts for name in layout.answer}
-        classes = [names for column, names in self._raw.class_names.items() if column in answers]
-        if classes and not self.source.labels:
-            self._make_formats({str(number): name for number, name in enumerate(classes[0])})
+        if self.class_names and not self.source.labels:
+            self._make_formats({str(number): name for number, name in enumerate(self.class_names)})
 
     def _made(self, raw: dict[str, Any]) -> Row | RowError:
         if not raw.keys() <= self._seen.keys():
@@ -224,7 +229,8 @@ class FormattedRows:
         names = [readers.shown(name) for name in found]
         others = [name for name in names if name not in closest.theirs]
         shown = ", ".join(names[:20]) or "none"
-        other = template_for(found, self.source.columns)
+        labelled = any("label" in layout.answer for layout in self._layouts)
+        other = None if labelled else template_for(found, self.source.columns)
         if other:
             return (
                 f"there is no column '{theirs}' (columns: {shown}). The rows hold {other.holds}: "

@@ -11,8 +11,9 @@ from typing import Literal
 import numpy as np
 
 from linchain_cli.data.as_written import DocumentTemplate
-from linchain_cli.data.encoding import EncodedText, TextEncoder
+from linchain_cli.data.encoding import EncodedText
 from linchain_cli.data.formats import FormattedRows, check_text
+from linchain_cli.data.labelled import Encoder, Labelled
 from linchain_cli.data.packing import Packer
 from linchain_cli.data.report import DataReport, SourceReport
 from linchain_cli.data.rows import Rendered, RowError, Template
@@ -42,12 +43,12 @@ class RenderedRow:
     """A row of a source with the training rows that it becomes."""
 
     place: str
-    texts: list[Rendered]
+    texts: list[Rendered] | list[Labelled]
     encoded: list[EncodedText] | None = None
 
 
 def encoded_rows(
-    sources: Sequence[tuple[Source, Template]], encoder: TextEncoder, settings: EncodingSettings
+    sources: Sequence[tuple[Source, Template]], encoder: Encoder, settings: EncodingSettings
 ) -> Iterator[RenderedRow]:
     """The rows as they are encoded, with their places; nothing is written or told."""
     for source, template in sources:
@@ -58,7 +59,7 @@ def encoded_rows(
 
 def encode_sources(
     sources: Sequence[tuple[Source, Template]],
-    encoder: TextEncoder,
+    encoder: Encoder,
     settings: EncodingSettings,
     writer: StoreWriter,
     report: DataReport,
@@ -104,7 +105,8 @@ def rendered_rows(
                 raise row
             texts = template.render(row)
             for one in texts:
-                check_text(one.text, row)
+                for text in one.parts:
+                    check_text(text, row)
         except RowError as error:
             message = f"{rows.place()}: {error}"
             if not settings.skip_bad:
@@ -128,7 +130,7 @@ def _note(examples: list[str], message: str) -> None:
 
 
 def encoded_chunks(
-    rows: Iterator[RenderedRow], encoder: TextEncoder, template: Template, settings: EncodingSettings
+    rows: Iterator[RenderedRow], encoder: Encoder, template: Template, settings: EncodingSettings
 ) -> Iterator[list[RenderedRow]]:
     """Encodes chunk by chunk, the next one being read and rendered meanwhile."""
     packed = isinstance(template, DocumentTemplate)
@@ -162,7 +164,7 @@ def _chunks(rows: Iterator[RenderedRow]) -> Iterator[list[RenderedRow]]:
     characters = 0
     for row in rows:
         chunk.append(row)
-        characters += sum(len(one.text) for one in row.texts)
+        characters += sum(len(text) for one in row.texts for text in one.parts)
         if len(chunk) == _CHUNK_ROWS or characters > _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0

@@ -333,8 +333,8 @@ class CsvReader(_LineReader):
 
 
 class TsvReader(_LineReader):
-    """Tab-separated values with a header line. Quotes are part of the text, as in GLUE's files; only a cell
-    that was quoted because it holds quotes is taken out of them."""
+    """Tab-separated values with a header line, unless `header` was set before. Quotes are part of the text,
+    as in GLUE's files; only a cell that was quoted because it holds quotes is taken out of them."""
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
         with open_bytes(self.path, self.name) as handle:
@@ -348,7 +348,7 @@ class TsvReader(_LineReader):
                 self.line = self._line
                 yield self._parse(raw, offset)
         if not self.row:
-            raise self.problem("there is a header line and no row.")
+            raise self.problem("there is no row (behind the header line).")
 
     def _header(self, raw: bytes | None, offset: int) -> list[str]:
         cells = self._cells(raw, offset)

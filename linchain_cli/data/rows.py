@@ -27,6 +27,11 @@ class Rendered:
     ends: bool = True
     remarks: tuple[str, ...] = ()
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The texts that it is made of, as a labelled row may have two."""
+        return (self.text,)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from linchain_cli.data.files import ENDINGS, DataFile, FoundFiles, find_files
+from linchain_cli.data.glue import HUB_ID, GlueSource, find_glue
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.files import looks_local
 from linchain_cli.storage import expand
@@ -65,6 +66,7 @@ class Source:
     data_files: Any = None
     max_rows: int | None = None
     files: FoundFiles | None = None
+    glue: str | None = None  # which of GLUE's tasks it is
 
     @property
     def single_file(self) -> DataFile | None:
@@ -111,6 +113,8 @@ def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> So
     name = source.path
     if name in _REGISTERED:
         return _registered(name, settings, data_dir)
+    if found := find_glue(name, _data_folders(data_dir)):
+        return _of_glue(found, name, settings)
     directory = expand(name)
     if any((directory / mark).is_file() for mark in _SAVED):
         return Source(name, "saved", str(directory), **settings)
@@ -134,6 +138,18 @@ def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> So
         f"data: '{name}' is no file, hub id (owner/data-set) or registered data "
         f"set.{did_you_mean(name, DATASET_NAMES)} Registered: {', '.join(DATASET_NAMES)}. Files: {ENDINGS}."
     )
+
+
+def _of_glue(found: GlueSource, name: str, settings: dict[str, Any]) -> Source:
+    """One of GLUE's tasks, of the hub or in files."""
+    on_hub, _ = found.task.validation
+    if found.files is None:
+        split = on_hub if settings["split"] == "validation" else settings["split"]
+        settings = settings | {"split": split}
+        return Source(name, "hub", HUB_ID, **settings, config=found.name, glue=found.name)
+    split = "validation" if settings["split"] == on_hub else settings["split"]
+    settings = settings | {"split": split}
+    return Source(name, "files", found.files.location, **settings, files=found.files, glue=found.name)
 
 
 def _beside(path: Path) -> list[str]:

@@ -1,11 +1,17 @@
 """Encoded rows on disk: flat arrays, of which a row is read when it is needed. Memory holds a few bytes per
 row.
 
-tokens.int32       all rows' tokens, one behind the other supervised.bool    the same length offsets.int64
-(rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]] lengths.int32      (rows,): how many tokens a row
-has labels.int32       (rows,): how many of a row's tokens are supervised hashes.uint64      (rows,): a hash
-of a row's tokens, to find rows that occur twice groups.int32       (rows,): which row of the sources it was
-made of, counted from 0; absent where each made one meta.json          sizes, and what the encoding reported
+    tokens.int32       all rows' tokens, one behind the other
+    supervised.bool    the same length
+    segments.uint8     the same length: which text of a pair a token is of; absent where no model is told
+    offsets.int64      (rows + 1,): row i is tokens[offsets[i]:offsets[i + 1]]
+    lengths.int32      (rows,): how many tokens a row has
+    labels.int32       (rows,): how many of a row's tokens are supervised; one where a row has a target
+    targets.float32    (rows,): a class's number, or a number to predict; absent where tokens are predicted
+    hashes.uint64      (rows,): a hash of a row's tokens, to find rows that occur twice
+    groups.int32       (rows,): which row of the sources it was made of, counted from 0; absent where each
+                       made one
+    meta.json          sizes, and what the encoding reported
 """
 
 from __future__ import annotations
@@ -32,7 +38,10 @@ _FILES = {
     "labels": np.dtype(np.int32),
     "hashes": np.dtype(np.uint64),
     "groups": np.dtype(np.int32),
+    "segments": np.dtype(np.uint8),
+    "targets": np.dtype(np.float32),
 }
+_OPTIONAL = ("groups", "segments", "targets")
 
 
 def _file(directory: Path, name: str) -> Path:
@@ -71,6 +80,10 @@ class StoreWriter:
         self._write("lengths", [len(row.input_ids) for row in rows])
         self._write("labels", [np.count_nonzero(row.supervised) for row in rows])
         self._write("hashes", [_hash(row.input_ids) for row in rows])
+        if rows[0].target is not None:
+            self._write("targets", [row.target for row in rows])
+        if rows[0].segments is not None:
+            self._write("segments", np.concatenate([row.segments for row in rows]))
         numbers = np.arange(self._groups, self._groups + len(groups))
         self._write("groups", np.repeat(numbers, [len(group) for group in groups]))
         self.rows += len(rows)
@@ -79,10 +92,14 @@ class StoreWriter:
 
     def finish(self, report: dict[str, Any]) -> None:
         meta = {"format": FORMAT_VERSION, "rows": self.rows, "tokens": self._tokens, "report": report}
-        if self._groups == self.rows:
-            _file(self._directory, "groups").unlink()
-        else:
+        if self._groups != self.rows:
             meta["groups"] = self._groups
+        for name in ("segments", "targets"):
+            if self._handles[name].tell():
+                meta[name] = True
+        for name in _OPTIONAL:
+            if name not in meta:
+                _file(self._directory, name).unlink()
         write_durable(self._directory / "meta.json", json_bytes(meta))
 
 
@@ -105,15 +122,19 @@ class EncodedStore:
         self.num_rows: int = meta["rows"]
         self.num_groups: int = meta.get("groups", self.num_rows)
         self._directory = directory
-        sizes = {"tokens": meta["tokens"], "supervised": meta["tokens"], "offsets": self.num_rows + 1}
+        self.has_segments: bool = "segments" in meta
+        self.has_targets: bool = "targets" in meta
+        of_tokens = dict.fromkeys(("tokens", "supervised", "segments"), meta["tokens"])
+        sizes = {**of_tokens, "offsets": self.num_rows + 1}
         for name, dtype in _FILES.items():
-            if name == "groups" and "groups" not in meta:
+            if name in _OPTIONAL and name not in meta:
                 continue
             size, path = sizes.get(name, self.num_rows) * dtype.itemsize, _file(directory, name)
             if path.stat().st_size != size:
                 raise ValueError(f"{path.name} has {path.stat().st_size} bytes, not {size}")
         self._handles = {
-            name: open(_file(directory, name), "rb") for name in ("tokens", "supervised", "offsets")
+            name: open(_file(directory, name), "rb")
+            for name in ("tokens", "supervised", "offsets", *(["segments"] if self.has_segments else []))
         }
 
     def _read(self, name: str, start: int, end: int) -> np.ndarray:
@@ -127,13 +148,17 @@ class EncodedStore:
         start, end = self._read("offsets", row, row + 2)
         return self._read("tokens", start, end), self._read("supervised", start, end)
 
+    def segments(self, row: int) -> np.ndarray | None:
+        """Which text each token is of, (length,) uint8; None where no model is told."""
+        return self._read("segments", *self._read("offsets", row, row + 2)) if self.has_segments else None
+
     def groups(self) -> np.ndarray | None:
         """Which row of the sources each row was made of: (rows,) int32, ascending; None where each made
         one."""
         return self.column("groups") if self.num_groups < self.num_rows else None
 
     def column(self, name: str, start: int = 0, rows: int = -1) -> np.ndarray:
-        """One number of each row, as a new array: `lengths`, `labels` or `hashes`."""
+        """One number of each row, as a new array: `lengths`, `labels`, `hashes` or `targets`."""
         dtype = _FILES[name]
         return np.fromfile(
             _file(self._directory, name), dtype=dtype, count=rows, offset=start * dtype.itemsize
@@ -170,6 +195,10 @@ class EncodedRows:
             raise IndexError(f"row {index} of {len(self)}")
         return self.store.row(self.store_row(index))
 
+    def segments(self, index: int) -> np.ndarray | None:
+        """Which of its texts each token of a row is of, (length,) uint8; None where no model is told."""
+        return self.store.segments(self.store_row(index))
+
     def store_row(self, index: int) -> int:
         """Which row of the store this is."""
         if self._only is not None:
@@ -197,6 +226,11 @@ class EncodedRows:
     def supervised_counts(self) -> np.ndarray:
         """Supervised tokens of each row: (rows,) int32."""
         return self._column("labels")
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Each row's class or number, (rows,) float32, where rows have one."""
+        return self._column("targets")
 
     def repeated_in(self, others: EncodedRows, block: int = 1 << 16) -> int:
         """How many of these rows have the same tokens as one of `others`, looked at in blocks."""

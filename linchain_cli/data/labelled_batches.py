@@ -1,0 +1,71 @@
+"""Batches of rows with a label, whose padding the model has to be told: an encoder sees every token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+    from linchain_cli.data.store import EncodedRows
+
+
+@dataclass
+class LabelledBatch:
+    """Right-padded tensors.
+
+    input_ids, attention_mask: (batch, length) int64
+    token_type_ids: (batch, length) int64, which of its texts a token is of; None where the model is not told
+    targets: (batch,) float32, the number of the row's class, or the number itself
+    counts: (batch,) float32, one for a row and zero for what fills an empty batch
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    token_type_ids: torch.Tensor | None
+    targets: torch.Tensor
+    counts: torch.Tensor
+
+    def to(self, device: torch.device) -> LabelledBatch:
+        moved = {
+            name: tensor if tensor is None else tensor.to(device, non_blocking=True)
+            for name, tensor in vars(self).items()
+        }
+        return LabelledBatch(**moved)
+
+    def beginnings(self, length: int) -> LabelledBatch:
+        """The first `length` tokens of every row."""
+        cut = [
+            tensor if tensor is None else tensor[:, :length]
+            for tensor in (self.input_ids, self.attention_mask, self.token_type_ids)
+        ]
+        return LabelledBatch(*cut, self.targets, self.counts)
+
+
+def collate_labelled(
+    encoded: EncodedRows, rows: Sequence[int] | np.ndarray, pad_token_id: int
+) -> LabelledBatch:
+    """Pads the rows on the right to the longest of them. No rows give one row of padding that counts zero."""
+    import torch
+
+    items = [(encoded[int(row)][0], encoded.segments(int(row))) for row in rows]
+    shape = (max(1, len(items)), max((len(ids) for ids, _ in items), default=1))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64) if items else np.ones(shape, dtype=np.int64)
+    segments = np.zeros(shape, dtype=np.int64)
+    targets, counts = np.zeros(shape[0], dtype=np.float32), np.zeros(shape[0], dtype=np.float32)
+    for i, (ids, kinds) in enumerate(items):
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+        if kinds is not None:
+            segments[i, : len(ids)] = kinds
+    targets[: len(items)] = encoded.targets[np.asarray(rows, dtype=np.int64)]
+    counts[: len(items)] = 1
+    told = torch.from_numpy(segments) if encoded.store.has_segments else None
+    return LabelledBatch(
+        *map(torch.from_numpy, (input_ids, attention_mask)), told, *map(torch.from_numpy, (targets, counts))
+    )

@@ -1,0 +1,231 @@
+"""Rows with a label: their columns, classes, tokens and batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.glue import TASKS, find_glue
+from linchain_cli.data.labelled import Labelling, find_classes
+from linchain_cli.data.labelled_batches import collate_labelled
+from linchain_cli.data.rows import RowError
+from linchain_cli.errors import InputError
+from linchain_cli.recipe import DataConfig
+
+WORDS = "the cat sat on a mat and saw no dog near it while rain fell".split()
+
+
+@pytest.fixture(scope="module")
+def bert_tokenizer(tmp_path_factory):
+    """A WordPiece tokenizer as BERT's: [CLS] a [SEP] b [SEP], with segment ids."""
+    from transformers import BertTokenizer
+
+    vocabulary = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    vocabulary.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    return BertTokenizer(str(vocabulary))
+
+
+@pytest.fixture(autouse=True)
+def _places(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+
+
+def write(name: str, rows: list[dict]) -> str:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def config(train, **others) -> DataConfig:
+    return DataConfig.model_validate({"train": train, "validation": 0, "max_length": 16, **others})
+
+
+PAIRS = [
+    {"premise": "the cat sat", "hypothesis": "a cat", "label": "yes"},
+    {"premise": "rain fell", "hypothesis": "no rain fell on it", "label": "no"},
+    {"premise": "the dog", "hypothesis": "a dog", "label": "maybe"},
+]
+
+
+def test_a_pair_is_encoded_as_the_tokenizer_itself_does(bert_tokenizer):
+    data = prepare_data(config(write("rows.jsonl", PAIRS)), bert_tokenizer, task="classification")
+    batch = collate_labelled(data.train, [0, 1, 2], bert_tokenizer.pad_token_id)
+    expected = bert_tokenizer(
+        [row["premise"] for row in PAIRS],
+        [row["hypothesis"] for row in PAIRS],
+        padding=True,
+        return_tensors="pt",
+    )
+    for name in ("input_ids", "attention_mask", "token_type_ids"):
+        assert getattr(batch, name).equal(expected[name]), name
+    assert data.template.classes == ("maybe", "no", "yes")  # by the alphabet
+    assert batch.targets.tolist() == [2, 1, 0] and batch.counts.tolist() == [1, 1, 1]
+
+
+def test_every_row_counts_one_supervised_place(bert_tokenizer):
+    data = prepare_data(config(write("rows.jsonl", PAIRS)), bert_tokenizer, task="classification")
+    assert data.train.supervised_counts.tolist() == [1, 1, 1]
+    assert data.report.supervised_tokens == 3
+
+
+def test_of_a_row_that_is_too_long_the_longer_text_is_cut(bert_tokenizer):
+    rows = [{"text": "cat " * 20, "text_pair": "dog", "label": number} for number in (0, 1)]
+    data = prepare_data(config(write("rows.jsonl", rows)), bert_tokenizer, task="classification")
+    text = bert_tokenizer.decode(data.train[0][0])
+    assert text == "[CLS] " + "cat " * 12 + "[SEP] dog [SEP]" and len(data.train[0][0]) == 16
+    assert "longer of their texts" in " ".join(data.report.warnings) and data.report.longest == 24
+
+
+def test_a_length_without_room_beside_special_tokens_is_told(bert_tokenizer):
+    rows = write("rows.jsonl", PAIRS)
+    with pytest.raises(InputError, match="data.max_length: 2 leaves no room"):
+        prepare_data(config(rows, max_length=2), bert_tokenizer, task="classification")
+
+
+def test_without_a_separator_a_line_break_stands_between_two_texts(tiny_tokenizer_dir):
+    from linchain_cli.model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    data = prepare_data(config(write("rows.jsonl", PAIRS), max_length=64), tokenizer, task="classification")
+    assert tokenizer.decode(data.train[0][0]) == "the cat sat\na cat"
+    assert collate_labelled(data.train, [0], 0).token_type_ids is None
+
+
+def test_classes_are_found_in_the_rows_and_numbers_go_by_their_size():
+    found = find_classes(config(write("rows.jsonl", [{"text": "a", "label": n} for n in (10, 9, 2.0, 2)])))
+    assert found == ("2", "9", "10")
+
+
+def test_words_for_labels_are_the_classes_in_their_order(bert_tokenizer):
+    rows = [{"text": "cat", "label": 0}, {"text": "dog", "label": 1}, {"text": "mat", "label": "low"}]
+    wanted = config(write("rows.jsonl", rows), labels={"1": "high", "0": "low"})
+    data = prepare_data(wanted, bert_tokenizer, task="classification")
+    assert data.template.classes == ("high", "low") and data.train.targets.tolist() == [1, 0, 1]
+
+
+def test_classes_that_a_data_set_names_keep_its_order(bert_tokenizer):
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["zebra", "ant"])}
+    )
+    rows = {"text": ["cat", "dog", "mat"], "label": [1, 0, 1]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk("saved")
+    data = prepare_data(config("saved"), bert_tokenizer, task="classification")
+    assert data.template.classes == ("zebra", "ant") and data.train.targets.tolist() == [1, 0, 1]
+
+
+def test_a_regression_takes_numbers(bert_tokenizer):
+    rows = [{"text": "cat", "label": 2.5}, {"text": "dog", "label": "-1e-2"}]
+    data = prepare_data(config(write("rows.jsonl", rows)), bert_tokenizer, task="regression")
+    np.testing.assert_allclose(data.train.targets, [2.5, -0.01], rtol=1e-6)
+    with pytest.raises(RowError, match="'warm' is no number"):
+        data.template.target("warm")
+
+
+def test_columns_of_the_usual_names_are_found_told_and_settled(bert_tokenizer):
+    data = prepare_data(config(write("rows.jsonl", PAIRS)), bert_tokenizer, task="classification")
+    chosen = {"text": "premise", "text_pair": "hypothesis", "label": "label"}
+    assert data.config.train[0].columns == chosen
+    assert "{text: premise, text_pair: hypothesis, label: label}" in " ".join(data.report.notes)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "all labels are 1: there is nothing"),
+        ([{"text": "a", "label": n / 7} for n in range(120)], "look like no classes.*task: regression"),
+        ([{"text": "a", "lable": "x"}, {"text": "a", "lable": "y"}], "no column 'label'.*lable"),
+        ([{"text": "a", "label": "x"}, {"text": "a", "label": None}], "row 2.*'label' is null"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(bert_tokenizer, rows, message):
+    with pytest.raises(InputError, match=message):
+        prepare_data(config(write("rows.jsonl", rows)), bert_tokenizer, task="classification")
+
+
+def test_a_validation_row_of_an_unknown_class_is_named(bert_tokenizer):
+    train = write("train.jsonl", PAIRS)
+    other = write("other.jsonl", [{**PAIRS[0], "label": "yess"}])
+    with pytest.raises(InputError, match=r"other.jsonl:1 .*'yess' is none of the classes.*mean 'yes'"):
+        prepare_data(config(train, validation=other), bert_tokenizer, task="classification")
+
+
+def test_encodings_of_other_classes_are_other_encodings(bert_tokenizer):
+    rows = [{"text": "cat", "label": 0}, {"text": "dog", "label": 1}]
+    path = write("rows.jsonl", rows)
+    found = [
+        prepare_data(config(path, labels=labels), bert_tokenizer, task="classification").report.fingerprint
+        for labels in ({"0": "a", "1": "b"}, {"1": "b", "0": "a"})
+    ]
+    assert len(set(found)) == 2
+
+
+def glue_files(directory: str, train: str, dev: str, dev_name: str = "dev.tsv") -> Path:
+    place = Path("files/glue") / directory
+    place.mkdir(parents=True)
+    (place / "train.tsv").write_text(train)
+    (place / dev_name).write_text(dev)
+    return place
+
+
+COLA = 'gj04\t1\t\tthe cat sat\ngj04\t0\t*\tcat the "sat\n'
+RTE = "index\tsentence1\tsentence2\tlabel\n0\tthe cat\ta cat\tnot_entailment\n1\train\tdog\tentailment\n"
+
+
+@pytest.mark.parametrize("path", ["glue/cola", "glue/CoLA", "files/glue/CoLA", "files/glue/CoLA/train.tsv"])
+def test_cola_has_no_header_line(bert_tokenizer, monkeypatch, path):
+    glue_files("CoLA", COLA, COLA)
+    monkeypatch.setenv("LINCHAIN_DATA_DIR", "files")
+    data = prepare_data(config(path), bert_tokenizer, task="classification")
+    assert data.template.classes == ("unacceptable", "acceptable")
+    assert data.train.targets.tolist() == [1, 0] and len(data.train) == 2
+
+
+def test_names_as_distributed_are_the_numbers_of_the_hub(bert_tokenizer, monkeypatch):
+    glue_files("RTE", RTE, RTE.replace("rain", "the rain"))
+    monkeypatch.setenv("LINCHAIN_DATA_DIR", "files/glue")
+    wanted = config("glue/rte", validation="glue/rte")
+    data = prepare_data(wanted, bert_tokenizer, task="classification")
+    assert data.train.targets.tolist() == [1, 0]
+    assert bert_tokenizer.decode(data.validation[1][0]) == "[CLS] the rain [SEP] dog [SEP]"
+
+
+def test_the_validation_split_of_mnli_is_the_matched_one(monkeypatch):
+    header = "sentence1\tsentence2\tgold_label\n"
+    glue_files("MNLI", header + "a\tb\tneutral\n", header + "c\td\tneutral\n", "dev_matched.tsv")
+    monkeypatch.setenv("LINCHAIN_DATA_DIR", "files")
+    from linchain_cli.data.sources import SourceRequest, resolve_source
+
+    local = resolve_source(SourceRequest("glue/mnli", split="validation"))
+    assert [file.path.name for file in local.files.splits["validation"]] == ["dev_matched.tsv"]
+    monkeypatch.delenv("LINCHAIN_DATA_DIR")
+    on_hub = resolve_source(SourceRequest("glue/mnli", split="validation"))
+    assert (on_hub.location, on_hub.config, on_hub.split) == ("nyu-mll/glue", "mnli", "validation_matched")
+
+
+def test_a_task_that_glue_does_not_have_is_told_with_the_nearest(bert_tokenizer):
+    with pytest.raises(InputError, match="no task 'glue/rtee'.*mean 'glue/rte'"):
+        find_glue("glue/rtee", [])
+    with pytest.raises(InputError, match="glue/stsb is a regression"):
+        prepare_data(config("glue/stsb"), bert_tokenizer, task="classification", classes=("a", "b"))
+
+
+def test_every_task_of_glue_maps_a_text_and_a_label():
+    assert len(TASKS) == 8
+    for task in TASKS.values():
+        assert {"text", "label"} <= task.columns.keys() == task.local_columns.keys()
+
+
+def test_a_labelling_is_told_from_another_by_all_that_changes_rows():
+    one = Labelling("classification", ("a", "b"))
+    others = [
+        Labelling("classification", ("b", "a")),
+        Labelling("classification", ("a", "b"), paired=False),
+        Labelling("classification", ("a", "b"), segments=True),
+    ]
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4
