@@ -16,6 +16,7 @@ import typer
 
 from linchain_cli import __version__, console
 from linchain_cli.commands import (
+    chat,
     check,
     compare,
     eval,
@@ -53,6 +54,7 @@ app.command("merge")(merge.run)
 app.command("export")(export.run)
 app.command("import", no_args_is_help=True)(import_.run)
 app.command("generate", no_args_is_help=True)(generate.run)
+app.command("chat")(chat.run)
 app.command("compare", no_args_is_help=True)(compare.run)
 app.command("check", no_args_is_help=True)(check.run)
 app.command("inspect")(inspect.run)

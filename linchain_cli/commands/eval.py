@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from linchain_cli import console
-from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, Json, ModelName, PromptTemplate
+from linchain_cli.commands.options import (
+    AllowOtherBase,
+    Base,
+    Json,
+    ModelDtype,
+    ModelName,
+    PromptTemplate,
+)
 from linchain_cli.commands.origin import is_first_process
 from linchain_cli.commands.subject import (
     Asked,
@@ -52,10 +59,7 @@ def run(
         ),
     ] = "none",
     template: PromptTemplate = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
-    ] = None,
+    dtype: ModelDtype = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first rows of each task.", show_default=False)
     ] = None,

@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, PromptTemplate
+from linchain_cli import console
+from linchain_cli.commands.options import (
+    AllowOtherBase,
+    Base,
+    Json,
+    MaxNewTokens,
+    ModelDtype,
+    PromptTemplate,
+    Temperature,
+    TopP,
+)
 from linchain_cli.commands.subject import choose_template, find_subject, is_model, load_subject
 from linchain_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
-    from linchain_cli.data.rows import Template
+    from linchain_cli.data.rows import Row, Template
 
 
 def run(
@@ -37,56 +47,47 @@ def run(
     ] = None,
     template: PromptTemplate = None,
     beams: Annotated[int, typer.Option(min=1, help="Beams of the search; 1 is greedy.")] = 1,
-    temperature: Annotated[
-        float,
-        typer.Option(min=0.0, help="Draw the answer, the more freely the higher; 0: the likeliest."),
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            min=0.0, max=1.0, help="With --temperature: draw from the likeliest tokens of this probability."
-        ),
-    ] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer at most.")] = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNewTokens = 256,
     stop: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT", help="End before this text; may be repeated.", show_default=False),
     ] = None,
     base: Base = None,
     allow_other_base: AllowOtherBase = False,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
-    ] = None,
+    dtype: ModelDtype = None,
+    json: Json = False,
 ) -> None:
     """Answer one prompt, through the template of its training."""
     columns = _columns(column or ())
     model, prompt = _model_and_prompt(model_and_prompt or [], bool(columns))
-    if beams > 1 and temperature > 0:
-        raise InputError("--beams searches for the likeliest answer and --temperature draws one: give one.")
-    if top_p < 1 and temperature == 0:
-        raise InputError("--top-p goes with --temperature, such as --temperature 0.7 --top-p 0.9.")
-    row = {"instruction": prompt, "input": "", **columns} if prompt is not None else {"input": "", **columns}
     subject = find_subject(model, base, allow_other_base)
-    from linchain_cli.evaluation.evaluate import answer
+    from linchain_cli.evaluation.speaking import Sampling, Speaker
 
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, beams=beams, stop=stop or ()
+    )
     loaded = load_subject(subject, dtype)
     asked = choose_template(subject, loaded.tokenizer, template)
-    print(f"template {asked.template.name}, {asked.why}", file=sys.stderr)
-    _check_columns(asked.template, row, columns)
-    text = answer(
-        loaded.model,
-        loaded.tokenizer,
-        asked.template,
-        row,
-        beams=beams,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        stop=stop or (),
-        straddles=asked.straddles,
-    )
-    print(text)
+    console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")
+    row = _row(asked.template, prompt, columns)
+    speaker = Speaker(loaded.model, loaded.tokenizer, asked.template, asked.straddles, warn=console.warn)
+    said = speaker.say(row, sampling, show=lambda piece: None if json else print(piece, end="", flush=True))
+    if json:
+        console.print_json(
+            {
+                "model": subject.name,
+                "template": asked.template.name,
+                "row": row,
+                "prompt": asked.template.prompt(row),
+                "answer": said.text,
+                "stop_reason": said.stop_reason,
+                "tokens": {"prompt": said.prompt_tokens, "answer": said.tokens},
+            }
+        )
+    else:
+        print()
 
 
 def _columns(assignments: Sequence[str]) -> dict[str, str]:
@@ -134,15 +135,24 @@ def _text(word: str, complaint: str = "the prompt is empty") -> str:
     return word
 
 
-def _check_columns(template: Template, row: dict[str, str], given: dict[str, str]) -> None:
-    """Names a column that the template's prompt needs and that was not given, or does not know."""
+def _row(template: Template, prompt: str | None, columns: dict[str, str]) -> Row:
+    """What is asked. Names a column that the template's prompt needs and that was not given, or does not
+    know."""
+    from linchain_cli.data.asking import question
+
     known = [name for layout in template.layouts for name in (*layout.required, *layout.optional)]
-    for name in given:
+    for name in columns:
         if name not in known:
             raise InputError(
                 f"--column {name}: the template has no such column.{did_you_mean(name, known)} It has"
                 f" {', '.join(dict.fromkeys(known))}."
             )
+    if prompt is None:
+        row = {"input": "", **columns}
+    elif columns:
+        row = {"instruction": prompt, "input": "", **columns}
+    else:
+        row = question(template, prompt)
     try:
         template.prompt(row)
     except KeyError as error:
@@ -150,3 +160,4 @@ def _check_columns(template: Template, row: dict[str, str], given: dict[str, str
         raise InputError(
             f"the template asks for a column '{name}': give it with --column {name}=VALUE"
         ) from None
+    return row

@@ -56,5 +56,19 @@ PromptTemplate = Annotated[
     ),
 ]
 Dtype = Literal["float32", "bfloat16"]
+ModelDtype = Annotated[
+    Dtype | None,
+    typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),
+]
+Temperature = Annotated[
+    float, typer.Option(min=0.0, help="Draw the answer, the more freely the higher; 0: the likeliest.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0.0, max=1.0, help="With --temperature: draw from the likeliest tokens of this probability."
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Length of the answer at most.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output directory if it exists.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else on stdout.")]

@@ -20,7 +20,7 @@ from linchain_cli.records import read_record, record_bytes, write_record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from linchain_cli.data.rows import Template
+    from linchain_cli.data.rows import Row, Template
     from linchain_cli.recipe import ChatConfig, DataConfig
 
 ASKING_FILE = "linchain_prompt.json"
@@ -97,6 +97,25 @@ def template_of_asking(
 ) -> Template:
     """The template, or the one of another `name` with the same settings of conversations."""
     return get_template(name or asking.template, tokenizer, asking.chat_config(), asking.turns)
+
+
+def question(template: Template, text: str) -> Row:
+    """The row that asks `text`: as the instruction, or as the one column that the template's prompt needs.
+
+    Raises:
+        InputError: it needs several.
+    """
+    needed = [
+        tuple(name for name in layout.required if name not in layout.answer) for layout in template.layouts
+    ]
+    if any("instruction" in names for names in needed):
+        return {"instruction": text, "input": ""}
+    if len(needed[0]) != 1:
+        columns = " ".join(f"--column {name}=VALUE" for name in needed[0])
+        raise InputError(
+            f"the template asks for {len(needed[0])} columns: give them to linchain generate, {columns}"
+        )
+    return {needed[0][0]: text}
 
 
 def travelling_files(

@@ -14,15 +14,13 @@ import transformers
 
 from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
-from linchain_cli.data.encoding import encode_prompt
-from linchain_cli.data.rows import Row, Template
+from linchain_cli.data.rows import Template
 from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.jobs import (
     Job,
     NormaliseName,
     ProtocolName,
     Setup,
-    before_stop,
     halved,
     make_job,
 )
@@ -147,40 +145,6 @@ def evaluate(
 
 def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, str]:
     return {task.name: fingerprints[task.name] for task in tasks}
-
-
-def answer(
-    model,
-    tokenizer,
-    template: Template,
-    row: Row,
-    *,
-    beams: int = 1,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    stop: Sequence[str] = (),
-    straddles: bool | None = None,
-) -> str:
-    """What the model writes behind the row's prompt: the likeliest text, or with a `temperature` a drawn one.
-
-    Args:
-        row: the columns that the template's prompt asks for.
-        top_p: draws from the likeliest tokens that together have this probability.
-        stop: texts before which the answer ends.
-        straddles: how the prompts that were trained on ended, as for `encode_prompt`.
-    """
-    from linchain_cli.evaluation.generation import Generator, draw, stop_tokens
-
-    tokens = encode_prompt(tokenizer, template, row, straddles=straddles)
-    ends = stop_tokens(model, tokenizer, template)
-    with evaluating(model):
-        if temperature > 0:
-            found = draw(model, tokenizer, tokens, ends, max_new_tokens, temperature, top_p, stop)
-        else:
-            generator = Generator(model, ends, [tokens], beams, max_new_tokens, len(tokens))
-            found = generator.generate([0])[0]
-        return before_stop(tokenizer.decode(found, skip_special_tokens=True), stop).strip()
 
 
 @contextlib.contextmanager

@@ -85,23 +85,20 @@ class Generator:
 
     def _transformers(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """transformers' own search, for caches that cannot be spread over beams; prompts of one length."""
-        from transformers import GenerationConfig
-
-        ids = torch.tensor(prompts, device=self.device)
-        config = GenerationConfig(
-            num_beams=self.beams,
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            eos_token_id=self.ends or None,
-            pad_token_id=self.ends[0] if self.ends else PAD,
-        )
         try:
-            found = self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+            found, _ = _generate(
+                self.model,
+                prompts,
+                self.ends,
+                num_beams=self.beams,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+            )
         except ValueError as error:
             raise InputError(
                 f"{type(self.model).__name__} cannot generate with {self.beams} beams: {error}"
             ) from error
-        return found[:, ids.shape[1] :].tolist()
+        return found
 
     def _search(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         reader = _Reader(self.model, prompts)
@@ -114,37 +111,48 @@ class Generator:
             logits = reader.read_tokens(parents, tokens)
 
 
-@torch.inference_mode()
-def draw(
-    model,
-    tokenizer,
-    prompt: Sequence[int],
-    ends: Sequence[int],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    stop: Sequence[str] = (),
-) -> list[int]:
-    """One drawn continuation, by transformers' own sampling, without the token that ends it."""
+def generate(
+    model, prompt: Sequence[int], ends: Sequence[int], *, cache: Any = None, **options: Any
+) -> tuple[list[int], Any]:
+    """transformers' own continuation of one prompt: the new tokens, their end included, and the cache of all
+    that was read.
+
+    Args:
+        cache: of the first tokens of `prompt`; it is continued in place.
+        options: of `generate` and of its GenerationConfig.
+    """
+    found, cache = _generate(model, [prompt], ends, cache, **options)
+    return found[0], cache
+
+
+def _generate(
+    model, prompts: Sequence[Sequence[int]], ends: Sequence[int], cache: Any = None, **options: Any
+) -> tuple[list[list[int]], Any]:
+    """`generate` for prompts of one length. The settings are those that are given alone: transformers would
+    fill in the model's (a repetition penalty, for instance), which the search of this module never asks."""
     from transformers import GenerationConfig
 
-    refuse_broken(model)
-    ids = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=0,
-        max_new_tokens=max_new_tokens,
+    criteria = options.pop("stopping_criteria", None)
+    settings = GenerationConfig(
         eos_token_id=list(ends) or None,
         pad_token_id=ends[0] if ends else PAD,
-        stop_strings=list(stop) or None,
+        return_dict_in_generate=True,
+        **options,
     )
-    found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), generation_config=config, tokenizer=tokenizer
-    )
-    tokens = found[0, ids.shape[1] :].tolist()
-    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
+    device = model.get_input_embeddings().weight.device
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            stopping_criteria=criteria,
+            **({} if cache is None else {"past_key_values": cache}),
+        )
+    finally:
+        model.generation_config = own
+    return output.sequences[:, ids.shape[1] :].tolist(), output.get("past_key_values")
 
 
 class _Reader:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from linchain_cli.data.rows import Template
 from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError
 from linchain_cli.evaluation.fewshot import with_examples
 from linchain_cli.evaluation.jobs import ProtocolName, Setup, texts_of
 from linchain_cli.evaluation.task import Task, TaskRow, check_protocol
@@ -46,11 +45,5 @@ def task_template(task: Task, template: Template, tokenizer) -> Template:
 def _longest(setup: Setup, task: Task, row: TaskRow, protocol: ProtocolName, limits: Limits) -> int:
     """Tokens of the row's longest text. Raises InputError for one without an embedding."""
     tokens, longest = texts_of(setup, task, row, protocol)
-    highest = max(tokens)
-    if highest >= limits.embeddings:
-        raise InputError(
-            f"{task.source}, row {row.index + 1}: the token"
-            f" {setup.tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest}, and the model's"
-            f" embeddings end at {limits.embeddings - 1}"
-        )
+    limits.check_ids(tokens, setup.tokenizer, f"{task.source}, row {row.index + 1}")
     return longest

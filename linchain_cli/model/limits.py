@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,6 +49,15 @@ class Limits:
             f"{what} {longest:,} tokens, and the model was made for {self.positions:,}: it reads on, and may"
             f" understand nothing there; {remedy}"
         )
+
+    def check_ids(self, ids: Iterable[int], tokenizer, what: str) -> None:
+        """Raises InputError for a token without an embedding; `what` it stands in begins the message."""
+        highest = max(ids)
+        if highest >= self.embeddings:
+            raise InputError(
+                f"{what}: the token {tokenizer.convert_ids_to_tokens(highest)!r} has the id {highest}, and"
+                f" the model's embeddings end at {self.embeddings - 1}"
+            )
 
 
 def limits(model: nn.Module) -> Limits:

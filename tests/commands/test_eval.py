@@ -10,59 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 
 from linchain_cli import cli
-from linchain_cli.chain import ChainConfig, adapter_of, inject, save_adapter
 from linchain_cli.chain.files import adapter_hash
 from linchain_cli.model.loading import base_hash, load_model
-from linchain_cli.recipe import load_recipe
-from linchain_cli.run import RunDirectory
 
-TASKS = ("boolq", "piqa")
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch, tiny_llama_dir, commonsense_rows):
-    """A directory to work in: base/ (a checkpoint), data/<task>/test.json, runs/tuned (a finished run)."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(tiny_llama_dir, "base")
-    for task, style in zip(TASKS, ("true/", "solution1/"), strict=True):
-        own = [row for row in commonsense_rows(24) if f"Answer format: {style}" in row["instruction"]]
-        Path("data", task).mkdir(parents=True)
-        Path("data", task, "test.json").write_text(json.dumps(own))
-    make_run("tuned")
-    return tmp_path
-
-
-def make_run(name, status="finished", template="plain"):
-    config = ChainConfig(4, 2, 8, target_modules=["q_proj", "v_proj"])
-    recipe = {
-        "name": name,
-        "model": {"path": "base"},
-        "adapter": {"rank": 4, "depth": 2, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"train": "everyday", "template": template},
-        "evaluation": {"tasks": ["boolq"]},
-    }
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
-    run = RunDirectory(Path("runs") / name)
-    run.create(load_recipe("recipe.yaml").to_yaml())
-    run.update_status(status=status, finished_at="2024-01-01T00:00:00")
-    model = load_model(Path("base"), dtype="float32", device="cpu")
-    layers = inject(model, config, seed=1)
-    generator = torch.Generator().manual_seed(1)
-    for layer in layers.values():
-        torch.nn.init.normal_(layer.B, std=0.3, generator=generator)
-    save_adapter(
-        adapter_of(model, config, {"path": "base", "hash": base_hash(Path("base"))}), run.adapter_dir
-    )
-    return run
-
-
-def linchain(*arguments):
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    return end.value.code
+from .conftest import linchain, make_run
 
 
 def read(path):
@@ -402,9 +355,8 @@ def test_a_merged_run_is_asked_as_it_was_trained(workplace, capsys):
     expected = capsys.readouterr()
     assert linchain("generate", "runs/tuned/merged", "Is it?", "--max-new-tokens", 5) == 0
     found = capsys.readouterr()
-    assert found.out == expected.out and found.err.startswith(
-        "template plain, as runs/tuned/merged was trained"
-    )
+    assert found.out == expected.out
+    assert "runs/tuned/merged: template plain, as runs/tuned/merged was trained" in found.err
 
 
 def test_an_imported_adapter_is_asked_as_its_record_says(workplace, capsys):
@@ -444,10 +396,11 @@ def test_columns_of_a_template_of_ones_own(workplace, capsys, monkeypatch):
     short = ("--max-new-tokens", 4)
     columns = ("--column", "topic=apples = fruit", "--column", "who=me")
     assert linchain("generate", "runs/own", *columns, *short) == 0
-    from linchain_cli.evaluation import evaluate
+    from linchain_cli.evaluation.speaking import Said, Speaker
 
     expected, seen = capsys.readouterr().out, []
-    monkeypatch.setattr(evaluate, "answer", lambda *args, **options: seen.append(args[3]) or "")
+    said = Said("", "end", 1, 1)
+    monkeypatch.setattr(Speaker, "say", lambda self, row, *args, **options: seen.append(row) or said)
     assert linchain("generate", *columns, *short, "--template", "plain") == 2
     assert "the template asks for a column 'instruction'" not in capsys.readouterr().err
     assert linchain("generate", "runs/own", *columns, *short) == 0 and expected
@@ -501,6 +454,18 @@ def test_generate_answers_through_the_runs_template(workplace, capsys):
     )
     base = capsys.readouterr().out
     assert adapted.strip() and adapted != base
+
+
+def test_an_answer_as_json(workplace, capsys):
+    ask = ("generate", "runs/tuned", "Is an apple a fruit?", "--max-new-tokens", 6)
+    assert linchain(*ask) == 0
+    plain = capsys.readouterr()
+    assert "runs/tuned: template plain, as runs/tuned was trained" in plain.err
+    assert linchain(*ask, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["answer"] == plain.out.strip() and found["prompt"] == "Is an apple a fruit?\n"
+    assert (found["model"], found["template"], found["stop_reason"]) == ("runs/tuned", "plain", "length")
+    assert found["tokens"]["answer"] == 6 and found["row"]["instruction"] == "Is an apple a fruit?"
 
 
 def test_threads_stay_within_the_containers_limit(workplace, monkeypatch):

@@ -13,7 +13,7 @@ from linchain_cli.chain import ChainConfig, detach, inject
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.answers import AnswerRule
-from linchain_cli.evaluation.evaluate import answer, evaluate
+from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.jobs import LikelihoodJob
 from linchain_cli.evaluation.results import predictions_path, read_results
 from linchain_cli.evaluation.task import Task, read_row
@@ -332,9 +332,3 @@ def test_a_broken_model_is_no_result(model, tokenizer, template, tasks, protocol
     with pytest.raises(LinchainError, match="damaged"):
         run(model, tokenizer, template, tasks, protocol=protocol)
 
-
-def test_one_answer(model, tokenizer, template):
-    row = {"instruction": "Is an apple a fruit?", "input": ""}
-    text = answer(model, tokenizer, template, row, max_new_tokens=8)
-    assert text == answer(model, tokenizer, template, row, max_new_tokens=8) and len(text) > 3
-    assert answer(model, tokenizer, template, row, max_new_tokens=8, stop=[text[2:4]]) == text[:2].strip()

@@ -10,8 +10,9 @@ import torch
 from linchain_cli.data.encoding import text_encoder
 from linchain_cli.data.templates import get_template
 from linchain_cli.evaluation.answers import AnswerRule
-from linchain_cli.evaluation.evaluate import answer, evaluate
+from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.fewshot import with_examples
+from linchain_cli.evaluation.speaking import Sampling, Speaker
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.model.loading import load_model, load_tokenizer
 
@@ -123,9 +124,10 @@ def test_an_answer_ends_where_training_ended_it(chatty):
     assert results.summary.tasks["sums"].accuracy == 1.0
     assert results.summary.tasks["sums"].metrics["flexible"].value == 1.0
     template = get_template("chat", tokenizer)
-    assert answer(model, tokenizer, template, rows[0].fields, max_new_tokens=24) == "The answer is 5"
-    drawn = answer(model, tokenizer, template, rows[0].fields, max_new_tokens=24, temperature=0.01)
-    assert drawn == "The answer is 5"
+    speaker = Speaker(model, tokenizer, template)
+    for temperature in (0.0, 0.01):
+        said = speaker.say(rows[0].fields, Sampling(max_new_tokens=24, temperature=temperature))
+        assert (said.text, said.stop_reason) == ("The answer is 5", "end")
 
 
 def test_an_option_that_begins_another_is_closed_as_training_closed_it(chatty):
