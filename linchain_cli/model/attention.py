@@ -8,19 +8,25 @@ about half of eager's time, and a third of its memory is kept in between.
 
 On a GPU SDPA has the fastest kernels, as long as it is given no mask. `FLAT_SDPA` is transformers' way of
 calling it under a name of its own, by which a model is known to read rows without padding.
+
+How far back a layer looks (a sliding window, a chunk) stands nowhere that all architectures agree on; what
+they do agree on is to have transformers make the masks. So `note_reaches` reads it off these.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from linchain_cli.model.fast import REFUSALS, alike, probe_ids
+from linchain_cli.model.fast import REFUSALS, alike, probe_ids, record
 
 GROUPED = "grouped"
 FLAT_SDPA = "flat_sdpa"
@@ -67,11 +73,106 @@ def grouped_attention(
     return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
-# model/flat_rows.py has them read flat rows, too.
+# model/flat_attention.py has them read flat rows, too.
 AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, eager_mask)
 AttentionInterface.register(FLAT_SDPA, sdpa_attention_forward)
-AttentionMaskInterface.register(FLAT_SDPA, sdpa_mask)
+_MASKS: dict[str, Callable] = {GROUPED: eager_mask, FLAT_SDPA: sdpa_mask}
+for _name, _mask in _MASKS.items():
+    AttentionMaskInterface.register(_name, _mask)
+
+
+class Reach(NamedTuple):
+    """How far back a layer's queries look: at the last `window` tokens, their own among them, at those of
+    their own `chunk` of so many, or (both None) at all before them."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def size(self) -> float:
+        """Rows of so many tokens have plain causal attention."""
+        return self.window or self.chunk or math.inf
+
+    def sees(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Whether queries at these places look at keys at those, broadcast."""
+        seen = keys <= queries
+        if self.window is not None:
+            seen = seen & (keys > queries - self.window)
+        if self.chunk is not None:
+            seen = seen & (keys // self.chunk == queries // self.chunk)
+        return seen
+
+
+def reach_of(module: nn.Module) -> Reach:
+    """What `note_reaches` found for an attention module; no limit if not all of its model's were found."""
+    return getattr(module, _REACH, Reach())
+
+
+def reaches(model: nn.Module) -> frozenset[Reach] | None:
+    """Those of all the model's layers; None where `note_reaches` did not find them all."""
+    return record(model).get(_REACH)
+
+
+_REACH = "linchain_reach"
+
+
+@torch.no_grad()
+def note_reaches(model: PreTrainedModel) -> None:
+    """Has `reach_of` and `reaches` know how far back each of the model's layers looks.
+
+    A layer's reach is that of the mask which transformers makes for it, told from the function by which the
+    mask is made: the lengths in question are far beyond what a trial could compute. A model with GROUPED or
+    FLAT_SDPA attention; one that makes its own masks, or changes them, stays unknown.
+    """
+    found: dict[nn.Module, Reach | None] = {}
+    with contextlib.suppress(*REFUSALS), _masks_noted(model.config._attn_implementation, found):
+        model(input_ids=probe_ids(model, 1, 3), use_cache=False)
+    known = bool(found) and None not in found.values()
+    for module, reach in found.items():
+        setattr(module, _REACH, reach if known else Reach())
+    record(model)[_REACH] = frozenset(found.values()) if known else None
+
+
+@contextlib.contextmanager
+def _masks_noted(name: str, found: dict[nn.Module, Reach | None]) -> Iterator[None]:
+    """Inside, `found` receives the modules that compute attention, and how far their masks let them look."""
+    attention, made = AttentionInterface()[name], []
+
+    def make_mask(*arguments: Any, **options: Any) -> Tensor | None:
+        made_by = options.get("mask_function", causal_mask_function)
+        options["allow_is_causal_skip"] = False
+        mask = _MASKS[name](*arguments, **options)
+        made.append((mask, _reach_by(made_by, options.get("local_size"), mask)))
+        return mask
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any):
+        reach = next((reach for own, reach in made if own is mask), None) if mask is not None else None
+        found[module] = reach if found.get(module, reach) == reach else None
+        return attention(module, query, key, value, mask, **options)
+
+    AttentionMaskInterface.register(name, make_mask)
+    AttentionInterface.register(name, attend)
+    try:
+        yield
+    finally:
+        AttentionMaskInterface.register(name, _MASKS[name])
+        AttentionInterface.register(name, attention)
+
+
+def _reach_by(made_by: Callable, size: int | None, mask: Tensor | None) -> Reach | None:
+    """The reach that transformers' function for a mask stands for; `size` is the window or chunk in it."""
+    if mask is None:
+        return None
+    candidates = [Reach()] if size is None else [Reach(window=size), Reach(chunk=size)]
+    probed = 16 if size is None else 2 * size + 2
+    keys = torch.arange(probed, device=mask.device)
+    queries = keys[[0, 1, probed // 2 - 2, probed // 2 - 1, probed // 2, probed - 2, probed - 1], None]
+    nothing = torch.zeros_like(queries)
+    try:
+        seen = made_by(nothing, nothing, queries, keys)
+    except REFUSALS:
+        return None
+    return next((reach for reach in candidates if torch.equal(seen, reach.sees(queries, keys))), None)
 
 
 def attention_window(model: nn.Module) -> float:

@@ -240,9 +240,7 @@ def _loading_problems(directory: Path, files: list[Path], attention: str) -> Ite
         yield
     except SafetensorError as error:
         damaged = _first_damaged(files) or directory
-        raise InputError(
-            f"{damaged} is damaged ({first_line(error)}). Download or copy it again."
-        ) from error
+        raise InputError(f"{damaged} is damaged ({first_line(error)}). Download or copy it again.") from error
     except pickle.UnpicklingError as error:
         raise InputError(
             f"{directory}: the pickled weights (.bin) are damaged or hold more than tensors, which could run "

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import drops
 from linchain_cli.data.batches import IGNORED, Batch
-from linchain_cli.model.flat_rows import (
-    TOKEN_STEP,
-    FlatRows,
-    flat_hidden_states,
-    in_one_copy,
-    mask_type,
-    reads_flat,
-    shares_beginnings,
-)
+from linchain_cli.model.flat_rows import TOKEN_STEP, FlatRows, flat_hidden_states, in_one_copy, rows_for
 from linchain_cli.model.head import head_logits, hidden_states, vocabulary_size
 from linchain_cli.model.rope import forget_lengths, length_classes
 
@@ -54,7 +46,7 @@ class Labels:
         """
         targets = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORED)
         rows, places = (targets != IGNORED).nonzero().T
-        positions = rows * targets.shape[1] + places if flat is None else flat.padded_rows[rows, places]
+        positions = rows * targets.shape[1] + places if flat is None else flat.token_of[rows, places]
         pairs, counts = (positions * _MORE_THAN_ANY_VOCABULARY + targets[rows, places]).unique(
             return_counts=True
         )
@@ -64,15 +56,13 @@ class Labels:
         return cls(positions, labels, F.pad(counts, (0, fill)))
 
     def to(self, device: torch.device) -> Labels:
-        return Labels(**in_one_copy(vars(self), device))
+        return in_one_copy(self, device)
 
 
 def _read(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor, Labels]:
     """Hidden states (n, d) of a batch's labelled tokens, and their n labels."""
-    flat = None
-    if reads_flat(model, batch.labels.shape[1]):
-        share = shares_beginnings(model) and not drops(model)
-        flat = FlatRows.of(batch.input_ids, batch.attention_mask, mask_type(model), share=share)
+    # What chains drop is to differ from row to row, also where rows begin alike.
+    flat = rows_for(model, batch.input_ids, batch.attention_mask, share=not drops(model))
     # On a CPU each new shape of a product costs time, see `TOKEN_STEP`.
     labels = Labels.of(batch, flat, step=TOKEN_STEP if device.type == "cpu" else 1).to(device)
     if flat is not None:

@@ -26,11 +26,11 @@ def test_with_padding_each_label_stands_behind_its_own_token():
 
 def test_rows_that_begin_alike_share_tokens():
     batch = Batch(IDS, MASK, LABELS)
-    flat = FlatRows.of(IDS, MASK, torch.float32)
+    flat = FlatRows.of(IDS, MASK)
     assert flat.input_ids[0, :6].tolist() == [7, 8, 9, 4, 5, 6]
     # Behind the 8 stands a 9 in two rows, behind the 9 a 4 in two rows and a 5 in one.
     assert listed(Labels.of(batch, flat)) == [(1, 9, 2), (2, 4, 2), (2, 5, 1), (4, 6, 1)]
-    apart = FlatRows.of(IDS, MASK, torch.float32, share=False)
+    apart = FlatRows.of(IDS, MASK, share=False)
     found = listed(Labels.of(batch, apart))
     assert [label for _, label, _ in found] == [9, 4, 9, 5, 6, 4] and {count for *_, count in found} == {1}
 

@@ -108,7 +108,7 @@ def computed_share(recipe: Recipe, rows: EncodedRows) -> float:
         for part in micro_batches(chosen, rows.lengths, micro_batch_size(recipe)):
             batch = collate(rows, part, 0)
             tokens += int(batch.attention_mask.sum())
-            flat = FlatRows.of(batch.input_ids, batch.attention_mask, torch.float32)
+            flat = FlatRows.of(batch.input_ids, batch.attention_mask)
             computed += flat.input_ids.shape[1]
     return computed / tokens
 
