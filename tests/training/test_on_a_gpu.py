@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from linchain_cli.chain import ChainConfig, find_siblings, inject
-from linchain_cli.model import flat_rows
-from linchain_cli.model.attention import FLAT_SDPA, GROUPED
+from linchain_cli.model import flat_rows, varlen
+from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
+from linchain_cli.model.varlen import Kernel
 from linchain_cli.training import loop
 from linchain_cli.training.job import Job
 from linchain_cli.training.optimizer import build_optimizer, trained_parameters
@@ -59,14 +60,24 @@ class Rows:
 def step(small_model):
     """A function that takes one optimizer step of a family on the pretended GPU, after a first one."""
 
-    def step(family: str, *, flat: bool = True, dropout: float = 0.0, layers: int | None = None):
-        model = small_model(family).to(torch.bfloat16)
+    def step(
+        family: str,
+        *,
+        flat: bool = True,
+        dropout: float = 0.0,
+        layers: int | None = None,
+        kernel: Kernel | None = None,
+    ):
+        model = small_model(family)
+        model.set_attn_implementation(FLAT_SDPA if model._supports_sdpa else GROUPED)
+        note_reaches(model)  # which needs values
+        model = model.to(torch.bfloat16)
         if layers is not None:
             del model.model.layers[layers:]
         model = model.to(DEVICE)
-        own = FLAT_SDPA if model._supports_sdpa else GROUPED
-        model.set_attn_implementation(own if flat else "sdpa")
-        record(model)[flat_rows._TRIAL] = flat
+        if not flat:
+            model.set_attn_implementation("sdpa")
+        record(model).update({flat_rows._TRIAL: flat, flat_rows._KERNEL: kernel})
         with pretend_gpu.PretendGpu() as gpu:
             chains = inject(model, ChainConfig(4, 3, 8.0, dropout, "orthogonal", "all-linear"), 1)
             any_rows = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
@@ -103,20 +114,43 @@ def test_host_and_device_meet_once_per_step(step, family, dropout):
     assert "optimizer_step" in gpu.reads[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_a_micro_batch_goes_over_in_two_copies(step, family):
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "llama4_text"])
+def test_host_and_device_meet_once_per_step_with_the_kernel(step, family, monkeypatch):
+    """And rows of 5 to 8 tokens, some of them beyond these windows and chunks."""
+    monkeypatch.setattr(flat_rows, "LONG", 8)
+    gpu = step(family, kernel=varlen.flash)
+    assert gpu.launches["_varlen_attn"] > 0 and len(gpu.reads) == 1, gpu.reads
+
+
+@pytest.mark.parametrize(
+    ("family", "kernel"),
+    [
+        ("llama", None),
+        ("gpt2", None),
+        ("mixtral", None),
+        ("llama", varlen.flash),
+        ("llama4_text", varlen.flash),
+    ],
+)
+def test_a_micro_batch_goes_over_in_two_copies(step, family, kernel, monkeypatch):
     """The rows and the labels, neither of which the host waits for."""
-    gpu = step(family)
+    monkeypatch.setattr(flat_rows, "LONG", 1)
+    gpu = step(family, kernel=kernel)
     large = [copy for copy in gpu.copies if copy.bytes > 8]
     assert len(large) == 2 * (ROWS // MICRO), gpu.copies
     assert all(copy.asynchronous for copy in large)
 
 
-@pytest.mark.parametrize(("dropout", "most"), [(0.0, 175), (0.1, 220)])
-def test_launches_of_a_block(step, dropout, most):
+@pytest.mark.parametrize(
+    ("dropout", "kernel", "most"), [(0.0, None, 175), (0.1, None, 220), (0.0, varlen.flash, 169)]
+)
+def test_launches_of_a_block(step, dropout, kernel, most, monkeypatch):
     """Forward and backward of one Llama block in one micro-batch, all seven of its linear layers adapted, and
     its share of what comes once in the step's four micro-batches."""
-    whole, shorter = (step("llama", dropout=dropout, layers=layers).launched for layers in (None, 1))
+    monkeypatch.setattr(flat_rows, "LONG", 1)
+    whole, shorter = (
+        step("llama", dropout=dropout, layers=layers, kernel=kernel).launched for layers in (None, 1)
+    )
     assert (whole - shorter) / (ROWS // MICRO) <= most
 
 
