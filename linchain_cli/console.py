@@ -54,13 +54,15 @@ class Progress:
     Args:
         unit: `bytes` are shown as such; anything else is counted.
         quiet: show nothing (every process but the first).
+        bars: False shows lines on a terminal, too: within something that may have bars of its own.
     """
 
-    def __init__(self, unit: str = "", quiet: bool = False):
+    def __init__(self, unit: str = "", quiet: bool = False, bars: bool = True):
         self._console, self._unit = stderr_console(quiet), unit
         self._last = time.monotonic()
         self._bars: dict[str, Any] = {}
-        self._progress = self._drawn() if self._console.is_terminal and not self._console.quiet else None
+        drawn = bars and self._console.is_terminal and not self._console.quiet
+        self._progress = self._drawn() if drawn else None
 
     def _drawn(self) -> Any:
         from rich import progress

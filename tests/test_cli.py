@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from linchain_cli import __version__, cli, console
 from linchain_cli.commands import recipes
@@ -57,7 +58,7 @@ def test_help_lists_every_command_with_its_whole_sentence(capsys):
 
 
 OPTIONS = {
-    "train": ["--resume", "--fresh", "--overwrite", "--nproc"],
+    "train": ["--resume", "--fresh", "--overwrite", "--nproc", "--json"],
     "eval": [
         "--tasks",
         "--protocol",
@@ -72,7 +73,7 @@ OPTIONS = {
     ],
     "merge": ["--base", "--out", "--dtype", "--max-shard-size", "--overwrite", "--no-proof", "--json"],
     "export": ["--format", "--base", "--out", "--overwrite", "--json"],
-    "import": ["--out", "--base", "--drop-bias"],
+    "import": ["--out", "--base", "--revision", "--drop-bias", "--overwrite", "--json"],
     "compare": ["--seeds", "--equal-parameters", "--fresh", "--overwrite", "--json"],
     "generate": ["--json"],
     "chat": ["--system", "--template", "--temperature", "--top-p", "--max-new-tokens", "--base", "--dtype"],
@@ -91,6 +92,30 @@ def test_every_option_is_there_and_has_a_help_text(command, capsys):
     for option in OPTIONS[command]:
         assert option in text
     assert "negated" not in text and " / --no-" not in text
+
+
+# What each prints is no report: a conversation, a sentence about a file, JSON as it is.
+WITHOUT_JSON = {"chat", "recipes copy", "recipes schema"}
+# What each replaces only where --overwrite says so.
+WITH_OVERWRITE = {"train", "compare", "merge", "export", "import", "recipes copy"}
+
+
+def commands(group=None, name=()):
+    """Every command's options, by its words."""
+    group = group or typer.main.get_command(cli.app)
+    for word, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*name, word))
+        else:
+            yield " ".join((*name, word)), {option for one in command.params for option in one.opts}
+
+
+def test_every_command_that_reports_takes_json_and_one_word_means_replacing():
+    found = dict(commands())
+    assert {name for name, options in found.items() if "--json" not in options} == WITHOUT_JSON
+    assert {name for name, options in found.items() if "--overwrite" in options} == WITH_OVERWRITE
+    for options in found.values():
+        assert not options & {"--force", "--replace", "--yes-overwrite", "-f"}
 
 
 def test_h_is_help_everywhere(capsys):

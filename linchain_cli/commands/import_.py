@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from linchain_cli import console
+from linchain_cli.commands.options import Json, Overwrite
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,13 +21,15 @@ if TYPE_CHECKING:
     from linchain_cli.importing.foreign import ForeignAdapter
     from linchain_cli.model.files import FoundBase
     from linchain_cli.recipe import Recipe
+    from linchain_cli.run import RunStatus
 
 
 def run(
     checkpoint: Annotated[
-        Path,
+        str,
         typer.Argument(
-            metavar="CHECKPOINT", help="An adapter of PEFT LoRA, MoSLoRA or the LinChain authors' code."
+            metavar="CHECKPOINT",
+            help="An adapter of PEFT LoRA, MoSLoRA or the LinChain authors' code: its directory or hub id.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes, as a run.")],
@@ -37,17 +41,29 @@ def run(
             show_default=False,
         ),
     ] = None,
+    revision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REVISION",
+            help="Of an adapter on the hub: a branch, a tag or a commit.",
+            show_default=False,
+        ),
+    ] = None,
     drop_bias: Annotated[
         bool, typer.Option("--drop-bias", help="Leave out trained biases, which no weight can hold.")
     ] = False,
+    overwrite: Overwrite = False,
+    json: Json = False,
 ) -> None:
     """Read an adapter that another tool wrote."""
     from linchain_cli.export.output import check_output
+    from linchain_cli.export.receipts import ImportReceipt
     from linchain_cli.importing.convert import import_adapter
+    from linchain_cli.importing.finding import find_checkpoint
     from linchain_cli.importing.foreign import read_foreign
 
-    foreign = read_foreign(checkpoint)
-    target = check_output(out, overwrite=False, sources=[foreign.directory])
+    foreign = read_foreign(find_checkpoint(checkpoint, revision))
+    target = check_output(out, ImportReceipt, overwrite=overwrite, sources=[foreign.directory])
     path = base or foreign.config.get("base_model_name_or_path")
     if not path:
         raise InputError(f"{checkpoint} names no base model: say which it is with --base MODEL")
@@ -55,8 +71,11 @@ def run(
     origin = {"path": path, "revision": foreign.config.get("revision"), "hash": found.hash}
     imported = import_adapter(foreign, drop_bias=drop_bias, base=origin, names=found.names)
     adapter = found.shorten(imported.adapter)
-    _write(target, imported, adapter, foreign, found.place)
-    _show(out, imported, adapter, found.note)
+    status = _write(target, imported, adapter, foreign, found.place, overwrite)
+    if json:
+        console.print_json(_as_json(out, adapter, status, found.note))
+    else:
+        _show(out, imported, adapter, found.note)
 
 
 @dataclass(frozen=True)
@@ -114,13 +133,19 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
 
 
 def _write(
-    target: Path, imported: Imported, adapter: Adapter, foreign: ForeignAdapter, place: FoundBase | None
-) -> None:
+    target: Path,
+    imported: Imported,
+    adapter: Adapter,
+    foreign: ForeignAdapter,
+    place: FoundBase | None,
+    overwrite: bool,
+) -> RunStatus:
     """A run directory that `eval`, `generate`, `merge`, `export` and `inspect` take like a trained one."""
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
     from linchain_cli.data.asking import read_asking, write_asking
     from linchain_cli.export.output import staged_output
+    from linchain_cli.export.receipts import ImportReceipt, hash_files
     from linchain_cli.records import write_record
     from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
 
@@ -145,13 +170,15 @@ def _write(
             "biases_dropped": [asdict(loss) for loss in imported.losses],
         },
     )
-    with staged_output(target) as staging:
+    with staged_output(target, ImportReceipt, overwrite=overwrite) as staging:
         run = RunDirectory(staging)
         save_adapter(adapter, run.adapter_dir)
         storage.write_atomic(run.recipe_path, recipe.to_yaml())
         write_record(run.status_path, status)
         if asking is not None:
             write_asking(asking, staging)
+        write_record(staging / ImportReceipt.FILE, ImportReceipt(files=hash_files(staging)))
+    return status
 
 
 def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter, asking: Asking | None) -> Recipe:
@@ -181,6 +208,20 @@ def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter, asking: Ask
             "training": {"keep": "last"},
         }
     )
+
+
+def _as_json(out: Path, adapter: Adapter, status: RunStatus, note: str) -> dict[str, Any]:
+    config = adapter.config
+    return {
+        "directory": str(out),
+        "base": adapter.base,
+        "rank": config.rank,
+        "depth": config.depth,
+        "alpha": config.alpha,
+        "modules": len(adapter.tensors),
+        **status.imported,
+        "notes": [note] if note else [],
+    }
 
 
 def _show(out: Path, imported: Imported, adapter: Adapter, note: str) -> None:

@@ -72,13 +72,14 @@ def entries_below(directory: Path) -> list[Entry]:
     found = []
     for path in sorted(directory.glob("[!.]*")):
         if (one := RunDirectory(path)).exists():
-            found.append(_run(one))
+            found.append(entry_of(one))
         elif (comparison := ComparisonDirectory(path)).exists():
             found.append(_comparison(comparison))
     return sorted(found, key=lambda entry: entry.changed_at or "", reverse=True)
 
 
-def _run(one: RunDirectory) -> Entry:
+def entry_of(one: RunDirectory) -> Entry:
+    """How a run stands."""
     from linchain_cli.evaluations import describe, find_evaluations
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import in_use, read_jsonl

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linchain_cli import console
-from linchain_cli.commands.options import Overrides, RecipePath
+from linchain_cli.commands.options import Json, Overrides, RecipePath
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def run(
         int | None,
         typer.Option(min=1, help="Number of processes; left out, one per visible GPU.", show_default=False),
     ] = None,
+    json: Json = False,
 ) -> None:
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
@@ -51,10 +53,12 @@ def run(
     if not launched() and (processes := wanted_processes(nproc)) > 1:
         raise typer.Exit(run_processes(sys.argv[1:], processes))
     end_with_launcher()
-    _train(loaded, directory, tasks, resume, fresh)
+    _train(loaded, directory, tasks, resume, fresh, json)
 
 
-def _train(recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: bool, fresh: bool) -> None:
+def _train(
+    recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: bool, fresh: bool, json: bool
+) -> None:
     from linchain_cli.training.processes import disconnect, is_first_process
     from linchain_cli.training.runner import finished_job, run_training
 
@@ -71,9 +75,13 @@ def _train(recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: b
         job = finished_job(directory)
     if job is not None:
         if tasks:
-            _evaluate(job, recipe.evaluation, tasks)
-        if is_first_process():
+            _evaluate(job, recipe.evaluation, tasks, quiet=json)
+        if is_first_process() and not json:
             print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
+    if json and is_first_process():
+        from linchain_cli.commands.runs import entry_of
+
+        console.print_json({**asdict(entry_of(directory)), "adapter": str(directory.adapter_dir)})
     disconnect()
 
 
@@ -110,7 +118,7 @@ def _plot(directory: RunDirectory) -> None:
             loss_plot(directory)
 
 
-def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task]) -> None:
+def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task], quiet: bool) -> None:
     from linchain_cli.data.asking import straddle_mostly
     from linchain_cli.evaluation.evaluate import evaluate
     from linchain_cli.evaluation.show import print_results
@@ -134,5 +142,5 @@ def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task]) -> None:
             share=not job.base.sharded,
             on_progress=lambda task, done, total: progress.show("evaluating", done, total, task),
         )
-    if is_first_process():
+    if is_first_process() and not quiet:
         print_results(results)

@@ -1,4 +1,4 @@
-"""merge.json and export.json: what an output was made from, what it consists of, and what was shown of it.
+"""merge.json, export.json and import.json: what an output was made from, what it consists of, what was shown.
 
 They depend on what went in alone: no time, no place. `--overwrite` knows by them what a command wrote.
 """
@@ -130,7 +130,20 @@ class ExportReceipt:
         return content | {"kind": "peft", "files": content["hashes"], "files_listed": False}
 
 
-Receipt = MergeReceipt | ExportReceipt
+@dataclass(frozen=True, kw_only=True)
+class ImportReceipt:
+    """import.json. files: SHA-256 of every file but this one, as it was written"""
+
+    FORMAT: ClassVar[str] = "linchain import"
+    VERSION: ClassVar[int] = 1
+    FILE: ClassVar[str] = "import.json"
+
+    files: dict[str, str]
+    linchain: str = __version__
+    files_listed: bool = True
+
+
+Receipt = MergeReceipt | ExportReceipt | ImportReceipt
 
 
 def hash_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:

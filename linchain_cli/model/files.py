@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, Protocol
@@ -234,8 +234,9 @@ def looks_local(path: str) -> bool:
     return bool(slash) and (folder.lower() in LOCAL_FOLDERS or Path(folder).is_dir())
 
 
-def refuse_missing(path: str, more: Iterable[str] = ()) -> NoReturn:
-    """Raises InputError for a path that is not there, with the nearest of what is, or of `more`."""
+def refuse_missing(path: str, more: Iterable[str] = (), what: str = "model") -> NoReturn:
+    """Raises InputError for a path of a `what` that is not there, with the nearest of what is, or of
+    `more`."""
     local = expand(path)
     missing = local
     while not missing.parent.exists():
@@ -244,7 +245,7 @@ def refuse_missing(path: str, more: Iterable[str] = ()) -> NoReturn:
     part = "" if missing == local else f" ({missing} does not exist)"
     hint = did_you_mean(str(missing), [*siblings, *more])
     raise InputError(
-        f"There is no model at '{path}'{part}, and it looks like a path, so the hub was not asked.{hint}"
+        f"There is no {what} at '{path}'{part}, and it looks like a path, so the hub was not asked.{hint}"
     )
 
 
@@ -253,28 +254,35 @@ def refuse_missing(path: str, more: Iterable[str] = ()) -> NoReturn:
 
 def _hub_directory(repo: str, revision: str | None, weights: bool) -> Path:
     """Downloads what a model needs, small files first: an unusable model is refused before its weights."""
-    from huggingface_hub import snapshot_download
-
     with hub_problems(MODEL, repo, revision):
-        commit = _resolve_commit(repo, revision)
-
-        def fetch(patterns: list[str]) -> Path:
-            return Path(
-                snapshot_download(
-                    repo,
-                    revision=commit or revision,
-                    local_files_only=commit is None,
-                    etag_timeout=HUB_TIMEOUT,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*/*"],
-                )
-            )
-
+        fetch = hub_fetcher(repo, revision)
         directory = fetch(SMALL_FILES)
         _check_directory(directory)
         if weights:
             _fetch_weights(directory, fetch)
     return directory
+
+
+def hub_fetcher(repo: str, revision: str | None) -> Callable[[list[str]], Path]:
+    """What downloads files of a hub model, by patterns for those at its top, and says in which directory they
+    are then: all of one commit. For use within `hub_problems`."""
+    from huggingface_hub import snapshot_download
+
+    commit = _resolve_commit(repo, revision)
+
+    def fetch(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=commit or revision,
+                local_files_only=commit is None,
+                etag_timeout=HUB_TIMEOUT,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+            )
+        )
+
+    return fetch
 
 
 def _fetch_weights(directory: Path, fetch) -> None:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from linchain_cli import console
 from linchain_cli.errors import InputError
 from linchain_cli.locks import locked
 from linchain_cli.machine import cpu_limit
@@ -168,8 +169,14 @@ def _read_and_hash(path: Path) -> dict[str, str]:
     from linchain_cli.model.checkpoint import read_tensors
 
     tensors = read_tensors(path)
+    total, done = sum(tensor.nbytes for tensor in tensors.values()), 0
+    digests = []
     with concurrent.futures.ThreadPoolExecutor(min(8, cpu_limit())) as pool:
-        digests = list(pool.map(_digest, tensors.values()))
+        progress = console.Progress("bytes", bars=False)
+        for tensor, digest in zip(tensors.values(), pool.map(_digest, tensors.values()), strict=True):
+            digests.append(digest)
+            done += tensor.nbytes
+            progress.show("reading the base's weights", done, total, path.name)
     return {
         name: f"{tensor.type} {list(tensor.shape)} {digest}"
         for (name, tensor), digest in zip(tensors.items(), digests, strict=True)

@@ -215,3 +215,14 @@ def test_a_run_that_fails_says_why_and_exits_1(linchain, recipe, run, monkeypatc
         "\nerror: step 1: the loss is nan" in err and "Its rows" not in err and "The step's rows are [" in err
     )
     assert run.read_status().status == "failed"
+
+
+def test_with_json_stdout_holds_how_the_run_stands(recipe, linchain, tmp_path, capfd):
+    tasks = ("evaluation.tasks=[everyday]", "evaluation.limit=3", "training.max_steps=2")
+    code, out, err = linchain("train", recipe, *tasks, "--json")
+    found = json.loads(out)
+    assert code == 0 and (found["status"], found["step"], found["rank"]) == ("finished", 2, 4)
+    assert found["path"] == str(tmp_path / "runs" / "tiny") and Path(found["adapter"]).is_dir()
+    assert list(found["evaluations"][0]["tasks"]) == ["everyday"]
+    code, out, _ = linchain("train", recipe, *tasks, "--json", "--resume")
+    assert code == 0 and json.loads(out) == found

@@ -198,8 +198,28 @@ def test_an_imported_adapter_is_a_run(make_run, base_of, capsys, tmp_path):
     merged = json.loads((tmp_path / "back" / "merged" / "merge.json").read_bytes())
     assert merged["logits"]["largest_difference"] < 1e-5
     capsys.readouterr()
-    assert linchain("import", run.path / "peft", "--out", tmp_path / "back") == 2
-    assert "exists and is left as it is" in capsys.readouterr().err
+    (tmp_path / "back" / "eval").mkdir()
+    for words in ((), ("--overwrite",)):  # what was made of it is not import's to replace
+        assert linchain("import", run.path / "peft", "--out", tmp_path / "back", *words) == 2
+        assert "left as it is" in capsys.readouterr().err
+
+
+def test_an_import_is_told_as_json_and_replaced_when_asked_to(make_run, base_of, capsys, tmp_path):
+    run = make_run(base_of("llama"))
+    linchain("export", run.path)
+    capsys.readouterr()
+    again = ("import", run.path / "peft", "--out", tmp_path / "back")
+    assert linchain(*again, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["directory"], found["rank"], found["depth"]) == (str(tmp_path / "back"), 4, 0)
+    assert (found["modules"], found["biases_dropped"]) == (14, [])
+    assert found["base"] == load_adapter(tmp_path / "back" / "adapter").base
+    before = files_of(tmp_path / "back")
+    assert linchain(*again) == 2
+    assert "Use --overwrite" in capsys.readouterr().err
+    (tmp_path / "back" / "recipe.yaml").unlink()
+    assert linchain(*again, "--overwrite") == 0
+    assert files_of(tmp_path / "back").keys() == before.keys()
 
 
 def test_an_imported_run_finds_its_base_from_elsewhere(make_run, base_of, capsys, tmp_path, monkeypatch):

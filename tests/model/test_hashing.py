@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from linchain_cli import console
 from linchain_cli.errors import InputError
 from linchain_cli.model import hashing
 from linchain_cli.model.hashing import base_hash, file_hash, is_same_base, refuse_other_base
@@ -143,3 +144,10 @@ def test_a_damaged_weight_file_is_named(checkpoint):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="model.safetensors is damaged"):
         base_hash(checkpoint)
+
+
+def test_a_large_base_is_told_about_while_it_is_read(checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0)
+    base_hash(checkpoint)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21 and lines[0].startswith("reading the base's weights (model.safetensors): 0 MB")
