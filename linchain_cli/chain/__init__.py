@@ -16,6 +16,7 @@ from linchain_cli.chain.files import (
     with_depth,
 )
 from linchain_cli.chain.fold import find_siblings, folded
+from linchain_cli.chain.init import initial_gain
 from linchain_cli.chain.inject import (
     ChainConfig,
     adapter_kind,
@@ -59,6 +60,7 @@ __all__ = [
     "find_siblings",
     "fold_into_a",
     "folded",
+    "initial_gain",
     "inject",
     "linear_shape",
     "load_adapter",

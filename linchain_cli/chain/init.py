@@ -42,6 +42,14 @@ def initial_links(scheme: str, depth: int, rank: int, generator: torch.Generator
     return links
 
 
+def initial_gain(scheme: str, depth: int) -> float:
+    """What fresh links multiply a signal by: the root of E‖Wn…W1·x‖² / ‖x‖².
+
+    An entry of U(±1/√r) has the variance 1/(3r), and an output sums r of them: 1/√3 for each kaiming link.
+    """
+    return 3 ** (-depth / 2) if scheme == "kaiming" else 1.0
+
+
 @torch.no_grad()
 def initialise(layer: ChainLinear, path: str, scheme: str, seed: int) -> None:
     """Sets A to U(±1/√d_in) (Kaiming uniform with a = √5), B to zero and the links by `scheme`, in place.

@@ -27,7 +27,7 @@ def run(recipe: RecipePath, overrides: Overrides = None, json: Json = False) -> 
     check_view.recipe(shown, loaded.to_yaml())
     found = _check(loaded, shown)
     if json:
-        print_json({"recipe": loaded.model_dump(mode="json"), **found})
+        print_json(found)
 
 
 def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
@@ -43,6 +43,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.display import counting_rows
     from linchain_cli.training.forecast import forecast, recipe_epoch
     from linchain_cli.training.job import chain_config
+    from linchain_cli.training.rate import with_rate
     from linchain_cli.training.schedule import total_steps, unreachable
 
     limit_threads()
@@ -50,6 +51,8 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(directory)
     model = empty_model(directory)
     modules = _modules(recipe, model, console)
+    recipe, auto = with_rate(recipe, model)
+    check_view.learning_rate(console, auto)
 
     readable = limits(model)
     with counting_rows() as progress:
@@ -75,6 +78,8 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     reports = [report for report in (data.report, data.validation_report) if report is not None]
     told = [note for report in reports for note in (*report.notes, *report.warnings)]
     return {
+        "recipe": recipe.model_dump(mode="json"),
+        "auto_rate": auto and auto.reason,
         "modules": modules,
         "rows": data.report.counts(),
         "validation": data.validation_report.counts() if data.validation_report else None,

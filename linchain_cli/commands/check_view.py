@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import Recipe
     from linchain_cli.training.forecast import Forecast
+    from linchain_cli.training.rate import AutoRate
 
 BAR = 40  # characters of the histogram's longest bar
 
@@ -83,6 +84,12 @@ def modules(
         f"{_count(base)} frozen ones ({_share(trained, base)})"
     )
     console.print(covered.describe(most=len(covered.without_chain)))
+
+
+def learning_rate(console: Console, found: AutoRate | None) -> None:
+    """What `auto` stands for."""
+    if found is not None:
+        console.print(found.describe())
 
 
 def sources(console: Console, data: PreparedData) -> None:

@@ -15,7 +15,7 @@ from linchain_cli.recipe import Recipe, load_recipe, within
 from linchain_cli.storage import sha256_bytes
 
 DEPTH, INIT, RATE = "adapter.depth", "adapter.init", "training.learning_rate"
-LINKS_RATE = "training.lr_multiplier.links"
+LINKS_RATE, SCALE = "training.lr_multiplier.links", "adapter.scale"
 
 # What decides rows, their order, the loss's meaning or how it is measured: arms that differ in it say nothing
 # about each other. Names of sections stand for all their keys.
@@ -154,6 +154,8 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     Keys that touch no loss are left out, and those that cannot matter to this recipe are None.
     """
     found = {key: value for key, value in recipe.flat().items() if not within(key, FREE)}
+    if recipe.adapter.depth == 0 or recipe.adapter.init != "kaiming":  # others lose no scale
+        found[SCALE] = None
     if recipe.adapter.depth == 0:
         found[INIT] = found[LINKS_RATE] = None
     if recipe.adapter.init_from is not None:
@@ -217,7 +219,7 @@ def arm_name(recipe: Recipe, base: Recipe) -> str:
 
 def _tells(key: str, own: Mapping[str, Any]) -> bool:
     """Whether a setting belongs into an arm's name, behind depth and init: not where it cannot matter."""
-    return key not in (DEPTH, INIT) and not (key == LINKS_RATE and own[key] is None)
+    return key not in (DEPTH, INIT) and not (key in (LINKS_RATE, SCALE) and own[key] is None)
 
 
 def _slug(value: Any) -> str:

@@ -34,13 +34,14 @@ from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import release_memory
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.limits import limits
-from linchain_cli.model.loading import locate
+from linchain_cli.model.loading import empty_model, locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.metrics import reset_peak_memory
+from linchain_cli.training.rate import with_rate
 from linchain_cli.training.runner import run_training
 from linchain_cli.training.schedule import total_steps
 
@@ -71,6 +72,7 @@ def run_comparison(
         LinchainError: runs failed (a loss that is not finite, say); the others are done and written.
     """
     directory = ComparisonDirectory(grid.base.run_path)
+    grid = with_rates(grid)
     arms = _adjusted(grid) if equal_parameters else list(grid.arms)
     tasks = recipe_tasks(grid.base.evaluation)
     with locked(directory.path, _WAIT):
@@ -105,6 +107,16 @@ def _refuse_busy(directory: ComparisonDirectory) -> None:
 def _command(grid: Grid, seeds: Sequence[int], equal_parameters: bool) -> list[str]:
     flags = ["--seeds", ",".join(map(str, seeds)), *(["--equal-parameters"] if equal_parameters else [])]
     return [*grid.words, *flags]
+
+
+def with_rates(grid: Grid) -> Grid:
+    """The grid with numbers where a learning rate is `auto`: each arm's own, at its alpha and links."""
+    recipes = [grid.base, *(arm.recipe for arm in grid.arms)]
+    if all(recipe.training.learning_rate != "auto" for recipe in recipes):
+        return grid
+    model = empty_model(locate(grid.base.model.path, grid.base.model.revision, weights=False))
+    arms = tuple(replace(arm, recipe=with_rate(arm.recipe, model)[0]) for arm in grid.arms)
+    return replace(grid, base=with_rate(grid.base, model)[0], arms=arms)
 
 
 def _adjusted(grid: Grid) -> list[Arm]:

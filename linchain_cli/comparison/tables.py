@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linchain_cli.comparison.definition import Definition
-from linchain_cli.comparison.grid import DEPTH, INIT, LINKS_RATE, RATE, Arm, labels, settings
+from linchain_cli.comparison.grid import DEPTH, INIT, LINKS_RATE, RATE, SCALE, Arm, labels, settings
 from linchain_cli.comparison.measure import Measurement
 from linchain_cli.comparison.statistics import LEVEL, estimate, interval, p_value, smallest_telling
 from linchain_cli.evaluation.statistics import holm
@@ -20,7 +20,7 @@ LOWER, HIGHER, WITHIN = "lower", "higher", "within the spread"
 BY_CHANCE = "may be chance"
 ONE_SEED, REFERENCE = "one seed, no spread", "reference"
 # Keys that have no meaning for a depth of 0, so that they need not agree between an arm and its LoRA.
-_OF_LINKS = (DEPTH, INIT, LINKS_RATE)
+_OF_LINKS = (DEPTH, INIT, LINKS_RATE, SCALE)
 
 
 @dataclass(frozen=True)

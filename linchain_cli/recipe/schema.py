@@ -72,6 +72,10 @@ class AdapterConfig(StrictModel):
     """Number of rank x rank links between A and B: 0 is LoRA, 1 is MoSLoRA."""
     alpha: Annotated[float, Field(gt=0)] = 32.0
     """The chain's output is multiplied by alpha / rank."""
+    scale: Literal["alpha", "match"] = "alpha"
+    """match gives back what links lose at their start, so that a chain begins at LoRA's scale: with kaiming
+    links alpha counts √3 times as much for each of them, with others nothing changes. chain.json holds the
+    alpha that results."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the chain's input while training. 0 allows the fast path."""
     init: Literal["orthogonal", "identity", "kaiming"] = "orthogonal"
@@ -113,13 +117,18 @@ WarmUp = Annotated[
 ]
 
 
-def _kind_of_micro_batch(value: Any) -> str:
+def _number_or_auto(value: Any) -> str:
     return "auto" if value == "auto" else "number"
 
 
+LearningRate = Annotated[
+    tagged(Annotated[float, Field(gt=0, le=1)], "number") | tagged(Literal["auto"], "auto"),
+    choose(_number_or_auto),
+    Expected("a number above 0 and up to 1, or auto"),
+]
 MicroBatch = Annotated[
     tagged(Count, "number") | tagged(Literal["auto"], "auto"),
-    choose(_kind_of_micro_batch),
+    choose(_number_or_auto),
     Expected("a whole number of at least 1, or auto"),
 ]
 Tracker = Literal[
@@ -139,8 +148,9 @@ class TrainingConfig(StrictModel):
     micro_batch_size: MicroBatch = 4
     """Rows that are in memory at once on each process; auto finds the largest that fits. The step's gradient
     does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller then."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 3.0e-4
-    """Peak learning rate."""
+    learning_rate: LearningRate = 3.0e-4
+    """Peak learning rate. auto takes a published one for models of this family and size, changed for alpha
+    and for what links lose at their start; check shows it. `linchain tune` finds one by training."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or
     constant."""

@@ -70,6 +70,7 @@ class RunStatus:
     hashes: of `recipe`, `data` and `base`; of an old run, base's is that of the weight files' bytes
     coverage: of the decoder's weights, how many have a chain and which kinds have none
     rows: counts of kept, skipped and truncated rows, of all sources and of each
+    learning_rate, auto_rate: the peak, and what `auto` made it of, where the recipe left it to be found
     plan: the forecast, with what was measured beside it
     validation_loss: the lowest
     comparison, arm: of which comparison the run is an arm, and which
@@ -92,6 +93,8 @@ class RunStatus:
     versions: dict[str, str] = field(default_factory=dict)
     hashes: dict[str, str | None] = field(default_factory=dict)
     base: RunBase | None = None
+    learning_rate: float | None = None
+    auto_rate: str | None = None
     seed: int | None = None
     split_seed: int | None = None
     machine: Machine = Machine()

@@ -24,6 +24,7 @@ from linchain_cli.chain import (
     adapter_of,
     coverage,
     find_siblings,
+    initial_gain,
     inject,
     load_adapter,
     load_tensors,
@@ -48,12 +49,14 @@ from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.display import counting_rows
 from linchain_cli.training.fingerprints import compare, fingerprints
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
+from linchain_cli.training.rate import AutoRate, with_rate
 from linchain_cli.training.state import TrainingState
 
 
 @dataclass
 class Job:
-    """One run, ready to train. `parameters` are the trained tensors by the adapter file's names."""
+    """One run, ready to train. `parameters` are the trained tensors by the adapter file's names; `auto_rate`
+    says how the learning rate was found where the recipe left it to be found."""
 
     recipe: Recipe
     run: RunDirectory
@@ -65,6 +68,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     store: CheckpointStore
     fingerprints: dict[str, Any]
+    auto_rate: AutoRate | None = None
     state: TrainingState = field(default_factory=TrainingState)
     best: dict[str, Tensor] | None = None
 
@@ -141,12 +145,13 @@ class Job:
 
 
 def chain_config(recipe: Recipe) -> ChainConfig:
-    """The adapter section as the chain package takes it."""
+    """The adapter section as the chain package takes it, whose alpha is the one that is computed with."""
     adapter = recipe.adapter
+    lost = initial_gain(adapter.init, adapter.depth) if adapter.scale == "match" else 1.0
     return ChainConfig(
         rank=adapter.rank,
         depth=adapter.depth,
-        alpha=adapter.alpha,
+        alpha=adapter.alpha / lost,
         dropout=adapter.dropout,
         init=adapter.init,
         target_modules=adapter.target_modules,
@@ -201,7 +206,7 @@ def prepare(
             accelerator, lambda: prepare_data(recipe.data, base.tokenizer, readable, progress=progress)
         )
     data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer, readable))
-    recipe = recipe.model_copy(update={"data": data.config})
+    recipe, found_rate = with_rate(recipe.model_copy(update={"data": data.config}), base.model)
     if base.sharded:
         together(accelerator, lambda: _refuse_classes(base.model, data))
     layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
@@ -226,7 +231,7 @@ def prepare(
         sharded=base.sharded,
     )
     store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
-    return Job(recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks)
+    return Job(recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks, found_rate)
 
 
 def _refuse_classes(model: nn.Module, data: PreparedData) -> None:
@@ -344,6 +349,8 @@ def description(job: Job) -> dict[str, Any]:
             directory=str(job.base.directory.resolve()),
             dtype=_name(job.model.dtype),
         ),
+        "learning_rate": recipe.training.learning_rate,
+        "auto_rate": job.auto_rate and job.auto_rate.reason,
         "seed": recipe.seed,
         "split_seed": recipe.data.split_seed,
         "machine": Machine(

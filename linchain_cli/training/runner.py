@@ -88,6 +88,8 @@ def run_training(
         if found != NEW:
             stop.message = f"stopped before the next step: {run.path} is as it was"
         say(jobs.chain_coverage(job).describe())
+        if job.auto_rate is not None:
+            say(job.auto_rate.describe())
         for told in job.data.report.notes:
             say(told)
         for warning in jobs.warnings(job):
