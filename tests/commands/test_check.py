@@ -43,6 +43,15 @@ def lines_of(text: str, start: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.startswith(start)]
 
 
+def test_what_auto_comes_to_is_shown(recipe, capsys):
+    words = (recipe, "training.learning_rate=auto", "adapter.alpha=16")
+    assert check(*words) == 0
+    assert "learning rate 0.002, by auto: 0.001 for" in capsys.readouterr().out
+    assert check(*words, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["recipe"]["training"]["learning_rate"] == 2e-3 and "alpha" in found["auto_rate"]
+
+
 def test_with_json_stdout_holds_one_value_of_what_is_shown(recipe, capfd):
     arguments = (recipe, "training.warmup_steps=100", "evaluation.tasks=[everyday]", "evaluation.limit=7")
     assert check(*arguments) == 0

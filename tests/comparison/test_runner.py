@@ -16,7 +16,7 @@ from linchain_cli.commands.compare import parse_seeds
 from linchain_cli.comparison import runner
 from linchain_cli.comparison.grid import expand
 from linchain_cli.comparison.halves import halves_path, read_halves
-from linchain_cli.comparison.runner import run_comparison
+from linchain_cli.comparison.runner import run_comparison, with_rates
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.model.loading import load_tokenizer
@@ -65,6 +65,14 @@ def metrics(run: RunDirectory) -> list[dict]:
 
 def runs_of(directory: ComparisonDirectory) -> dict[str, RunDirectory]:
     return {path.name: RunDirectory(path) for path in sorted(directory.arms_dir.iterdir()) if path.is_dir()}
+
+
+def test_auto_is_each_arms_own_rate(recipe_path):
+    """alpha 8 asks for four times the published rate, three kaiming links for √27 times as much again."""
+    words = ["adapter.depth=0,3", "training.learning_rate=auto,1e-2"]
+    grid = with_rates(expand(recipe_path, words))
+    assert [arm.recipe.training.learning_rate for arm in grid.arms] == [4e-3, 1e-2, 0.021, 1e-2]
+    assert grid.base.training.learning_rate == 3e-3
 
 
 def test_every_arm_has_a_finished_run_with_every_seed(finished):

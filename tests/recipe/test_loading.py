@@ -185,7 +185,7 @@ def test_one_problem_is_one_line(write):
         ("adapter.dropout=.nan", "adapter.dropout: expected a number"),
         ("adapter.alpha=inf", "adapter.alpha: expected a number above 0"),
         ("training.lr=1", "training.lr: unknown key. Did you mean 'learning_rate'?"),
-        ("training.learning_rate=0", "above 0 and at most 1, got '0'"),
+        ("training.learning_rate=0", "a number above 0 and up to 1, or auto, got '0'"),
         ("training.optimizer=adam", "Did you mean 'adamw'?"),
         ("training.micro_batch_size=many", "expected a whole number of at least 1, or auto, got 'many'"),
         ("training.trackers=[tensorbord]", "Did you mean 'tensorboard'?"),

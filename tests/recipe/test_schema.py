@@ -24,7 +24,7 @@ DEFAULTS = """\
 output_dir: runs
 seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
-adapter: {rank: 16, depth: 3, alpha: 32.0, dropout: 0.0, init: orthogonal, init_from: null,
+adapter: {rank: 16, depth: 3, alpha: 32.0, scale: alpha, dropout: 0.0, init: orthogonal, init_from: null,
           target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
 data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, labels: {}, template: auto,
 chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: false,
