@@ -147,7 +147,7 @@ def test_transformers_is_admitted_up_to_the_tested_minor_version():
 
 def imported_packages(folder: Path) -> set[str]:
     """First words of what the folder's files import, without the standard library and the project's own."""
-    own = {"linchain_cli", folder.name, *(path.stem for path in folder.rglob("*.py"))}
+    own = {"linchain_cli", "scripts", folder.name, *(path.stem for path in folder.rglob("*.py"))}
     own |= {path.name for path in folder.iterdir()}
     names = set()
     for path in folder.rglob("*.py"):

@@ -1,9 +1,8 @@
-"""One arm of the training benchmark, in a process of its own: reads `go` lines, runs a round for each, prints
-JSON.
+"""One arm of the training benchmark, in a process of its own (`processes.Arm`): reads `go` lines, runs a
+round for each, prints JSON.
 
-Called by `processes.Arm` as `python -m scripts.bench.arms ARM SETTINGS.json`. All arms see the same rows in
-the same steps, start from the same A and links (B = 0), and use AdamW at one constant rate, so that their
-losses can be compared.
+All arms see the same rows in the same steps, start from the same A and links (B = 0), and use AdamW at one
+constant rate, so that their losses can be compared.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import json
 import math
 import sys
 import time
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,6 +59,8 @@ def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
     from linchain_cli.training.signals import StopRequest
     from linchain_cli.training.threads import LoadedCpus
 
+    if compiled and (backend := settings.get("compile_backend")):
+        torch.compile = partial(torch.compile, backend=backend)
     job = make_job(settings, depth, compiled)
     rows, stop = Rows(job), StopRequest()
     cpus = LoadedCpus(job, SharedCpus(torch.get_num_threads()), lambda message: None)
@@ -118,8 +119,9 @@ class UncollapsedChain(nn.Module):
 def hugging_face_arm(settings: dict, adapter: str, trainer: str) -> None:
     """An adapter (PEFT's LoRA, or the uncollapsed chain) under transformers' Trainer or TRL's SFTTrainer.
 
-    SDPA is what `from_pretrained` takes by default. TRL, which is to run at its best setting, gets on a CPU
-    what is faster there out of transformers' own attentions, eager.
+    `trainer` with "+unpadded" reads rows without padding: Trainer puts a micro-batch's rows behind each other
+    as one, SFTTrainer packs them. SDPA is what `from_pretrained` takes by default. TRL, which is to run at
+    its best setting, gets on a CPU what is faster there out of transformers' own attentions, eager.
     """
     from linchain_cli.chain import chain_layers, detach
 
@@ -136,7 +138,7 @@ def hugging_face_arm(settings: dict, adapter: str, trainer: str) -> None:
     else:
         model = with_peft(model, layers, settings["rank"])
     run = {"trainer": run_trainer, "sft": run_sft}[trainer.partition("+")[0]]
-    run(settings, model, job, rows, packing=trainer.endswith("+packing"))
+    run(settings, model, job, rows, unpadded=trainer.endswith("+unpadded"))
 
 
 def with_peft(model: nn.Module, layers: dict, rank: int) -> nn.Module:
@@ -200,28 +202,35 @@ def trainer_arguments(settings: dict) -> dict:
         "per_device_train_batch_size": settings["micro"], "gradient_accumulation_steps": BATCH //
         settings["micro"], "learning_rate": RATE, "lr_scheduler_type": "constant", "logging_steps": 1,
         "save_strategy": "no", "report_to": [], "train_sampling_strategy": "sequential", "disable_tqdm": True,
-        "use_cpu": settings["device"] == "cpu", "bf16": False, "fp16": False,
+        "use_cpu": settings["device"] == "cpu", "fp16": False,
+        # Usual on GPUs: the adapter's products in bfloat16 as well, its values in float32.
+        "bf16": settings["device"] == "cuda" and settings["dtype"] == "bfloat16",
     }  # fmt: skip
 
 
-def run_trainer(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = False) -> None:
-    from datasets import Dataset
-    from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
+def run_trainer(settings: dict, model: nn.Module, job, rows: Rows, unpadded: bool = False) -> None:
+    from transformers import (
+        DataCollatorForSeq2Seq,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainingArguments,
+    )
     from transformers.trainer_callback import PrinterCallback
 
     job.base.tokenizer.pad_token_id = rows.pad_id
+    padding = DataCollatorForSeq2Seq(job.base.tokenizer, padding=True)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(**trainer_arguments(settings)),
-        train_dataset=Dataset.from_list(rows.examples(settings["rounds"] * settings["steps"])),
-        data_collator=DataCollatorForSeq2Seq(job.base.tokenizer, padding=True),
+        train_dataset=rows.examples(settings["rounds"] * settings["steps"]),
+        data_collator=DataCollatorWithFlattening() if unpadded else padding,
         callbacks=[clocked(settings, rows.tokens)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 
 
-def run_sft(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = False) -> None:
+def run_sft(settings: dict, model: nn.Module, job, rows: Rows, unpadded: bool = False) -> None:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer
@@ -233,11 +242,11 @@ def run_sft(settings: dict, model: nn.Module, job, rows: Rows, packing: bool = F
             "completion_mask": [int(label != -100) for label in example["labels"]],
         }
         # Packing makes fewer rows of them, so it starts from more.
-        for example in rows.examples((4 if packing else 1) * settings["rounds"] * settings["steps"])
+        for example in rows.examples((4 if unpadded else 1) * settings["rounds"] * settings["steps"])
     ]
     arguments = trainer_arguments(settings) | {
         "max_length": settings["max_length"], "completion_only_loss": not settings["train_on_inputs"],
-        "gradient_checkpointing": False, "packing": packing,
+        "gradient_checkpointing": False, "packing": unpadded,
     }  # fmt: skip
     trainer = SFTTrainer(
         model=model, args=SFTConfig(**arguments), train_dataset=Dataset.from_list(examples),
@@ -254,7 +263,8 @@ ARMS = {
     "limit": limit_arm,
     "peft": lambda settings: hugging_face_arm(settings, "lora", "trainer"),
     "trl": lambda settings: hugging_face_arm(settings, "lora", "sft"),
-    "trl-packing": lambda settings: hugging_face_arm(settings, "lora", "sft+packing"),
+    "peft-unpadded": lambda settings: hugging_face_arm(settings, "lora", "trainer+unpadded"),
+    "trl-packing": lambda settings: hugging_face_arm(settings, "lora", "sft+unpadded"),
     "uncollapsed": lambda settings: hugging_face_arm(settings, "uncollapsed", "trainer"),
     **{
         f"linchain-{depth}": (lambda settings, depth=depth: linchain_arm(settings, depth))
@@ -262,6 +272,3 @@ ARMS = {
     },
     "linchain-3-compiled": lambda settings: linchain_arm(settings, 3, compiled=True),
 }
-
-if __name__ == "__main__":
-    ARMS[sys.argv[1]](json.loads(Path(sys.argv[2]).read_text()))
