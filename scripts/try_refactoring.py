@@ -21,7 +21,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from linchain_cli.chain import ChainLinear
 from linchain_cli.chain.layer import collapse
 from linchain_cli.errors import LinchainError
 from linchain_cli.recipe import load_recipe
@@ -67,18 +66,19 @@ def refactored(
 
 
 @torch.no_grad()
-def refactor(job: Job, layer: ChainLinear, mode: str) -> None:
+def refactor(job: Job, path: str, mode: str) -> None:
     """Rewrites one layer and its optimizer's moments in place."""
+    layer = job.layers[path]
     A, links, B, t_a, t_b = refactored(layer.A, layer.links, layer.B, mode)
     layer.A.copy_(A)
     layer.links.copy_(links)
     layer.B.copy_(B)
     # ΔW stays, so the chain rule gives the gradients of the new factors from those of the old.
     g_a, g_b = torch.linalg.inv(t_a).T.float(), torch.linalg.inv(t_b).T.float()
-    state = job.optimizer.state[layer.A]
+    state = job.optimizer.moments(f"{path}.A")
     state["exp_avg"].copy_(g_a @ state["exp_avg"])
     state["exp_avg_sq"].copy_(g_a.square() @ state["exp_avg_sq"])
-    state = job.optimizer.state[layer.B]
+    state = job.optimizer.moments(f"{path}.B")
     state["exp_avg"].copy_(state["exp_avg"] @ g_b)
     state["exp_avg_sq"].copy_(state["exp_avg_sq"] @ g_b.square())
 
@@ -97,8 +97,8 @@ def main(arguments: Sequence[str]) -> None:
     def step_and_refactor(job: Job, *rest):
         result = step(job, *rest)
         if (job.state.step + 1) % int(every) == 0:
-            for layer in job.layers.values():
-                refactor(job, layer, mode)
+            for path in job.layers:
+                refactor(job, path, mode)
         return result
 
     loop.optimizer_step = step_and_refactor

@@ -34,29 +34,22 @@ def folded(model: nn.Module) -> Iterator[None]:
     groups = list(dict.fromkeys(layer.group for layer in chain_layers(model).values()))
     if any(group.factors is not None for group in groups):
         raise RuntimeError("folded() does not nest: this model is folded already")
-    stacks = _stacks(groups)
-    products = [_fold(stack) for stack in stacks]
+    stacks = [_Stack(alike) for alike in _alike(groups)]
     try:
         yield
     finally:
-        leaves = [[leaf for group in stack for leaf in group.factors.as_rD] for stack in stacks]
         for group in groups:
             group.install(None)
-    reached = [
-        (product, torch.stack([_gradient(leaf) for leaf in of_stack]))
-        for product, of_stack in zip(products, leaves, strict=True)
-        if any(leaf.grad is not None for leaf in of_stack)
-    ]
-    if reached:
-        torch.autograd.backward([product for product, _ in reached], [gradient for _, gradient in reached])
+    for stack in stacks:
+        stack.carry_gradients()
 
 
-def _stacks(groups: Iterable[Group]) -> list[list[Group]]:
+def _alike(groups: Iterable[Group]) -> list[list[Group]]:
     """The groups in as few parts as can be folded together: of layers with tensors of the same shapes."""
-    alike: dict[tuple, list[Group]] = defaultdict(list)
+    found: dict[tuple, list[Group]] = defaultdict(list)
     for group in groups:
-        alike[_likeness(group.layers[0])].append(group)
-    return list(alike.values())
+        found[_likeness(group.layers[0])].append(group)
+    return list(found.values())
 
 
 def _likeness(layer: ChainLinear) -> tuple:
@@ -64,24 +57,53 @@ def _likeness(layer: ChainLinear) -> tuple:
     return layer.A.shape, layer.links.shape, layer.A.dtype, layer.A.device, layer.scaling, layer.compute_dtype
 
 
-def _fold(stack: Sequence[Group]) -> Tensor:
-    """Folds the groups of a stack, with one batched product for each link.
+class _Stack:
+    """M layers of like shapes, folded together: one batched product for each link, however many there are."""
 
-    Returns:
-        A' of all their M layers (M, r, D), differentiable with respect to each A and links.
-    """
-    layers = [layer for group in stack for layer in group.layers]
-    links_Mnrr = torch.stack([layer.links for layer in layers])
-    product_MrD = fold_into_a(torch.stack([layer.A for layer in layers]), links_Mnrr, layers[0].scaling)
-    dtype = layers[0].compute_dtype or product_MrD.dtype
-    ready_a_MrD = product_MrD.detach().to(dtype)
-    ready_bs = iter(_cast([layer.B for layer in layers], dtype))
-    leaves = iter([a.requires_grad_(product_MrD.requires_grad) for a in product_MrD.detach().unbind()])
-    ready_as = iter(ready_a_MrD.split([len(group.layers) for group in stack]))
-    for group in stack:
-        mine = [[next(each) for _ in group.layers] for each in (leaves, ready_bs)]
-        group.install(Factors(mine[0], next(ready_as).flatten(0, 1), mine[1]))
-    return product_MrD
+    def __init__(self, groups: Sequence[Group]):
+        self.layers = [layer for group in groups for layer in group.layers]
+        first = self.layers[0]
+        self.A_MrD = _stacked([layer.A for layer in self.layers])
+        self.links_Mnrr = _stacked([layer.links for layer in self.layers])
+        self.product_MrD = fold_into_a(self.A_MrD, self.links_Mnrr, first.scaling)
+        dtype = first.compute_dtype or self.product_MrD.dtype
+        ready_a_MrD = self.product_MrD.detach().to(dtype)
+        self.leaves_rD = self.product_MrD.detach().unbind()
+        for leaf in self.leaves_rD:
+            leaf.requires_grad_(self.product_MrD.requires_grad)
+        bs_Or = _cast([layer.B for layer in self.layers], dtype)
+        start = 0
+        for group in groups:
+            here = slice(start, start := start + len(group.layers))
+            group.install(Factors(self.leaves_rD[here], ready_a_MrD[here].flatten(0, 1), bs_Or[here]))
+
+    def carry_gradients(self) -> None:
+        """Adds to `.grad` of A and links what the leaves have been given; zero from a leaf without any."""
+        if all(leaf.grad is None for leaf in self.leaves_rD):
+            return
+        gradient_MrD = torch.stack(
+            [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.leaves_rD]
+        )
+        of_kind = [(self.A_MrD, [layer.A for layer in self.layers])]
+        of_kind += [(self.links_Mnrr, [layer.links for layer in self.layers])]
+        trained = [(stacked, each) for stacked, each in of_kind if stacked.requires_grad and stacked.numel()]
+        gradients = torch.autograd.grad(self.product_MrD, [stacked for stacked, _ in trained], gradient_MrD)
+        for (_, parameters), gradient in zip(trained, gradients, strict=True):
+            _add_gradients(parameters, gradient.unbind())
+
+
+def _stacked(parameters: Sequence[Tensor]) -> Tensor:
+    """(M, ...) copies of M parameters, a leaf that takes gradients if they do."""
+    wanted = torch.is_grad_enabled() and all(parameter.requires_grad for parameter in parameters)
+    return torch.stack([parameter.detach() for parameter in parameters]).requires_grad_(wanted)
+
+
+def _add_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    if all(parameter.grad is not None for parameter in parameters):
+        torch._foreach_add_([parameter.grad for parameter in parameters], list(gradients))
+        return
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
@@ -91,11 +113,6 @@ def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     together = torch.cat([tensor.detach().flatten() for tensor in tensors]).to(dtype)
     parts = together.split([tensor.numel() for tensor in tensors])
     return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
-
-
-def _gradient(leaf: Tensor) -> Tensor:
-    """A leaf's gradient: zero if its layer had no part in the loss."""
-    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def find_siblings(model: nn.Module, forward: Callable[[], object]) -> list[list[str]]:

@@ -43,10 +43,12 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.display import counting_rows
     from linchain_cli.training.forecast import forecast, recipe_epoch
     from linchain_cli.training.job import chain_config
+    from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import with_rate
     from linchain_cli.training.schedule import total_steps, unreachable
 
     limit_threads()
+    refuse_optimizer(recipe.training)
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
     model = empty_model(directory)

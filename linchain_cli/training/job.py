@@ -40,7 +40,6 @@ from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.model.rope import length_classes
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import Machine, RunBase, RunDirectory
-from linchain_cli.training import optimizer as optimizers
 from linchain_cli.training import schedule
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base, load_base
@@ -48,6 +47,7 @@ from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.display import counting_rows
 from linchain_cli.training.fingerprints import compare, fingerprints
+from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
 from linchain_cli.training.rate import AutoRate, with_rate
 from linchain_cli.training.state import TrainingState
@@ -65,7 +65,7 @@ class Job:
     layers: dict[str, ChainLinear]
     data: PreparedData
     parameters: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizer: FlatAdamW
     store: CheckpointStore
     fingerprints: dict[str, Any]
     auto_rate: AutoRate | None = None
@@ -108,8 +108,7 @@ class Job:
     def checkpoint_files(self) -> dict[str, bytes]:
         """The files of a checkpoint of this moment."""
         files = adapter_files(self.adapter())
-        optimizer = optimizers.optimizer_state(self.optimizer, self.parameters)
-        files[states.OPTIMIZER_FILE] = storage.tensor_bytes(optimizer)
+        files[states.OPTIMIZER_FILE] = storage.tensor_bytes(self.optimizer.named_state())
         if self.best is not None and self.state.best_step != self.state.step:
             files[states.BEST_FILE] = storage.tensor_bytes(self.best)
         about = {"fingerprints": self.fingerprints, "total_steps": self.total_steps, "versions": versions()}
@@ -137,7 +136,7 @@ class Job:
                 about["notes"].append("with other micro-batches dropout draws other masks from here on")
         self.state = state
         states.restore(self.parameters, load(files[TENSORS_FILE]))
-        optimizers.load_optimizer_state(self.optimizer, self.parameters, load(files[states.OPTIMIZER_FILE]))
+        self.optimizer.load_named_state(load(files[states.OPTIMIZER_FILE]))
         if self.recipe.training.keep == "best" and state.best_step is not None:
             best = files.get(states.BEST_FILE)
             self.best = load(best) if best else states.snapshot(self.parameters)
@@ -214,10 +213,8 @@ def prepare(
     find_siblings(base.model, lambda: hidden_states(base.model, any_rows))
     training = recipe.training
     set_up_blocks(base.model, recompute=training.gradient_checkpointing, compiled=training.compile)
-    parameters = optimizers.trained_parameters(layers)
-    optimizer = optimizers.build_optimizer(
-        training.optimizer, parameters, training.weight_decay, training.lr_multiplier.model_dump()
-    )
+    parameters = trained_parameters(layers)
+    optimizer = FlatAdamW(parameters, training.weight_decay, training.lr_multiplier.model_dump())
     marks = fingerprints(
         recipe,
         held_out=None if data.validation_report else len(data.validation or ()),
@@ -261,10 +258,6 @@ def warnings(job: Job) -> list[str]:
         trained_on = load_adapter(Path(recipe.adapter.init_from)).base.get("hash")
         if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
-    if optimizers.is_unpaged(recipe.training.optimizer, job.device):
-        found.append(
-            "training.optimizer: the CPU has nothing to page to, so paged_adamw_8bit runs as adamw_8bit"
-        )
     return found
 
 

@@ -22,7 +22,6 @@ from linchain_cli.training import state as states
 from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
 from linchain_cli.training.metrics import Interval, peak_memory_bytes
-from linchain_cli.training.optimizer import set_learning_rate
 from linchain_cli.training.processes import on_main, raise_on_all, sum_over_processes
 from linchain_cli.training.schedule import learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
@@ -127,17 +126,18 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
             slots += batch.input_ids.numel()
             total += loss.add_gradients(job.model, batch, scale, job.device)
 
-    parameters = list(job.parameters.values())
-    own = [total, *(torch.full_like(total, number) for number in (slots, *_flags(stop.signum)))]
-    total, slots, *flags = sum_over_processes(accelerator, parameters, torch.stack(own))
-    norm = torch.nn.utils.clip_grad_norm_(parameters, job.recipe.training.max_grad_norm or math.inf)
+    optimizer = job.optimizer
+    optimizer.extras.copy_(torch.tensor([0.0, slots, *_flags(stop.signum)]), non_blocking=True)
+    optimizer.extras[0] = total
+    sum_over_processes(accelerator, optimizer.sums)
+    norm = optimizer.clip_gradients(job.recipe.training.max_grad_norm)
     # The step's only meeting of host and device.
-    step_loss, norm, slots, *flags = torch.stack([total, norm, slots, *flags]).tolist()
+    norm, step_loss, slots, *flags = torch.cat([norm[None], optimizer.extras]).tolist()
     if not (math.isfinite(step_loss) and math.isfinite(norm)):
         raise_on_all(accelerator, _not_finite(job, rows, step_loss, norm))
-    set_learning_rate(job.optimizer, rate)
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
+    optimizer.set_learning_rate(rate)
+    optimizer.step()
+    optimizer.zero_grad()
     return Step(step_loss, norm, int(slots), _signum(flags))
 
 

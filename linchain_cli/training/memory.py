@@ -74,7 +74,7 @@ def _forward_and_backward(job: Job, batch: Batch) -> None:
     """What a micro-batch takes, with nothing left of it: no gradient, no number that the run computes."""
     with folded(job.model), job.dropping_out():
         loss.add_gradients(job.model, batch, 1.0, job.device)
-    job.optimizer.zero_grad(set_to_none=True)
+    job.optimizer.zero_grad()
 
 
 def run_heaviest(job: Job) -> None:
@@ -225,7 +225,6 @@ def _remedies(recipe: Recipe) -> str:
         (True, f"a smaller data.max_length (now {recipe.data.max_length})"),
         (recipe.model.quantization == "none", "model.quantization=nf4"),
         (recipe.model.dtype == "float32", "model.dtype=bfloat16"),
-        (training.optimizer == "adamw", "training.optimizer=adamw_8bit"),
         (training.parallel == "replicate", "training.parallel=shard on several GPUs"),
     ]
     kept, changed = (", ".join(text for applies, text in options if applies) for options in (same, other))

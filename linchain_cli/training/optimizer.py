@@ -1,7 +1,10 @@
-"""The optimizer over a model's chains, and its state as named tensors, so that checkpoints need no pickle."""
+"""The optimizer over a model's trained tensors, and its state as named tensors, so that checkpoints need no
+pickle.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -9,12 +12,14 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import ChainLinear
 from linchain_cli.errors import InputError
+from linchain_cli.recipe import TrainingConfig
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 KINDS = ("A", "links", "B")
-# The tables that 8-bit values are looked up in: constants, which all states of an optimizer share.
-_TABLES = ("qmap1", "qmap2")
+EXTRAS = 4  # numbers that are summed over processes with the gradients
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_ROW = 1024  # of so many gradients the squares are summed first, as float32 sums of more lose digits
 
 
 def trained_parameters(layers: Mapping[str, ChainLinear]) -> dict[str, nn.Parameter]:
@@ -23,110 +28,121 @@ def trained_parameters(layers: Mapping[str, ChainLinear]) -> dict[str, nn.Parame
     return {name: parameter for name, parameter in named.items() if parameter.numel()}
 
 
-def build_optimizer(
-    name: str, parameters: Mapping[str, nn.Parameter], weight_decay: float, multipliers: Mapping[str, float]
-) -> torch.optim.Optimizer:
-    """AdamW with one parameter group per kind of tensor; the group's `rate_scale` holds the kind's
-    multiplier.
+def refuse_optimizer(training: TrainingConfig) -> None:
+    """Raises InputError for an optimizer of earlier versions, which recipes of their runs may still name."""
+    if training.optimizer != "adamw":
+        raise InputError(
+            f"training.optimizer: {training.optimizer} is no longer there; use adamw. Its state takes 8 bytes"
+            " for each trained number (0.23 GB for 28 million), which is too little beside a base to be worth"
+            " 8 bits"
+        )
+
+
+class FlatAdamW(torch.optim.AdamW):
+    """AdamW over tensors that lie behind one another: a step takes as many operations as there are kinds.
+
+    The parameters it is made from become views of one buffer, ordered by kind, and their gradients views of
+    another. Gradients are zero and never None, so that they can be summed over processes, cut down and set to
+    zero as one tensor. Each parameter group holds one parameter, all tensors of a kind; its `rate_scale` is
+    the kind's factor on the learning rate.
+
+    Attributes:
+        sums: float32, the gradients and behind them `extras`: what processes sum.
+        extras: (EXTRAS,), room for a few numbers that travel with the gradients.
 
     Args:
-        name: adamw (state in 32 bit), adamw_8bit or paged_adamw_8bit (bitsandbytes: A's and B's state in 8
-            bit from 4,096 elements on, the links' always in 32 bit; paged, the GPU may move it to main
-            memory).
+        parameters: by the adapter file's names, the last part of which is the kind.
     """
-    groups = []
-    for kind in KINDS:
-        members = [parameter for name, parameter in parameters.items() if name.endswith("." + kind)]
-        if members:
-            groups.append({"params": members, "kind": kind, "rate_scale": multipliers.get(kind, 1.0)})
-    options = {"lr": 0.0, "betas": BETAS, "eps": EPSILON, "weight_decay": weight_decay}
-    if name == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **options)
-    device = next(iter(parameters.values())).device
-    return _eight_bit_class()(
-        groups, is_paged=name == "paged_adamw_8bit" and not is_unpaged(name, device), **options
-    )
 
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        weight_decay: float = 0.0,
+        multipliers: Mapping[str, float] | None = None,
+    ):
+        by_kind = {kind: {n: p for n, p in parameters.items() if n.endswith("." + kind)} for kind in KINDS}
+        ordered = [parameter for members in by_kind.values() for parameter in members.values()]
+        values = torch.cat([parameter.detach().flatten() for parameter in ordered])
+        rows = math.ceil(len(values) / _ROW)
+        self.sums = values.new_zeros(rows * _ROW + EXTRAS)
+        self.extras = self.sums[-EXTRAS:]
+        self._rows = self.sums[:-EXTRAS].view(rows, _ROW)
+        self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        self._places: dict[str, tuple[nn.Parameter, slice]] = {}
+        groups, start = [], 0
+        for kind, members in by_kind.items():
+            if members:
+                size = sum(parameter.numel() for parameter in members.values())
+                whole = nn.Parameter(values[start : start + size])
+                whole.grad = self.sums[start : start + size]
+                groups.append({"params": [whole], "rate_scale": (multipliers or {}).get(kind, 1.0)})
+                self._lay_out(members, whole)
+                start += size
+        super().__init__(groups, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
 
-def _eight_bit_class() -> type[torch.optim.Optimizer]:
-    from bitsandbytes.optim import AdamW8bit
+    def _lay_out(self, members: Mapping[str, nn.Parameter], whole: nn.Parameter) -> None:
+        start = 0
+        for name, parameter in members.items():
+            place = slice(start, start := start + parameter.numel())
+            parameter.data = whole.detach()[place].view_as(parameter)
+            parameter.grad = whole.grad[place].view_as(parameter)
+            self._places[name] = whole, place
 
-    class AdamW8bitButLinks(AdamW8bit):
-        """All links together are small beside A and B, and their errors multiply along the chain."""
+    def set_learning_rate(self, rate: float) -> None:
+        """Sets every group's rate to `rate` times its kind's factor."""
+        for group in self.param_groups:
+            group["lr"] = rate * group["rate_scale"]
 
-        def get_config(self, gindex, pindex, group):
-            config = super().get_config(gindex, pindex, group)
-            return {**config, "optim_bits": 32} if group["kind"] == "links" else config
+    def zero_grad(self, set_to_none: bool = False) -> None:
+        """Sets all gradients to zero in place, whatever `set_to_none` says."""
+        self.sums.zero_()
 
-    return AdamW8bitButLinks
+    @torch.no_grad()
+    def clip_gradients(self, most: float | None) -> Tensor:
+        """Cuts all gradients together down to a norm of `most`; returns the norm they had, a scalar."""
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._rows, dim=1))
+        if most is not None:
+            self._rows.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+        return norm
 
+    def moments(self, name: str) -> dict[str, Tensor]:
+        """The state of one of the parameters, as views in its shape; empty before the first step."""
+        whole, place = self._places[name]
+        shape = self._shapes[name]
+        return {key: self.state[whole][key][place].view(shape) for key in _MOMENTS if self.state[whole]}
 
-def is_unpaged(name: str, device: torch.device) -> bool:
-    """Whether an optimizer is asked to be paged where it cannot be."""
-    return name.startswith("paged_") and device.type != "cuda"
+    def named_state(self) -> dict[str, Tensor]:
+        """Copies of the state of all parameters as `<name>/<exp_avg, exp_avg_sq or step>`, on the CPU."""
+        found = {}
+        for name, (whole, place) in self._places.items():
+            for key, value in self.state[whole].items():
+                part = value[place].view(self._shapes[name]) if value.dim() else value
+                found[f"{name}/{key}"] = part.detach().to("cpu", copy=True)
+        return found
 
+    @torch.no_grad()
+    def load_named_state(self, state: Mapping[str, Tensor]) -> None:
+        """Puts back what `named_state` gave.
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets every group's rate to `rate` times its multiplier."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate_scale"]
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter name>/<state name>` tensors on the CPU (numbers become 0-d
-    tensors).
-    """
-    return {
-        f"{name}/{key}": value.detach().cpu() if isinstance(value, Tensor) else torch.tensor(value)
-        for name, parameter in parameters.items()
-        for key, value in optimizer.state[parameter].items()
-        if key not in _TABLES
-    }
-
-
-@torch.no_grad()
-def load_optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]
-) -> None:
-    """Puts back what `optimizer_state` gave.
-
-    Raises:
-        InputError: the state belongs to other parameters, or to another optimizer.
-    """
-    by_parameter: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for key, tensor in state.items():
-        name, _, entry = key.rpartition("/")
-        if name not in by_parameter:
-            raise InputError(
-                f"the checkpoint's optimizer state names '{name}', which this run does not train"
-            )
-        by_parameter[name][entry] = tensor
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            name = names[id(parameter)]
-            if not by_parameter[name]:
+        Raises:
+            InputError: the state belongs to other parameters, or to another optimizer.
+        """
+        by_name: dict[str, dict[str, Tensor]] = {name: {} for name in self._places}
+        for key, tensor in state.items():
+            name, _, entry = key.rpartition("/")
+            if name not in by_name:
+                raise InputError(
+                    f"the checkpoint's optimizer state names '{name}', which this run does not train"
+                )
+            by_name[name][entry] = tensor
+        for name, (whole, place) in self._places.items():
+            saved = by_name[name]
+            if not saved:
                 raise InputError(f"the checkpoint holds no optimizer state for '{name}'")
-            if isinstance(optimizer, torch.optim.AdamW):
-                entries = {
-                    entry: tensor.to(parameter.device, copy=True)
-                    for entry, tensor in by_parameter[name].items()
-                }
-                optimizer.state[parameter] = entries
-            else:
-                optimizer.init_state(group, parameter, group_index, index)
-                _fill(optimizer.state[parameter], by_parameter[name], name)
-
-
-def _fill(fresh: dict, saved: Mapping[str, Tensor], name: str) -> None:
-    """Copies saved values into a fresh state, whose tensors may lie in memory of their own kind (paged)."""
-    if fresh.keys() - set(_TABLES) != saved.keys():
-        raise InputError(f"the checkpoint's optimizer state for '{name}' is another optimizer's")
-    for key in saved:
-        value = fresh[key]
-        if isinstance(value, Tensor):
-            value.copy_(saved[key])
-        else:
-            fresh[key] = type(value)(saved[key].item())
+            if set(saved) != {"step", *_MOMENTS}:
+                raise InputError(f"the checkpoint's optimizer state for '{name}' is another optimizer's")
+            if not self.state[whole]:
+                step = saved["step"].to(whole.device, torch.float32, copy=True)
+                self.state[whole] = {"step": step} | {key: torch.zeros_like(whole) for key in _MOMENTS}
+            for key in _MOMENTS:
+                self.state[whole][key][place].copy_(saved[key].flatten())

@@ -7,7 +7,7 @@ equal without being sent around.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from linchain_cli.errors import LinchainError
 
@@ -111,28 +111,7 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return any(words in str(error).lower() for words in _LOST)
 
 
-def sum_over_processes(
-    accelerator: Accelerator, parameters: Iterable[nn.Parameter], extras: Tensor
-) -> Tensor:
-    """Sums gradients, and a few numbers that travel with them, over all processes in one all-reduce.
-
-    Args:
-        parameters: in the same order on every process. A parameter without a gradient counts as zero.
-        extras: (k,) float32, this process's numbers.
-
-    Returns:
-        (k,) the summed numbers. The gradients are replaced in place.
-    """
-    parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if accelerator.num_processes == 1:
-        return extras
-    flat = torch.cat([extras, *(parameter.grad.flatten() for parameter in parameters)])
-    flat = accelerator.reduce(flat, reduction="sum")
-    sizes = [extras.numel(), *(parameter.numel() for parameter in parameters)]
-    summed, *gradients = flat.split(sizes)
-    for parameter, gradient in zip(parameters, gradients, strict=True):
-        parameter.grad.copy_(gradient.view_as(parameter))
-    return summed
+def sum_over_processes(accelerator: Accelerator, sums: Tensor) -> None:
+    """Replaces a tensor by its sum over all processes, in place and in one all-reduce."""
+    if accelerator.num_processes > 1:
+        torch.distributed.all_reduce(sums)

@@ -26,6 +26,7 @@ from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
+from linchain_cli.training.optimizer import refuse_optimizer
 from linchain_cli.training.processes import (
     connect,
     from_main,
@@ -69,6 +70,7 @@ def run_training(
         SystemExit: on one of several processes, when another one tells the error.
     """
     check_trackers(recipe)
+    refuse_optimizer(recipe.training)
     limit_threads()
     cpus = SharedCpus(torch.get_num_threads())
     run = RunDirectory(recipe.run_path)

@@ -125,11 +125,10 @@ def is_pickle(data: bytes) -> bool:
     return True
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_nothing_is_pickled(run_tiny, optimizer):
+def test_nothing_is_pickled(run_tiny):
     """Every file is text or safetensors (8 bytes of length, then a JSON header)."""
     assert is_pickle(pickle.dumps({"step": 1}))
-    job = run_tiny({"training.optimizer": optimizer, "training.max_steps": 2, "adapter.rank": 64})
+    job = run_tiny({"training.max_steps": 2})
     files = [path for path in job.run.path.rglob("*") if path.is_file() and path.suffix != ".png"]
     assert len(files) > 8
     for path in files:

@@ -103,12 +103,6 @@ def test_tied_embeddings_count_once(forecast_of, tiny_tied_dir, tiny_llama_dir):
     assert untied.memory.base - tied.memory.base == 4 * head.numel()
 
 
-def test_8_bit_state_is_for_large_tensors():
-    assert memory._optimizer_bytes(torch.empty(64, 64, device="meta"), "paged_adamw_8bit") == 2 * 4096
-    assert memory._optimizer_bytes(torch.empty(63, 64, device="meta"), "adamw_8bit") == 8 * 63 * 64
-    assert memory._optimizer_bytes(torch.empty(64, 64, device="meta"), "adamw") == 8 * 4096
-
-
 def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
     sizes = {}
     for quantization in ("none", "int8", "nf4"):

@@ -18,7 +18,7 @@ from linchain_cli.model.head import hidden_states
 from linchain_cli.model.varlen import Kernel
 from linchain_cli.training import loop
 from linchain_cli.training.job import Job
-from linchain_cli.training.optimizer import build_optimizer, trained_parameters
+from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.state import TrainingState
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -92,7 +92,7 @@ def step(small_model):
                 layers=chains,
                 data=SimpleNamespace(train=Rows()),
                 parameters=parameters,
-                optimizer=build_optimizer("adamw", parameters, 0.0, {}),
+                optimizer=FlatAdamW(parameters),
                 store=None,
                 fingerprints={},
                 state=TrainingState(micro_batch_size=MICRO),
@@ -136,7 +136,7 @@ def test_a_micro_batch_goes_over_in_two_copies(step, family, kernel, monkeypatch
     """The rows and the labels, neither of which the host waits for."""
     monkeypatch.setattr(flat_rows, "LONG", 1)
     gpu = step(family, kernel=kernel)
-    large = [copy for copy in gpu.copies if copy.bytes > 8]
+    large = [copy for copy in gpu.copies if copy.bytes > 16]
     assert len(large) == 2 * (ROWS // MICRO), gpu.copies
     assert all(copy.asynchronous for copy in large)
 

@@ -18,7 +18,6 @@ def test_a_quantised_base_trains_and_resumes_exactly(recipe_of, monkeypatch, qua
     changes = {
         "model.quantization": quantization,
         "adapter.dropout": 0.1,
-        "training.optimizer": "adamw_8bit",
         "adapter.rank": 64,
     }
     whole = run_training(recipe_of({**changes, "name": "whole"}))

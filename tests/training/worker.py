@@ -84,14 +84,14 @@ def record_gradients(step: int, path: str) -> None:
 
     original = loop.sum_over_processes
 
-    def summed(accelerator, parameters, extras):
-        result = original(accelerator, parameters, extras)
+    def summed(accelerator, sums):
+        original(accelerator, sums)
         nonlocal step
         if step == 0 and accelerator.is_main_process:
-            gradients = {str(number): parameter.grad.clone() for number, parameter in enumerate(parameters)}
+            trained = {name: p for name, p in models[0].named_parameters() if p.requires_grad}
+            gradients = {name: parameter.grad.clone() for name, parameter in trained.items()}
             save_file({**gradients, "base bytes": torch.tensor(float(base_bytes()))}, path)
         step -= 1
-        return result
 
     def base_bytes() -> int:
         frozen = [parameter for parameter in models[0].parameters() if not parameter.requires_grad]

@@ -20,7 +20,6 @@ from linchain_cli.training.norms import make_norms_lean
 
 # Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
 _QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
-_SMALL = 4096  # elements; smaller tensors keep their 8-bit optimizer's state in 32 bit
 # On CPUs freed memory stays in the process, in gaps that other sizes do not fit: with rows of many lengths
 # the resident set grew by 1.2 to 1.5 times the activations (SmolLM2-135M, glibc, eager attention).
 _CPU_GAPS = 0.4
@@ -62,7 +61,7 @@ def forecast_memory(
         process=process,
         base=_base_bytes(recipe, model),
         adapters=2 * 4 * (sum(p.numel() for p in trained) + folded_factors),
-        optimizer=sum(_optimizer_bytes(p, recipe.training.optimizer) for p in trained),
+        optimizer=2 * 4 * sum(p.numel() for p in trained),  # AdamW's two moments
         activations=activations,
         logits=_logits(model, batch * int(rows.supervised_counts.max()), device),
         allocator=int(_CPU_GAPS * (activations or 0)) if device.type == "cpu" else 0,
@@ -87,12 +86,6 @@ def _rounded_weights(model: nn.Module) -> set[int]:
     """The weights that bitsandbytes rounds: those of linear modules, but the head's."""
     head = model.get_output_embeddings()
     return {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
-
-
-def _optimizer_bytes(parameter: Tensor, name: str) -> int:
-    """AdamW's two moments."""
-    each = 1 if "8bit" in name and parameter.numel() >= _SMALL else 4
-    return 2 * each * parameter.numel()
 
 
 def _logits(model: nn.Module, labelled: int, device: torch.device) -> int:
