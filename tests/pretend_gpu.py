@@ -66,6 +66,8 @@ class PretendGpu(TorchDispatchMode):
         self._sdpa = torch.nn.functional.scaled_dot_product_attention
         self._fused = _optimizers._get_fused_kernels_supported_devices
         torch.nn.functional.scaled_dot_product_attention = self._flash
+        self._norm = torch.nn.functional.rms_norm
+        torch.nn.functional.rms_norm = self._fused_norm
         # The host would read how many there are; here they all are.
         self._assumed = torch.fx.experimental._config.patch(meta_nonzero_assume_all_nonzero=True)
         self._assumed.__enter__()
@@ -77,6 +79,7 @@ class PretendGpu(TorchDispatchMode):
         super().__exit__(*error)
         self._assumed.__exit__(*error)
         torch.nn.functional.scaled_dot_product_attention = self._sdpa
+        torch.nn.functional.rms_norm = self._norm
         _optimizers._get_fused_kernels_supported_devices = self._fused
 
     def clear(self) -> None:
@@ -96,6 +99,16 @@ class PretendGpu(TorchDispatchMode):
         scale = options.get("scale")
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+    def _fused_norm(self, x, normalized_shape, weight=None, eps=None):
+        """rms_norm's choice on a GPU: one kernel each way, for a weight of the input's type."""
+        if x.device != DEVICE or weight is not None and (weight.requires_grad or weight.dtype != x.dtype):
+            return self._norm(x, normalized_shape, weight, eps)
+        return _FusedNorm.apply(x, self)
+
+    def _count(self, name: str) -> None:
+        self.launches[name] += 1
+        self.places[name, _place()] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -122,8 +135,7 @@ class PretendGpu(TorchDispatchMode):
             if name in ("equal", "is_nonzero"):
                 return True
         if name not in _FREE:
-            self.launches[name] += 1
-            self.places[name, _place()] += 1
+            self._count(name)
         return func(*args, **kwargs)
 
     def _copy(self, func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -137,6 +149,21 @@ class PretendGpu(TorchDispatchMode):
             return args[0]
         dtype = kwargs.get("dtype") or source.dtype
         return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=DEVICE)
+
+
+class _FusedNorm(torch.autograd.Function):
+    """rms_norm's kernels, which torch takes apart on this device."""
+
+    @staticmethod
+    def forward(ctx, x, gpu):
+        ctx.gpu = gpu
+        gpu._count("_fused_rms_norm")
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.gpu._count("_fused_rms_norm_backward")
+        return torch.empty_like(grad), None
 
 
 def _place() -> str:

@@ -331,4 +331,3 @@ def test_a_broken_model_is_no_result(model, tokenizer, template, tasks, protocol
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
     with pytest.raises(LinchainError, match="damaged"):
         run(model, tokenizer, template, tasks, protocol=protocol)
-

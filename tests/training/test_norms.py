@@ -10,6 +10,7 @@ from torch import nn
 
 from linchain_cli.chain import ChainConfig, inject
 from linchain_cli.model.head import hidden_states
+from linchain_cli.training import norms
 from linchain_cli.training.forecast.memory import saved_bytes
 from linchain_cli.training.norms import LeanRMSNorm, make_norms_lean
 
@@ -43,8 +44,8 @@ def test_values_are_the_same_and_gradients_agree(architecture, small_model, hidd
             nn.init.uniform_(module.weight, -0.5, 1.5)
     hidden, gradient = hidden_and_gradient(model, lambda: hidden_states(model, IDS))
     count = len(make_norms_lean(model))
-    norms = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
-    assert count == norms and (count == 0) == (architecture in WITHOUT)
+    expected = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
+    assert count == expected and (count == 0) == (architecture in WITHOUT)
     ours, our_gradient = hidden_and_gradient(model, lambda: hidden_states(model, IDS))
     assert torch.equal(ours, hidden)
     torch.testing.assert_close(our_gradient, gradient, rtol=1e-3, atol=1e-5 * gradient.abs().max())
@@ -121,3 +122,24 @@ def test_a_copy_computes_with_its_own_weight(small_model):
 def test_doing_it_twice_is_doing_it_once(small_model):
     model = small_model("llama")
     assert len(make_norms_lean(model)) == len(make_norms_lean(model)) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_kernel_computes_what_each_family_does(architecture, small_model, monkeypatch, dtype):
+    """torch's kernel, which is for GPUs, beside each norm of its own, on the CPU: no further from the norm in
+    float32 than the module is by itself."""
+    monkeypatch.setattr(norms, "FUSED_ON", ("cpu",))
+    model = small_model(architecture)
+    found = {type(module): module for module in model.modules() if type(module).__name__.endswith("RMSNorm")}
+    for norm in found.values():
+        nn.init.uniform_(norm.weight, -0.5, 1.5)
+        own, values = copy.deepcopy(norm), []
+        assert len(make_norms_lean(nn.Sequential(norm))) == 1
+        x, grad = torch.randn(2, 64, norm.weight.shape[0], generator=torch.Generator().manual_seed(0))
+        for module, kind in ((own, torch.float32), (own, dtype), (norm, dtype)):
+            there = x.to(kind).requires_grad_()
+            y = module.to(kind)(there)
+            values.append([each.double() for each in (y, torch.autograd.grad(y, there, grad.to(kind))[0])])
+            assert y.dtype == kind
+        for exact, theirs, ours in zip(*values, strict=True):
+            assert (ours - exact).norm() <= 1.05 * (theirs - exact).norm() + 1e-6 * exact.norm()

@@ -16,8 +16,9 @@ from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.varlen import Kernel
-from linchain_cli.training import loop
+from linchain_cli.training import loop, norms
 from linchain_cli.training.job import Job
+from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.state import TrainingState
 
@@ -57,8 +58,10 @@ class Rows:
 
 
 @pytest.fixture
-def step(small_model):
+def step(small_model, monkeypatch):
     """A function that takes one optimizer step of a family on the pretended GPU, after a first one."""
+
+    monkeypatch.setattr(norms, "FUSED_ON", (DEVICE.type,))
 
     def step(
         family: str,
@@ -75,6 +78,7 @@ def step(small_model):
         if layers is not None:
             del model.model.layers[layers:]
         model = model.to(DEVICE)
+        make_norms_lean(model)
         if not flat:
             model.set_attn_implementation("sdpa")
         record(model).update({flat_rows._TRIAL: flat, flat_rows._KERNEL: kernel})
@@ -142,7 +146,7 @@ def test_a_micro_batch_goes_over_in_two_copies(step, family, kernel, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("dropout", "kernel", "most"), [(0.0, None, 175), (0.1, None, 220), (0.0, varlen.flash, 169)]
+    ("dropout", "kernel", "most"), [(0.0, None, 125), (0.1, None, 170), (0.0, varlen.flash, 119)]
 )
 def test_launches_of_a_block(step, dropout, kernel, most, monkeypatch):
     """Forward and backward of one Llama block in one micro-batch, all seven of its linear layers adapted, and
