@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from linchain_cli.model.fast import REFUSALS, alike, probe_ids, record
+from linchain_cli.model.fast import REFUSALS, alike, forget_failed_forward, probe_ids, record
 
 GROUPED = "grouped"
 FLAT_SDPA = "flat_sdpa"
@@ -125,8 +125,11 @@ def note_reaches(model: PreTrainedModel) -> None:
     FLAT_SDPA attention; one that makes its own masks, or changes them, stays unknown.
     """
     found: dict[nn.Module, Reach | None] = {}
-    with contextlib.suppress(*REFUSALS), _masks_noted(model.config._attn_implementation, found):
-        model(input_ids=probe_ids(model, 1, 3), use_cache=False)
+    try:
+        with _masks_noted(model.config._attn_implementation, found):
+            model(input_ids=probe_ids(model, 1, 3), use_cache=False)
+    except REFUSALS:
+        forget_failed_forward(model)
     known = bool(found) and None not in found.values()
     for module, reach in found.items():
         setattr(module, _REACH, reach if known else Reach())
@@ -212,6 +215,7 @@ def use_attention(model: PreTrainedModel, name: str) -> bool:
         model.set_attn_implementation(name)
         same = alike(logits(), expected, model.dtype)
     except REFUSALS:
+        forget_failed_forward(model)
         same = False
     if not same:
         model.set_attn_implementation(before)

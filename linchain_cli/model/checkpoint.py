@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,14 +22,15 @@ from linchain_cli.model.files import weight_files
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-_PICKLED_TYPES = TYPE_NAMES | {
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+_TYPES = FLOAT_TYPES | {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
+_PICKLED_TYPES = {dtype: name for name, dtype in _TYPES.items()}
 
 _LARGEST_HEADER = 100_000_000  # what the safetensors library itself accepts
 BLOCK_BYTES = 8 << 20
@@ -71,7 +73,7 @@ class StoredTensor:
         self.read_into(memoryview(data), first)
         return data
 
-    def read_into(self, target: memoryview, first: int) -> None:
+    def read_into(self, target: memoryview, first: int = 0) -> None:
         """Fills `target` with the tensor's bytes from byte `first` on."""
         if self.values is not None:
             flat = self.values.contiguous().reshape(-1).view(torch.uint8)
@@ -100,10 +102,20 @@ class StoredTensor:
         return rows
 
     def tensor(self) -> torch.Tensor:
-        """The whole of a floating-point tensor, in its own type."""
-        if not self.nbytes:
-            return torch.empty(self.shape, dtype=FLOAT_TYPES[self.type])
-        return torch.frombuffer(self.read(), dtype=FLOAT_TYPES[self.type]).reshape(self.shape)
+        """The whole tensor, in its own type.
+
+        Raises:
+            InputError: it is of a type that linchain does not know.
+        """
+        if self.type not in _TYPES:
+            raise InputError(f"{self.path}: tensor {self.key} has type {self.type}, which is not supported")
+        values = torch.empty(self.shape, dtype=_TYPES[self.type])
+        self.read_into(memoryview(values.view(-1).view(torch.uint8).numpy()))
+        return values
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """As a slice of the safetensors library is read: `stored[...]` is the whole tensor."""
+        return self.tensor()[index]
 
     def row_blocks(self, elements: int) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) of blocks of about so many `elements`, in order."""

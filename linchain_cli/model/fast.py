@@ -92,6 +92,15 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
+def forget_failed_forward(model: nn.Module) -> None:
+    """To be called after a forward that raised: in a model that is spread over processes (FSDP2) the block
+    that it was in would stay whole, and the next forward would not begin anew."""
+    for module in model.modules():
+        if hasattr(module, "reset_iter_state"):  # the outermost one has it do so for all
+            module.reset_iter_state()
+            return
+
+
 @contextlib.contextmanager
 def changing_nothing(model: nn.Module) -> Iterator[None]:
     """For trials: puts back buffers that a forward wrote to (caches of positions), and refuses a model that

@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from linchain_cli.model import varlen
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, Reach, attention_window, note_reaches, reaches
-from linchain_cli.model.fast import GRADIENT_SLACK, REFUSALS, alike, probe_ids, record
+from linchain_cli.model.fast import (
+    GRADIENT_SLACK,
+    REFUSALS,
+    alike,
+    forget_failed_forward,
+    probe_ids,
+    record,
+)
 from linchain_cli.model.flat_attention import Beside, Pieces, Places, Varlen
 from linchain_cli.model.head import backbone, hidden_states
 from linchain_cli.model.varlen import Cut, Kernel
@@ -311,6 +318,7 @@ def _the_same_flat(model: nn.Module, ids: Tensor, mask: Tensor, kernel: Kernel |
         with torch.enable_grad(), _embeddings_apart(model) as embedded:
             return _compare(model, ids, mask, kernel, embedded)
     except REFUSALS:
+        forget_failed_forward(model)
         return False
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, use_attention
+from linchain_cli.model.checkpoint import StoredTensor
 from linchain_cli.model.config import (
     UNUSABLE,
     auto_class,
@@ -90,7 +91,7 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 def resolve_attention(name: str, device: torch.device) -> str | None:
     """The attention implementation for transformers; None leaves it to the model (SDPA where it can).
 
-    With `auto`, `load_model` then gives every model that it suits an attention of linchain's own
+    With `auto`, `choose_attention` then gives every model that it suits an attention of linchain's own
     (model/attention.py): on a CPU instead of eager, whose backward in bfloat16 is faster than SDPA's up to
     some 300 tokens, elsewhere instead of what transformers takes by default.
     """
@@ -111,50 +112,109 @@ def load_model(
     device: torch.device | str | None = None,
     quantization: str = "none",
     attention: str = "auto",
-    runs_on: torch.device | None = None,
-    spread: bool = False,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
 
     `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
-    (4-bit normal float, double quantisation, computing in `dtype`). `runs_on` is where the model will be
-    moved to, if it is not `device`; it decides what `auto` means. `spread` packs 4-bit weights into numbers
-    of `dtype`, because FSDP2 leaves tensors of whole numbers on every process.
+    (4-bit normal float, double quantisation, computing in `dtype`).
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
     quantised, wrong options) and LinchainError if it does not fit into memory.
     """
-    directory = Path(directory)
     device = torch.device(device) if device is not None else default_device()
-    runs_on = runs_on or device
-    resolved = resolve_dtype(dtype, runs_on)
+    model = read_model(directory, dtype=dtype, device=device, quantization=quantization, attention=attention)
+    choose_attention(model, attention)
+    return model
+
+
+# Fills an empty model from its checkpoint, with transformers' settings for reading (LoadStateDictConfig), and
+# returns what it found (LoadStateDictInfo).
+Fill = Callable[["PreTrainedModel", Any], Any]
+
+
+def read_model(
+    directory: Path,
+    *,
+    dtype: str,
+    device: torch.device,
+    quantization: str,
+    attention: str,
+    fill: Fill | None = None,
+) -> PreTrainedModel:
+    """`load_model` without linchain's own attention, for which the model has to run.
+
+    With `fill` the model is built empty, and `fill` reads its weights. 4-bit weights are then packed into
+    numbers of `dtype`, because FSDP2 leaves tensors of whole numbers on every process.
+    """
+    directory = Path(directory)
+    resolved = resolve_dtype(dtype, device)
     config = load_config(directory)
-    files = weight_files(directory)
-    implementation = resolve_attention(attention, runs_on)
+    weight_files(directory)
+    implementation = resolve_attention(attention, device)
     options = {
         "config": config,
         "dtype": resolved,
         "attn_implementation": "eager" if implementation == GROUPED else implementation,
         "quantization_config": _quantization_config(
-            quantization, resolved, resolved if spread else torch.uint8
+            quantization, resolved, torch.uint8 if fill is None else resolved
         ),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
         "generation_config": _generation_config(directory, config),
     }
-    with _loading_problems(directory, files, attention), quiet():
+    with loading_problems(directory, attention), quiet(), _filled_by(fill):
         model, loading = auto_class(config).from_pretrained(
             directory, output_loading_info=True, trust_remote_code=False, **options
         )
-    _refuse_incomplete(directory, loading)
+    refuse_incomplete(directory, loading.get("missing_keys", ()))
     _refuse_rounded_head(model, quantization)
     _keep_differentiable(model)
     _keep_unscaled(model)
-    model.eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _filled_by(fill: Fill | None) -> Iterator[None]:
+    """Inside, from_pretrained has `fill` read the weights; what it does before and after stays its own."""
+    from transformers import PreTrainedModel
+
+    if fill is None:
+        yield
+        return
+    own = PreTrainedModel.__dict__["_load_pretrained_model"]
+
+    def load(model: PreTrainedModel, _state: Any, _files: Any, settings: Any, *_: Any) -> tuple[Any, None]:
+        return fill(model, settings), None
+
+    PreTrainedModel._load_pretrained_model = staticmethod(load)
+    try:
+        yield
+    finally:
+        PreTrainedModel._load_pretrained_model = own
+
+
+def read_into(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], settings: Any) -> Any:
+    """Reads some of a checkpoint's tensors into an empty model, as from_pretrained does it for all: renamed,
+    converted, cast and quantised. Returns what it found (LoadStateDictInfo).
+
+    Raises:
+        ValueError: a tensor does not fit the model.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+
+    found, _ = convert_and_load_state_dict_in_model(model, dict(tensors), settings, None)
+    for name, shape, expected in sorted(found.mismatched_keys):
+        raise ValueError(f"'{name}' is {tuple(shape)} in the checkpoint and {tuple(expected)} in the model")
+    for name, reason in found.conversion_errors.items():
+        raise ValueError(f"'{name}' cannot be made of the checkpoint's tensors: {reason.splitlines()[-1]}")
+    return found
+
+
+def choose_attention(model: PreTrainedModel, attention: str) -> None:
+    """With `auto`, gives the model linchain's own attention if that suits it."""
     if attention == "auto":
         own = FLAT_SDPA if model.config._attn_implementation == "sdpa" else GROUPED
         with changing_nothing(model):
             use_attention(model, own)
-    return model
 
 
 def _generation_config(directory: Path, config: PretrainedConfig) -> GenerationConfig | None:
@@ -213,9 +273,9 @@ def _quantization_config(name: str, dtype: torch.dtype, storage: torch.dtype = t
     )
 
 
-def _refuse_incomplete(directory: Path, loading: dict) -> None:
+def refuse_incomplete(directory: Path, missing: Iterable[str]) -> None:
     """transformers fills weights that a checkpoint lacks with random numbers and only warns."""
-    missing = sorted(loading.get("missing_keys", ()))
+    missing = sorted(missing)
     if missing:
         raise InputError(
             f"{directory}: the checkpoint lacks {len(missing)} of the model's weights, first '{missing[0]}'. "
@@ -230,7 +290,7 @@ def _refuse_rounded_head(model: PreTrainedModel, quantization: str) -> None:
 
 
 @contextlib.contextmanager
-def _loading_problems(directory: Path, files: list[Path], attention: str) -> Iterator[None]:
+def loading_problems(directory: Path, attention: str) -> Iterator[None]:
     """Turns what from_pretrained raises into one message that names the file or the option."""
     import pickle
 
@@ -239,7 +299,7 @@ def _loading_problems(directory: Path, files: list[Path], attention: str) -> Ite
     try:
         yield
     except SafetensorError as error:
-        damaged = _first_damaged(files) or directory
+        damaged = _first_damaged(weight_files(directory)) or directory
         raise InputError(f"{damaged} is damaged ({first_line(error)}). Download or copy it again.") from error
     except pickle.UnpicklingError as error:
         raise InputError(

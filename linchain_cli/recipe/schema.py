@@ -171,9 +171,12 @@ class TrainingConfig(StrictModel):
     """torch.compile the model's blocks: some minutes before the first step, faster steps after it."""
     deterministic: bool = False
     """Ask torch for deterministic algorithms on CUDA, which exact resume needs there."""
-    parallel: Literal["auto", "replicate", "shard"] = "auto"
-    """Several processes: replicate holds the whole base on each, shard spreads it (FSDP2). auto shards what
-    does not fit."""
+    parallel: Literal["auto", "replicate", "shard", "hybrid"] = "auto"
+    """Several processes: replicate holds the whole base on each, shard spreads it over all (FSDP2), hybrid
+    over those of each machine (HSDP). auto shards what does not fit."""
+    offload_base: bool = False
+    """With shard and hybrid: keep the spread base in main memory; each block is copied to the GPU when it
+    computes. Slower, for bases that do not fit otherwise."""
     log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
     eval_every: Count = 200
@@ -197,6 +200,11 @@ class TrainingConfig(StrictModel):
         return value
 
     def conflicts(self) -> Iterator[Conflict]:
+        if self.offload_base and self.parallel not in ("shard", "hybrid"):
+            yield Conflict(
+                ("offload_base", "parallel"),
+                "only a spread base is offloaded: set parallel to shard or hybrid.",
+            )
         if self.epochs is not None and self.max_steps is not None:
             yield Conflict(("epochs", "max_steps"), "give epochs or max_steps, not both.")
         if self.epochs is None and self.max_steps is None:

@@ -26,10 +26,11 @@ from linchain_cli.model.loading import (
 )
 from linchain_cli.recipe import Recipe, TrainingConfig
 from linchain_cli.run import RunDirectory, RunStatus
-from linchain_cli.training.blocks import shard
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
 
+# The values of `training.parallel` that spread the base over processes.
+SPREAD = ("shard", "hybrid")
 # `parallel: auto` shards a base that takes more than this share of a GPU; the rest is for activations.
 WHOLE_SHARE = 0.6
 
@@ -77,23 +78,25 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
     sharded = from_main(accelerator, on_main(accelerator, lambda: _shards(recipe, directory, accelerator)))
 
     def load() -> Base:
-        model = load_model(
-            directory,
-            dtype=config.dtype,
-            device="cpu" if sharded else device,
-            quantization=config.quantization,
-            attention=config.attention,
-            runs_on=device,
-            spread=sharded,
-        )
+        options = {"dtype": config.dtype, "quantization": config.quantization, "attention": config.attention}
+        if sharded:
+            from linchain_cli.training.sharded import load_sharded  # FSDP2 takes a while to import
+
+            model = load_sharded(
+                directory,
+                accelerator,
+                per_machine=recipe.training.parallel == "hybrid",
+                offload=recipe.training.offload_base,
+                **options,
+            )
+        else:
+            model = load_model(directory, device=device, **options)
         tokenizer = load_tokenizer(directory)
         return Base(directory, model, tokenizer, weights, sharded, found.source, found.commit)
 
     weights = from_main(accelerator, on_main(accelerator, lambda: base_hash(directory)))
     base = together(accelerator, load)
     together(accelerator, lambda: refuse_unfit(base.model, recipe.training))
-    if sharded:
-        together(accelerator, lambda: shard(base.model, device))
     together(accelerator, lambda: suit_to_training(base.model))
     return base
 
@@ -109,7 +112,7 @@ def refuse_unfit(model: nn.Module, training: TrainingConfig) -> None:
             f"{type(model).__name__} has no output projection, whose logits the loss is computed from; this"
             " architecture is not supported"
         )
-    if training.gradient_checkpointing or training.compile or training.parallel == "shard":
+    if training.gradient_checkpointing or training.compile or training.parallel in SPREAD:
         decoder_blocks(model)
 
 
@@ -138,17 +141,23 @@ def suit_to_training(model: nn.Module) -> Callable[[], None]:
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:
     """Whether the base is spread over the processes."""
     wanted, quantization = recipe.training.parallel, recipe.model.quantization
-    if wanted == "shard" and accelerator.num_processes == 1:
+    spread = wanted in SPREAD
+    if spread and accelerator.num_processes == 1:
         raise InputError(
-            "training.parallel: shard needs several processes (--nproc); one alone cannot share the base"
+            f"training.parallel: {wanted} needs several processes (--nproc); one alone cannot share the base"
         )
-    if wanted == "shard" and quantization == "int8":
+    if spread and quantization == "int8":
         raise InputError(
-            "training.parallel: shard cannot spread a base in int8; set model.quantization to nf4 or none, or"
-            " parallel to replicate, which holds the base whole on every process"
+            f"training.parallel: {wanted} cannot spread a base in int8; set model.quantization to nf4 or"
+            " none, or parallel to replicate, which holds the base whole on every process"
+        )
+    if recipe.training.offload_base and accelerator.device.type == "cpu":
+        raise InputError(
+            "training.offload_base: these processes compute on the CPU, whose memory holds the base anyway;"
+            " set it to false"
         )
     if wanted != "auto":
-        return wanted == "shard"
+        return spread
     if accelerator.num_processes == 1 or quantization == "int8" or accelerator.device.type != "cuda":
         return False
     # Nearly all of a large model is in its blocks, which are what quantisation rounds.

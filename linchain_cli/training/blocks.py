@@ -1,4 +1,4 @@
-"""What is done to a model's blocks as units: recompute, compile, spread them over processes."""
+"""What is done to a model's blocks as units: recompute and compile them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from linchain_cli.model.fast import record, replace_forward
-from linchain_cli.model.head import backbone, decoder_blocks
+from linchain_cli.model.head import decoder_blocks
 
 _UNDO = "blocks"  # what undoes the last `set_up_blocks`, in the model's record
 
@@ -65,27 +65,3 @@ def _recomputed(forward: Callable) -> Callable:
         return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
     return run
-
-
-def shard(model: nn.Module, device: torch.device) -> None:
-    """Spreads the frozen blocks over all processes (FSDP2); each is gathered for as long as it computes.
-
-    Embeddings, final norm and head stay whole on every process: how often the head runs differs between them.
-    Chains that are put in later are not part of it. The model may lie on the CPU; afterwards it is on
-    `device`.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    blocks = decoder_blocks(model)
-    for block in blocks:
-        fully_shard(block, mesh=mesh)
-    # The backbone owns no parameters itself; as the common root of the blocks it lets them be fetched ahead.
-    rest = {parameter for parameter in model.parameters() if not hasattr(parameter, "device_mesh")}
-    fully_shard(backbone(model), mesh=mesh, ignored_params=rest)
-    model.to(device)
-    for module in model.modules():
-        # The scales of 4-bit weights, which are no parameters.
-        if scales := getattr(module, "quant_state", None):
-            scales.to(device)

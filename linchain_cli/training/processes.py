@@ -29,6 +29,8 @@ Result = TypeVar("Result")
 # How long processes wait for each other. The first one may encode a large data set or write to a slow disk
 # meanwhile; a process that has died is noticed by its connection or its launcher, not by this.
 PATIENCE = timedelta(hours=6)
+# Marks an error that has ended all processes already.
+_AGREED = "_linchain_agreed"
 # What gloo says when a process at the other end is gone.
 _LOST = ("connection closed", "connection reset", "broken pipe", "socket closed")
 
@@ -65,7 +67,8 @@ def is_first_process() -> bool:
 def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     """Runs `work` on every process. If it raises on any of them, it ends all of them, and only one speaks.
 
-    The first process that failed raises its error; the others exit quietly with the same code.
+    The first process that failed raises its error; the others exit quietly with the same code. `work` may
+    itself do things together.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -73,10 +76,13 @@ def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     try:
         result = work()
     except Exception as raised:
+        if getattr(raised, _AGREED, False):
+            raise
         error = raised
     codes = gather_object([_exit_code(error)])
     failed = [rank for rank, code in enumerate(codes) if code]
     if failed and failed[0] == accelerator.process_index:
+        setattr(error, _AGREED, True)
         raise error
     if failed:
         raise SystemExit(codes[failed[0]])

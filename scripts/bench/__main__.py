@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-NAMES = ("train", "busy", "parts", "scaling", "start", "data", "merge", "eval")
+NAMES = ("train", "busy", "parts", "scaling", "start", "data", "merge", "eval", "shard")
 
 
 def main() -> None:

@@ -59,7 +59,8 @@ def compared(starter, recipe_file, recipe_of, tmp_path):
             else starter.ranks(world, *arguments, **options)
         )
         assert [rank.wait(120) for rank in ranks] == [0] * world, "".join(rank.log for rank in ranks)
-        assert all(rank.log == "" for rank in ranks[1:]), "one process speaks for all"
+        said = [rank.log for rank in ranks[1:] if rank.log]
+        assert not said, "one process speaks for all"
         return RunDirectory(recipe_of({"name": name}).run_path), load_file(gradients)
 
     return run
@@ -98,42 +99,41 @@ def test_a_sharded_base_trains_as_a_whole_one_does(compared, starter):
     sizes = [found.pop("base bytes").item() - WHOLE_BYTES for found in (gradients, their_gradients)]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
     assert json.loads((sharded.eval_dir / "likelihood.json").read_bytes())["tasks"]["everyday"]["n"] == 3
-    close(their_gradients, gradients, GRADIENT_TOLERANCE)
-    close(
-        load_file(sharded.adapter_dir / "chain.safetensors"),
-        load_file(whole.adapter_dir / "chain.safetensors"),
-        ADAPTER_TOLERANCE,
-    )
-    assert sharded.rows_path.read_bytes() == whole.rows_path.read_bytes()
-    assert sharded.read_status().machine.sharded
+    assert all(torch.equal(their_gradients[name], gradient) for name, gradient in gradients.items())
+    for path in ("adapter/chain.safetensors", "rows.jsonl"):
+        assert (sharded.path / path).read_bytes() == (whole.path / path).read_bytes()
+    assert sharded.read_status().machine.sharded and not whole.read_status().machine.sharded
+    merging = starter.start("merge", sharded.path)
+    assert merging.wait(120) == 0, merging.log
 
 
 def test_a_4_bit_base_in_shards_trains_as_a_whole_one_does(compared):
     changes = ("model.quantization=nf4", "adapter.dropout=0.1")
-    whole, gradients = compared(2, *changes)
-    sharded, their_gradients = compared(2, *changes, "training.parallel=shard")
+    _, gradients = compared(2, *changes)
+    _, their_gradients = compared(2, *changes, "training.parallel=shard")
     sizes = [found.pop("base bytes").item() - WHOLE_BYTES for found in (gradients, their_gradients)]
     assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.05)
-    close(their_gradients, gradients, GRADIENT_TOLERANCE)
-    assert sharded.read_status().machine.sharded and not whole.read_status().machine.sharded
+    assert all(torch.equal(their_gradients[name], gradient) for name, gradient in gradients.items())
 
 
 def test_several_processes_resume_bit_for_bit(starter, recipe_file, recipe_of):
+    """On a base in shards, against a run that was not interrupted and held it whole."""
     recipe = recipe_file({"adapter.dropout": 0.1})
+    shard = "training.parallel=shard"
     for rank in starter.ranks(2, "train", recipe, "name=whole"):
         assert rank.wait(120) == 0, rank.log
     run = RunDirectory(recipe_of({"name": "killed"}).run_path)
-    ranks = starter.ranks(2, "train", recipe, "name=killed", hook="slow_steps", seconds=0.1)
+    ranks = starter.ranks(2, "train", recipe, "name=killed", shard, hook="slow_steps", seconds=0.1)
     wait_for_step(run, 3, ranks[0])
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
     assert [rank.wait() for rank in ranks] == [-9, -9]
-    for rank in starter.ranks(2, "train", recipe, "name=killed", "--resume"):
+    for rank in starter.ranks(2, "train", recipe, "name=killed", shard, "--resume"):
         assert rank.wait(120) == 0, rank.log
     whole = RunDirectory(recipe_of({"name": "whole"}).run_path)
     for path in ("adapter/chain.safetensors", "checkpoints/step-000006/optimizer.safetensors", "rows.jsonl"):
         assert (run.path / path).read_bytes() == (whole.path / path).read_bytes()
-    alone = starter.start("train", recipe, "name=killed", "--resume")
+    alone = starter.start("train", recipe, "name=killed", shard, "--resume")
     assert alone.wait() == 0 and "finished already" in alone.log
 
 

@@ -6,6 +6,7 @@ going wrong.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -14,7 +15,14 @@ import time
 import torch
 
 from linchain_cli import cli, storage
-from linchain_cli.training import checkpoints, job, loop
+from linchain_cli.machine import peak_resident_bytes, resident_bytes
+from linchain_cli.model.fast import record
+from linchain_cli.model.head import hidden_states
+from linchain_cli.model.loading import load_model
+from linchain_cli.training import checkpoints, job, loop, sharded
+from linchain_cli.training.base import suit_to_training
+from linchain_cli.training.metrics import reset_peak_memory
+from linchain_cli.training.processes import connect
 
 
 def kill_in_save(operation: int, torn: bool) -> None:
@@ -118,11 +126,70 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
         }[kind]
 
     module, name = {
+        "read": (sharded, "read_into"),
         "prepare": (job, "put_in_chains"),
         "heaviest": (loop.loss, "add_gradients"),
         "step": (loop, "optimizer_step"),
     }[where]
     setattr(module, name, fail)
+
+
+def compare_spread_bases(bases: list[tuple[str, str]], path: str, per_machine: bool) -> None:
+    """Instead of the command: loads each base (its directory and its quantization) whole and spread, and
+    writes what the two differ in.
+    """
+    accelerator, found = connect(), {}
+    for directory, quantization in bases:
+        options = {"dtype": "float32" if quantization == "none" else "bfloat16", "quantization": quantization}
+        whole, spread = (
+            load_model(directory, device="cpu", **options),
+            sharded.load_sharded(directory, accelerator, per_machine=per_machine, **options),
+        )
+        for model in (whole, spread):
+            suit_to_training(model)
+        name, expected, ours = f"{type(whole).__name__} {quantization}", traits(whole), traits(spread)
+        found[name] = [trait for trait in expected if not torch.equal(expected[trait], ours[trait])]
+        found[name] += sorted(expected.keys() ^ ours.keys())
+    if accelerator.is_main_process:
+        with open(path, "w") as file:
+            json.dump(found, file)
+    sys.exit()
+
+
+def traits(model) -> dict[str, torch.Tensor]:
+    """What a base computes and holds whole: logits, gradients, buffers, and how it was made fast."""
+    ids, embedded = torch.arange(1, 25)[None], []
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+
+    def apart(_module, _inputs, output):
+        embedded.append(output.detach().requires_grad_())
+        return embedded[0].clone()
+
+    hook = model.get_input_embeddings().register_forward_hook(apart)
+    hidden_states(model, ids).float().sin().sum().backward()
+    hook.remove()
+    ways = [model.config._attn_implementation, str(record(model)["reads flat rows"])]
+    return {
+        "logits": logits,
+        "gradient": embedded[0].grad,
+        "ways": torch.tensor(list(" ".join(ways).encode())),
+        **dict(model.named_buffers()),
+    }
+
+
+def measure_spread_base(small: str, directory: str, path: str) -> None:
+    """Instead of the command: loads a base spread, and writes by how many bytes the process grew at most.
+    `small` is a base that is loaded first, for what every first time takes.
+    """
+    accelerator = connect()
+    sharded.load_sharded(small, accelerator, dtype="bfloat16", attention="sdpa")
+    before = resident_bytes()
+    reset_peak_memory(accelerator.device)
+    sharded.load_sharded(directory, accelerator, dtype="bfloat16", attention="sdpa")
+    with open(f"{path}-{accelerator.process_index}", "w") as file:
+        file.write(str(peak_resident_bytes() - before))
+    sys.exit()
 
 
 def validation_losses(values: list[float]) -> None:

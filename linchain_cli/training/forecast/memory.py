@@ -19,7 +19,7 @@ from linchain_cli.training.loss import positions_at_once
 from linchain_cli.training.norms import make_norms_lean
 
 # Bytes per weight in bitsandbytes' formats: 4 bits and 8 bits, with their scales (nf4's are quantised again).
-_QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
+QUANTISED = {"nf4": 0.5 + 0.127 / 8, "int8": 1.0}
 # On CPUs freed memory stays in the process, in gaps that other sizes do not fit: with rows of many lengths
 # the resident set grew by 1.2 to 1.5 times the activations (SmolLM2-135M, glibc, eager attention).
 _CPU_GAPS = 0.4
@@ -78,7 +78,7 @@ def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
 def _base_bytes(recipe: Recipe, model: nn.Module) -> int:
     base, _ = _parameters(model)
     rounded = _rounded_weights(model) if recipe.model.quantization != "none" else set()
-    small = _QUANTISED.get(recipe.model.quantization)
+    small = QUANTISED.get(recipe.model.quantization)
     return round(sum(p.numel() * (small if id(p) in rounded else p.element_size()) for p in base))
 
 
