@@ -3,6 +3,7 @@
 It knows nothing of recipes, data or training and works on any `torch.nn.Module` with linear layers.
 """
 
+from linchain_cli.chain.combine import sum_error, weighted_sum
 from linchain_cli.chain.files import (
     Adapter,
     ChainTensors,
@@ -73,5 +74,7 @@ __all__ = [
     "refuse_shared",
     "save_adapter",
     "set_enabled",
+    "sum_error",
+    "weighted_sum",
     "with_depth",
 ]

@@ -61,6 +61,7 @@ class Origin:
     recipe: the resolved recipe as YAML; None for an adapter that was imported
     data: the training sources by name
     results: the adapter's evaluations, a line per task and setting
+    parts: weight and name of each run that the adapter is a sum of; empty for one run's own
     """
 
     name: str
@@ -68,6 +69,7 @@ class Origin:
     recipe: str | None = None
     data: tuple[str, ...] = ()
     results: tuple[Line, ...] = ()
+    parts: tuple[tuple[float, str], ...] = ()
 
 
 def model_card(
@@ -89,9 +91,7 @@ def model_card(
     parts = [
         _front_matter(kind, base, auto_class),
         f"# {origin.name}",
-        f"{what} The adapter was trained as {adapter_kind(config.depth)}, rank {config.rank}, alpha"
-        f" {config.alpha:g}, on {len(adapter.tensors)} linear modules. Every ΔW has rank {config.rank} at"
-        " most.",
+        f"{what} {_made(adapter, origin)} Every ΔW has rank {config.rank} at most.",
         "## Base",
         f"`{base.name}`"
         + (f" at revision `{base.revision}`" if base.revision else "")
@@ -110,6 +110,17 @@ def model_card(
         f"Written by linchain {__version__}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _made(adapter: Adapter, origin: Origin) -> str:
+    config, modules = adapter.config, f"{len(adapter.tensors)} linear modules"
+    if origin.parts:
+        parts = " + ".join(f"{weight:g} × `{name}`" for weight, name in origin.parts)
+        return f"The adapter is a weighted sum, {parts}, on {modules}."
+    return (
+        f"The adapter was trained as {adapter_kind(config.depth)}, rank {config.rank}, alpha"
+        f" {config.alpha:g}, on {modules}."
+    )
 
 
 def _front_matter(kind: Kind, base: PublishedBase, auto_class: str) -> str:

@@ -23,6 +23,7 @@ from linchain_cli.export.receipts import (
     MergeReceipt,
     ReceiptAdapter,
     ReceiptBase,
+    ReceiptPart,
     hash_files,
 )
 from linchain_cli.export.shards import write_checkpoint
@@ -48,6 +49,7 @@ class MergeOptions:
     quantization: how the run had rounded its base; its logits are compared as well
     chat_template: what the adapter was trained with, where it is not the base's own
     files: further files of the checkpoint, by name, in place of the base's where it has them
+    parts, sum_error: of an adapter that is a weighted sum, as the receipt has them
     """
 
     dtype: torch.dtype | None = None
@@ -59,6 +61,8 @@ class MergeOptions:
     quantization: str = "none"
     chat_template: str | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
+    parts: Sequence[ReceiptPart] = ()
+    sum_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,8 @@ def _receipt(
         changed=proof.changed,
         changes=changes,
         not_proven=[f"logits and generation: {reason}"],
+        parts=list(options.parts),
+        sum_error=options.sum_error,
     )
 
 
@@ -232,6 +238,8 @@ def _facts(receipt: MergeReceipt) -> dict[str, str]:
         "tensors": f"{receipt.tensors['changed']} changed, at most {receipt.largest_ulp:.3f} ulp from the"
         f" float64 sum; {receipt.tensors['untouched']} as in the base",
     }
+    if receipt.parts:
+        facts["the sum of the adapters"] = f"within {receipt.sum_error:.2g} (relative, Frobenius)"
     if logits := receipt.logits:
         facts["logits of merged against adapted model"] = (
             f"largest difference {logits.largest_difference:.3g}, top-1 agreement"

@@ -54,6 +54,15 @@ class ReceiptAdapter:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReceiptPart:
+    """One of several adapters that were summed: its run's name, and what it was multiplied by."""
+
+    name: str
+    weight: float
+    adapter: ReceiptAdapter
+
+
+@dataclass(frozen=True, kw_only=True)
 class MergeReceipt:
     """merge.json.
 
@@ -65,6 +74,8 @@ class MergeReceipt:
     logits: merged against adapted model; quantized: against the adapter on the base as the run had rounded it
     generated: tokens that transformers' `generate` made with the merged checkpoint and its settings
     not_proven: what was not shown, and why
+    parts: the adapters that `adapter` is a weighted sum of; empty where it is a run's own
+    sum_error: largest relative error (Frobenius) of any module's sum
     files_listed: whether `files` names all that was written, which the first version did not
     """
 
@@ -85,6 +96,8 @@ class MergeReceipt:
     quantized: LogitProof | None = None
     generated: int | None = None
     not_proven: list[str] = field(default_factory=list)
+    parts: list[ReceiptPart] = field(default_factory=list)
+    sum_error: float | None = None
     linchain: str = __version__
     files_listed: bool = True
 

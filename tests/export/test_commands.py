@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from linchain_cli import storage
-from linchain_cli.chain import load_adapter
+from linchain_cli.chain import delta_weight, load_adapter
 from linchain_cli.cli import main
 from linchain_cli.run import RunDirectory
 
@@ -80,6 +80,54 @@ def test_merge_again_needs_overwrite(make_run, base_of, capsys):
     assert linchain("merge", run.path, "--no-proof", "--overwrite", "--dtype", "bfloat16") == 0
     config = json.loads((run.merged_dir / "config.json").read_bytes())
     assert config["dtype"] == "bfloat16"
+
+
+def test_several_runs_are_merged_as_a_weighted_sum(make_run, base_of, capsys, tmp_path):
+    from safetensors.torch import load_file
+
+    base = base_of("llama")
+    one = make_run(base, "one", targets=["q_proj", "v_proj"], seed=1)
+    two = make_run(base, "two", targets=["v_proj"], rank=2, depth=1, seed=2)
+    out = tmp_path / "sum"
+    assert linchain("merge", one.path, two.path, "--weights", "0.25,-2", "--out", out) == 0
+    shown = capsys.readouterr().out
+    assert "0.25 × one + -2 × two: every ΔW within" in shown and "read back: at most 0." in shown
+    assert "top-1 agreement 100.0 %" in shown
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    parts = [(load_adapter(run.adapter_dir), weight) for run, weight in ((one, 0.25), (two, -2.0))]
+    for path in parts[0][0].tensors:
+        exact = before[f"{path}.weight"].double()
+        for adapter, weight in parts:
+            if path in adapter.tensors:
+                scaling = adapter.config.scaling
+                exact += weight * delta_weight(*adapter.tensors[path], scaling, torch.float64)
+        torch.testing.assert_close(after[f"{path}.weight"].double(), exact, rtol=1e-6, atol=1e-7)
+    receipt = json.loads((out / "merge.json").read_bytes())
+    assert [(part["name"], part["weight"]) for part in receipt["parts"]] == [("one", 0.25), ("two", -2.0)]
+    assert receipt["tensors"]["changed"] == 4 and receipt["sum_error"] < 1e-6
+    card = (out / "README.md").read_text()
+    assert "# one + two" in card and "a weighted sum, 0.25 × `one` + -2 × `two`, on 4 linear modules" in card
+    assert linchain("merge", one.path, two.path, "--weights", "1,1", "--out", out) == 2
+    again = ("--weights", "1,1", "--out", out, "--no-proof", "--overwrite")
+    assert linchain("merge", one.path, two.path, *again) == 0
+
+
+def test_a_sum_says_what_is_missing(make_run, base_of, capsys, tmp_path):
+    one, two = make_run(base_of("llama"), "one"), make_run(base_of("qwen2"), "two")
+    out = ("--out", tmp_path / "sum")
+    for words, reason in (
+        ((), "2 runs are summed: say how with --weights, such as 0.5,0.5"),
+        (("--weights", "1,1"), "say where it goes with --out DIR"),
+        (("--weights", "1,x", *out), "is not a list of numbers"),
+        (("--weights", "0,0", *out), "is not a list of numbers"),
+        (("--weights", "1,nan", *out), "is not a list of numbers"),
+        (("--weights", "1", *out), "1 numbers for 2 runs"),
+        (("--weights", "1,1", *out), f"{two.path} was trained on other weights"),
+        (("--weights", "1,1", "--out", two.path / "adapter"), "cannot be the output"),
+    ):
+        assert linchain("merge", one.path, two.path, *words) == 2
+        assert reason in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "sum").exists()
 
 
 @pytest.mark.parametrize(
