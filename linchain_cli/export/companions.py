@@ -21,6 +21,8 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 # Keys that say where a base was when it was saved.
 _PLACES = {CONFIG_FILE: "_name_or_path", "tokenizer_config.json": "name_or_path"}
+# Settings of GPTQ's and AWQ's tools, which repeat what config.json says.
+_OF_QUANTIZATION = ("quantize_config.json", "quant_config.json")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -30,21 +32,32 @@ def write_companions(
     directory: Path,
     dtype: torch.dtype | None,
     *,
+    restored: str | None = None,
     own: Mapping[str, bytes] | None = None,
 ) -> list[str]:
     """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
 
     Args:
         dtype: what the weights were recast to; None where they keep their types.
+        restored: the method by which the base's weights were quantised, which they no longer are.
         own: files by name that come in place of the base's, or beside them.
 
     Raises:
         InputError: a configuration is no JSON object.
     """
+    if restored is not None:
+        files = [path for path in files if path.name not in _OF_QUANTIZATION]
     copy_files(files, source, directory)
     for name, content in (own or {}).items():
         (directory / name).write_bytes(content)
     changes = []
+    if restored is not None:
+        dtype = dtype or torch.bfloat16
+        _change(directory / CONFIG_FILE, _without_quantization)
+        changes.append(
+            f"the weights that the base holds quantised ({restored}) were restored to bfloat16 before ΔW was"
+            " added; config.json names no quantization any more"
+        )
     if dtype is not None:
         _change(directory / CONFIG_FILE, lambda config: _with_dtype(config, dtype))
     for name in _PLACES:
@@ -87,6 +100,14 @@ def _with_dtype(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
     result = changed(config)
     return result if {"dtype", "torch_dtype"} & result.keys() else result | {"dtype": name}
+
+
+def _without_quantization(config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: _without_quantization(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key != "quantization_config"
+    }
 
 
 def _without_place(config: dict[str, Any], key: str) -> dict[str, Any]:

@@ -28,9 +28,11 @@ from linchain_cli.export.receipts import (
 )
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
-from linchain_cli.model.checkpoint import Checkpoint, companion_files, open_checkpoint
+from linchain_cli.model.checkpoint import Checkpoint, companion_files
+from linchain_cli.model.files import read_config
 from linchain_cli.model.hashing import refuse_other_base
 from linchain_cli.model.loading import auto_class, empty_model
+from linchain_cli.model.packed import open_weights, quantization_method
 from linchain_cli.records import record_bytes
 
 Progress = Callable[[str, int, int], None]
@@ -95,7 +97,8 @@ def merge_checkpoint(
         does not work: it stays, and its receipt says so.
     """
     target = check_output(out, MergeReceipt, overwrite=options.overwrite, sources=[base_directory, *keep])
-    base = open_checkpoint(base_directory)
+    base = open_weights(base_directory)
+    restored = quantization_method(read_config(base_directory), base_directory)
     model = empty_model(base_directory)
     plan = plan_merge(base, adapter, model)
     check_factors(adapter)
@@ -110,7 +113,9 @@ def merge_checkpoint(
     write_card = _CardWriter(adapter, origin, auto_class(model.config).__name__)
     with staged_output(target, MergeReceipt, overwrite=options.overwrite) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
-        changes = write_companions(companions, base_directory, staging, options.dtype, own=options.files)
+        changes = write_companions(
+            companions, base_directory, staging, options.dtype, restored=restored, own=options.files
+        )
         if options.chat_template is not None:
             (staging / "chat_template.jinja").write_bytes(options.chat_template.encode())
             changes.append("the chat template is the one that the adapter was trained with")

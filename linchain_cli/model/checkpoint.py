@@ -22,7 +22,10 @@ from linchain_cli.model.files import weight_files
 
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-_TYPES = FLOAT_TYPES | {
+TYPES = FLOAT_TYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -30,7 +33,7 @@ _TYPES = FLOAT_TYPES | {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PICKLED_TYPES = {dtype: name for name, dtype in _TYPES.items()}
+_PICKLED_TYPES = {dtype: name for name, dtype in TYPES.items()}
 
 _LARGEST_HEADER = 100_000_000  # what the safetensors library itself accepts
 BLOCK_BYTES = 8 << 20
@@ -50,6 +53,11 @@ _WEIGHT_SUFFIXES = (
     ".ckpt",
     ".ot",
 )
+
+
+def bytes_of(values: torch.Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(values.view(-1).view(torch.uint8).numpy())
 
 
 @dataclass(frozen=True)
@@ -96,9 +104,7 @@ class StoredTensor:
         """
         shape = torch.Size((count, *self.shape[1:]))
         rows = buffers.take("rows", shape, FLOAT_TYPES[self.type])
-        self.read_into(
-            memoryview(rows.view(-1).view(torch.uint8).numpy()), first * (self.nbytes // self.shape[0])
-        )
+        self.read_into(bytes_of(rows), first * (self.nbytes // self.shape[0]))
         return rows
 
     def tensor(self) -> torch.Tensor:
@@ -107,10 +113,19 @@ class StoredTensor:
         Raises:
             InputError: it is of a type that linchain does not know.
         """
-        if self.type not in _TYPES:
+        return self.part(0, self.shape[0]) if self.shape else self._read(self.shape, 0)
+
+    def part(self, first: int, count: int) -> torch.Tensor:
+        """Rows `first` to `first + count`, in memory of their own. Raises as `tensor` does."""
+        return self._read(
+            torch.Size((count, *self.shape[1:])), first * (self.nbytes // max(self.shape[0], 1))
+        )
+
+    def _read(self, shape: torch.Size, first: int) -> torch.Tensor:
+        if self.type not in TYPES:
             raise InputError(f"{self.path}: tensor {self.key} has type {self.type}, which is not supported")
-        values = torch.empty(self.shape, dtype=_TYPES[self.type])
-        self.read_into(memoryview(values.view(-1).view(torch.uint8).numpy()))
+        values = torch.empty(shape, dtype=TYPES[self.type])
+        self.read_into(bytes_of(values), first)
         return values
 
     def __getitem__(self, index: Any) -> torch.Tensor:

@@ -14,6 +14,7 @@ from torch import nn
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
 from linchain_cli.model.files import read_config
+from linchain_cli.model.packed import quantization_method
 from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:
@@ -34,7 +35,11 @@ UNUSABLE = (
 
 
 def load_config(directory: Path) -> PretrainedConfig:
-    """The checkpoint's configuration. Raises InputError unless it is a decoder-only language model."""
+    """The checkpoint's configuration, without what it says of quantised weights: they are read restored.
+
+    Raises:
+        InputError: it is no decoder-only language model, or is quantised in a form that cannot be restored.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -54,16 +59,7 @@ def load_config(directory: Path) -> PretrainedConfig:
             f"{directory}/config.json: transformers {transformers.__version__} has no model type '{kind}'. "
             f"A newer transformers may have it.{did_you_mean(kind, CONFIG_MAPPING_NAMES)}"
         )
-    if quantization := raw.get("quantization_config"):
-        method = (
-            quantization.get("quant_method", "unknown method")
-            if isinstance(quantization, dict)
-            else "unknown method"
-        )
-        raise InputError(
-            f"{directory}: the weights are already quantised ({method}). Give the original full-precision "
-            "checkpoint; 'model.quantization: nf4' quantises it while loading."
-        )
+    quantization_method(raw, directory)
     try:
         with quiet():
             config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
@@ -72,6 +68,9 @@ def load_config(directory: Path) -> PretrainedConfig:
             f"{directory}/config.json is not a valid configuration: {first_line(error)}"
         ) from error
     _refuse_unless_decoder(config, directory)
+    for part in (config, config.get_text_config()):  # for it is read restored
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
     return config
 
 

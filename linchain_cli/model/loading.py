@@ -26,8 +26,9 @@ from linchain_cli.model.config import (
     text_decoder_prefix,
 )
 from linchain_cli.model.fast import changing_nothing
-from linchain_cli.model.files import find_base, locate, weight_files
+from linchain_cli.model.files import find_base, locate, read_config, weight_files
 from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.packed import open_weights, quantization_of
 from linchain_cli.model.quiet import quiet
 from linchain_cli.model.tokenizer import load_tokenizer
 
@@ -118,8 +119,8 @@ def load_model(
     `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
     (4-bit normal float, double quantisation, computing in `dtype`).
 
-    Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, already
-    quantised, wrong options) and LinchainError if it does not fit into memory.
+    Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, quantised
+    in a form that cannot be restored, wrong options) and LinchainError if it does not fit into memory.
     """
     device = torch.device(device) if device is not None else default_device()
     model = read_model(directory, dtype=dtype, device=device, quantization=quantization, attention=attention)
@@ -140,10 +141,11 @@ def read_model(
     quantization: str,
     attention: str,
     fill: Fill | None = None,
+    spread: bool = False,
 ) -> PreTrainedModel:
     """`load_model` without linchain's own attention, for which the model has to run.
 
-    With `fill` the model is built empty, and `fill` reads its weights. 4-bit weights are then packed into
+    With `fill` the model is built empty, and `fill` reads its weights. `spread` packs 4-bit weights into
     numbers of `dtype`, because FSDP2 leaves tensors of whole numbers on every process.
     """
     directory = Path(directory)
@@ -156,11 +158,13 @@ def read_model(
         "dtype": resolved,
         "attn_implementation": "eager" if implementation == GROUPED else implementation,
         "quantization_config": _quantization_config(
-            quantization, resolved, torch.uint8 if fill is None else resolved
+            quantization, resolved, resolved if spread else torch.uint8
         ),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
         "generation_config": _generation_config(directory, config),
     }
+    if fill is None and quantization_of(read_config(directory)):
+        fill = _read_restored(directory)
     with loading_problems(directory, attention), quiet(), _filled_by(fill):
         model, loading = auto_class(config).from_pretrained(
             directory, output_loading_info=True, trust_remote_code=False, **options
@@ -190,6 +194,11 @@ def _filled_by(fill: Fill | None) -> Iterator[None]:
         yield
     finally:
         PreTrainedModel._load_pretrained_model = own
+
+
+def _read_restored(directory: Path) -> Fill:
+    tensors = open_weights(directory).tensors
+    return lambda model, settings: read_into(model, tensors, settings)
 
 
 def read_into(model: PreTrainedModel, tensors: Mapping[str, StoredTensor], settings: Any) -> Any:

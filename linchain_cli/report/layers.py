@@ -10,9 +10,10 @@ from pathlib import Path
 from linchain_cli.chain import Adapter, linear_shape
 from linchain_cli.chain.spectrum import condition_numbers, entropy_rank, spectrum, stable_rank, top_energy
 from linchain_cli.errors import LinchainError
-from linchain_cli.model.checkpoint import FLOAT_TYPES, open_checkpoint
+from linchain_cli.model.checkpoint import FLOAT_TYPES
 from linchain_cli.model.loading import empty_model
 from linchain_cli.model.names import map_names
+from linchain_cli.model.packed import open_weights
 
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)")
 
@@ -86,7 +87,7 @@ def base_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
     Raises:
         InputError: the directory holds no usable checkpoint.
     """
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_weights(directory)
     model = empty_model(directory)
     try:
         keys = map_names(model, checkpoint.shapes).renamed

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.checkpoint import StoredTensor, open_checkpoint
+from linchain_cli.model.checkpoint import StoredTensor
 from linchain_cli.model.head import backbone, decoder_blocks
 from linchain_cli.model.loading import (
     choose_attention,
@@ -33,6 +33,7 @@ from linchain_cli.model.loading import (
     refuse_incomplete,
 )
 from linchain_cli.model.names import map_names
+from linchain_cli.model.packed import open_weights
 from linchain_cli.training.processes import together
 
 SHARD, REPLICATE = "shard", "replicate"
@@ -63,7 +64,7 @@ def load_sharded(
         the machines run different numbers of processes.
     """
     device, mesh = accelerator.device, _mesh(accelerator, per_machine)
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     group = mesh.get_group(SHARD)
 
     def fill(model: nn.Module, settings: Any) -> Any:
@@ -84,7 +85,13 @@ def load_sharded(
         return found
 
     model = read_model(
-        directory, dtype=dtype, device=device, quantization=quantization, attention=attention, fill=fill
+        directory,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        attention=attention,
+        fill=fill,
+        spread=True,
     )
     # The backbone owns no shard itself; as the common root of the blocks it lets them be fetched ahead.
     whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
@@ -118,7 +125,7 @@ class _Parts:
 
 
 def _parts(model: nn.Module, directory: Path) -> _Parts:
-    checkpoint = open_checkpoint(directory)
+    checkpoint = open_weights(directory)
     names, blocks = map_names(model, checkpoint.shapes), decoder_blocks(model)
     paths = {id(module): path for path, module in model.named_modules()}
     place = {

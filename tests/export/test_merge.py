@@ -338,6 +338,33 @@ def test_a_quantised_run_merges_into_the_original_weights(tmp_path, base_of, ada
     assert result.receipt.quantized.largest_difference > 1e-3
 
 
+def test_a_base_in_fewer_bits_merges_as_the_weights_that_it_stands_for(tmp_path, base_of, adapter_of_base):
+    plain, packed = (Path(shutil.copytree(base_of("llama"), tmp_path / name)) for name in ("plain", "packed"))
+    stored, exact = {}, {}
+    for key, weight in tensors_of(plain).items():
+        if weight.dim() < 2 or "layers" not in key:
+            stored[key] = exact[key] = weight.bfloat16()
+        else:
+            scale = weight.abs().amax(1, keepdim=True) / 448
+            stored[key], stored[f"{key}_scale_inv"] = (weight / scale).to(torch.float8_e4m3fn), scale
+            exact[key] = (stored[key].float() * scale).bfloat16()
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((packed / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": None}
+    (packed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    result = merge(packed, adapter_of_base(packed), tmp_path / "out", prompts=PROMPTS)
+    merge(plain, adapter_of_base(plain), tmp_path / "expected")
+    ours, expected = (tensors_of(tmp_path / name) for name in ("out", "expected"))
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[key], value) for key, value in expected.items())
+    assert {value.dtype for value in ours.values()} == {torch.bfloat16}
+    assert result.receipt.logits.top1_agreement == 1.0 and not result.receipt.not_proven
+    assert "quantised (fp8) were restored to bfloat16" in result.receipt.changes[0]
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization_config" not in written and written["dtype"] == "bfloat16"
+
+
 def test_merging_leaves_the_library_path_untouched(base_of, adapter_of_base):
     """What `chain.merge` does in memory is what the file merge writes, to float32 rounding."""
     from linchain_cli.chain import merge as merge_in_memory

@@ -78,11 +78,6 @@ def test_an_unknown_type_suggests_the_nearest(tmp_path):
         load_config(write_config(tmp_path, model_type="lama"))
 
 
-def test_quantised_weights_are_refused(checkpoint):
-    with pytest.raises(InputError, match=r"already quantised \(gptq\)"):
-        load_config(edit_config(checkpoint, quantization_config={"quant_method": "gptq", "bits": 4}))
-
-
 def test_a_config_whose_values_do_not_fit(checkpoint):
     with pytest.raises(InputError, match="config.json"):
         empty_model(edit_config(checkpoint, hidden_size="wide"))

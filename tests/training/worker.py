@@ -135,15 +135,17 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
 
 
 def compare_spread_bases(bases: list[tuple[str, str]], path: str, per_machine: bool) -> None:
-    """Instead of the command: loads each base (its directory and its quantization) whole and spread, and
-    writes what the two differ in.
+    """Instead of the command: loads each base (its directory and its quantization) whole and spread, per
+    machine with shards of the offloaded kind, and writes what the two differ in.
     """
     accelerator, found = connect(), {}
     for directory, quantization in bases:
         options = {"dtype": "float32" if quantization == "none" else "bfloat16", "quantization": quantization}
         whole, spread = (
             load_model(directory, device="cpu", **options),
-            sharded.load_sharded(directory, accelerator, per_machine=per_machine, **options),
+            sharded.load_sharded(
+                directory, accelerator, per_machine=per_machine, offload=per_machine, **options
+            ),
         )
         for model in (whole, spread):
             suit_to_training(model)
