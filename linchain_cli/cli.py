@@ -29,6 +29,7 @@ from linchain_cli.commands import (
     report,
     runs,
     train,
+    tune,
 )
 from linchain_cli.errors import LinchainError
 from linchain_cli.machine import ensure_home
@@ -56,6 +57,7 @@ app.command("import", no_args_is_help=True)(import_.run)
 app.command("generate", no_args_is_help=True)(generate.run)
 app.command("chat")(chat.run)
 app.command("compare", no_args_is_help=True)(compare.run)
+app.command("tune", no_args_is_help=True)(tune.run)
 app.command("check", no_args_is_help=True)(check.run)
 app.command("inspect")(inspect.run)
 app.command("report")(report.run)

@@ -80,7 +80,7 @@ def expand(path: Path | str, words: Sequence[str]) -> Grid:
     """
     fixed, axes = _sort(words)
     base = load_recipe(path, fixed)
-    _check_measurable(base)
+    check_measurable(base)
     if not axes:
         raise InputError(
             "nothing is varied: give at least one key several values, such as adapter.depth=0,1,3"
@@ -128,7 +128,8 @@ def _sort(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     return fixed, list(axes.values())
 
 
-def _check_measurable(base: Recipe) -> None:
+def check_measurable(base: Recipe) -> None:
+    """Raises InputError where a recipe's runs cannot be told apart by validation loss after equal steps."""
     if base.data.validation == 0:
         raise InputError("data.validation is 0, and arms are compared by validation loss: hold some rows out")
     if base.training.early_stopping is not None:

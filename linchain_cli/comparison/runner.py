@@ -49,7 +49,12 @@ _WAIT = 60.0  # seconds for another process to write the definition or the resul
 
 
 def run_comparison(
-    grid: Grid, seeds: Sequence[int], *, equal_parameters: bool = False, fresh: bool = False
+    grid: Grid,
+    seeds: Sequence[int],
+    *,
+    equal_parameters: bool = False,
+    fresh: bool = False,
+    base: Base | None = None,
 ) -> dict[str, Any]:
     """Trains every arm with every seed, unless that was done before, and writes what came out.
 
@@ -62,6 +67,7 @@ def run_comparison(
         seeds: each takes the place of the recipe's seed: initial values, row order and dropout.
         equal_parameters: see `with_equal_parameters`.
         fresh: remove a comparison that exists, with its arms, and start over.
+        base: the base recipe's model, if it is loaded already, without chains.
 
     Returns:
         The content of results.json.
@@ -77,13 +83,13 @@ def run_comparison(
     tasks = recipe_tasks(grid.base.evaluation)
     with locked(directory.path, _WAIT):
         if fresh:
-            _refuse_busy(directory)
+            refuse_busy(directory)
             remove(directory)
         definition = open_definition(directory, grid, equal_parameters)
         wanted = definition.add(arms, seeds, _command(grid, seeds, equal_parameters))
         definition.write(directory)
     try:
-        failures = _Runner(directory, definition, tasks).run(
+        failures = _Runner(directory, definition, tasks, base).run(
             [(arm, seed) for seed in seeds for arm in wanted]
         )
     except (Stopped, KeyboardInterrupt):
@@ -95,7 +101,8 @@ def run_comparison(
     return results
 
 
-def _refuse_busy(directory: ComparisonDirectory) -> None:
+def refuse_busy(directory: ComparisonDirectory) -> None:
+    """Raises InUse while a run of the comparison is being trained."""
     for lock in sorted(directory.arms_dir.glob(".*.lock")):
         run = lock.with_name(lock.name[1 : -len(".lock")])
         if in_use(run):
@@ -140,12 +147,21 @@ def _write(directory: ComparisonDirectory) -> dict[str, Any]:
 class _Runner:
     """Trains and evaluates runs; holds the base model from one to the next, while they want the same."""
 
-    def __init__(self, directory: ComparisonDirectory, definition: Definition, tasks: Sequence[Task]):
+    def __init__(
+        self,
+        directory: ComparisonDirectory,
+        definition: Definition,
+        tasks: Sequence[Task],
+        base: Base | None = None,
+    ):
         self.directory, self.definition, self.tasks = directory, definition, tasks
         self.accelerator = Accelerator()
-        self._base: Base | None = None
+        self._base = base
         self._validation: EncodedRows | None = None
         self._base_section: dict[str, Any] | None = None
+        if base is not None:
+            self._base_section = definition.base.model.model_dump()
+            self._check(base)
 
     def run(self, wanted: Sequence[tuple[Arm, int]]) -> list[str]:
         """Brings every wanted run to its end; returns what is to be said of those that failed."""
@@ -245,11 +261,11 @@ class _Runner:
             known = [RunDirectory(path) for path in runs_below(self.directory.arms_dir)]
             self._base = load_base(recipe, self.accelerator, known[0] if known else None)
             self._base_section = section
-            self._check(self._base)
+            self._note_sparse_validation(self._check(self._base))
         return self._base
 
-    def _check(self, base: Base) -> None:
-        """Refuses to add to runs that had other rows or another base; says when there are few validations."""
+    def _check(self, base: Base) -> PreparedData:
+        """Refuses to add to runs that had other rows or another base."""
         data = prepare_data(self.definition.base.data, base.tokenizer)
         self._validation = data.validation
         now = {"data": data.report.fingerprint, "base": base.hash}
@@ -265,9 +281,9 @@ class _Runner:
                     " be compared with it: put back what there was, give this comparison another name"
                     " (name=NEW), or use --fresh"
                 )
-        self._note_sparse_validation(data)
         protocol = self.definition.base.evaluation.protocol
         check_questions(base.tokenizer, data.template, self.tasks, protocol, limits(base.model))
+        return data
 
     def _note_sparse_validation(self, data: PreparedData) -> None:
         training = self.definition.base.training

@@ -125,6 +125,26 @@ def loss_figure(training: Points, validation: Points) -> Figure:
     return figure
 
 
+def rate_figure(tested: Points, tried: Points, chosen: float) -> Figure:
+    """Losses over learning rates: of the watched rows in a range test, and after a run at each of a few."""
+    figure, axes = _figure()
+    axes.plot(*zip(*tested, strict=True), color=COLORS[0], linewidth=1.2, label="range test, step by step")
+    axes.plot(
+        *zip(*tried, strict=True),
+        color=COLORS[1],
+        marker="o",
+        markersize=4,
+        linewidth=1.2,
+        label="after a short run at one rate",
+    )
+    axes.axvline(chosen, color=COLORS[2], linestyle="--", linewidth=1, label=f"chosen: {chosen:g}")
+    losses = [loss for _, loss in (*tested, *tried)]
+    _finish(axes, losses, xlabel="learning rate", ylabel="validation loss per supervised token")
+    axes.set_xscale("log")
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def loss_curves(training: Points, validation: Points) -> Picture | None:
     """`loss_figure` with its words; None when nothing was logged."""
     if not training and not validation:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from linchain_cli import storage
-from linchain_cli.report.figures import comparison_figure, loss_figure, png
+from linchain_cli.report.figures import comparison_figure, loss_figure, png, rate_figure
 from linchain_cli.run import ComparisonDirectory, RunDirectory, read_jsonl
 
 
@@ -35,3 +35,13 @@ def comparison_plot(directory: ComparisonDirectory, results: Mapping[str, Any]) 
         return None
     storage.write_atomic(directory.plot_path, png(comparison_figure(results, rows)))
     return directory.plot_path
+
+
+def rate_plot(
+    path: Path,
+    tested: Sequence[tuple[float, float]],
+    tried: Sequence[tuple[float, float]],
+    chosen: float,
+) -> None:
+    """Draws what `rate_figure` shows of a search for a learning rate."""
+    storage.write_atomic(path, png(rate_figure(tested, tried, chosen)))

@@ -190,16 +190,17 @@ def validate(job: Job, display: Display) -> None:
 
 
 @torch.no_grad()
-def validation_loss(job: Job) -> float:
-    """Mean loss over all supervised tokens of the validation rows, shared over the processes."""
+def validation_loss(job: Job, rows: np.ndarray | None = None) -> float:
+    """Mean loss over all supervised tokens of the validation rows, or of some of them, shared over the
+    processes."""
     accelerator, data, rank = job.accelerator, job.data.validation, job.accelerator.process_index
-    rows, size = np.arange(len(data)), job.state.micro_batch_size
+    rows, size = np.arange(len(data)) if rows is None else rows, job.state.micro_batch_size
     parts = micro_batches(rows, data.lengths, size, rank, accelerator.num_processes)
     total = torch.zeros((), dtype=torch.float64, device=job.device)
     with folded(job.model):
         for part in parts:
             total += loss.summed_loss(job.model, collate(data, part, job.base.pad_id), job.device)
-    return (accelerator.reduce(total, reduction="sum") / data.supervised_counts.sum()).item()
+    return (accelerator.reduce(total, reduction="sum") / data.supervised_counts[rows].sum()).item()
 
 
 def save(job: Job) -> None:

@@ -102,7 +102,7 @@ def run_training(
         if resume:
             jobs.resume(job, say, found == LONGER)
         with explained(job.recipe, job.device), _plainly(job):
-            _settle_micro_batch(job, say)
+            settle_micro_batch(job, say)
             together(accelerator, lambda: run_heaviest(job))
         seconds = round(time.perf_counter() - began, 3)
         on_main(accelerator, lambda: _open(job, found, labels or {}, seconds))
@@ -155,7 +155,7 @@ def _claim(
     return FINISHED if same else LONGER, status.step or 0
 
 
-def _settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
+def settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
     """A resumed run keeps the size it had, also where `auto` found it."""
     if job.state.micro_batch_size is None:
         wanted = job.recipe.training.micro_batch_size

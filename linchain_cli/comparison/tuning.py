@@ -1,0 +1,261 @@
+"""Finds a learning rate for a recipe: a range test, then a comparison of a few rates around what it says.
+
+All of it takes about as many optimizer steps as one run of the recipe: a fifth for the range test, and a
+fifth for each of three or four rates.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from linchain_cli.chain import detach
+from linchain_cli.comparison.definition import open_definition, remove
+from linchain_cli.comparison.grid import RATE, Arm, Grid, arm_name, check_measurable, refuse_other_base
+from linchain_cli.comparison.runner import refuse_busy, run_comparison
+from linchain_cli.console import Progress, note
+from linchain_cli.errors import InputError, LinchainError, Stopped
+from linchain_cli.machine import limit_threads
+from linchain_cli.recipe import EvaluationConfig, Recipe
+from linchain_cli.records import read_record, write_record
+from linchain_cli.report.plots import rate_plot
+from linchain_cli.run import ComparisonDirectory, RunDirectory, locked
+from linchain_cli.storage import write_atomic
+from linchain_cli.training.base import Base, load_base
+from linchain_cli.training.job import Job, prepare
+from linchain_cli.training.memory import explained
+from linchain_cli.training.processes import connect
+from linchain_cli.training.range_test import RangePoint, range_test, rising_rates
+from linchain_cli.training.runner import settle_micro_batch
+from linchain_cli.training.schedule import warmup_steps
+from linchain_cli.training.signals import StopRequest, stop_requests
+
+PARTS = 5  # of a run: what the range test and each of the rates take
+FEWEST_STEPS, MOST_STEPS = 12, 200  # of each of them
+SPAN = 100.0  # the range test rises from the published rate over this to it times this
+BACKED_OFF = 3.0  # from the rate at which the range test's loss was lowest
+MOST_RATES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """tuning.json. `rate` is None until all is done; `edge` says that it is the lowest or highest one tried.
+
+    recipe: what was tuned
+    hashes: of its rows and its base
+    steps: of the range test, at most, and of a run at each rate
+    range_test: a `RangePoint` after each step
+    rates, losses: what was tried, ascending, with the validation loss at the end; None of a run that failed
+    """
+
+    FORMAT: ClassVar[str] = "linchain tuning"
+    VERSION: ClassVar[int] = 1
+
+    recipe: dict[str, Any]
+    hashes: dict[str, str]
+    steps: int
+    range_test: list[RangePoint]
+    rates: list[float] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
+    rate: float | None = None
+    edge: bool = False
+
+    @property
+    def tested(self) -> list[tuple[float, float]]:
+        """(rate, loss) of the range test."""
+        return [(point.rate, point.loss) for point in self.range_test]
+
+    @property
+    def tried(self) -> list[tuple[float, float]]:
+        """(rate, loss) of the runs that did not fail."""
+        return [(rate, loss) for rate, loss in zip(self.rates, self.losses, strict=True) if loss is not None]
+
+
+class TuningDirectory(ComparisonDirectory):
+    """A comparison of rates, with what led to them and what came out of it."""
+
+    def __init__(self, path: Path | str):
+        super().__init__(path)
+        self.tuning_path = self.path / "tuning.json"
+        self.curve_path = self.path / "tuning.png"
+        self.recipe_path = self.path / "recipe.yaml"
+
+
+def tune(recipe: Recipe, *, fresh: bool = False) -> tuple[TuningDirectory, Tuning]:
+    """Finds the rate and writes it into a copy of the recipe, beside what it was found by.
+
+    All of it lies at <output_dir>/<name>-tune. Called again, it continues: a range test that is done is kept,
+    and so are the rates that have finished.
+
+    Args:
+        fresh: remove an earlier tuning of that name and start over.
+
+    Raises:
+        InputError: the recipe or what lies in its place does not allow it.
+        Stopped: a signal ended it; what had been done is kept.
+        LinchainError: no rate led to a finite loss.
+    """
+    check_measurable(recipe)
+    directory = TuningDirectory(recipe.run_path.with_name(f"{recipe.name}-tune"))
+    limit_threads()
+    with locked(directory.path.with_name(f"{directory.path.name}-range")):
+        if fresh:
+            refuse_busy(directory)
+            remove(directory)
+        tuning = read_record(directory.tuning_path, Tuning) if directory.tuning_path.exists() else None
+        if tuning is not None:
+            refuse_other_base(_with(recipe, "auto"), Recipe.model_validate(tuning.recipe), directory.path)
+            if tuning.rate is not None:
+                note(f"{directory.path} is finished already; --fresh tunes anew")
+                return directory, tuning
+        with stop_requests("stopped before the range test: nothing was done") as stop:
+            base = load_base(recipe, connect())
+            job = _trial_job(recipe, base, directory)
+            open_definition(directory, Grid(job.recipe, ()), False).write(directory)
+            if tuning is None or tuning.hashes != _hashes(job):
+                tuning = _range_test(recipe, job, stop, directory)
+            detach(base.model)
+        tuning = _compare_rates(job.recipe, base, directory, tuning)
+        write_atomic(directory.recipe_path, _with(recipe, tuning.rate).to_yaml())
+        rate_plot(directory.curve_path, tuning.tested, tuning.tried, tuning.rate)
+        write_record(directory.tuning_path, tuning)
+    return directory, tuning
+
+
+def _with(recipe: Recipe, rate: float | Literal["auto"]) -> Recipe:
+    training = recipe.training.model_copy(update={"learning_rate": rate})
+    return recipe.model_copy(update={"training": training})
+
+
+def _trial_job(recipe: Recipe, base: Base, directory: TuningDirectory) -> Job:
+    """A run of a fifth of the recipe's steps at the published rate, ready to train."""
+    run = RunDirectory(directory.path)
+    whole = prepare(_with(recipe, "auto"), run, connect(), base)
+    detach(base.model)
+    if whole.accelerator.num_processes > 1:
+        raise InputError("a rate is tuned in one process: start it without torchrun or accelerate launch")
+    if whole.data.validation is None:
+        raise InputError("data.validation left no row to validate on, and rates are judged by such rows")
+    job = prepare(_trial_recipe(whole, directory), run, connect(), base)
+    with explained(job.recipe, job.device):
+        settle_micro_batch(job, note)
+    return job
+
+
+def _trial_recipe(whole: Job, directory: TuningDirectory) -> Recipe:
+    training = whole.recipe.training
+    steps = min(max(whole.total_steps // PARTS, FEWEST_STEPS), MOST_STEPS)
+    warmup = min(0.5, warmup_steps(training, whole.total_steps) / whole.total_steps)
+    changed = {
+        "epochs": None,
+        "max_steps": steps,
+        "warmup_steps": round(warmup, 4) or 0,
+        "log_every": max(1, steps // 20),
+        "eval_every": steps,
+        "save_every": max(1, steps // 2),
+        "keep": "last",
+        "trackers": [],
+    }
+    return whole.recipe.model_copy(
+        update={
+            "name": directory.path.name,
+            "training": training.model_copy(update=changed),
+            "evaluation": EvaluationConfig(),
+        }
+    )
+
+
+def _hashes(job: Job) -> dict[str, str]:
+    return {"data": job.data.report.fingerprint, "base": job.base.hash}
+
+
+def _range_test(recipe: Recipe, job: Job, stop: StopRequest, directory: TuningDirectory) -> Tuning:
+    steps, published = job.total_steps, job.recipe.training.learning_rate
+    rates = rising_rates(published / SPAN, min(1.0, published * SPAN), steps)
+    note(f"range test: {steps} steps at rates from {rates[0]:.2g} to {rates[-1]:.2g}")
+    stop.message = "stopped during the range test, which is short and begins anew with the same command"
+    with explained(job.recipe, job.device), Progress() as progress:
+        points = range_test(job, rates, stop, lambda done: progress.show("range test", done, steps))
+    content = _with(recipe, "auto").model_dump(mode="json")
+    tuning = Tuning(recipe=content, hashes=_hashes(job), steps=steps, range_test=points)
+    write_record(directory.tuning_path, tuning)
+    return tuning
+
+
+def centre(points: Sequence[RangePoint]) -> float:
+    """The rate that a range test speaks for."""
+    return min(points, key=lambda point: point.loss).rate / BACKED_OFF
+
+
+def place_of(rate: float) -> int:
+    """The number of a rate in the series 1e-4 (-8), 3e-4 (-7), 1e-3 (-6), …"""
+    return round(2 * math.log10(rate))
+
+
+def rate_at(place: int) -> float:
+    """The rate of that number, with one digit."""
+    return float(f"{10 ** (place / 2):.0e}")
+
+
+def _compare_rates(trial: Recipe, base: Base, directory: TuningDirectory, tuning: Tuning) -> Tuning:
+    """Three rates, and one more beyond the best of them where that one is an end."""
+    middle = min(-1, place_of(centre(tuning.range_test)))
+    wanted = [middle - 1, middle, middle + 1]
+    while True:
+        tuning = _tried(trial, base, directory, tuning, [rate_at(place) for place in wanted])
+        best = place_of(best_rate(tuning.tried))
+        beyond = {wanted[0]: wanted[0] - 1, wanted[-1]: wanted[-1] + 1}.get(best)
+        if beyond is None or beyond > 0 or len(wanted) == MOST_RATES:
+            break
+        wanted = sorted([*wanted, beyond])
+    return replace(tuning, rate=refined_rate(tuning.tried), edge=best in (wanted[0], wanted[-1]))
+
+
+def _tried(
+    trial: Recipe, base: Base, directory: TuningDirectory, tuning: Tuning, rates: Sequence[float]
+) -> Tuning:
+    """A run at each of these rates, unless it was done before; one that fails has no loss."""
+    recipes = [_with(trial, rate) for rate in rates]
+    arms = tuple(Arm(arm_name(one, trial), one, one.adapter.alpha) for one in recipes)
+    grid = Grid(trial, arms, (f"{RATE}={','.join(f'{rate:g}' for rate in rates)}",))
+    failure: LinchainError | None = None
+    try:
+        results = run_comparison(grid, [trial.seed], base=base)
+    except (InputError, Stopped):
+        raise
+    except LinchainError as error:  # what a rate that is too high ends with; the others are done
+        failure, results = error, json.loads(directory.results_path.read_bytes())
+    found = {run["learning_rate"]: run["validation_loss"] for run in results["runs"]}
+    losses = [found[rate] for rate in rates]
+    if failure is not None and all(loss is None for loss in losses):
+        raise failure
+    tuning = replace(tuning, rates=list(rates), losses=losses)
+    write_record(directory.tuning_path, tuning)
+    return tuning
+
+
+def best_rate(tried: Sequence[tuple[float, float]]) -> float:
+    """The rate with the lowest loss, of (rate, loss)."""
+    return min(tried, key=lambda one: one[1])[0]
+
+
+def refined_rate(tried: Sequence[tuple[float, float]]) -> float:
+    """Where the parabola through the best rate and its neighbours is lowest, over the rates' logarithm, with
+    two digits; the best rate itself where it is an end.
+
+    Args:
+        tried: (rate, loss), with rates ascending and about as far from each other.
+    """
+    best = best_rate(tried)
+    at = [rate for rate, _ in tried].index(best)
+    if not 0 < at < len(tried) - 1:
+        return best
+    (low, below), (_, lowest), (high, above) = tried[at - 1 : at + 2]
+    if below + above == 2 * lowest:
+        return best
+    shift = (below - above) / (below + above - 2 * lowest) / 2  # of a distance between rates, at most half
+    return float(f"{best * math.exp(shift * math.log(high / low) / 2):.2g}")
