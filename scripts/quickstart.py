@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,6 +180,8 @@ def best_option(model, tokenizer, template, row: dict) -> str:
 
 def print_table(agreeing: int, seconds: float) -> None:
     """What came of it, from the files that the commands wrote."""
+    from linchain_cli.evaluation.statistics import pair
+
     run, adapted = read_json(RUN / "run.json"), read_json(RESULTS)
     base = read_json(AGAINST)
     ours, theirs = adapted["tasks"]["everyday"], base["tasks"]["everyday"]
@@ -197,10 +200,15 @@ def print_table(agreeing: int, seconds: float) -> None:
     print(f"\nAccuracy on {ours['n']} held-out rows, with 95 % intervals\n")
     for name, value, interval in rows:
         print(f"  {name:<24}{value:>8}   {interval}")
-    print("\nBy style: base, fine-tuned\n")
-    before, after = accuracy_by_style(AGAINST), accuracy_by_style(RESULTS)
-    for style, (count, value) in after.items():
-        print(f"  {style:<24}{100 * before[style][1]:>6.1f} %{100 * value:>8.1f} %   of {count} rows")
+    print("\nBy style: base, fine-tuned, and the difference, paired\n")
+    before, after = correct_by_style(AGAINST), correct_by_style(RESULTS)
+    for style, right in after.items():
+        found = pair(right, before[style])
+        low, high = found.interval
+        print(
+            f"  {style:<24}{100 * sum(before[style]) / found.n:>6.1f} %{100 * sum(right) / found.n:>8.1f} %"
+            f"   {100 * found.difference:+5.1f} ({100 * low:+.1f} to {100 * high:+.1f})   of {found.n} rows"
+        )
     speed = f"{run['tokens_per_second']:.0f} tokens per second"
     print(f"\n  training              {run['step']} steps, {run['timings']['train_seconds']:.0f} s, {speed}")
     print(f"  trainable parameters  {run['trainable_parameters']:,}")
@@ -211,17 +219,22 @@ def print_table(agreeing: int, seconds: float) -> None:
     print(f'  {Path(sys.executable).parent / "linchain"} generate {RUN} "{EXAMPLE}"')
 
 
-STYLES = {"true": "true or false", "solution1": "two solutions", "answer1": "three to five answers"}
+def style_of(options: Iterable[str]) -> str:
+    """What kind of question has these options."""
+    options = list(options)
+    if options == ["true", "false"]:
+        return "true or false"
+    return "two solutions" if len(options) == 2 else "three to five answers"
 
 
-def accuracy_by_style(results: Path) -> dict[str, tuple[int, float]]:
-    """Number of rows and accuracy of each answer style, from the prediction rows beside a result file."""
-    correct: dict[str, list[bool]] = {style: [] for style in STYLES.values()}
+def correct_by_style(results: Path) -> dict[str, list[bool]]:
+    """Whether each row's answer was right, by style, from the prediction rows beside a result file."""
+    correct: dict[str, list[bool]] = {}
     with open(results.with_name(f"{results.stem}.predictions.jsonl"), encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
-            correct[STYLES[next(iter(row["scores"]))]].append(row["correct"])
-    return {style: (len(rows), sum(rows) / len(rows)) for style, rows in correct.items()}
+            correct.setdefault(style_of(row["scores"]), []).append(row["correct"])
+    return dict(sorted(correct.items(), key=lambda item: -len(item[1])))
 
 
 def accuracy(entry: dict) -> tuple[str, str]:

@@ -169,4 +169,5 @@ def test_the_table_shows_what_the_files_hold(evaluated, capsys):
     assert "+0.0" in shown and "140 steps, 130 s, 311 tokens per second" in shown and "3,432,960" in shown
     counts = [int(line.split()[-2]) for line in shown.splitlines() if line.endswith("rows")]
     assert len(counts) == 3 and sum(counts) == 40
+    assert "true or false" in shown and shown.count("+0.0 (") == 3  # the same model, paired with itself
     assert str(evaluated.MERGED) in shown and "8 of 8 answers" in shown

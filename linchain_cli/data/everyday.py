@@ -7,6 +7,10 @@ over is the kind of question, and what the model knew of the things before.
 
 Answers give no hint of themselves: labels and places are balanced, each property is asked as often with
 true as with false, and each kind of thing is right about as often as it is wrong.
+
+Options are named by what they say ("to use a knife") and not by labels ("solution1") as in Commonsense170K.
+To answer with a label a model must find the right thing and bind it to its label, which small models do not
+learn in minutes (Robinson and Wingate, arXiv 2210.12353; docs/evidence.md has a learning curve).
 """
 
 from __future__ import annotations
@@ -23,10 +27,10 @@ T = TypeVar("T")
 
 SEED = 20241105
 TEST_SHARE = 1 / 3  # of each kind's words
-# Rows of each style. A small model learns true/false first, from many rows: training has most of those.
+# Rows of each style. True or false is learnt last and has most of them.
 STYLES = {
-    "train": {"boolq": 800, "piqa": 30, "answers3": 9, "answers4": 8, "answers5": 10},
-    "test": {"boolq": 260, "piqa": 70, "answers3": 30, "answers4": 30, "answers5": 30},
+    "train": {"boolq": 800, "piqa": 400, "answers3": 140, "answers4": 130, "answers5": 130},
+    "test": {"boolq": 220, "piqa": 100, "answers3": 34, "answers4": 33, "answers5": 33},
 }
 
 
@@ -123,15 +127,12 @@ class _Writer:
         kinds = self._random.sample(wrong, count - 1)
         kinds.insert(place, kind)
         if style == "piqa":
-            solutions = [fact.solution.format(x=_phrase(kind, self._word(kind))) for kind in kinds]
-            listed = "\n\n".join(
-                f"Solution{number}: {text}" for number, text in enumerate(solutions, start=1)
-            )
-            text = f"Please choose the correct solution to the question: How can you {fact.wish}?\n\n{listed}"
-            return _row(text, ["solution1", "solution2"], f"solution{place + 1}")
-        listed = " ".join(f"Answer{number}: {self._word(kind)}" for number, kind in enumerate(kinds, start=1))
-        text = f"Please choose the correct answer to the question: {fact.choice}\n\n{listed}"
-        return _row(text, [f"answer{number + 1}" for number in range(count)], f"answer{place + 1}")
+            options = [fact.solution.format(x=_phrase(kind, self._word(kind))) for kind in kinds]
+            text = f"Please choose the correct solution to the question: How can you {fact.wish}?"
+        else:
+            options = [self._word(kind) for kind in kinds]
+            text = f"Please choose the correct answer to the question: {fact.choice}"
+        return _row(text, options, options[place])
 
 
 def _phrase(kind: str, word: str) -> str:
@@ -141,9 +142,9 @@ def _phrase(kind: str, word: str) -> str:
     return f"an {word}" if word[0] in "aeiou" and word not in SOUNDS_LIKE_Y else f"a {word}"
 
 
-def _row(text: str, names: list[str], answer: str) -> dict[str, str]:
+def _row(text: str, options: list[str], answer: str) -> dict[str, str]:
     return {
-        "instruction": f"{text}\n\nAnswer format: {'/'.join(names)}",
+        "instruction": f"{text}\n\nAnswer format: {'/'.join(options)}",
         "input": "",
         "output": f"the correct answer is {answer}",
         "answer": answer,
