@@ -37,7 +37,7 @@ from linchain_cli.training.signals import StopRequest, stop_requests
 PARTS = 5  # of a run: what the range test and each of the rates take
 FEWEST_STEPS, MOST_STEPS = 12, 200  # of each of them
 SPAN = 100.0  # the range test rises from the published rate over this to it times this
-BACKED_OFF = 3.0  # from the rate at which the range test's loss was lowest
+BACKED_OFF = 2.0  # from the rate at which the range test's loss was lowest
 MOST_RATES = 4
 
 

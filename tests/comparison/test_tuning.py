@@ -163,4 +163,4 @@ def test_the_rate_lies_at_the_parabolas_lowest_point():
 
 def test_the_centre_is_below_where_the_range_test_turned():
     points = [RangePoint(rate, 0.0, loss) for rate, loss in ((1e-4, 3), (1e-3, 2), (1e-2, 1), (1e-1, 5))]
-    assert centre(points) == pytest.approx(1e-2 / 3)
+    assert centre(points) == pytest.approx(5e-3)
