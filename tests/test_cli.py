@@ -29,6 +29,7 @@ COMMANDS = [
     "generate",
     "chat",
     "compare",
+    "tune",
     "check",
     "inspect",
     "report",
@@ -58,6 +59,7 @@ def test_help_lists_every_command_with_its_whole_sentence(capsys):
 
 
 OPTIONS = {
+    "tune": ["--fresh", "--overwrite", "--json"],
     "train": ["--resume", "--fresh", "--overwrite", "--nproc", "--json"],
     "eval": [
         "--tasks",
@@ -106,7 +108,7 @@ def test_every_option_is_there_and_has_a_help_text(command, capsys):
 # What each prints is no report: a conversation, a sentence about a file, JSON as it is.
 WITHOUT_JSON = {"chat", "recipes copy", "recipes schema"}
 # What each replaces only where --overwrite says so.
-WITH_OVERWRITE = {"train", "compare", "merge", "export", "import", "recipes copy"}
+WITH_OVERWRITE = {"train", "compare", "tune", "merge", "export", "import", "recipes copy"}
 
 
 def commands(group=None, name=()):
