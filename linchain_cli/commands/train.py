@@ -51,7 +51,7 @@ def run(
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
 
     if not launched() and (processes := wanted_processes(nproc)) > 1:
-        raise typer.Exit(run_processes(sys.argv[1:], processes))
+        raise typer.Exit(run_processes(sys.argv[1:], processes, directory.end_as_failed))
     end_with_launcher()
     _train(loaded, directory, tasks, resume, fresh, json)
 

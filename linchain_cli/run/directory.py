@@ -50,6 +50,15 @@ class RunDirectory:
         """Writes `changes`, which are fields of RunStatus, over those of run.json, as one step."""
         update_record(self.status_path, RunStatus, changes)
 
+    def end_as_failed(self, reason: str) -> None:
+        """Marks a run that nobody is at any more as failed, if it still says that it is running."""
+        with contextlib.suppress(InputError, OSError):
+            if not self.exists():
+                return
+            with self.lock():
+                if self.read_status().status == "running":
+                    self.update_status(status="failed", reason=reason)
+
     def check_free(self, *, replace: bool = False) -> None:
         """Raises InputError when a run may not be written here: one exists (and is not to be replaced), or a
         directory that is no run, which is never touched."""

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_limit
@@ -49,10 +49,15 @@ def wanted_processes(nproc: int | None) -> int:
     return nproc or max(1, gpus)
 
 
-def run_processes(arguments: Sequence[str], nproc: int) -> int:
+def run_processes(
+    arguments: Sequence[str], nproc: int, on_failure: Callable[[str], None] = lambda reason: None
+) -> int:
     """Runs `linchain ARGUMENTS` as `nproc` processes and returns the exit code they agree on.
 
     The first process that fails decides the code; 130 or 143 when a signal stopped them.
+
+    Args:
+        on_failure: is told which process failed first, and how, once all have ended.
     """
     environment = os.environ | {
         "WORLD_SIZE": str(nproc),
@@ -81,7 +86,7 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
 
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        return _wait(children)
+        first = _wait(children)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -89,6 +94,26 @@ def run_processes(arguments: Sequence[str], nproc: int) -> int:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+    if first is None:
+        return 0
+    rank, code = first
+    if code == -signal.SIGKILL:
+        print(
+            f"error: process {rank} was killed from outside (when memory runs out, the kernel does so)",
+            file=sys.stderr,
+        )
+    on_failure(f"process {rank} {_ended(code)}")
+    return 128 - code if code < 0 else code
+
+
+def _ended(code: int) -> str:
+    """How a process ended, from its exit code as subprocess has it."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was ended by signal {-code}"
 
 
 def end_with_launcher() -> None:
@@ -101,25 +126,20 @@ def end_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _wait(children: list[subprocess.Popen]) -> int:
-    failed, deadline = 0, None
+def _wait(children: list[subprocess.Popen]) -> tuple[int, int] | None:
+    """The rank and the exit code of the process that failed first; None if none did."""
+    failed, deadline = None, None
     while None in (codes := [child.poll() for child in children]):
         if deadline is None and any(codes):
             failed, deadline = _first_failure(codes), time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
-    code = failed or _first_failure(codes)
-    if code == -signal.SIGKILL:
-        print(
-            "error: a process was killed from outside (when memory runs out, the kernel does so)",
-            file=sys.stderr,
-        )
-    return 128 - code if code < 0 else code
+    return failed or _first_failure(codes)
 
 
-def _first_failure(codes: list[int | None]) -> int:
-    return next((code for code in codes if code), 0)
+def _first_failure(codes: list[int | None]) -> tuple[int, int] | None:
+    return next(((rank, code) for rank, code in enumerate(codes) if code), None)
 
 
 def _free_port() -> int:

@@ -1,13 +1,14 @@
 """What several processes need of each other: to start and fail together, and one sum per optimizer step.
 
 Every process holds the adapters whole and steps its own optimizer on the same summed gradient, so they stay
-equal without being sent around.
+equal without being sent around. Gradients go from GPU to GPU over NCCL, all else as objects over gloo.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,35 +23,88 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
-from linchain_cli.errors import LinchainError
+from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.training import peers
+from linchain_cli.training.launch import launched
 
 Result = TypeVar("Result")
 
-# How long processes wait for each other. The first one may encode a large data set or write to a slow disk
-# meanwhile; a process that has died is noticed by its connection or its launcher, not by this.
+BACKENDS = "cpu:gloo,cuda:nccl"
+# How long processes wait for one that does not answer. Before training and after it the first one may encode
+# a large data set, or another one may have more to evaluate; from step to step nothing takes long but a
+# checkpoint on a slow disk. A process that has died is noticed by its connection or its launcher.
 PATIENCE = timedelta(hours=6)
+STEP_PATIENCE = timedelta(minutes=15)
 # Marks an error that has ended all processes already.
 _AGREED = "_linchain_agreed"
-# What gloo says when a process at the other end is gone.
+# What gloo says when a process at the other end is gone, and when it does not answer.
 _LOST = ("connection closed", "connection reset", "broken pipe", "socket closed")
+_SILENT = ("timed out", "collective operation timeout")
+# What `accelerate launch` sets for configurations under which it would take the model apart itself.
+_TAKES_APART = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
 
 
 def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Accelerator:
     """Joins the processes that the environment describes (see launch.py), or stands alone. CUDA, else CPU.
 
     Raises:
+        InputError: the launcher is to take the model apart, which linchain does itself.
         LinchainError: the processes do not find each other.
+        SystemExit: on other processes than the first, when that one tells the error.
     """
+    _refuse_taking_apart()
     try:
-        return Accelerator(
+        if torch.cuda.is_available() and launched() and not torch.distributed.is_initialized():
+            # Accelerate would connect by NCCL alone, over which a GPU waits for every word that is exchanged.
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            torch.distributed.init_process_group(BACKENDS, timeout=PATIENCE)
+        accelerator = Accelerator(
             # Without it Accelerate overlooks that there are several CPU processes: each would train alone.
             cpu=not torch.cuda.is_available(),
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(logging_dir=str(logging_dir) if logging_dir else None),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
+        peers.introduce(accelerator.process_index, gather_object if accelerator.num_processes > 1 else list)
+        return accelerator
     except torch.distributed.DistError as error:
         raise LinchainError(f"the processes could not connect: {error}") from error
+
+
+def _refuse_taking_apart() -> None:
+    """Raises InputError on the first process, and ends the others, where `accelerate launch` has been told to
+    spread or wrap the model: the base is never wrapped here."""
+    wanted = [name for variable, name in _TAKES_APART.items() if os.environ.get(variable) == "true"]
+    if not wanted:
+        return
+    if not is_first_process():
+        raise SystemExit(InputError.exit_code)
+    raise InputError(
+        f"accelerate launch is configured for {' and '.join(wanted)}, which linchain does not train under: it"
+        " spreads a large base over the GPUs itself. Use a configuration without it (accelerate launch"
+        " --multi_gpu, torchrun or linchain train --nproc) and set training.parallel to shard"
+    )
+
+
+@contextlib.contextmanager
+def answering_soon() -> Iterator[None]:
+    """In the block, a process that does not answer for `STEP_PATIENCE` ends those that wait for it."""
+    from torch.distributed import distributed_c10d
+
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        yield
+        return
+    distributed_c10d._set_pg_timeout(STEP_PATIENCE)
+    try:
+        yield
+    finally:
+        if torch.distributed.is_initialized():
+            distributed_c10d._set_pg_timeout(PATIENCE)
 
 
 def disconnect() -> None:
@@ -110,11 +164,18 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
     return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
 
 
-def is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone."""
-    if isinstance(error, torch.distributed.DistError):
-        return True
-    return any(words in str(error).lower() for words in _LOST)
+def lost_connection(error: RuntimeError) -> str | None:
+    """What a collective's error means if another process is gone or does not answer; else None."""
+    text = str(error).lower()
+    silent, lost = (any(words in text for words in known) for known in (_SILENT, _LOST))
+    if not (silent or lost or isinstance(error, torch.distributed.DistError)):
+        return None
+    names = ", ".join(peers.gone())
+    if silent and not names:
+        minutes = STEP_PATIENCE.total_seconds() / 60
+        return f"another process of this run has not answered for {minutes:g} minutes"
+    ended = "another process of this run ended while this one waited for it"
+    return f"{ended}: {names}" if names else ended
 
 
 def sum_over_processes(accelerator: Accelerator, sums: Tensor) -> None:

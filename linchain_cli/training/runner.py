@@ -26,11 +26,13 @@ from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
+from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.optimizer import refuse_optimizer
 from linchain_cli.training.processes import (
+    answering_soon,
     connect,
     from_main,
-    is_lost_connection,
+    lost_connection,
     on_main,
     raise_on_all,
     together,
@@ -109,7 +111,8 @@ def run_training(
         with _told_in_status(job):
             start_trackers(job)
             quiet = not accelerator.is_main_process
-            with Display(job.total_steps, job.state.step, quiet, brief) as display:
+            reset_peak_memory(job.device)  # loading and trying sizes may have held more than training does
+            with Display(job.total_steps, job.state.step, quiet, brief) as display, answering_soon():
                 train(job, display, stop, LoadedCpus(job, cpus, display.note))
             _finish(job)
         if signum := from_main(accelerator, stop.signum):  # it came too late to stop a step
@@ -245,8 +248,8 @@ def _plainly(job: Job) -> Iterator[None]:
             raise LinchainError(
                 f"training.compile: torch cannot compile the blocks here ({reason}); set it to false"
             ) from error
-        if job.accelerator.num_processes > 1 and is_lost_connection(error):
-            raise LinchainError("another process of this run ended while this one waited for it") from error
+        if job.accelerator.num_processes > 1 and (told := lost_connection(error)):
+            raise LinchainError(told) from error
         raise
 
 

@@ -66,7 +66,9 @@ def test_two_machines_under_slurm(tmp_path, recipe_file, recipe_of, alone, envir
     )
     executable(
         commands / "srun",
-        '#!/bin/sh\nshift\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n',
+        f'#!/bin/sh\necho "$* $TORCH_ELASTIC_SHUTDOWN_TIMEOUT" > {tmp_path}/srun\n'
+        'while case "$1" in --*) true;; *) false;; esac; do shift; done\n'
+        '"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n',
     )
     executable(
         commands / "torchrun",
@@ -76,6 +78,7 @@ def test_two_machines_under_slurm(tmp_path, recipe_file, recipe_of, alone, envir
         "SLURM_JOB_NODELIST": "machine[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
         "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_CPUS_ON_NODE": "12",
         "SLURM_JOB_ID": "7",
         "MASTER_PORT": str(free_port()),
         "PATH": f"{commands}:{os.environ['PATH']}",
@@ -91,6 +94,8 @@ def test_two_machines_under_slurm(tmp_path, recipe_file, recipe_of, alone, envir
     assert done.returncode == 0, done.stderr
     assert "has no checkpoint yet: starting at step 0" in done.stderr
     assert done.stdout.count("finished: ") == 1
+    asked = (tmp_path / "srun").read_text().split()
+    assert "--cpus-per-task=12" in asked and asked[-1] == "105"
     run = RunDirectory(recipe_of({"name": "two"}).run_path)
     assert run.read_status().machine.processes == 2
     close(run, alone)
@@ -146,6 +151,33 @@ def test_nproc_and_a_signal_to_the_launcher(recipe_file, recipe_of, environment)
     assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{status.step:06d}"]
 
 
+def child_processes(pid: int) -> dict[str, int]:
+    """The processes that the launcher started, by rank."""
+    found = {}
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        found |= {value.decode()[5:]: int(child) for value in variables if value.startswith(b"RANK=")}
+    return found
+
+
+def test_a_killed_process_is_named_and_the_run_has_failed(recipe_file, recipe_of, environment):
+    """The first process, which would have written it, is the one that is killed: the launcher does."""
+    run = RunDirectory(recipe_of().run_path)
+    recipe = recipe_file({"training.max_steps": 100_000, "training.eval_every": 100_000})
+    command = [sys.executable, "-m", "linchain_cli", "train", recipe, "--nproc", "2"]
+    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while len(read_jsonl(run.rows_path)) < 3:
+        assert launcher.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(child_processes(launcher.pid)["0"], signal.SIGKILL)
+    _, printed = launcher.communicate(timeout=60)
+    assert launcher.returncode == 137
+    assert "process 0 was killed from outside" in printed and "Traceback" not in printed
+    status = run.read_status()
+    assert (status.status, status.reason) == ("failed", "process 0 was ended by SIGKILL")
+
+
 def children(monkeypatch, script: str) -> None:
     """Lets the launcher start this instead of linchain."""
     monkeypatch.setattr(
@@ -181,10 +213,17 @@ def test_ranks_and_arguments_reach_the_children(monkeypatch, tmp_path):
 def test_the_first_failure_decides_and_nobody_is_waited_for_long(monkeypatch, capfd, script, code):
     monkeypatch.setattr(launch, "GRACE_SECONDS", 1.5)
     children(monkeypatch, script)
-    began = time.monotonic()
-    assert launch.run_processes([], 2) == code
+    began, reasons = time.monotonic(), []
+    assert launch.run_processes([], 2, reasons.append) == code
     assert time.monotonic() - began < 20
-    assert ("a process was killed from outside" in capfd.readouterr().err) == (code == 137)
+    assert ("process 1 was killed from outside" in capfd.readouterr().err) == (code == 137)
+    assert reasons == {
+        0: [],
+        2: ["process 0 ended with exit code 2"],
+        3: ["process 1 ended with exit code 3"],
+        137: ["process 1 was ended by SIGKILL"],
+    }.get(code, reasons)
+    assert len(reasons) == (code > 0)
 
 
 LAUNCHER = """

@@ -10,12 +10,14 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
+from linchain_cli.training import processes
 
 
 def wait_for_step(run: RunDirectory, step: int, process) -> None:
@@ -206,10 +208,46 @@ def test_an_error_on_one_process_ends_all_of_them(
     if where != "step":
         assert "error" not in ranks[0].log and not run.path.exists()
     else:
-        assert "error: another process of this run ended while this one waited for it" in ranks[0].log
-        assert run.read_status().status == "failed"
+        told = "another process of this run ended while this one waited for it"
+        told = f"{told}: process 1 (pid {ranks[1].pid} on "
+        assert f"error: {told}" in ranks[0].log
+        assert run.read_status().status == "failed" and told in run.read_status().reason
     assert time.monotonic() - began < 90
     assert all("Traceback" not in rank.log for rank in ranks)
+
+
+def test_a_process_that_does_not_answer_ends_the_others_soon(starter, recipe_file, recipe_of):
+    hook = {"hook": "hang_on_rank", "rank": 1, "seconds": 60, "patience": 3}
+    ranks = starter.ranks(2, "train", recipe_file(), **hook)
+    assert ranks[0].wait(60) == 1
+    assert "error: another process of this run has not answered for 0.05 minutes" in ranks[0].log
+    assert "has not answered" in RunDirectory(recipe_of().run_path).read_status().reason
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launcher_that_would_take_the_model_apart_is_refused(starter, recipe_file, variable):
+    ranks = starter.ranks(2, "train", recipe_file(), environment={variable: "true"})
+    assert [rank.wait(90) for rank in ranks] == [2, 2]
+    name = {"FSDP": "FSDP", "DEEPSPEED": "DeepSpeed"}[variable.rpartition("_")[2]]
+    assert f"error: accelerate launch is configured for {name}" in ranks[0].log
+    assert "training.parallel to shard" in ranks[0].log and ranks[1].log == ""
+
+
+def test_gpus_sum_over_nccl_and_everything_else_goes_over_gloo(monkeypatch):
+    """Accelerate finds the process group that is there."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *backends, timeout: asked.append((*backends, timeout))
+    )
+    alone = SimpleNamespace(process_index=0, num_processes=1)
+    monkeypatch.setattr(processes, "Accelerator", lambda **options: alone)
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
+        monkeypatch.setenv(name, value)
+    processes.connect()
+    assert asked == [1, ("cpu:gloo,cuda:nccl", processes.PATIENCE)]
 
 
 def test_wrong_input_is_told_once(starter, recipe_file):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.machine import resident_bytes
 from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
-from linchain_cli.training import loop
+from linchain_cli.training import loop, runner
 from linchain_cli.training.checkpoints import CheckpointStore
 
 
@@ -261,3 +262,17 @@ def test_warnings_of_the_data_are_shown(run_tiny, tmp_path, commonsense_rows, ca
     assert (
         "warning: " in (printed := capfd.readouterr().err) and "also occur among the training rows" in printed
     )
+
+
+def test_the_peak_is_trainings_own(run_tiny, monkeypatch):
+    """What loading, or a search for the micro-batch, held before the first step is not it."""
+
+    def much(job):
+        held = bytearray(400 << 20)
+        held[::4096] = b"1" * len(held[::4096])
+
+    monkeypatch.setattr(runner, "run_heaviest", much)
+    before = resident_bytes()
+    job = run_tiny({"training.max_steps": 2})
+    peaks = [row["peak_memory_bytes"] for row in read_jsonl(job.run.metrics_path) if "loss" in row]
+    assert len(peaks) == 2 and max(peaks) < before + (200 << 20)

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from datetime import timedelta
 
 import torch
 
@@ -19,7 +20,7 @@ from linchain_cli.machine import peak_resident_bytes, resident_bytes
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import load_model
-from linchain_cli.training import checkpoints, job, loop, sharded
+from linchain_cli.training import checkpoints, job, loop, processes, sharded
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.processes import connect
@@ -192,6 +193,13 @@ def measure_spread_base(small: str, directory: str, path: str) -> None:
     with open(f"{path}-{accelerator.process_index}", "w") as file:
         file.write(str(peak_resident_bytes() - before))
     sys.exit()
+
+
+def hang_on_rank(rank: int, seconds: float, patience: float) -> None:
+    """One rank's steps take so long; a process waits for another one `patience` seconds in training."""
+    processes.STEP_PATIENCE = timedelta(seconds=patience)
+    if os.environ["RANK"] == str(rank):
+        slow_steps(seconds)
 
 
 def validation_losses(values: list[float]) -> None:
