@@ -48,6 +48,16 @@ def cpu_limit() -> int:
     return max(1, min([len(_allowed_cpus()), *quotas]))
 
 
+def ask_for_expandable_segments() -> None:
+    """Lets CUDA's allocator grow its segments, so that rows of many lengths leave no gaps between them.
+
+    It is read when CUDA starts. Settings of the user's own stand.
+    """
+    # The second name is the older one, which torch still reads, and reads first.
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 def limit_threads() -> None:
     """Keeps torch's thread count within `cpu_limit`, which its default does not know; OMP_NUM_THREADS
     overrules it.

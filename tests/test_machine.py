@@ -272,3 +272,17 @@ def test_a_user_number_without_a_home_has_all_commands(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"caches go to {tmp_path}/linchain-" in done.stderr
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_cudas_allocator_is_asked_for_expandable_segments_unless_it_is_set_up(monkeypatch, name):
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+    machine.ask_for_expandable_segments()
+    found = {key: value for key, value in os.environ.items() if key.startswith("PYTORCH_") and "ALLOC" in key}
+    assert found == (
+        {name: "max_split_size_mb:64"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    )
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)

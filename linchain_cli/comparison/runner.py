@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from linchain_cli.chain import attach, detach, load_adapter
@@ -258,6 +260,9 @@ class _Runner:
         section = recipe.model.model_dump()
         if self._base is None or section != self._base_section:
             self._base = None  # the old one must go before the new one comes
+            gc.collect()  # its replaced forwards hold it in circles
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.empty_cache()
             known = [RunDirectory(path) for path in runs_below(self.directory.arms_dir)]
             self._base = load_base(recipe, self.accelerator, known[0] if known else None)
             self._base_section = section

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -164,6 +165,20 @@ def test_no_arm_starts_with_memory_that_the_one_before_has_freed(recipe_path, mo
     monkeypatch.setattr(runner, "reset_peak_memory", lambda device: calls.append("counted from here") or True)
     run_comparison(expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"]), [1])
     assert calls == ["released", "counted from here"] * 2
+
+
+def test_the_old_base_is_gone_before_the_next_one_is_loaded(recipe_path, monkeypatch):
+    models, load = [], runner.load_base
+
+    def watched(*arguments):
+        assert not [model for model in models if model() is not None]
+        base = load(*arguments)
+        models.append(weakref.ref(base.model))
+        return base
+
+    monkeypatch.setattr(runner, "load_base", watched)
+    run_comparison(expand(recipe_path, ["model.dtype=float32,bfloat16", "training.max_steps=1"]), [1])
+    assert len(models) == 2
 
 
 def test_a_finished_comparison_is_read_again_not_run_again(recipe_path, loads, tmp_path):
