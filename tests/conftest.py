@@ -229,6 +229,9 @@ VISION = {
 }
 GPT2 = {"vocab_size": 600, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
+ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPED_EXPERTS = {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", COMMON),
     "qwen2": ("Qwen2Config", COMMON),
@@ -247,6 +250,30 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi": ("PhiConfig", COMMON),
     "phi3": ("Phi3Config", COMMON),
     "olmo2": ("Olmo2Config", COMMON),
+    "qwen2_moe": ("Qwen2MoeConfig", {**COMMON, **ROUTED, "shared_expert_intermediate_size": 16}),
+    "qwen3_moe": ("Qwen3MoeConfig", {**HEADED, **ROUTED}),
+    "olmoe": ("OlmoeConfig", {**COMMON, **ROUTED}),
+    "deepseek_v3": (
+        "DeepseekV3Config",
+        {
+            **COMMON,
+            "num_key_value_heads": 4,
+            **ROUTED,
+            **GROUPED_EXPERTS,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+    "glm4_moe": ("Glm4MoeConfig", {**HEADED, **ROUTED, **GROUPED_EXPERTS}),
+    # These two hold all experts of a layer as one tensor in their files, too.
+    "gpt_oss": ("GptOssConfig", {**HEADED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "llama4_text": (
+        "Llama4TextConfig",
+        {**HEADED, "intermediate_size_mlp": 48, "num_local_experts": 4, "moe_layers": [0, 1]},
+    ),
     # In its files q, k, v and gate are one matrix, in the model four.
     "hrm_text": ("HrmTextConfig", COMMON),
 }

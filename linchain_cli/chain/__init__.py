@@ -1,9 +1,11 @@
 """Chain adapters as a library: put them into a model, take them out, save, load, fold, merge.
 
-It knows nothing of recipes, data or training and works on any `torch.nn.Module` with linear layers.
+It knows nothing of recipes, data or training and works on any `torch.nn.Module` with linear layers, and on
+transformers' routed experts.
 """
 
 from linchain_cli.chain.combine import sum_error, weighted_sum
+from linchain_cli.chain.experts import ChainExperts, is_transposed
 from linchain_cli.chain.files import (
     Adapter,
     ChainTensors,
@@ -29,28 +31,32 @@ from linchain_cli.chain.inject import (
     set_enabled,
 )
 from linchain_cli.chain.layer import (
+    Chain,
     ChainLinear,
     chain_layers,
     collapse,
     delta_weight,
     fold_into_a,
     linear_shape,
-    misfit,
-    parameter_count,
 )
+from linchain_cli.chain.shapes import MatrixShape, carriers, misfit, parameter_count, parameter_name
 from linchain_cli.chain.targets import Coverage, Matches, coverage, match_modules, refuse_shared
 
 __all__ = [
     "adapter_kind",
     "Adapter",
+    "Chain",
     "ChainConfig",
+    "ChainExperts",
     "ChainLinear",
     "ChainTensors",
     "Coverage",
+    "MatrixShape",
     "Matches",
     "adapter_files",
     "adapter_of",
     "attach",
+    "carriers",
     "chain_layers",
     "collapse",
     "coverage",
@@ -63,6 +69,7 @@ __all__ = [
     "folded",
     "initial_gain",
     "inject",
+    "is_transposed",
     "linear_shape",
     "load_adapter",
     "load_tensors",
@@ -71,6 +78,7 @@ __all__ = [
     "misfit",
     "named_tensors",
     "parameter_count",
+    "parameter_name",
     "refuse_shared",
     "save_adapter",
     "set_enabled",

@@ -35,15 +35,16 @@ def _stacked(
     path: str, adapters: Sequence[Adapter], weights: Sequence[float], rank: int, depth: int
 ) -> ChainTensors:
     one = next(adapter.tensors[path] for adapter in adapters if path in adapter.tensors)
-    A, B = torch.zeros(rank, one.A.shape[1]), torch.zeros(one.B.shape[0], rank)
-    links = torch.eye(rank).repeat(depth, 1, 1)
+    *experts, _, d_in = one.A.shape  # no dimension more of a linear module
+    A, B = torch.zeros(*experts, rank, d_in), torch.zeros(*experts, one.B.shape[-2], rank)
+    links = torch.eye(rank).repeat(*experts, depth, 1, 1)
     first = 0
     for adapter, weight in zip(adapters, weights, strict=True):
         rows = slice(first, first + adapter.config.rank)
         first = rows.stop
         if chain := adapter.tensors.get(path):
-            A[rows], links[:, rows, rows] = chain.A, chain.links
-            B[:, rows] = (chain.B.double() * (weight * adapter.config.scaling)).float()
+            A[..., rows, :], links[..., rows, rows] = chain.A, chain.links
+            B[..., rows] = (chain.B.double() * (weight * adapter.config.scaling)).float()
     return ChainTensors(A, links, B)
 
 

@@ -1,7 +1,8 @@
 """The adapter's two files: chain.safetensors (values, float32) and chain.json (what they are).
 
-Tensors are named by module path: `<path>.A` (r, d_in), `<path>.links` (n, r, r), `<path>.B` (d_out, r). The
-bytes depend on values and configuration alone, so equal adapters are equal files.
+Tensors are named by module path: `<path>.A` (r, d_in), `<path>.links` (n, r, r), `<path>.B` (d_out, r). Of
+routed experts the path is the parameter's (`….experts.down_proj`), and each tensor has a first dimension that
+counts them. The bytes depend on values and configuration alone, so equal adapters are equal files.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from linchain_cli import storage
 from linchain_cli.chain.inject import ChainConfig, chain_layers, inject_at, refuse_second_adapter
-from linchain_cli.chain.layer import ChainLinear, collapse, misfit
+from linchain_cli.chain.layer import Chain, collapse
+from linchain_cli.chain.shapes import carriers, misfit
 from linchain_cli.errors import InputError
 
 FORMAT_VERSION = 1
@@ -26,7 +28,8 @@ CONFIG_FILE = "chain.json"
 
 
 class ChainTensors(NamedTuple):
-    """The values of one adapted module: A (r, d_in), links (n, r, r), B (d_out, r), all float32."""
+    """The values of one adapted module: A (r, d_in), links (n, r, r), B (d_out, r), all float32; of routed
+    experts with a leading dimension that counts them."""
 
     A: Tensor
     links: Tensor
@@ -166,12 +169,14 @@ def _read_tensors(path: Path, config: ChainConfig) -> dict[str, ChainTensors]:
         if set(tensors) != set(ChainTensors._fields):
             raise InputError(f"{path}: module '{module}' holds {sorted(tensors)}, expected A, B and links")
         chain = ChainTensors(**tensors)
+        experts = chain.A.shape[:-2]
         fits = (
-            chain.A.dim() == 2
-            and chain.A.shape[0] == rank
-            and chain.B.dim() == 2
-            and chain.B.shape[1] == rank
-            and chain.links.shape == (depth, rank, rank)
+            chain.A.dim() in (2, 3)
+            and chain.A.shape[-2] == rank
+            and chain.B.shape[:-2] == experts
+            and chain.B.dim() == chain.A.dim()
+            and chain.B.shape[-1] == rank
+            and chain.links.shape == (*experts, depth, rank, rank)
         )
         if not fits or any(tensor.dtype != torch.float32 for tensor in chain):
             raise InputError(
@@ -185,7 +190,7 @@ def _read_tensors(path: Path, config: ChainConfig) -> dict[str, ChainTensors]:
 
 
 @torch.no_grad()
-def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str, ChainLinear]:
+def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str, Chain]:
     """Puts an adapter's chains into a model, at exactly the modules it was trained on.
 
     To change to another adapter on the same base, `detach(model)` and attach the other one.
@@ -199,7 +204,7 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
         if why := misfit(modules, path, chain.A, chain.B):
             raise InputError(f"the adapter does not fit this model: {why}")
     config = replace(adapter.config, dropout=dropout)
-    order = [path for path in modules if path in adapter.tensors]
+    order = [path for path in carriers(modules) if path in adapter.tensors]
     layers = inject_at(model, order, config, seed=0)
     for path, layer in layers.items():
         load_tensors(layer, adapter.tensors[path])
@@ -207,7 +212,7 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
 
 
 @torch.no_grad()
-def load_tensors(layer: ChainLinear, chain: ChainTensors) -> None:
+def load_tensors(layer: Chain, chain: ChainTensors) -> None:
     """Copies A, links and B of equal shapes into a layer."""
     for name, tensor in chain._asdict().items():
         getattr(layer, name).copy_(tensor)
@@ -223,16 +228,16 @@ def with_depth(adapter: Adapter, depth: int) -> Adapter:
         raise InputError(f"a chain's depth is at least 0, not {depth}")
 
     def reshape(chain: ChainTensors) -> ChainTensors:
-        have, rank = chain.links.shape[0], chain.A.shape[0]
+        *experts, have, rank, _ = chain.links.shape
         if depth >= have:
-            extra = torch.eye(rank).expand(depth - have, rank, rank)
-            return chain._replace(links=torch.cat([chain.links, extra]))
+            extra = torch.eye(rank).expand(*experts, depth - have, rank, rank)
+            return chain._replace(links=torch.cat([chain.links, extra], dim=-3))
         links = chain.links.double()
         if depth == 0:
             folded = (collapse(links) @ chain.A.double()).float()
-            return ChainTensors(folded, chain.links[:0], chain.B)
-        first = collapse(links[: have - depth + 1]).float()
-        return chain._replace(links=torch.cat([first[None], chain.links[have - depth + 1 :]]))
+            return ChainTensors(folded, chain.links[..., :0, :, :], chain.B)
+        first = collapse(links[..., : have - depth + 1, :, :]).float().unsqueeze(-3)
+        return chain._replace(links=torch.cat([first, chain.links[..., have - depth + 1 :, :, :]], dim=-3))
 
     tensors = {path: reshape(chain) for path, chain in adapter.tensors.items()}
     return Adapter(replace(adapter.config, depth=depth), tensors, adapter.base)

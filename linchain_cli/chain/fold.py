@@ -7,7 +7,8 @@ run forward and backward inside the block; at its end one batched backward carri
 into A and links. (B needs no folding: its gradient arrives directly.) Layers that read the same input are one
 group, if `find_siblings` has found them, and are computed together; any other layer is a group of its own.
 
-Letters behind a name are a tensor's dimensions: M layers, n links, r rank, D d_in, O d_out.
+Letters behind a name are a tensor's dimensions: M layers, n links, r rank, D d_in, O d_out. Of experts, E of
+them stand before the last ones: A_MErD, links_MEnrr.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli.chain.fused import Factors, Group
-from linchain_cli.chain.layer import ChainLinear, chain_layers, fold_into_a
+from linchain_cli.chain.layer import Chain, chain_layers, fold_into_a
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def _alike(groups: Iterable[Group]) -> list[list[Group]]:
     return list(found.values())
 
 
-def _likeness(layer: ChainLinear) -> tuple:
+def _likeness(layer: Chain) -> tuple:
     """What layers have in common that are folded together."""
     return layer.A.shape, layer.links.shape, layer.A.dtype, layer.A.device, layer.scaling, layer.compute_dtype
 

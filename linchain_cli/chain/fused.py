@@ -29,6 +29,7 @@ class Factors(NamedTuple):
 
     `as_rD` are the k A'_i that receive the gradients, in float32 (or float64). `ready_a_RD`, all of them one
     below the other, and the k `ready_bs_Or` are A' and B in the type that the products run in, detached.
+    A layer of experts stands alone, and each tensor has a first dimension that counts them.
     """
 
     as_rD: Sequence[Tensor]

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain.layer import ChainLinear
+from linchain_cli.chain.layer import Chain
 
 SCHEMES = ("orthogonal", "identity", "kaiming")
 
@@ -51,15 +51,17 @@ def initial_gain(scheme: str, depth: int) -> float:
 
 
 @torch.no_grad()
-def initialise(layer: ChainLinear, path: str, scheme: str, seed: int) -> None:
+def initialise(layer: Chain, path: str, scheme: str, seed: int) -> None:
     """Sets A to U(±1/√d_in) (Kaiming uniform with a = √5), B to zero and the links by `scheme`, in place.
 
     Values are drawn on the CPU, so they do not depend on the device.
     """
-    d_in = layer.A.shape[1]
+    d_in = layer.A.shape[-1]
     A = torch.empty(layer.A.shape).uniform_(
         -1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=_stream(seed, path, "A")
     )
     layer.A.copy_(A)
-    layer.links.copy_(initial_links(scheme, layer.depth, layer.rank, _stream(seed, path, "links")))
+    generator = _stream(seed, path, "links")
+    for links in layer.links if layer.links.dim() == 4 else [layer.links]:  # of each expert, or of the one
+        links.copy_(initial_links(scheme, layer.depth, layer.rank, generator))
     layer.B.zero_()

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from linchain_cli.chain.experts import ChainExperts, is_transposed
 from linchain_cli.chain.init import SCHEMES, initialise
-from linchain_cli.chain.layer import ChainLinear, chain_layers, is_quantised
+from linchain_cli.chain.layer import Chain, ChainLinear, chain_layers, is_quantised
 from linchain_cli.chain.targets import ALL_LINEAR, match_modules, owners_of_weight, refuse_shared
 from linchain_cli.errors import InputError, did_you_mean
 
@@ -21,7 +22,8 @@ class ChainConfig:
     """What defines a chain adapter, apart from its values.
 
     `target_modules` is a sequence of module names (the end of a dotted path), a regular expression for whole
-    dotted paths or ends of them, or "all-linear" (every linear module but the output head).
+    dotted paths or ends of them, or "all-linear" (every linear module but the output head), which may stand
+    in a sequence, too. Routed experts are met where they are named: `experts.down_proj`.
     """
 
     rank: int = 16
@@ -58,11 +60,13 @@ def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def inject(model: nn.Module, config: ChainConfig, seed: int = 0, prefix: str = "") -> dict[str, ChainLinear]:
-    """Replaces every matched linear module by a freshly initialised chain layer around it, in place.
+def inject(model: nn.Module, config: ChainConfig, seed: int = 0, prefix: str = "") -> dict[str, Chain]:
+    """Replaces every matched linear module by a freshly initialised chain layer around it, in place, and
+    routed experts by ones with chains on the matched matrices.
 
     All other parameters of the model are frozen. With B = 0 the model's output is what it was: bit for bit
-    with ordinary layers in float32 or without bias, to a rounding with a bias in half precision or quantised.
+    with ordinary layers in float32 or without bias, to a rounding with a bias in half precision, quantised,
+    or with experts.
 
     Returns:
         The new layers by module path.
@@ -83,28 +87,40 @@ def refuse_second_adapter(model: nn.Module) -> None:
         raise InputError("this model carries a chain adapter already; take it out with detach(model) first")
 
 
-def inject_at(
-    model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int
-) -> dict[str, ChainLinear]:
-    """`inject` at modules that are known; see there."""
+def inject_at(model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int) -> dict[str, Chain]:
+    """`inject` at modules and matrices of experts that are known; see there."""
     refuse_second_adapter(model)
     model.requires_grad_(False)
+    modules = dict(model.named_modules())
     layers = {}
     for path in paths:
-        base = model.get_submodule(path)
-        layer = ChainLinear(base, config.rank, config.depth, config.alpha, config.dropout)
+        settings = config.rank, config.depth, config.alpha, config.dropout
+        if path in modules:
+            layer: Chain = ChainLinear(modules[path], *settings)
+            layer.train(modules[path].training)
+            _set_module(model, path, layer)
+        else:
+            layer = _experts_at(model, path.rpartition(".")[0]).adapt(path.rpartition(".")[2], *settings)
         if layer.A.device.type != "meta":
             initialise(layer, path, config.init, seed)
-        layer.train(base.training)
-        _set_module(model, path, layer)
         layers[path] = layer
     return layers
 
 
+def _experts_at(model: nn.Module, path: str) -> ChainExperts:
+    """The experts at `path`, ready to take chains."""
+    experts = model.get_submodule(path)
+    if not isinstance(experts, ChainExperts):
+        experts = ChainExperts(experts)
+        _set_module(model, path, experts)
+    return experts
+
+
 def detach(model: nn.Module) -> None:
-    """Takes every chain layer out and puts the untouched base modules back."""
-    for path, layer in chain_layers(model).items():
-        _set_module(model, path, layer.base)
+    """Takes every chain out and puts the untouched base modules back."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, (ChainLinear, ChainExperts)):
+            _set_module(model, path, module.base)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -115,7 +131,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 def drops(model: nn.Module) -> bool:
     """Whether a chain of the model would apply dropout now, so that equal inputs have different outputs."""
-    return any(layer.drops for layer in model.modules() if isinstance(layer, ChainLinear))
+    return any(layer.drops for layer in chain_layers(model).values())
 
 
 @contextlib.contextmanager
@@ -141,17 +157,21 @@ def merge(model: nn.Module) -> None:
     """
     layers = chain_layers(model)
     owners = owners_of_weight(model)
+    weights = {}
     for path, layer in layers.items():
-        if is_quantised(layer.base):
+        holder = layer if isinstance(layer, ChainLinear) else model.get_submodule(path.rpartition(".")[0])
+        name = "weight" if isinstance(layer, ChainLinear) else path.rpartition(".")[2]
+        weight = getattr(holder.base, name)
+        if is_quantised(holder.base):
             raise InputError(
-                f"{path} is a quantised {type(layer.base).__name__}: merge into the full-precision weights"
+                f"{path} is a quantised {type(holder.base).__name__}: merge into the full-precision weights"
             )
-        if len(owners[layer.base.weight]) > 1:
+        if len(owners[weight]) > 1:
             raise InputError(
                 f"{path} shares its weight with another module, which merging would change as well"
             )
-    for layer in layers.values():
-        delta = layer.delta_weight()
-        weight = layer.base.weight
-        weight.copy_(weight.float() + (delta.T if isinstance(layer.base, Conv1D) else delta))
+        transposed = isinstance(holder.base, Conv1D) or is_transposed(holder.base)
+        weights[path] = weight.mT if transposed else weight
+    for path, layer in layers.items():
+        weights[path].copy_(weights[path].float() + layer.delta_weight())
     detach(model)

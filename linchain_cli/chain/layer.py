@@ -8,7 +8,6 @@ and adapter in one autograd node, and is what training runs when nothing stands 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linchain_cli.chain.fused import Group
-from linchain_cli.errors import did_you_mean
 
 
 def collapse(links: Tensor) -> Tensor:
@@ -53,23 +51,19 @@ def delta_weight(
     """ΔW = (α/r)·B·Wn…W1·A, the one place that writes it out.
 
     Args:
-        A: (r, d_in). links: (n, r, r). B: (d_out, r).
+        A: (..., r, d_in). links: (..., n, r, r). B: (..., d_out, r); for the matrices of several experts with
+            a leading dimension.
         scaling: α/r.
         dtype: the precision of the arithmetic and of the result.
 
     Returns:
-        (d_out, d_in), also for a Conv1D, whose stored weight is the transpose.
+        (..., d_out, d_in), also for a Conv1D, whose stored weight is the transpose.
     """
     return B.to(dtype) @ fold_into_a(A.to(dtype), links.to(dtype), scaling)
 
 
 # bitsandbytes' layers compute W0·x, too, from weights that they have packed.
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
-
-
-def parameter_count(shapes: Iterable[tuple[int, int]], rank: int, depth: int) -> int:
-    """Trained parameters of chains around modules of these (d_in, d_out): Σ r·(d_in + d_out) + n·r²."""
-    return sum(rank * (d_in + d_out) + depth * rank * rank for d_in, d_out in shapes)
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
@@ -83,22 +77,6 @@ def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear) and (is_quantised(module) or _is_plain(type(module))):
         return module.in_features, module.out_features
     return None
-
-
-def misfit(modules: Mapping[str, nn.Module], path: str, A: Tensor, B: Tensor) -> str | None:
-    """Why a chain with this A (r, d_in) and B (d_out, r) cannot go to the module at `path`, as the end of a
-    message; None where it can. `modules` are a model's, as `named_modules` gives them."""
-    module, shape = modules.get(path), (A.shape[1], B.shape[0])
-    found = linear_shape(module)
-    if found == shape:
-        return None
-    if module is None:
-        there = f"has no such module.{did_you_mean(path, modules)}"
-    elif found is None:
-        there = f"has a {type(module).__name__} there, which is not a linear layer."
-    else:
-        there = f"has {found[0]} → {found[1]} there."
-    return f"it adapts '{path}' ({shape[0]} → {shape[1]}), and {type(modules['']).__name__} {there}"
 
 
 def is_quantised(module: nn.Module) -> bool:
@@ -122,30 +100,33 @@ def _is_plain(kind: type[nn.Linear]) -> bool:
         return False
 
 
-class ChainLinear(nn.Module):
-    """h = W0·x + (α/r)·B·Wn…W1·A·x with W0 frozen (LinChain, arXiv 2411.00039; n = 0 is LoRA, n = 1 MoSLoRA).
+class Chain(nn.Module):
+    """The trained part of an adapted matrix: A, the links and B, float32 whatever the base's type.
 
-    The trained tensors are float32 whatever the base's type: `A` (r, d_in), `links` (n, r, r) with
-    links[0] = W1, and `B` (d_out, r). The products run in the input's type. To the model around it the layer
-    looks like the one it replaces: some read a projection's `weight` and multiply by themselves (Mamba's).
-
-    Args:
-        base: an nn.Linear (also bitsandbytes' subclasses of it) or a transformers Conv1D.
-        rank: r. depth: n. alpha: α.
-        dropout: probability with which an entry of the adapter's input is zeroed while training.
+    Shapes: `A` (r, d_in), `links` (n, r, r) with links[0] = W1, and `B` (d_out, r); with `experts` all three
+    begin with a dimension that counts them, and every expert has a chain of its own.
     """
 
-    def __init__(self, base: nn.Module, rank: int, depth: int, alpha: float, dropout: float = 0.0):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        depth: int,
+        alpha: float,
+        dropout: float,
+        device: torch.device,
+        experts: int | None = None,
+    ):
         super().__init__()
-        shape = linear_shape(base)
-        if shape is None:
-            raise TypeError(f"a chain needs an nn.Linear or Conv1D, not {type(base).__name__}")
-        d_in, d_out = shape
-        device = base.weight.device
-        self.base = base
-        self.A = nn.Parameter(torch.empty(rank, d_in, dtype=torch.float32, device=device))
-        self.links = nn.Parameter(torch.empty(depth, rank, rank, dtype=torch.float32, device=device))
-        self.B = nn.Parameter(torch.empty(d_out, rank, dtype=torch.float32, device=device))
+        each = () if experts is None else (experts,)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*each, *shape, dtype=torch.float32, device=device))
+
+        self.A = parameter(rank, d_in)
+        self.links = parameter(depth, rank, rank)
+        self.B = parameter(d_out, rank)
         self.scaling = alpha / rank
         self.dropout = dropout
         self.enabled = True
@@ -154,17 +135,49 @@ class ChainLinear(nn.Module):
 
     @property
     def depth(self) -> int:
-        return self.links.shape[0]
+        return self.links.shape[-3]
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def folded_a(self) -> Tensor:
-        """A' (r, d_in), as `folded` installed it for one optimizer step, or folded now."""
+        """A' (..., r, d_in), as `folded` installed it for one optimizer step, or folded now."""
         part = self.group.part(self)
         return fold_into_a(self.A, self.links, self.scaling) if part is None else part.as_rD[0]
+
+    @property
+    def drops(self) -> bool:
+        """Whether it would apply dropout now."""
+        return self.enabled and self.training and self.dropout > 0
+
+    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """ΔW (..., d_out, d_in); see the function of the same name."""
+        return delta_weight(self.A.detach(), self.links.detach(), self.B.detach(), self.scaling, dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, depth={self.depth}, scaling={self.scaling:g}, dropout={self.dropout:g}"
+
+
+class ChainLinear(Chain):
+    """h = W0·x + (α/r)·B·Wn…W1·A·x with W0 frozen (LinChain, arXiv 2411.00039; n = 0 is LoRA, n = 1 MoSLoRA).
+
+    The products run in the input's type. To the model around it the layer looks like the one it replaces:
+    some read a projection's `weight` and multiply by themselves (Mamba's).
+
+    Args:
+        base: an nn.Linear (also bitsandbytes' subclasses of it) or a transformers Conv1D.
+        rank: r. depth: n. alpha: α.
+        dropout: probability with which an entry of the adapter's input is zeroed while training.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, depth: int, alpha: float, dropout: float = 0.0):
+        shape = linear_shape(base)
+        if shape is None:
+            raise TypeError(f"a chain needs an nn.Linear or Conv1D, not {type(base).__name__}")
+        super().__init__(*shape, rank, depth, alpha, dropout, base.weight.device)
+        self.base = base
 
     @property
     def in_features(self) -> int:
@@ -221,11 +234,6 @@ class ChainLinear(nn.Module):
         """Whether the layer adds its chain, without dropout, to a matrix that `_adds_to_base` takes."""
         return self.enabled and not self.drops and self._adds_to_base(x)
 
-    @property
-    def drops(self) -> bool:
-        """Whether it would apply dropout now."""
-        return self.enabled and self.training and self.dropout > 0
-
     def _adds_to_base(self, x: Tensor) -> bool:
         """Whether the base is a matrix of x's type, or one in 4 bit that computes in it, which needs no
         gradient and whose forward nobody hooks into or replaced."""
@@ -243,14 +251,8 @@ class ChainLinear(nn.Module):
             and not base._forward_pre_hooks
         )
 
-    def delta_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """ΔW (d_out, d_in); see the function of the same name."""
-        return delta_weight(self.A.detach(), self.links.detach(), self.B.detach(), self.scaling, dtype)
 
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, depth={self.depth}, scaling={self.scaling:g}, dropout={self.dropout:g}"
-
-
-def chain_layers(model: nn.Module) -> dict[str, ChainLinear]:
-    """A model's chain layers by module path (the path of the module each one replaces), in model order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, ChainLinear)}
+def chain_layers(model: nn.Module) -> dict[str, Chain]:
+    """A model's chains by the path of what each one adapts, in model order: a linear module, or a matrix of
+    experts, which is a parameter."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Chain)}

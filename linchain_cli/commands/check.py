@@ -102,7 +102,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
 
 def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, Any]:
     """The modules that get a chain, as `train` would choose or refuse them."""
-    from linchain_cli.chain import coverage, linear_shape, match_modules, parameter_count, refuse_shared
+    from linchain_cli.chain import carriers, coverage, match_modules, parameter_count, refuse_shared
     from linchain_cli.commands import check_view
     from linchain_cli.model.loading import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
@@ -111,7 +111,8 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
     prefix = text_decoder_prefix(model)
     matches = match_modules(model, recipe.adapter.target_modules, prefix)
     refuse_shared(model, matches.paths)
-    shapes = [linear_shape(model.get_submodule(path)) for path in matches.paths]
+    shape_at = carriers(dict(model.named_modules()))
+    shapes = [shape_at[path] for path in matches.paths]
     parameters = sum(parameter.numel() for parameter in model.parameters())
     covered = coverage(model, matches.paths, prefix)
     check_view.modules(console, matches, shapes, parameters, covered, recipe)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from linchain_cli.chain import Coverage, Matches
+    from linchain_cli.chain import Coverage, Matches, MatrixShape
     from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
     from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import Recipe
@@ -67,7 +67,7 @@ def recipe(console: Console, text: str) -> None:
 def modules(
     console: Console,
     matches: Matches,
-    shapes: Sequence[tuple[int, int]],
+    shapes: Sequence[MatrixShape],
     base: int,
     covered: Coverage,
     recipe: Recipe,

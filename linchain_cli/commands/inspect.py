@@ -84,20 +84,29 @@ def _show(layers: list[LayerNumbers], rank: int, depth: int) -> None:
     titles = ["σ1", "entropy\nrank", "stable\nrank", "top-1\nenergy", "‖ΔW‖", "‖ΔW‖\n/‖W0‖"]
     for title in titles + (["worst\ncond(W)"] if depth else []):
         table.add_column(title, justify="right", no_wrap=True)
+    rows: dict[str, list[LayerNumbers]] = {}
     for layer in layers:
-        relative = layer.relative_norm
+        rows.setdefault(layer.matrices, []).append(layer)
+    for path, alike in rows.items():
+        middle = {
+            name: statistics.median(getattr(layer, name) for layer in alike)
+            for name in ("entropy_rank", "stable_rank", "top_energy", "norm")
+        }
+        relative = [layer.relative_norm for layer in alike if layer.relative_norm is not None]
         cells = [
-            f"{layer.singular_values[0]:.3g}",
-            f"{layer.entropy_rank:.2f}",
-            f"{layer.stable_rank:.2f}",
-            f"{layer.top_energy:.3f}",
-            f"{layer.norm:.3g}",
-            "" if relative is None else f"{relative:.2e}",
+            f"{statistics.median(layer.singular_values[0] for layer in alike):.3g}",
+            f"{middle['entropy_rank']:.2f}",
+            f"{middle['stable_rank']:.2f}",
+            f"{middle['top_energy']:.3f}",
+            f"{middle['norm']:.3g}",
+            f"{statistics.median(relative):.2e}" if relative else "",
         ]
         if depth:
-            cells.append(f"{max(layer.link_conditions):.3g}")
-        table.add_row(layer.path.removeprefix(prefix), *cells)
+            cells.append(f"{max(max(layer.link_conditions) for layer in alike):.3g}")
+        table.add_row(path.removeprefix(prefix), *cells)
     Console().print(table)
+    if len(rows) < len(layers):
+        print("* is all experts: the middle one of them in each number, and the worst cond(W).")
     middle = statistics.median(layer.entropy_rank for layer in layers)
     print(
         f"{len(layers)} modules. Every ΔW has rank {rank} at most, whatever the depth; the median entropy"

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from linchain_cli.chain import linear_shape, match_modules, parameter_count
+from linchain_cli.chain import MatrixShape, carriers, match_modules, parameter_count
 from linchain_cli.model.loading import empty_model, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 
-Shape = tuple[int, int]
 
-
-def closest_rank(shapes: Sequence[Shape], depth: int, wanted: int) -> int:
+def closest_rank(shapes: Sequence[MatrixShape], depth: int, wanted: int) -> int:
     """The rank at which chains have nearest to `wanted` parameters; of two equally near, the lower one."""
     rank = 1
     while parameter_count(shapes, rank + 1, depth) <= wanted:
@@ -31,10 +29,11 @@ def with_equal_parameters(recipes: Sequence[Recipe], base: Recipe, directory: Pa
     """
     model = empty_model(directory)
     prefix = text_decoder_prefix(model)
+    shape_at = carriers(dict(model.named_modules()))
 
-    def shapes(recipe: Recipe) -> list[Shape]:
+    def shapes(recipe: Recipe) -> list[MatrixShape]:
         paths = match_modules(model, recipe.adapter.target_modules, prefix).paths
-        return [linear_shape(model.get_submodule(path)) for path in paths]
+        return [shape_at[path] for path in paths]
 
     wanted = parameter_count(shapes(base), base.adapter.rank, 0)
     adjusted = []

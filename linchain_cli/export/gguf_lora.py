@@ -82,7 +82,7 @@ def write_gguf(adapter: Adapter, model: PreTrainedModel, directory: Path) -> Fac
     import gguf
 
     check_factors(adapter)
-    check_modules(adapter, model)
+    check_modules(adapter, model, "a GGUF adapter")
     layout = _layout(model)
     names = tensor_names(adapter, model)
     directory = Path(directory)

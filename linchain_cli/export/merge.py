@@ -209,6 +209,7 @@ def _receipt(
     options: MergeOptions,
 ) -> MergeReceipt:
     """The receipt of a checkpoint whose tensors are proven."""
+    converted = plan.converted_keys
     reason = "the comparison was cut off before its end" if options.prompts else "left out (--no-proof)"
     return MergeReceipt(
         base=ReceiptBase(
@@ -224,8 +225,10 @@ def _receipt(
             "total": len(plan.base.tensors),
             "changed": len(proof.changed),
             "untouched": proof.untouched,
-            "renamed": sum(target.parameter != key for key, target in plan.plain.items()),
-            "converted": sum(len(group.conversion.keys) for group in plan.converted),
+            "renamed": sum(
+                target.parameter != key and key not in converted for key, target in plan.plain.items()
+            ),
+            "converted": len(converted),
         },
         largest_ulp=proof.largest_ulp,
         largest_ulp_tensor=max(proof.changed, key=proof.changed.__getitem__),

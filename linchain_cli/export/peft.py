@@ -63,7 +63,7 @@ def peft_config(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
     """
     from transformers.pytorch_utils import Conv1D
 
-    modules = check_modules(adapter, model)
+    modules = check_modules(adapter, model, "a PEFT adapter")
     alpha = adapter.config.alpha
     return {
         "peft_type": "LORA",
@@ -83,12 +83,18 @@ def peft_config(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def check_modules(adapter: Adapter, model: PreTrainedModel) -> dict[str, nn.Module]:
+def check_modules(adapter: Adapter, model: PreTrainedModel, format_name: str) -> dict[str, nn.Module]:
     """The model's modules by path.
 
     Raises:
-        InputError: `model` (on the meta device will do) lacks one of the adapter's.
+        InputError: `model` (on the meta device will do) lacks one of the adapter's, or it is one of routed
+        experts, which no other format holds as they are here.
     """
+    if experts := [path for path, chain in adapter.tensors.items() if chain.A.dim() == 3]:
+        raise InputError(
+            f"{len(experts)} of the adapter's {len(adapter.tensors)} modules are routed experts (first"
+            f" '{experts[0]}'), which cannot be written as {format_name}. Merge instead: linchain merge."
+        )
     modules = dict(model.named_modules())
     for path, chain in adapter.tensors.items():
         if why := misfit(modules, path, chain.A, chain.B):

@@ -9,7 +9,8 @@ wrote it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 from linchain_cli.chain import delta_weight
 from linchain_cli.errors import LinchainError
 from linchain_cli.export.rounding import ulps
-from linchain_cli.export.sums import ConvertedTargets, MergePlan, Target
+from linchain_cli.export.sums import ConvertedTargets, MergePlan, Target, matrices
 from linchain_cli.model.checkpoint import BLOCK_BYTES, FLOAT_TYPES, Checkpoint, StoredTensor, open_checkpoint
+from linchain_cli.model.names import Conversion
 
 BLOCK_ELEMENTS = 1 << 20
 LARGEST_ULP = 1.0
@@ -59,14 +61,14 @@ def prove_tensors(
     hashes = {path.name: _hash_from_disk(path) for path in sorted(Path(directory).glob("*.safetensors"))}
     written = open_checkpoint(directory)
     _check_listing(plan.base, written, dtype)
-    groups = {key: group for group in plan.converted for key in group.conversion.keys}
+    groups = plan.converted_keys
     changed: dict[str, float] = {}
     for key, stored in plan.base.tensors.items():
-        if key in plan.plain:
-            changed[key] = _distance(stored, written.tensors[key], plan.plain[key], plan.scaling)
-        elif key in groups:
+        if key in groups:
             if key not in changed:
                 changed.update(_converted_distances(plan, groups[key], written))
+        elif key in plan.plain:
+            changed[key] = _distance(stored, written.tensors[key], plan.plain[key], plan.scaling)
         else:
             _compare_untouched(stored, written.tensors[key])
         progress(written.tensors[key].nbytes)
@@ -126,9 +128,11 @@ def _compare_untouched(stored: StoredTensor, written: StoredTensor) -> None:
 def _distance(stored: StoredTensor, written: StoredTensor, target: Target, scaling: float) -> float:
     """The largest distance in ulp of a touched tensor from its float64 sum."""
     largest = 0.0
-    for first, count in stored.row_blocks(BLOCK_ELEMENTS):
-        exact = stored.rows(first, count).double() + _delta_rows(target, scaling, first, count)
-        largest = max(largest, _checked(ulps(written.rows(first, count), exact), written.key))
+    for index, (old, of_one) in enumerate(matrices(stored, target)):
+        new = written if old is stored else written.matrix(index)
+        for first, count in old.row_blocks(BLOCK_ELEMENTS):
+            exact = old.rows(first, count).double() + _delta_rows(of_one, scaling, first, count)
+            largest = max(largest, _checked(ulps(new.rows(first, count), exact), written.key))
     return largest
 
 
@@ -154,17 +158,32 @@ def _checked(distances: Tensor, key: str) -> float:
 
 def _converted_distances(plan: MergePlan, group: ConvertedTargets, written: Checkpoint) -> dict[str, float]:
     """The same for converted tensors, compared as the model will see them: both files go through
-    transformers' converter."""
-    conversion = group.conversion
-    old = conversion.to_model({key: plan.base.tensors[key].tensor() for key in conversion.keys})
-    new = conversion.to_model({key: written.tensors[key].tensor() for key in conversion.keys})
+    transformers' converter, the pieces of each expert by themselves."""
     targets = {target.parameter: target for target in group.targets}
-    largest = 0.0
-    for name, before in old.items():
-        exact = before.double()
-        if name in targets:
-            chain, transposed = targets[name].chain, targets[name].transposed
-            delta = delta_weight(*chain, plan.scaling, torch.float64)
-            exact = exact + (delta.T if transposed else delta)
-        largest = max(largest, _checked(ulps(new[name], exact), conversion.keys[0]))
-    return dict.fromkeys(conversion.keys, largest)
+    found: dict[str, float] = {}
+    for conversion, expert in _parts(group):
+        old = conversion.to_model({key: plan.base.tensors[key].tensor() for key in conversion.keys})
+        new = conversion.to_model({key: written.tensors[key].tensor() for key in conversion.keys})
+        largest = 0.0
+        for name, before in old.items():
+            exact = before.double()
+            if name in targets:
+                target = targets[name] if expert is None else targets[name].expert(expert)
+                delta = delta_weight(*target.chain, plan.scaling, torch.float64)
+                exact = exact + (delta.mT if target.transposed else delta)
+            largest = max(largest, _checked(ulps(new[name], exact), conversion.keys[0]))
+        found |= dict.fromkeys(conversion.keys, largest)
+    return found
+
+
+def _parts(group: ConvertedTargets) -> Iterator[tuple[Conversion, int | None]]:
+    """The conversion of each expert's pieces, which stacks them to (1, rows, columns), or of the whole
+    group."""
+    if group.pieces is None:
+        yield group.conversion, None
+        return
+    keys: dict[int, list[str]] = defaultdict(list)
+    for key, piece in group.pieces.items():
+        keys[piece.expert].append(key)
+    for expert, of_expert in sorted(keys.items()):
+        yield group.conversion.only(of_expert), expert

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, misfit
+from linchain_cli.chain import Adapter, ChainTensors, fold_into_a, is_transposed, misfit, parameter_name
 from linchain_cli.errors import InputError, LinchainError, did_you_mean
 from linchain_cli.export.rounding import round_once
 from linchain_cli.export.shards import Block, NewTensor
 from linchain_cli.model.buffers import buffers
 from linchain_cli.model.checkpoint import FLOAT_TYPES, TYPE_NAMES, Checkpoint, StoredTensor
-from linchain_cli.model.names import Conversion, NameMap, map_names
+from linchain_cli.model.names import Conversion, NameMap, Piece, map_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,30 +33,44 @@ BLOCK_ELEMENTS = 1 << 18  # 2 MB as float64: a core's cache holds a block throug
 
 @dataclass(frozen=True)
 class Target:
-    """One adapted module: its path, its chain, and whether its weight is stored as (d_in, d_out), as Conv1D
-    does."""
+    """One adapted module: its path, the parameter that its weight is, its chain, and whether the weight is
+    stored as (d_in, d_out), as Conv1D does. Of routed experts, whose tensors have a dimension more, it is one
+    of their matrices of all experts."""
 
     path: str
+    parameter: str
     chain: ChainTensors
     transposed: bool
 
-    @property
-    def parameter(self) -> str:
-        return f"{self.path}.weight"
+    def expert(self, index: int) -> Target:
+        """The same of one expert's matrix."""
+        return replace(self, chain=ChainTensors(*(tensor[index] for tensor in self.chain)))
+
+    def piece(self, piece: Piece) -> Target:
+        """The same of some rows of one expert's matrix, as a file holds them."""
+        A, links, B = self.expert(piece.expert).chain
+        rows = slice(piece.first, piece.first + piece.count)
+        chain = ChainTensors(A[:, rows], links, B) if self.transposed else ChainTensors(A, links, B[rows])
+        return replace(self, chain=chain, transposed=self.transposed != piece.transposed)
 
 
 @dataclass(frozen=True)
 class ConvertedTargets:
-    """File tensors that transformers converts on loading, and the adapted modules among what comes out."""
+    """File tensors that transformers converts on loading, and the adapted modules among what comes out.
+
+    `pieces` are the file tensors that are rows of single experts' matrices, where all of them are: their sums
+    are made one by one, as of any other tensor.
+    """
 
     conversion: Conversion
     targets: tuple[Target, ...]
+    pieces: dict[str, Piece] | None = None
 
 
 @dataclass(frozen=True)
 class MergePlan:
-    """What a merge will do to each tensor of the base: `plain` by checkpoint key, `converted` by group; the
-    rest is copied."""
+    """What a merge will do to each tensor of the base: `plain` by checkpoint key, `converted` by group, with
+    the pieces of experts among both; the rest is copied."""
 
     base: Checkpoint
     names: NameMap
@@ -65,9 +79,14 @@ class MergePlan:
     converted: tuple[ConvertedTargets, ...]
 
     @property
+    def converted_keys(self) -> dict[str, ConvertedTargets]:
+        """The checkpoint keys that a conversion takes, by which adapted modules' weights come about."""
+        return {key: group for group in self.converted for key in group.conversion.keys}
+
+    @property
     def touched_keys(self) -> frozenset[str]:
         """The checkpoint keys whose bytes may change."""
-        return frozenset(self.plain) | {key for group in self.converted for key in group.conversion.keys}
+        return frozenset(self.plain) | frozenset(self.converted_keys)
 
 
 def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> MergePlan:
@@ -100,9 +119,14 @@ def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> Me
                 f"{base.directory}: no tensor of the checkpoint is the weight of '{path}'."
                 + did_you_mean(target.parameter, base.tensors)
             )
-    for group in groups.values():
-        _check_conversion(base, group)
-    return MergePlan(base, names, adapter.config.scaling, plain, tuple(groups.values()))
+    converted = [_with_pieces(base, group) for group in groups.values()]
+    for group in converted:
+        by_name = {target.parameter: target for target in group.targets}
+        for key, piece in (group.pieces or {}).items():
+            if piece.parameter in by_name:
+                plain[key] = by_name[piece.parameter].piece(piece)
+                _check_stored(base.tensors[key], plain[key])
+    return MergePlan(base, names, adapter.config.scaling, plain, tuple(converted))
 
 
 def _target(modules: Mapping[str, nn.Module], path: str, chain: ChainTensors) -> Target:
@@ -110,7 +134,9 @@ def _target(modules: Mapping[str, nn.Module], path: str, chain: ChainTensors) ->
 
     if why := misfit(modules, path, chain.A, chain.B):
         raise InputError(f"the adapter does not fit this base: {why}")
-    return Target(path, chain, isinstance(modules[path], Conv1D))
+    holder = modules[path if path in modules else path.rpartition(".")[0]]
+    transposed = isinstance(holder, Conv1D) or is_transposed(holder)
+    return Target(path, parameter_name(modules, path), chain, transposed)
 
 
 def _refuse_tied(names: NameMap, target: Target) -> None:
@@ -128,21 +154,30 @@ def _check_stored(tensor: StoredTensor, target: Target) -> None:
             f"{tensor.path.name}: {tensor.key} is stored as {tensor.type}, not as a floating-point matrix."
             " Merge into the original full-precision checkpoint (--base)."
         )
-    shape = (target.chain.B.shape[0], target.chain.A.shape[1])
-    if tensor.shape != (shape[::-1] if target.transposed else shape):
+    A, _, B = target.chain
+    d_out, d_in = B.shape[-2], A.shape[-1]
+    if tensor.shape != (*A.shape[:-2], *((d_in, d_out) if target.transposed else (d_out, d_in))):
         raise InputError(
             f"{tensor.path.name}: {tensor.key} is {tuple(tensor.shape)}, but the adapter was trained on"
-            f" {shape[1]} → {shape[0]}"
+            f" {d_in} → {d_out}"
         )
 
 
-def _check_conversion(base: Checkpoint, group: ConvertedTargets) -> None:
+def _with_pieces(base: Checkpoint, group: ConvertedTargets) -> ConvertedTargets:
+    """The group with its pieces, if it consists of such.
+
+    Raises:
+        InputError: no sum can be carried through its conversion.
+    """
     keys = group.conversion.keys
     odd = [key for key in keys if base.tensors[key].type not in FLOAT_TYPES]
     try:
         if odd:
             raise LinchainError(f"{odd[0]} is stored as {base.tensors[odd[0]].type}")
+        if pieces := group.conversion.pieces(base.shapes):
+            return replace(group, pieces=pieces)
         group.conversion.element_sources(base.shapes)
+        return group
     except LinchainError as error:
         raise InputError(
             f"'{group.targets[0].path}' cannot be merged: {error}. Train without this target, or serve the"
@@ -181,21 +216,31 @@ class _Sum:
     dtype: torch.dtype
 
     def __call__(self) -> Iterator[Block]:
-        left, right = factors(self.target, self.scaling)
+        for stored, target in matrices(self.stored, self.target):
+            left, right = factors(target, self.scaling)
+            for first, count in stored.row_blocks(BLOCK_ELEMENTS):
+                yield count * right.shape[1], partial(self._rows, stored, left, right, first, count)
 
-        def rows(first: int, count: int) -> Tensor:
-            total = _as_float64(self.stored.rows(first, count))
-            return _rounded(total.addmm_(left[first : first + count], right), self.dtype, self.stored.key)
+    def _rows(self, stored: StoredTensor, left: Tensor, right: Tensor, first: int, count: int) -> Tensor:
+        total = _as_float64(stored.rows(first, count))
+        return _rounded(total.addmm_(left[first : first + count], right), self.dtype, stored.key)
 
-        for first, count in self.stored.row_blocks(BLOCK_ELEMENTS):
-            yield count * right.shape[1], partial(rows, first, count)
+
+def matrices(stored: StoredTensor, target: Target) -> Iterator[tuple[StoredTensor, Target]]:
+    """The matrices of a tensor, with their chains: itself, or each expert's."""
+    if target.chain.A.dim() == 2:
+        yield stored, target
+        return
+    for index in range(stored.shape[0]):
+        yield stored.matrix(index), target.expert(index)
 
 
 def factors(target: Target, scaling: float) -> tuple[Tensor, Tensor]:
-    """L (rows, r) and R (r, columns) in float64 with L·R = ΔW as the file has it: transposed for a Conv1D."""
+    """L (..., rows, r) and R (..., r, columns) in float64 with L·R = ΔW as the file has it: transposed for a
+    Conv1D."""
     A, links, B = (tensor.double() for tensor in target.chain)
     folded = fold_into_a(A, links, scaling)
-    return (folded.T, B.T) if target.transposed else (B, folded)
+    return (folded.mT, B.mT) if target.transposed else (B, folded)
 
 
 @dataclass(frozen=True)
@@ -236,7 +281,7 @@ class _ConvertedSums:
 
     def __init__(self, plan: MergePlan):
         self._plan = plan
-        self._groups = {key: group for group in plan.converted for key in group.conversion.keys}
+        self._groups = {key: group for key, group in plan.converted_keys.items() if group.pieces is None}
         self._lock = threading.Lock()
         self._held: ConvertedTargets | None = None
         self._sums: dict[str, Tensor] = {}

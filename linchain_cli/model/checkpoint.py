@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,13 @@ class StoredTensor:
     def __getitem__(self, index: Any) -> torch.Tensor:
         """As a slice of the safetensors library is read: `stored[...]` is the whole tensor."""
         return self.tensor()[index]
+
+    def matrix(self, index: int) -> StoredTensor:
+        """One of the tensors that lie along the first dimension: an expert's matrix."""
+        size = self.nbytes // self.shape[0]
+        if self.values is not None:
+            return replace(self, shape=self.shape[1:], nbytes=size, values=self.values[index])
+        return replace(self, shape=self.shape[1:], nbytes=size, start=self.start + index * size)
 
     def row_blocks(self, elements: int) -> Iterator[tuple[int, int]]:
         """(first row, number of rows) of blocks of about so many `elements`, in order."""

@@ -10,9 +10,9 @@ can be patched without loading the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,17 +55,56 @@ class Conversion:
         converted = converter.convert(self._first_target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
+    def only(self, keys: Collection[str]) -> Conversion:
+        """The same conversion of some of its checkpoint keys."""
+        return replace(self, sources=tuple(source for source in self.sources if source[0] in keys))
+
+    def pieces(self, shapes: Mapping[str, torch.Size]) -> dict[str, Piece] | None:
+        """Where each file tensor lies, if all of them are whole rows of single experts' matrices; else None.
+
+        Found by following numbered tensors of a few rows and columns: what stacks matrices, and puts them one
+        below the other, does so at any size. Only running the converter on the real ones proves it.
+        """
+        if any(len(shapes[key]) != 2 for key in self.keys):
+            return None
+        sizes = sorted({size for key in self.keys for size in shapes[key]})
+        reduced = {key: torch.Size(2 + sizes.index(size) for size in shapes[key]) for key in self.keys}
+        try:
+            places = self.element_sources(reduced)
+        except ConversionError:
+            return None
+        numbered, state = self._numbered(reduced), self._model.state_dict()
+        found: dict[str, Piece] = {}
+        for name, place in places.items():
+            for expert, matrix in enumerate(place if place.dim() == 3 else ()):
+                first = 0
+                for key, transposed in _laid_out(matrix, numbered):
+                    rows, columns = shapes[key][::-1] if transposed else shapes[key]
+                    found[key] = Piece(name, expert, first, rows, transposed)
+                    first += rows
+                    if columns != state[name].shape[-1]:
+                        return None
+                if first != state[name].shape[-2]:
+                    return None
+        return found if found.keys() == set(self.keys) else None
+
+    def _numbered(self, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """The group's tensors with the numbers of their elements, when they lie end to end."""
+        numbered, total = {}, 0
+        for key in self.keys:
+            count = shapes[key].numel()
+            numbered[key] = torch.arange(total, total + count).reshape(shapes[key])
+            total += count
+        return numbered
+
     def element_sources(self, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
         """For each parameter, the place of each of its elements in the group's file tensors laid end to end.
 
         The converter is run on tensors that hold their own element numbers; int64, each in the parameter's
         shape. A converter that does anything but move elements is a ConversionError.
         """
-        numbered, total = {}, 0
-        for key in self.keys:
-            count = shapes[key].numel()
-            numbered[key] = torch.arange(total, total + count).reshape(shapes[key])
-            total += count
+        numbered = self._numbered(shapes)
+        total = sum(tensor.numel() for tensor in numbered.values())
         what = f"the conversion of {', '.join(self.keys[:3])}{' ...' if len(self.keys) > 3 else ''}"
         try:
             places = self.to_model(numbered)
@@ -82,6 +121,34 @@ class Conversion:
                 raise ConversionError(f"{what} uses an element of the file twice in {name}")
             seen[flat] = True
         return places
+
+
+def _laid_out(matrix: torch.Tensor, numbered: Mapping[str, torch.Tensor]) -> list[tuple[str, bool]]:
+    """The numbered tensors, by their keys, that lie one below the other in a matrix, and whether each is
+    transposed; as far as there are any."""
+    starts = {int(tensor[0, 0]): key for key, tensor in numbered.items()}
+    found, row = [], 0
+    while row < len(matrix) and (key := starts.get(int(matrix[row, 0]))):
+        block = numbered[key]
+        transposed = not torch.equal(matrix[row : row + len(block)], block)
+        block = block.T if transposed else block
+        if not torch.equal(matrix[row : row + len(block)], block):
+            break
+        found.append((key, transposed))
+        row += len(block)
+    return found
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A file tensor that is `count` rows, from `first` on, of one expert's matrix in a 3-D parameter, or the
+    transpose of these rows."""
+
+    parameter: str
+    expert: int
+    first: int
+    count: int
+    transposed: bool
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,11 @@ class PackedTensor(StoredTensor):
             data = data[max(0, -place) : len(target) - place]
             target[max(0, place) : max(0, place) + len(data)] = data
 
+    def matrix(self, index: int) -> StoredTensor:
+        """As of any tensor; restored once, for all the blocks that it will be read in."""
+        values = self.part(index, 1)[0]
+        return StoredTensor(self.key, self.type, values.shape, values.nbytes, self.path, values=values)
+
 
 def _packed(key: str, shape: Iterable[int], part: StoredTensor, restore: Restore) -> PackedTensor:
     size = torch.Size(shape)

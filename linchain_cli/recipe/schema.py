@@ -82,9 +82,10 @@ class AdapterConfig(StrictModel):
     """How links start. orthogonal and identity keep LoRA's scale at any depth; kaiming is the paper's. B
     starts at zero."""
     target_modules: Targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    """Linear modules of the text decoder that get a chain: a list of names, one regular expression over the
-    full module path, or all-linear. A name that matches nothing is an error. Experts that are stored as one
-    3-D parameter get none; check and train say what share of the weights a choice leaves out."""
+    """Linear modules of the text decoder that get a chain: a list of names (all-linear may be one), one
+    regular expression over the full module path, or all-linear. A name that matches nothing is an error.
+    Routed experts get chains, one on each matrix of each expert, where they are named: `experts.down_proj`,
+    or `experts` for all their matrices. check and train say what share of the weights a choice leaves out."""
     init_from: Text | None = None
     """An adapter directory whose values training starts from."""
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from linchain_cli import __version__, storage
 from linchain_cli.chain import (
     Adapter,
+    Chain,
     ChainConfig,
-    ChainLinear,
     Coverage,
     adapter_files,
     adapter_of,
@@ -62,7 +62,7 @@ class Job:
     run: RunDirectory
     accelerator: Accelerator
     base: Base
-    layers: dict[str, ChainLinear]
+    layers: dict[str, Chain]
     data: PreparedData
     parameters: dict[str, nn.Parameter]
     optimizer: FlatAdamW
@@ -157,7 +157,7 @@ def chain_config(recipe: Recipe) -> ChainConfig:
     )
 
 
-def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, ChainLinear]:
+def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, Chain]:
     """Injects the recipe's chains, with the values of `adapter.init_from` if it names an adapter."""
     config = chain_config(recipe)
     source = recipe.adapter.init_from

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.chain import ChainLinear
+from linchain_cli.chain import Chain
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import TrainingConfig
 
@@ -22,7 +22,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ROW = 1024  # of so many gradients the squares are summed first, as float32 sums of more lose digits
 
 
-def trained_parameters(layers: Mapping[str, ChainLinear]) -> dict[str, nn.Parameter]:
+def trained_parameters(layers: Mapping[str, Chain]) -> dict[str, nn.Parameter]:
     """A, links and B of every layer by the adapter file's names; empty links (depth 0) are left out."""
     named = {f"{path}.{name}": getattr(layer, name) for path, layer in layers.items() for name in KINDS}
     return {name: parameter for name, parameter in named.items() if parameter.numel()}

@@ -50,6 +50,18 @@ def test_ranks_depths_alphas_and_modules_may_differ(weights):
     assert sum_error(found, parts, weights) > 1e-4
 
 
+def test_each_expert_has_a_sum_of_its_own():
+    parts = [adapter(4, 2, 8.0, ["a"], seed=1), adapter(2, 1, 6.0, ["a"], seed=2)]
+    for part in parts:
+        chain = part.tensors["a"]
+        part.tensors["a"] = ChainTensors(*(torch.stack([t, -t, 0.5 * t]) for t in chain))
+    found = weighted_sum(parts, (0.3, 0.7))
+    expected = 0.3 * delta(parts[0], "a") + 0.7 * delta(parts[1], "a")
+    assert delta(found, "a").shape == (3, 10, 12)
+    torch.testing.assert_close(delta(found, "a"), expected, rtol=1e-6, atol=1e-6)
+    assert sum_error(found, parts, (0.3, 0.7)) < 1e-7
+
+
 def test_powers_of_two_change_no_bit():
     one = adapter(4, 2, 8.0, ["a"], seed=1)
     found = weighted_sum([one], [0.5])

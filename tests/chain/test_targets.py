@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM
 
 from linchain_cli.chain import ChainConfig, chain_layers, coverage, inject, linear_shape, match_modules
 from linchain_cli.errors import InputError
@@ -49,14 +49,32 @@ def test_a_module_that_is_not_linear_is_named_as_such(llama):
         match_modules(llama, ["input_layernorm"])
 
 
-def test_expert_parameters_are_named_as_such():
-    config = MixtralConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, vocab_size=50, num_local_experts=2,
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = MixtralForCausalLM(config)
-    with pytest.raises(InputError, match="only meets 3-D expert parameters"):
+def test_routed_experts_are_met_where_they_are_named(small_model):
+    model = small_model("qwen2_moe")  # which has a shared expert with linear layers beside the routed ones
+    down = {f"model.layers.{i}.mlp.experts.down_proj" for i in (0, 1)}
+    both = down | {f"model.layers.{i}.mlp.experts.gate_up_proj" for i in (0, 1)}
+    assert set(match_modules(model, ["experts.down_proj"]).paths) == down
+    assert set(match_modules(model, r".*\.experts\.down_proj").paths) == down
+    assert (
+        set(match_modules(model, ["experts"]).paths) == both == set(match_modules(model, "mlp.experts").paths)
+    )
+    linear = set(match_modules(model, "all-linear").paths)
+    for bare in ("down_proj", ["down_proj"], "all-linear", ["all-linear"]):
+        assert set(match_modules(model, bare).paths) <= linear
+    found = match_modules(model, ["all-linear", "experts"])
+    assert set(found.paths) == linear | both and found.per_pattern["experts"] == len(both)
+
+
+def test_experts_that_are_computed_in_an_unknown_way_are_named_as_such():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(2, 4, 3))
+
+    model = nn.ModuleDict({"experts": Experts(), "up": nn.Linear(4, 3)})
+    with pytest.raises(
+        InputError, match="only meets 3-D expert parameters .e.g. experts.weight., which a chain"
+    ):
         match_modules(model, r".*experts.*")
 
 
@@ -108,8 +126,10 @@ def test_missing_targets_of_a_mixture_of_experts_are_told_together(small_model):
     with pytest.raises(InputError) as error:
         match_modules(small_model("qwen3_moe"), ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"])
     message = str(error.value)
-    assert "'up_proj' matches no linear module. It only meets 3-D expert parameters" in message
-    assert "experts.gate_up_proj" in message and "'down_proj' matches no linear module" in message
+    assert "'up_proj' matches no linear module. It only meets routed experts" in message
+    assert "name them: experts.gate_up_proj." in message
+    assert "'down_proj' matches no linear module" in message and "name them: experts.down_proj." in message
+    assert "Its routed experts: experts.gate_up_proj (2), experts.down_proj (2)." in message
     assert "adapter.target_modules=[q_proj,k_proj,v_proj]" in message and "Did you mean" not in message
 
 
@@ -140,6 +160,10 @@ def test_experts_and_recurrent_layers_are_named(small_model):
     assert f"experts.gate_up_proj (3-D expert parameters) {2 * 4 * 2 * 32 * 48 / found.weights:.1%}" in (
         found.describe()
     )
+    assert found.frozen_experts == ("experts.gate_up_proj", "experts.down_proj")
+    assert "names them: experts.gate_up_proj, experts.down_proj" in found.describe()
+    covered = coverage(mixtral, match_modules(mixtral, ["all-linear", "experts"]).paths)
+    assert covered.without_chain.keys() == {"mlp.gate"} and not covered.frozen_experts
     mamba = small_model("mamba")
     found = coverage(mamba, match_modules(mamba, ["in_proj"]).paths)
     assert {"mixer.out_proj", "mixer.x_proj", "mixer.dt_proj", "mixer.conv1d", "mixer.A_log"} == set(

@@ -93,6 +93,47 @@ def test_bfloat16_weights_are_the_exact_sum_rounded_once(tmp_path, base_of, adap
         assert bool(((after[name] - exact).abs() <= spacing / 2).all()), name
 
 
+FAMILIES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+    "deepseek_v3",
+    "glm4_moe",
+    "gpt_oss",
+    "llama4_text",
+]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(
+    ("targets", "dtype"),
+    [(["all-linear", "experts"], torch.float32), (["experts.down_proj"], torch.bfloat16)],
+    ids=["all", "down_proj"],
+)
+def test_experts_are_merged_into_the_tensors_of_their_files(
+    tmp_path, base_of, adapter_of_base, architecture, targets, dtype
+):
+    base = base_of(architecture, dtype)
+    adapter = adapter_of_base(base, targets)
+    result = merge(base, adapter, tmp_path / "out", prompts=PROMPTS if dtype == torch.float32 else ())
+    assert result.receipt.largest_ulp <= 0.5
+    if logits := result.receipt.logits:
+        assert logits.largest_difference < 2e-5 < logits.adapter_effect and not logits.adapter_lost
+        assert logits.top1_agreement == 1.0 and not result.receipt.not_proven
+    before, after = tensors_of(base), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert changed == set(result.receipt.changed)
+    assert (dtype == torch.float32) == (logits is not None)
+    if len(targets) == 1:
+        wanted = {"mixtral": ".w2.weight", "gpt_oss": "experts.down_proj", "llama4_text": "experts.down_proj"}
+        end = wanted.get(architecture, ".down_proj.weight")
+        assert changed == {
+            key for key in before if ".experts." in key and key.endswith(end) and "shared" not in key
+        }
+
+
 @pytest.mark.parametrize("shard_bytes", [10**9, 50_000])
 def test_untouched_tensors_are_the_same_bytes(tmp_path, base_of, adapter_of_base, shard_bytes):
     base = base_of("llama", torch.bfloat16)

@@ -96,6 +96,30 @@ def test_names_are_those_that_loading_uses(tmp_path, config, auto, different, co
     assert len(names.converted) == converted
 
 
+def test_pieces_of_experts_are_where_the_elements_say(tmp_path):
+    """Also where a matrix is square, and with more experts than one digit counts."""
+    config = MixtralConfig(**{**SMALL, "intermediate_size": 32}, num_local_experts=11)
+    tensors, model = saved(config, tmp_path)
+    names = map_names(model, shapes(tensors))
+    found = {}
+    for conversion in {id(conversion): conversion for conversion in names.converted.values()}.values():
+        pieces = conversion.pieces(shapes(tensors))
+        assert pieces.keys() == set(conversion.keys)
+        places = conversion.element_sources(shapes(tensors))
+        flat = torch.cat([tensors[key].reshape(-1) for key in conversion.keys])
+        for key, piece in pieces.items():
+            rows = flat[places[piece.parameter]][piece.expert, piece.first : piece.first + piece.count]
+            assert torch.equal(rows, tensors[key]) and not piece.transposed
+        found |= pieces
+    assert sum(piece.parameter.endswith("gate_up_proj") for piece in found.values()) == 2 * 2 * 11
+
+
+def test_a_conversion_of_something_else_has_no_pieces(tmp_path):
+    tensors, model = saved(HrmTextConfig(**SMALL), tmp_path)
+    names = map_names(model, shapes(tensors))
+    assert all(conversion.pieces(shapes(tensors)) is None for conversion in names.converted.values())
+
+
 def test_a_base_checkpoint_without_prefix_maps_to_the_model_with_a_head(tmp_path):
     config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)

@@ -48,3 +48,26 @@ def test_modules_that_the_base_lacks_are_left_out(tiny_llama_dir):
         tiny_llama_dir, ["model.layers.0.self_attn.q_proj", "model.layers.9.self_attn.q_proj", "model.norm"]
     )
     assert list(found) == ["model.layers.0.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss"])
+def test_each_expert_has_numbers_of_its_own(base_of, architecture):
+    """Also ‖W0‖, whether the file holds the experts one by one or together."""
+    directory = base_of(architecture)
+    model = load_model(directory, dtype="float32", device="cpu")
+    config = ChainConfig(rank=4, depth=2, alpha=8.0, target_modules=["q_proj", "experts"])
+    layers = inject(model, config)
+    for layer in layers.values():
+        layer.B.data.normal_()
+    found = layer_numbers(adapter_of(model, config), directory)
+    assert len(found) == 2 * (1 + 2 * 4)
+    for one in found:
+        if one.expert is None:
+            continue
+        path = one.matrices.replace(".*.", ".")
+        assert one.path == one.matrices.replace("*", str(one.expert)) and one.place[1] == one.matrices[15:]
+        holder = model.get_submodule(path.rpartition(".")[0])
+        weight = getattr(holder.base, path.rpartition(".")[2])[one.expert]
+        delta = layers[path].delta_weight(torch.float64)[one.expert]
+        assert one.singular_values == pytest.approx(torch.linalg.svdvals(delta)[:4].tolist(), rel=1e-9)
+        assert one.relative_norm == pytest.approx(float(delta.norm() / weight.norm()), rel=1e-6)

@@ -1,0 +1,252 @@
+"""Chains on routed experts, whose matrices transformers holds as 3-D parameters, one matrix per expert.
+
+Every expert has a chain of its own: A (experts, r, d_in), links (experts, n, r, r) and B (experts, d_out, r).
+So expert e computes with W_e + (α/r)·B_e·Wn,e…W1,e·A_e, as it would if it were a linear layer of its own, and
+is merged, collapsed and inspected like one. (Links that all experts share would spare little: of a chain on
+a matrix of 768 x 2048 with r = 16 and n = 3 the links are 1.7 %.)
+
+`ChainExperts` computes what transformers' experts interface defines: tokens sorted by expert, one product per
+expert and matrix. Only the experts that a batch routes tokens to are computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from linchain_cli.chain.fused import Factors
+from linchain_cli.chain.layer import Chain
+
+# Experts outside transformers' interface: they take the tokens of one expert below those of the last, equally
+# many for each, and their matrices are (d_in, d_out).
+_SORTED_BEFORE = ("Llama4TextExperts",)
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether the matrices of an experts' module are stored as (d_in, d_out)."""
+    return _is_sorted_before(experts) or bool(getattr(experts, "is_transposed", False))
+
+
+def _is_sorted_before(experts: nn.Module) -> bool:
+    return type(experts).__name__ in _SORTED_BEFORE
+
+
+def expert_matrices(module: nn.Module | None) -> dict[str, tuple[int, int, int]]:
+    """(d_in, d_out, experts) of each parameter of a module that can carry chains, by its name.
+
+    They are those of routed experts whose computation is known: transformers' experts interface says which
+    parameters it multiplies by, and how they lie. All other modules have none.
+    """
+    if module is None or not (_is_sorted_before(module) or hasattr(module, "is_transposed")):
+        return {}
+    names = ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+    found = {}
+    for name in names:
+        parameter = module._parameters.get(name)
+        if parameter is None or parameter.dim() != 3 or parameter.dtype not in _FLOATS:
+            return {}
+        count, d_out, d_in = parameter.shape
+        found[name] = (d_out, d_in, count) if is_transposed(module) else (d_in, d_out, count)
+    return found
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Where each expert's rows end among rows that are sorted by expert: `offsets` (experts,) in int32 on the
+    rows' device, and the same as numbers where products are made one by one."""
+
+    offsets: Tensor
+    ends: tuple[int, ...] | None = None
+
+    def spans(self) -> list[tuple[int, int, int]]:
+        """(expert, first row, end) of each expert that has rows."""
+        starts = (0, *self.ends[:-1])
+        return [(e, a, b) for e, (a, b) in enumerate(zip(starts, self.ends, strict=True)) if b > a]
+
+
+class ExpertChain(Chain):
+    """The chains on one matrix of routed experts; see `Chain` for the shapes. `ChainExperts` holds it, under
+    the parameter's name."""
+
+    compute_dtype: torch.dtype  # of the parameter, in which the products run
+
+    def forward(self, x: Tensor, groups: Groups) -> Tensor:
+        """The adapter's term: x (rows, d_in), sorted by expert → (rows, d_out)."""
+        x = F.dropout(x, self.dropout) if self.drops else x
+        if groups.ends is None:
+            # The kernel reads rows of whole 16 bytes.
+            spare = -self.rank % (16 // x.element_size())
+            a = F.pad(self.folded_a.to(x.dtype), (0, 0, 0, spare))
+            b = F.pad(self.B.to(x.dtype), (0, spare))
+            h = F.grouped_mm(x, a.mT, offs=groups.offsets)
+            return F.grouped_mm(h, b.mT, offs=groups.offsets)
+        factors = self.group.part(self) or Factors.of_one(self.folded_a, self.B, x.dtype)
+        h = MultiplyExperts.apply(x, factors.ready_a_RD, factors.as_rD[0], groups)
+        return MultiplyExperts.apply(h, factors.ready_bs_Or[0], self.B, groups)
+
+
+class ChainExperts(nn.Module):
+    """Stands in for a module of routed experts and adds chains to its matrices; `base` is the module.
+
+    The chains are its children under the names of the parameters that they adapt.
+    """
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.train(base.training)
+
+    def adapt(self, name: str, rank: int, depth: int, alpha: float, dropout: float = 0.0) -> ExpertChain:
+        """Puts chains on the parameter of that name, with values still to be set."""
+        d_in, d_out, experts = expert_matrices(self.base)[name]
+        device = self.base._parameters[name].device
+        chain = ExpertChain(d_in, d_out, rank, depth, alpha, dropout, device, experts)
+        chain.compute_dtype = self.base._parameters[name].dtype
+        self.add_module(name, chain)
+        return chain
+
+    @property
+    def chains(self) -> dict[str, ExpertChain]:
+        """The chains by the names of their parameters."""
+        return {name: module for name, module in self.named_children() if isinstance(module, ExpertChain)}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base's, which computes alone while all chains are switched off."""
+        if not any(chain.enabled for chain in self.chains.values()):
+            return self.base(*args, **kwargs)
+        return (self._sorted_before if _is_sorted_before(self.base) else self._routed)(*args, **kwargs)
+
+    def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (tokens, d), each token's experts and their weights (tokens, k) → (tokens, d)."""
+        tokens, chosen = top_k_index.shape
+        experts, order = top_k_index.reshape(-1).sort(stable=True)
+        x = hidden_states[order // chosen]
+        places = torch.arange(self.base.num_experts, device=experts.device)
+        offsets = torch.searchsorted(experts, places, right=True).to(torch.int32)
+        y = self._experts(x, experts, _groups(offsets, x, len(experts)))
+        if getattr(self.base, "has_post_expert_norm", False):
+            y = self.base.post_expert_norm(y)
+        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return y[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+
+    def _sorted_before(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states (experts · n, d) → the same shape."""
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        count = self.base.num_experts
+        each = len(x) // count
+        places = torch.arange(count, device=x.device)
+        groups = _groups(((places + 1) * each).to(torch.int32), x, len(x))
+        return self._experts(x, places.repeat_interleave(each), groups)
+
+    def _experts(self, x: Tensor, experts: Tensor, groups: Groups) -> Tensor:
+        """x (rows, d) through the expert of each row, `experts` (rows,) in rising order."""
+        base = self.base
+        if getattr(base, "has_gate", True):
+            y = self._multiply("gate_up_proj", x, experts, groups)
+            if hasattr(base, "_apply_gate"):
+                y = base._apply_gate(y)
+            else:
+                gate, up = y.chunk(2, dim=-1)
+                y = up * base.act_fn(gate)
+        else:
+            y = base.act_fn(self._multiply("up_proj", x, experts, groups))
+        return self._multiply("down_proj", y, experts, groups)
+
+    def _multiply(self, name: str, x: Tensor, experts: Tensor, groups: Groups) -> Tensor:
+        """x (rows, d_in) by one of the matrices, its chain and its bias → (rows, d_out)."""
+        weight = getattr(self.base, name)
+        weight = weight.mT if is_transposed(self.base) else weight
+        chain = self.chains.get(name)
+        term = chain(x, groups) if chain is not None and chain.enabled else None
+        if groups.ends is None:
+            y = F.grouped_mm(x, weight.mT, offs=groups.offsets)
+            y = y if term is None else y + term
+        else:
+            term = x.new_zeros(len(x), weight.shape[1]) if term is None else term
+            y = AddExperts.apply(term, x, weight, groups)
+        if getattr(self.base, "has_bias", False):
+            y = y + getattr(self.base, f"{name}_bias")[experts]
+        return y
+
+
+def _groups(offsets: Tensor, x: Tensor, rows: int) -> Groups:
+    """The groups of x (rows, d): with their ends as numbers unless the device makes all products at once."""
+    if x.device.type == "meta":  # where nothing is known of them, and nothing is computed
+        count = len(offsets)
+        return Groups(offsets, tuple(rows * (e + 1) // count for e in range(count)))
+    if multiplies_groups(x):
+        return Groups(offsets)
+    return Groups(offsets, tuple(offsets.tolist()))
+
+
+def multiplies_groups(x: Tensor) -> bool:
+    """Whether torch has a kernel for products of all groups at once, which spares the device the wait for
+    their sizes."""
+    return (
+        x.device.type == "cuda"
+        and x.dtype == torch.bfloat16
+        and hasattr(F, "grouped_mm")
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    )
+
+
+class MultiplyExperts(torch.autograd.Function):
+    """y_e = x_e·M_eᵀ, expert by expert: x (rows, k) sorted by expert, M (experts, m, k) → (rows, m). M comes
+    twice: `ready` for the products, in x's type, and `trained`, which receives the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ready: Tensor, trained: Tensor, groups: Groups) -> Tensor:
+        y = x.new_empty(len(x), ready.shape[1])
+        for expert, first, end in groups.spans():
+            torch.mm(x[first:end], ready[expert].T, out=y[first:end])
+        ctx.groups, ctx.type = groups, trained.dtype
+        ctx.save_for_backward(x, ready)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, ready = ctx.saved_tensors
+        needs_x, _, needs_trained, _ = ctx.needs_input_grad
+        grad_x = torch.empty_like(x) if needs_x else None
+        grad_trained = torch.zeros(ready.shape, dtype=ctx.type, device=x.device) if needs_trained else None
+        for expert, first, end in ctx.groups.spans():
+            if needs_x:
+                torch.mm(grad[first:end], ready[expert], out=grad_x[first:end])
+            if needs_trained:
+                grad_trained[expert] = grad[first:end].T @ x[first:end]
+        return grad_x, None, grad_trained, None
+
+
+class AddExperts(torch.autograd.Function):
+    """term_e + x_e·W_eᵀ in `term`'s place, expert by expert: term (rows, m), x (rows, k) sorted by expert, W
+    (experts, m, k) without gradient. So the chain's term takes part in the product's one rounding; see
+    chain/fused.py."""
+
+    @staticmethod
+    def forward(ctx: Any, term: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
+        ctx.mark_dirty(term)
+        for expert, first, end in groups.spans():
+            term[first:end].addmm_(x[first:end], weight[expert].T)
+        ctx.groups = groups
+        ctx.save_for_backward(weight)
+        return term
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        grad_x = None
+        if ctx.needs_input_grad[1]:
+            grad_x = grad.new_empty(len(grad), weight.shape[2])
+            for expert, first, end in ctx.groups.spans():
+                torch.mm(grad[first:end], weight[expert], out=grad_x[first:end])
+        return grad, grad_x, None, None
