@@ -55,7 +55,7 @@ PromptTemplate = Annotated[
         show_default=False,
     ),
 ]
-Dtype = Literal["float32", "bfloat16"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 ModelDtype = Annotated[
     Dtype | None,
     typer.Option(help="Left out, float32 on a CPU and the recipe's elsewhere.", show_default=False),

@@ -54,7 +54,7 @@ __all__ = [
     "weight_files",
 ]
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("none", "int8", "nf4")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2")
 
@@ -67,11 +67,14 @@ def default_device() -> torch.device:
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype a recipe's `dtype` means on `device`.
 
-    `auto` is bfloat16 where the hardware multiplies it, else float32. On a CPU that is AVX512-BF16 or AMX
-    (about twice as fast as float32, measured; without them bfloat16 is slower), or ARM's bf16 instructions.
+    `auto` is bfloat16 where the hardware multiplies it, else float16 on a GPU and float32 on a CPU. On a CPU
+    that is AVX512-BF16 or AMX (about twice as fast as float32, measured; without them bfloat16 is slower), or
+    ARM's bf16 instructions.
     """
     if name == "auto":
-        return torch.bfloat16 if _multiplies_bfloat16(device) else torch.float32
+        if _multiplies_bfloat16(device):
+            return torch.bfloat16
+        return torch.float16 if device.type == "cuda" else torch.float32
     if name not in DTYPES:
         names = ["auto", *DTYPES]
         raise InputError(
@@ -317,8 +320,7 @@ def loading_problems(directory: Path, attention: str) -> Iterator[None]:
         ) from error
     except torch.OutOfMemoryError as error:
         raise LinchainError(
-            f"{directory} does not fit into the GPU's memory. "
-            "Try model.dtype=bfloat16 or model.quantization=nf4."
+            f"{directory} does not fit into the GPU's memory. Try model.dtype=auto or model.quantization=nf4."
         ) from error
     except UNUSABLE as error:
         if (

@@ -27,9 +27,10 @@ class ModelConfig(StrictModel):
     """Hub id, local checkpoint directory, or .gguf file (converted to a directory once)."""
     revision: Text | None = None
     """Branch, tag or commit on the hub; null takes the default branch."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the frozen base. auto: bfloat16 where the device computes in it, float32 elsewhere.
-    Adapters are float32 always."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen base. auto: bfloat16 where the device computes in it, else float16 on a GPU
+    and float32 on a CPU. Adapters are float32 always. In float16 the loss is scaled as far as its gradients
+    allow."""
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Keep the frozen base in 8 or 4 bit (bitsandbytes). Merging goes into the original weights."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -39,7 +40,7 @@ class ModelConfig(StrictModel):
         if self.attention == "flash_attention_2" and self.dtype == "float32":
             yield Conflict(
                 ("attention", "dtype"),
-                "flash_attention_2 computes in bfloat16: set dtype to bfloat16 or auto.",
+                "flash_attention_2 computes in 16 bit: set dtype to auto, bfloat16 or float16.",
             )
 
 

@@ -228,7 +228,10 @@ def prepare(
         sharded=base.sharded,
     )
     store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
-    return Job(recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks, found_rate)
+    state = states.first_state(base.model.dtype)
+    return Job(
+        recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks, found_rate, state
+    )
 
 
 def _refuse_classes(model: nn.Module, data: PreparedData) -> None:

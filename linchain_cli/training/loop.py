@@ -114,8 +114,32 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
     Raises:
         LinchainError: loss or gradient norm is not finite. Nothing is updated then, on any process.
     """
+    optimizer, state = job.optimizer, job.state
+    while True:
+        # The step's only meeting of host and device.
+        norm, step_loss, slots, *flags = _sum_gradients(job, rows, stop).tolist()
+        if math.isfinite(step_loss) and math.isfinite(norm):
+            break
+        optimizer.zero_grad()
+        if not (math.isfinite(step_loss) and state.halve_loss_scale()):
+            raise_on_all(job.accelerator, _not_finite(job, rows, step_loss, norm))
+    state.count_scaled_step(job.model.dtype)
+    optimizer.set_learning_rate(rate)
+    optimizer.step()
+    optimizer.zero_grad()
+    return Step(step_loss, norm, int(slots), _signum(flags))
+
+
+def _sum_gradients(job: Job, rows: np.ndarray, stop: StopRequest) -> torch.Tensor:
+    """Leaves the mean loss's gradient in the optimizer, summed over all processes and clipped.
+
+    Returns:
+        (1 + EXTRAS,) the gradient's norm before clipping, the loss, the tokens computed, and a number for
+        each signal; all over all processes.
+    """
     accelerator, data, rank = job.accelerator, job.data.train, job.accelerator.process_index
-    scale = 1.0 / float(data.supervised_counts[rows].sum())
+    loss_scale = job.state.loss_scale
+    scale = loss_scale / float(data.supervised_counts[rows].sum())
     parts = micro_batches(rows, data.lengths, job.state.micro_batch_size, rank, accelerator.num_processes)
     total, slots = torch.zeros((), device=job.device), 0
     with folded(job.model), job.dropping_out():
@@ -128,17 +152,10 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
 
     optimizer = job.optimizer
     optimizer.extras.copy_(torch.tensor([0.0, slots, *_flags(stop.signum)]), non_blocking=True)
-    optimizer.extras[0] = total
+    optimizer.extras[0] = total / loss_scale
     sum_over_processes(accelerator, optimizer.sums)
-    norm = optimizer.clip_gradients(job.recipe.training.max_grad_norm)
-    # The step's only meeting of host and device.
-    norm, step_loss, slots, *flags = torch.cat([norm[None], optimizer.extras]).tolist()
-    if not (math.isfinite(step_loss) and math.isfinite(norm)):
-        raise_on_all(accelerator, _not_finite(job, rows, step_loss, norm))
-    optimizer.set_learning_rate(rate)
-    optimizer.step()
-    optimizer.zero_grad()
-    return Step(step_loss, norm, int(slots), _signum(flags))
+    norm = optimizer.clip_gradients(job.recipe.training.max_grad_norm, loss_scale)
+    return torch.cat([norm[None], optimizer.extras])
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -224,7 +224,7 @@ def _remedies(recipe: Recipe) -> str:
     other = [
         (True, f"a smaller data.max_length (now {recipe.data.max_length})"),
         (recipe.model.quantization == "none", "model.quantization=nf4"),
-        (recipe.model.dtype == "float32", "model.dtype=bfloat16"),
+        (recipe.model.dtype == "float32", "model.dtype=auto"),
         (training.parallel == "replicate", "training.parallel=shard on several GPUs"),
     ]
     kept, changed = (", ".join(text for applies, text in options if applies) for options in (same, other))

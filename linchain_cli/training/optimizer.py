@@ -98,11 +98,14 @@ class FlatAdamW(torch.optim.AdamW):
         self.sums.zero_()
 
     @torch.no_grad()
-    def clip_gradients(self, most: float | None) -> Tensor:
-        """Cuts all gradients together down to a norm of `most`; returns the norm they had, a scalar."""
-        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._rows, dim=1))
+    def clip_gradients(self, most: float | None, scale: float = 1.0) -> Tensor:
+        """Divides all gradients by `scale`, and cuts them together down to a norm of `most`; returns the norm
+        they had before that, a scalar."""
+        norm = torch.linalg.vector_norm(torch.linalg.vector_norm(self._rows, dim=1)) / scale
         if most is not None:
-            self._rows.mul_((most / (norm + 1e-6)).clamp(max=1.0))
+            self._rows.mul_((most / (norm + 1e-6)).clamp(max=1.0) / scale)
+        elif scale != 1.0:
+            self._rows.div_(scale)
         return norm
 
     def moments(self, name: str) -> dict[str, Tensor]:

@@ -80,6 +80,7 @@ def run_training(
         held.callback(torch.set_num_threads, cpus.limit)
         stop = held.enter_context(stop_requests("stopped before the first step: nothing was written"))
         held.enter_context(_deterministic(recipe.training.deterministic))
+        held.enter_context(_whole_sums())
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
         began = time.perf_counter()
@@ -266,3 +267,18 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@contextlib.contextmanager
+def _whole_sums() -> Iterator[None]:
+    """Products in 16 bit keep their sums in float32 also where cuBLAS takes them in parts."""
+    products = torch.backends.cuda.matmul
+    names = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+    before = {name: getattr(products, name) for name in names}
+    try:
+        for name in names:
+            setattr(products, name, False)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(products, name, value)

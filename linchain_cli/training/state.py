@@ -16,6 +16,8 @@ from linchain_cli.errors import InputError
 OPTIMIZER_FILE = "optimizer.safetensors"
 BEST_FILE = "best.safetensors"
 STATE_FILE = "state.json"
+FIRST_LOSS_SCALE = 2.0**16
+STEPS_TO_DOUBLE = 2000
 
 
 @dataclass
@@ -25,6 +27,11 @@ class TrainingState:
     `rows`, `tokens` and `supervised_tokens` are what was consumed so far, unpadded, over all processes;
     `seconds` is time spent in steps. `best_step` and `best_loss` are those of the lowest validation loss;
     `stale` counts the validations since. `micro_batch_size` is the one in use, which `auto` found.
+
+    `loss_scale` is what the loss is multiplied by before its gradients are taken, so that small ones do not
+    vanish in float16; 1 in other types. A step whose gradients overflow is computed again at half of it; it
+    doubles after `STEPS_TO_DOUBLE` steps without that, of which `steps_at_scale` are over (Micikevicius et
+    al., arXiv 1710.03740). By powers of two no digit is lost.
     """
 
     step: int = 0
@@ -36,6 +43,27 @@ class TrainingState:
     best_loss: float | None = None
     stale: int = 0
     micro_batch_size: int | None = None
+    loss_scale: float = 1.0
+    steps_at_scale: int = 0
+
+    def halve_loss_scale(self) -> bool:
+        """Whether there is a smaller scale, which is the one from now on."""
+        if self.loss_scale <= 1.0:
+            return False
+        self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0
+        return True
+
+    def count_scaled_step(self, dtype: torch.dtype) -> None:
+        """Notes a step without overflow."""
+        if dtype == torch.float16:
+            self.steps_at_scale += 1
+            if self.steps_at_scale == STEPS_TO_DOUBLE:
+                self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
+
+
+def first_state(dtype: torch.dtype) -> TrainingState:
+    """The state before the first step on a base of that type."""
+    return TrainingState(loss_scale=FIRST_LOSS_SCALE if dtype == torch.float16 else 1.0)
 
 
 def state_bytes(state: TrainingState, about: Mapping[str, Any]) -> bytes:

@@ -102,7 +102,7 @@ def test_conv1d_and_tied_models_load(tiny_gpt2_dir, tiny_tied_dir):
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
 def test_the_dtype_is_the_one_asked_for(tiny_llama_dir, name):
     model = load_model(tiny_llama_dir, dtype=name, device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, name)}
@@ -118,6 +118,13 @@ def test_auto_dtype_looks_at_the_processor(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda features=features: features)
         assert resolve_dtype("auto", CPU) is expected
     assert resolve_dtype("float32", CPU) is torch.float32
+
+
+@pytest.mark.parametrize(("multiplies", "expected"), [(True, torch.bfloat16), (False, torch.float16)])
+def test_auto_dtype_is_16_bit_on_every_gpu(monkeypatch, multiplies, expected):
+    """T4 and V100 emulate bfloat16."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: multiplies)
+    assert resolve_dtype("auto", torch.device("cuda")) is expected
 
 
 def test_options_are_checked_by_name(tiny_llama_dir):
