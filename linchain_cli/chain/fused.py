@@ -46,7 +46,7 @@ class FusedChains(torch.autograd.Function):
 
     The adapters read `dropped` instead, if it is not None: x after dropout. `ready_a_RD` is that of
     `Factors`. `operands` are k weights W (O, D), k biases b (O,) or None and k ready B, none of which gets a
-    gradient, and k trained A' (r, D) and B (O, r), which do. A weight in 4 bit comes with its scales in
+    gradient, and k trained A' (r, D) and B (O, r), which do. A weight in 4 or 8 bit comes with its scales in
     `scales`, k of them or None. The gradients of A' and B have their types, and are summed in them; all else
     is of x's type. Returns a tuple of k outputs.
     """
@@ -118,12 +118,14 @@ class FusedChains(torch.autograd.Function):
 
 
 def matrix(weight: Tensor, scale: Any, dtype: torch.dtype) -> Tensor:
-    """W0 (d_out, d_in) of a weight in 4 bit with its scales, bitsandbytes' QuantState; without them, the
-    weight itself."""
+    """W0 (d_out, d_in) of a weight in 4 bit with its scales, bitsandbytes' QuantState, or in 8 bit with the
+    largest value of each row, (d_out,); without them, the weight itself."""
     if scale is None:
         return weight
-    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
+    if isinstance(scale, Tensor):
+        return int8_vectorwise_dequant(weight.detach(), scale).to(dtype)
     return dequantize_4bit(weight.detach().view(-1, 1), scale).to(dtype)
 
 

@@ -208,13 +208,15 @@ class ChainLinear(Chain):
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
-        """The type that the base's products run in; None where that is the input's."""
+        """The type that the base's products run in; None where nobody says so of a W0 in 8 bit."""
         dtype = getattr(self.base, "compute_dtype", self.base.weight.dtype)
         return dtype if dtype is not None and dtype.is_floating_point else None
 
     @property
     def base_scale(self) -> Any:
-        """The scales of a W0 in 4 bit (bitsandbytes' QuantState), else None."""
+        """The scales of a W0 in 4 bit (bitsandbytes' QuantState) or 8 bit ((d_out,) float32), else None."""
+        if type(self.base).__name__ == "Linear8bitLt":  # which moves them with its first product
+            return self.base.weight.SCB if self.base.state.SCB is None else self.base.state.SCB
         # FSDP2 gives the layer tensors of its own for weights, which do not bring their scales along.
         return getattr(self.base.weight, "quant_state", None) or getattr(self.base, "quant_state", None)
 
@@ -235,18 +237,17 @@ class ChainLinear(Chain):
         return self.enabled and not self.drops and self._adds_to_base(x)
 
     def _adds_to_base(self, x: Tensor) -> bool:
-        """Whether the base is a matrix of x's type, or one in 4 bit that computes in it, which needs no
-        gradient and whose forward nobody hooks into or replaced."""
+        """Whether the base is a matrix of x's type whose forward nobody replaced, or one in 4 or 8 bit that
+        computes in it, which needs no gradient and which nobody hooks into."""
         base = self.base
-        if type(base).__name__ == "Linear4bit":
+        if is_quantised(base):
             usual = self.base_scale is not None
         else:
-            usual = type(base) in (nn.Linear, Conv1D)
+            usual = type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base)
         return (
             usual
             and self.compute_dtype == x.dtype
             and not base.weight.requires_grad
-            and "forward" not in vars(base)
             and not base._forward_hooks
             and not base._forward_pre_hooks
         )

@@ -28,6 +28,7 @@ from linchain_cli.model.config import (
 from linchain_cli.model.fast import changing_nothing
 from linchain_cli.model.files import find_base, locate, read_config, weight_files
 from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.int8 import store_only
 from linchain_cli.model.packed import open_weights, quantization_of
 from linchain_cli.model.quiet import quiet
 from linchain_cli.model.tokenizer import load_tokenizer
@@ -119,7 +120,7 @@ def load_model(
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
 
-    `quantization` rounds the linear layers but the output head: `int8` (bitsandbytes' LLM.int8) or `nf4`
+    `quantization` rounds the linear layers but the output head: `int8` (as bitsandbytes stores it) or `nf4`
     (4-bit normal float, double quantisation, computing in `dtype`).
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, quantised
@@ -175,6 +176,7 @@ def read_model(
     refuse_incomplete(directory, loading.get("missing_keys", ()))
     _refuse_rounded_head(model, quantization)
     _keep_differentiable(model)
+    store_only(model, resolved)
     _keep_unscaled(model)
     return model.eval().requires_grad_(False)
 

@@ -224,15 +224,32 @@ def in_4_bit(base: nn.Linear) -> nn.Linear:
     return rounded.to("cpu")  # which is when it rounds
 
 
+def in_8_bit(base: nn.Linear) -> nn.Linear:
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    from linchain_cli.model.int8 import store_only
+
+    d_out, d_in = base.weight.shape
+    rounded = Linear8bitLt(d_in, d_out, bias=base.bias is not None, has_fp16_weights=False)
+    rounded.weight = Int8Params(base.weight.float(), requires_grad=False, has_fp16_weights=False)
+    rounded.bias = base.bias
+    rounded.to("cpu")  # which is when it rounds
+    store_only(rounded, base.weight.dtype)
+    return rounded
+
+
+ROUNDED = {4: in_4_bit, 8: in_8_bit}
+
+
 @pytest.mark.parametrize("way", ["fused", "dropout", "siblings"])
-@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_term_below_the_last_digit_of_the_bases_output_is_not_lost_in_bfloat16(way, bits, bias):
     """The first steps' terms are that small. Added to a rounded output they would vanish, all of them."""
     torch.manual_seed(0)
     d_in, d_out = 64, 256
     base = nn.Linear(d_in, d_out, bias=bias).to(torch.bfloat16).requires_grad_(False)
-    base = in_4_bit(base) if bits == 4 else base
+    base = ROUNDED[bits](base) if bits in ROUNDED else base
     layer = ChainLinear(base, 4, 2, 8.0, dropout=1e-9 if way == "dropout" else 0.0)
     initialise(layer, "layer", "orthogonal", seed=0)
     nn.init.normal_(layer.B)
@@ -259,10 +276,11 @@ def test_a_term_below_the_last_digit_of_the_bases_output_is_not_lost_in_bfloat16
     assert ((added_later.double() - output) * term).sum() / term.square().sum() < 0.5
 
 
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_a_4_bit_base_has_the_gradients_of_its_rounded_weights(dropout):
+def test_a_rounded_base_has_the_gradients_of_its_rounded_weights(dropout, bits):
     plain, rounded = make_layer(dropout=dropout), make_layer(dropout=dropout)
-    rounded.base = in_4_bit(rounded.base)
+    rounded.base = ROUNDED[bits](rounded.base)
     weight = matrix(rounded.base_weight, rounded.base_scale, torch.float32)
     assert weight.shape == plain.base.weight.shape and not torch.equal(weight, plain.base.weight)
     plain.base.weight.copy_(weight)
