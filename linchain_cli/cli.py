@@ -27,6 +27,7 @@ from linchain_cli.commands import (
     merge,
     recipes,
     report,
+    reproduce,
     runs,
     train,
     tune,
@@ -62,6 +63,7 @@ app.command("check", no_args_is_help=True)(check.run)
 app.command("inspect")(inspect.run)
 app.command("report")(report.run)
 app.command("runs")(runs.run)
+app.command("reproduce", no_args_is_help=True)(reproduce.run)
 
 recipes_app = typer.Typer(
     help="List, copy and describe recipes.", no_args_is_help=True, rich_markup_mode=None

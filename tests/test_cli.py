@@ -34,6 +34,7 @@ COMMANDS = [
     "inspect",
     "report",
     "runs",
+    "reproduce",
     "recipes",
 ]
 
@@ -92,6 +93,7 @@ OPTIONS = {
     "inspect": ["--base", "--json"],
     "report": ["--json"],
     "runs": ["--json"],
+    "reproduce": ["--base", "--overwrite", "--json"],
     "recipes": ["list", "copy", "schema"],
 }
 
@@ -108,7 +110,7 @@ def test_every_option_is_there_and_has_a_help_text(command, capsys):
 # What each prints is no report: a conversation, a sentence about a file, JSON as it is.
 WITHOUT_JSON = {"chat", "recipes copy", "recipes schema"}
 # What each replaces only where --overwrite says so.
-WITH_OVERWRITE = {"train", "compare", "tune", "merge", "export", "import", "recipes copy"}
+WITH_OVERWRITE = {"train", "compare", "tune", "merge", "export", "import", "reproduce", "recipes copy"}
 
 
 def commands(group=None, name=()):
@@ -173,7 +175,7 @@ def test_wrong_words_exit_2_and_name_the_nearest(arguments, expected, capsys):
     assert "Traceback" not in output.err
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "check", "import", "generate"])
+@pytest.mark.parametrize("command", ["train", "compare", "check", "import", "generate", "reproduce"])
 def test_a_command_without_its_arguments_shows_its_help(command, capsys):
     assert run(command) == 2
     assert f"Usage: linchain {command}" in "".join(capsys.readouterr())

@@ -40,7 +40,7 @@ class Opened:
 
 
 def newest_finished_run(root: Path | str = "runs") -> RunDirectory:
-    """The run below `root` that finished last; arms of a comparison do not count.
+    """The run below `root` that finished last; arms of a comparison and repetitions do not count.
 
     Raises:
         InputError: there is none.
@@ -57,7 +57,7 @@ def newest_finished_run(root: Path | str = "runs") -> RunDirectory:
         except InputError as error:
             logger.warning("passed over: %s", error)
             continue
-        if status.finished and not status.comparison:
+        if status.finished and not status.comparison and not status.reproduces:
             candidates.append((status.finished_at or status.created_at or "", path.name, run))
     if not candidates:
         raise InputError(

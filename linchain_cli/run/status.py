@@ -76,6 +76,7 @@ class RunStatus:
     comparison, arm: of which comparison the run is an arm, and which
     own_peak_memory: whether the peak in metrics.jsonl is this run's, and not an earlier one's of its process
     imported: where an adapter of another tool came from, and what was done to it
+    reproduces: of which run, beside it, this one is a repetition
     """
 
     FORMAT: ClassVar[str] = "linchain run"
@@ -114,6 +115,7 @@ class RunStatus:
     arm: str | None = None
     own_peak_memory: bool = True
     imported: dict[str, Any] | None = None
+    reproduces: str | None = None
 
     @property
     def finished(self) -> bool:
