@@ -25,6 +25,7 @@ from linchain_cli.commands import (
     import_,
     inspect,
     merge,
+    push,
     recipes,
     report,
     reproduce,
@@ -64,6 +65,7 @@ app.command("inspect")(inspect.run)
 app.command("report")(report.run)
 app.command("runs")(runs.run)
 app.command("reproduce", no_args_is_help=True)(reproduce.run)
+app.command("push", no_args_is_help=True)(push.run)
 
 recipes_app = typer.Typer(
     help="List, copy and describe recipes.", no_args_is_help=True, rich_markup_mode=None

@@ -35,6 +35,7 @@ COMMANDS = [
     "report",
     "runs",
     "reproduce",
+    "push",
     "recipes",
 ]
 
@@ -94,6 +95,7 @@ OPTIONS = {
     "report": ["--json"],
     "runs": ["--json"],
     "reproduce": ["--base", "--overwrite", "--json"],
+    "push": ["--merged", "--private", "--yes", "--base", "--json"],
     "recipes": ["list", "copy", "schema"],
 }
 
@@ -175,7 +177,7 @@ def test_wrong_words_exit_2_and_name_the_nearest(arguments, expected, capsys):
     assert "Traceback" not in output.err
 
 
-@pytest.mark.parametrize("command", ["train", "compare", "check", "import", "generate", "reproduce"])
+@pytest.mark.parametrize("command", ["train", "compare", "check", "import", "generate", "reproduce", "push"])
 def test_a_command_without_its_arguments_shows_its_help(command, capsys):
     assert run(command) == 2
     assert f"Usage: linchain {command}" in "".join(capsys.readouterr())

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from linchain_cli import console
 from linchain_cli.commands.options import Base, Json, Overwrite, RunPath
-from linchain_cli.commands.origin import open_run
+from linchain_cli.commands.origin import AdaptedRun, open_run
+
+if TYPE_CHECKING:
+    from linchain_cli.export.receipts import ExportReceipt
+    from linchain_cli.model.files import FoundBase
 
 
 def run(
@@ -32,27 +36,15 @@ def run(
     json: Json = False,
 ) -> None:
     """Write an adapter in another tool's format."""
-    from linchain_cli.export.adapters import export_adapter
     from linchain_cli.export.output import check_output
     from linchain_cli.export.receipts import ExportReceipt
-    from linchain_cli.model.loading import empty_model
 
     subject = open_run(run_path)
     out = out or subject.opened.place(format)
     # Before a base is fetched or converted, which may take long.
     check_output(out, ExportReceipt, overwrite=overwrite, sources=subject.inputs)
     found = subject.find_base(base, weights=False)
-    receipt = export_adapter(
-        subject.adapter,
-        empty_model(found.directory),
-        out,
-        format,
-        subject.origin(found, base),
-        overwrite=overwrite,
-        keep=subject.inputs,
-        template=None if subject.imported else subject.recipe.data.template,
-        files=subject.travelling_files(found.directory),
-    )
+    receipt = export_run(subject, found, base, out, format, overwrite)
     if json:
         console.print_json({"directory": str(out), **asdict(receipt)})
         return
@@ -68,3 +60,28 @@ def run(
             f"  adapter_config.json names {found.source} as the base, for this machine; to publish it, export"
             " with --base and the base's hub id"
         )
+
+
+def export_run(
+    subject: AdaptedRun,
+    found: FoundBase,
+    base: str | None,
+    out: Path,
+    format: Literal["peft", "gguf"],
+    overwrite: bool = False,
+) -> ExportReceipt:
+    """Exports a run's adapter; `base` is what its base was named by on the command line."""
+    from linchain_cli.export.adapters import export_adapter
+    from linchain_cli.model.loading import empty_model
+
+    return export_adapter(
+        subject.adapter,
+        empty_model(found.directory),
+        out,
+        format,
+        subject.origin(found, base),
+        overwrite=overwrite,
+        keep=subject.inputs,
+        template=None if subject.imported else subject.recipe.data.template,
+        files=subject.travelling_files(found.directory),
+    )
