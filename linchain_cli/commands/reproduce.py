@@ -30,7 +30,7 @@ def run(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Train a run once more beside it, and say whether it is the same.
+    """Train a run again beside it, and say whether it is the same.
 
     The second run is RUN-reproduced. Exit code 0: the adapters are bitwise the same; 1: they are not.
     """

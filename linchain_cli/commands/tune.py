@@ -21,7 +21,7 @@ def run(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Find a learning rate for a recipe, in about the time of one run."""
+    """Find a recipe's learning rate, in about the time of one run."""
     from linchain_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
