@@ -118,6 +118,10 @@ class PretendGpu(TorchDispatchMode):
         there = [tensor for tensor in tensors if tensor.device != DEVICE]
         if not here and not any(isinstance(leaf, torch.device) and leaf == DEVICE for leaf in leaves):
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled():  # operations come before they are taken apart
+            parts = self._decomposed(func, args, kwargs)
+            if parts is not NotImplemented:
+                return parts
         name = func.overloadpacket.__name__
         if there and name in ("_to_copy", "copy_"):
             return self._copy(func, name, args, kwargs)
@@ -137,6 +141,13 @@ class PretendGpu(TorchDispatchMode):
         if name not in _FREE:
             self._count(name)
         return func(*args, **kwargs)
+
+    def _decomposed(self, func, args: tuple, kwargs: dict) -> Any:
+        super().__enter__()
+        try:
+            return func.decompose(*args, **kwargs)
+        finally:
+            super().__exit__(None, None, None)
 
     def _copy(self, func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
         if name == "copy_" and args[0].device != DEVICE:

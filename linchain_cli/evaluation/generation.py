@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from linchain_cli.data.rows import Template
 from linchain_cli.data.templates import end_tokens
@@ -24,6 +25,7 @@ from linchain_cli.evaluation.tryout import (
     takes_positions,
 )
 from linchain_cli.model.attention import attention_window
+from linchain_cli.model.flat_rows import in_one_copy
 from linchain_cli.model.logits import last_logits
 
 PAD = 0
@@ -108,7 +110,7 @@ class Generator:
             parents, tokens = search.advance(logits)
             if parents is None:
                 return search.answers()
-            logits = reader.read_tokens(parents, tokens)
+            logits = reader.read_tokens(parents, tokens, search.rows)
 
 
 def generate(
@@ -164,23 +166,27 @@ class _Reader:
     def __init__(self, model, prompts: Sequence[Sequence[int]]):
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self._takes_positions = takes_positions(model)
-        self._lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-        longest = int(self._lengths.max())
+        # The host knows who is padded: it need not ask the device for every token.
+        self._prompt_lengths = [len(prompt) for prompt in prompts]
+        longest = max(self._prompt_lengths)
+        self._padded = min(self._prompt_lengths) < longest
         ids = torch.full((len(prompts), longest), PAD)
         for row, prompt in enumerate(prompts):
             ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        self._prompts = ids.to(self.device)
-        self._mask = (
-            torch.arange(longest, device=self.device) >= longest - self._lengths.unsqueeze(1)
-        ).long()
+        lengths = torch.tensor(self._prompt_lengths)
+        mask = (torch.arange(longest) >= longest - lengths.unsqueeze(1)).long()
+        sent = in_one_copy({"ids": ids, "lengths": lengths, "mask": mask}, self.device)
+        self._prompts, self._lengths, self._mask = sent.values()
         self._cache: Any = None
 
     def read_prompts(self) -> torch.Tensor:
         """Logits (rows, vocabulary) behind each prompt."""
         return self._read(self._prompts, (self._mask.cumsum(-1) - 1).clamp(min=0))
 
-    def read_tokens(self, parents: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Logits behind `tokens` (n,), each continuing the sequence `parents[i]` of the last read."""
+    def read_tokens(self, parents: torch.Tensor, tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
+        """Logits behind `tokens` (n,), each continuing the sequence `parents[i]` of the last read; all of
+        them continue the prompts `rows`."""
+        self._padded = min(self._prompt_lengths[row] for row in rows) < max(self._prompt_lengths)
         self._cache.batch_select_indices(parents)
         self._lengths = self._lengths[parents]
         seen = torch.ones(len(tokens), 1, dtype=torch.long, device=self.device)
@@ -190,9 +196,11 @@ class _Reader:
         return self._read(tokens.unsqueeze(1), positions)
 
     def _read(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        inputs = {"position_ids": positions} if self._takes_positions else {}
-        # Without padding no mask is needed, and without one attention takes its faster path.
-        mask = None if bool(self._mask.all()) else self._mask
+        # Without padding no mask is needed, and without one attention takes its faster path. Positions are
+        # the usual ones then, and transformers would look whether they are those of packed rows.
+        mask = self._mask if self._padded else None
+        usual = mask is None and self._cache is None
+        inputs = {"position_ids": positions} if self._takes_positions and not usual else {}
         logits, self._cache = last_logits(
             self.model, ids, attention_mask=mask, past_key_values=self._cache, **inputs
         )
@@ -204,27 +212,30 @@ class BeamSearch:
 
     A finished answer's score is its log-probability over its length, its end token counted. A row is done
     when it has `beams` finished answers and its best running beam, at its present length, scores no better
-    than the worst of them; with one beam, when that is finished.
+    than the worst of them; with one beam, when that is finished. `rows` are those that are not.
     """
 
     def __init__(self, rows: int, beams: int, max_new_tokens: int, ends: Sequence[int], device: torch.device):
         self._beams, self._max_new_tokens = beams, max_new_tokens
         self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
         self._width = max(2, 1 + len(ends)) * beams
-        self._rows = torch.arange(rows)
+        self.rows = list(range(rows))
+        self._places = torch.arange(rows, device=device)  # `rows`, on the device
         self._scores = torch.zeros(rows, 1, device=device)
         self._tokens = torch.zeros(rows, 1, 0, dtype=torch.long, device=device)
         self._finished = torch.full((rows, beams), -torch.inf, device=device)
-        self._answers: list[list[int]] = [[] for _ in range(rows)]
+        # Each row's best answer and, in the last column, its length.
+        self._answers = torch.zeros(rows, max_new_tokens + 1, dtype=torch.long, device=device)
 
     def answers(self) -> list[list[int]]:
         """Each row's best answer, its end token included."""
-        return self._answers
+        return [tokens[:length] for *tokens, length in self._answers.tolist()]
 
     def advance(self, logits: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Takes one step, given logits (running rows x beams, vocabulary) behind every running beam.
 
         Returns which of these sequences go on and with which token, both (n,), or (None, None) at the end.
+        `rows` are those that they belong to.
         """
         rows, beams, step = self._tokens.shape
         totals = torch.log_softmax(logits.float(), dim=-1).view(rows, beams, -1) + self._scores.unsqueeze(-1)
@@ -234,35 +245,43 @@ class BeamSearch:
         sequences = torch.cat([_pick(self._tokens, parents), tokens.unsqueeze(-1)], dim=-1)
         ended = torch.isin(tokens, self._ends)
         if step + 1 == self._max_new_tokens:
-            ended = torch.ones_like(ended)
+            self._finish(totals, sequences, torch.ones_like(ended))
+            return None, None
         self._finish(totals, sequences, ended)
 
         running, order = totals.masked_fill(ended, -torch.inf).topk(self._beams, dim=-1)
-        done = self._done(running[:, 0], step + 1)
-        keep = (~done).nonzero().squeeze(-1)
-        if len(keep) == 0:
+        # The step's only meeting of host and device.
+        done = self._done(running[:, 0], step + 1).tolist()
+        keep = [row for row, is_done in enumerate(done) if not is_done]
+        if not keep:
             return None, None
-        order = order[keep]
-        self._scores, self._finished = running[keep], self._finished[keep]
-        self._tokens = _pick(sequences[keep], order)
-        self._rows = self._rows[keep.cpu()]
-        flat = keep.unsqueeze(-1) * beams + parents[keep].gather(1, order)
-        return flat.flatten(), tokens[keep].gather(1, order).flatten()
+        self.rows = [self.rows[row] for row in keep]
+        places = in_one_copy(torch.tensor(keep), logits.device)
+        kept = (self._places, running, self._finished, order, sequences, parents, tokens)
+        self._places, self._scores, self._finished, order, sequences, parents, tokens = (
+            each.index_select(0, places) for each in kept
+        )
+        self._tokens = _pick(sequences, order)
+        flat = places.unsqueeze(-1) * beams + parents.gather(1, order)
+        return flat.flatten(), tokens.gather(1, order).flatten()
 
     def _finish(self, totals: torch.Tensor, sequences: torch.Tensor, ended: torch.Tensor) -> None:
         """Enters the candidates that ended; only the best `beams` of all candidates count."""
         totals, ended = totals[:, : self._beams], ended[:, : self._beams]
-        scores = (totals / sequences.shape[-1]).masked_fill(~ended, -torch.inf)
+        length = sequences.shape[-1]
+        scores = (totals / length).masked_fill(~ended, -torch.inf)
         best, which = scores.max(dim=-1)
-        better = (best > self._finished[:, 0]).nonzero().squeeze(-1).tolist()
-        for row in better:
-            self._answers[self._rows[row]] = sequences[row, which[row]].tolist()
+        found = nn.functional.pad(
+            _pick(sequences, which.unsqueeze(-1)).squeeze(1), (0, self._max_new_tokens - length)
+        )
+        found = nn.functional.pad(found, (0, 1), value=length)
+        better = (best > self._finished[:, 0]).unsqueeze(-1)
+        before = self._answers.index_select(0, self._places)
+        self._answers.index_copy_(0, self._places, torch.where(better, found, before))
         self._finished = torch.cat([self._finished, scores], dim=-1).topk(self._beams, dim=-1).values
 
     def _done(self, best_running: torch.Tensor, length: int) -> torch.Tensor:
         worst = self._finished[:, -1]
-        if length == self._max_new_tokens:
-            return torch.ones_like(worst, dtype=torch.bool)
         if self._beams == 1:
             return worst > -torch.inf
         return (worst > -torch.inf) & (best_running / length <= worst)

@@ -18,6 +18,7 @@ import torch
 from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
 from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
 from linchain_cli.model.attention import attention_window
+from linchain_cli.model.flat_rows import in_one_copy
 from linchain_cli.model.logits import last_logits, logits_at
 
 MIN_PREFIX = 4
@@ -98,16 +99,21 @@ class OptionScorer:
             for at in tree.reads:
                 positions[number, at - self.prefix] = True
                 place[number, at] = len(place)
-        with logits_at(self.model, positions.to(self.device), float32=True):
-            logits = self.model(**inputs).logits
+        steps = torch.tensor(
+            [
+                (place[number, at], token)
+                for number, tree in enumerate(trees)
+                for option in tree.options
+                for at, token in option
+            ]
+        )
+        sent = in_one_copy({"inputs": inputs, "steps": steps}, self.device)
+        prefix = self._prefix_inputs(len(trees))
+        with logits_at(self.model, positions, float32=True):
+            logits = self.model(**sent["inputs"], **prefix).logits
         log_probs = torch.log_softmax(logits[0].float(), dim=-1)
-        steps = [
-            (place[number, at], token)
-            for number, tree in enumerate(trees)
-            for option in tree.options
-            for at, token in option
-        ]
-        where, tokens = torch.tensor(steps, device=self.device).T
+        where, tokens = sent["steps"].T
+        # The batch's only meeting of host and device.
         values = iter(log_probs[where, tokens].double().tolist())
         result = []
         for row in batch:
@@ -119,23 +125,28 @@ class OptionScorer:
             result.append([scores[number] for number in sorted(scores)])
         return result
 
-    def _inputs(self, trees: Sequence[OptionTree]) -> dict[str, Any]:
-        """Tokens behind the cached prefix, padded on the right; mask and positions where a tree branches."""
+    def _inputs(self, trees: Sequence[OptionTree]) -> dict[str, torch.Tensor]:
+        """Tokens behind the cached prefix, padded on the right; mask and positions where a tree branches. All
+        on the CPU."""
         prefix, rows = self.prefix, len(trees)
         longest = max(len(tree.tokens) for tree in trees) - prefix
         input_ids = torch.full((rows, longest), PAD)
         for row, tree in enumerate(trees):
             input_ids[row, : len(tree.tokens) - prefix] = torch.tensor(tree.tokens[prefix:])
-        inputs: dict[str, Any] = {"input_ids": input_ids.to(self.device), "use_cache": prefix > 0}
-        if prefix:
-            cache = copy.deepcopy(self._cache())
-            cache.batch_repeat_interleave(rows)
-            inputs["past_key_values"] = cache
+        inputs = {"input_ids": input_ids}
         if any(not tree.is_path for tree in trees):
             mask, positions = tree_mask(trees, prefix, prefix + longest)
-            inputs["attention_mask"] = additive(mask, self.model.dtype).to(self.device)
-            inputs["position_ids"] = positions.to(self.device)
+            inputs["attention_mask"] = additive(mask, self.model.dtype)
+            inputs["position_ids"] = positions
         return inputs
+
+    def _prefix_inputs(self, rows: int) -> dict[str, Any]:
+        """What tells the model of the cached prefix, of which each of so many rows gets a copy."""
+        if not self.prefix:
+            return {"use_cache": False}
+        cache = copy.deepcopy(self._cache())
+        cache.batch_repeat_interleave(rows)
+        return {"use_cache": True, "past_key_values": cache}
 
     def _cache(self) -> Any:
         """Keys and values of the tokens that all rows begin with, (1, heads, prefix, d) per layer."""

@@ -73,10 +73,18 @@ def grouped_attention(
     return output.view(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
 
 
+def _device_mask(*arguments: Any, **options: Any) -> Tensor | None:
+    """transformers' mask for SDPA. It would read a given mask of padding, in every forward, to learn whether
+    there is any: who gives one has some."""
+    if options.get("attention_mask") is not None:
+        options["allow_is_causal_skip"] = False
+    return sdpa_mask(*arguments, **options)
+
+
 # model/flat_attention.py has them read flat rows, too.
 AttentionInterface.register(GROUPED, grouped_attention)
 AttentionInterface.register(FLAT_SDPA, sdpa_attention_forward)
-_MASKS: dict[str, Callable] = {GROUPED: eager_mask, FLAT_SDPA: sdpa_mask}
+_MASKS: dict[str, Callable] = {GROUPED: eager_mask, FLAT_SDPA: _device_mask}
 for _name, _mask in _MASKS.items():
     AttentionMaskInterface.register(_name, _mask)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from linchain_cli.errors import LinchainError
+from linchain_cli.model.flat_rows import in_one_copy
 
 VOCABULARY_BLOCK = 16384
 
@@ -25,7 +26,8 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
     """Inside the block, the model's forward returns logits at the True entries of `positions` alone.
 
     `positions` is boolean (batch, length), where length counts the tokens given to the forward (not
-    those in a cache). `output.logits` becomes (1, n, vocabulary), its n rows in the order of
+    those in a cache). It may lie on the CPU whatever the model's device, which then need not be waited for.
+    `output.logits` becomes (1, n, vocabulary), its n rows in the order of
     `positions.nonzero()`. The hidden states are gathered in front of the output projection, so
     everything a model does behind it (scaling, soft-capping) still happens, and gradients flow as usual.
 
@@ -37,7 +39,7 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
         raise LinchainError(
             f"{type(model).__name__} has no output projection, so it cannot be read at single positions"
         )
-    calls = 0
+    calls, places = 0, positions.flatten().nonzero().squeeze(-1)
 
     def gather(_module, inputs):
         nonlocal calls
@@ -48,7 +50,8 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
                 f"positions to read are {tuple(positions.shape)},"
                 f" the output projection got {tuple(hidden.shape)}"
             )
-        return (hidden[positions.to(hidden.device)].unsqueeze(0), *inputs[1:])
+        chosen = hidden.flatten(0, 1).index_select(0, in_one_copy(places, hidden.device))
+        return (chosen.unsqueeze(0), *inputs[1:])
 
     handles = [head.register_forward_pre_hook(gather)]
     linear = hasattr(head, "out_features")  # also one that carries a chain

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,12 +13,15 @@ import pytest
 import torch
 
 from linchain_cli.chain import ChainConfig, find_siblings, inject
+from linchain_cli.data.batches import collate
 from linchain_cli.model import flat_rows, varlen
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
 from linchain_cli.model.fast import record
-from linchain_cli.model.head import hidden_states
+from linchain_cli.model.head import decoder_blocks, hidden_states
+from linchain_cli.model.loading import load_model
 from linchain_cli.model.varlen import Kernel
 from linchain_cli.training import loop, norms
+from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.job import Job
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
@@ -57,9 +62,22 @@ class Rows:
         return self._rows[index]
 
 
+def take_steps(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
+    """An optimizer step, after a first one that does not count."""
+    for _ in range(2):
+        gpu.clear()
+        loop.optimizer_step(job, np.arange(ROWS), 1e-3, SimpleNamespace(signum=0))
+
+
+def validate(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
+    loop.validation_loss(job)
+    gpu.clear()
+    loop.validation_loss(job)
+
+
 @pytest.fixture
-def step(small_model, monkeypatch):
-    """A function that takes one optimizer step of a family on the pretended GPU, after a first one."""
+def step(small_model, tmp_path, monkeypatch):
+    """A function that does some work (an optimizer step) with a family on the pretended GPU."""
 
     monkeypatch.setattr(norms, "FUSED_ON", (DEVICE.type,))
 
@@ -70,14 +88,23 @@ def step(small_model, monkeypatch):
         dropout: float = 0.0,
         layers: int | None = None,
         kernel: Kernel | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        quantization: str = "none",
+        recompute: bool = False,
+        processes: int = 1,
+        work: Callable[[Job, pretend_gpu.PretendGpu], None] = take_steps,
     ):
         model = small_model(family)
+        if quantization != "none":
+            model.save_pretrained(tmp_path / "base")
+            model = load_model(tmp_path / "base", dtype="bfloat16", device="cpu", quantization=quantization)
         model.set_attn_implementation(FLAT_SDPA if model._supports_sdpa else GROUPED)
         note_reaches(model)  # which needs values
-        model = model.to(torch.bfloat16)
+        if quantization == "none":
+            model = model.to(dtype)
         if layers is not None:
-            del model.model.layers[layers:]
-        model = model.to(DEVICE)
+            model = blocks_of(model, layers)
+        model = model.to(DEVICE) if quantization == "none" else four_bits_to_device(model)
         make_norms_lean(model)
         if not flat:
             model.set_attn_implementation("sdpa")
@@ -86,24 +113,29 @@ def step(small_model, monkeypatch):
             chains = inject(model, ChainConfig(4, 3, 8.0, dropout, "orthogonal", "all-linear"), 1)
             any_rows = torch.zeros(1, 2, dtype=torch.long, device=DEVICE)
             find_siblings(model, lambda: hidden_states(model, any_rows))
+            set_up_blocks(model, recompute=recompute, compiled=False)
             parameters = trained_parameters(chains)
             training = SimpleNamespace(max_grad_norm=1.0)
+            accelerator = SimpleNamespace(
+                process_index=processes - 1,
+                num_processes=processes,
+                device=DEVICE,
+                reduce=lambda tensor, reduction: tensor.clone(),
+            )
             job = Job(
                 recipe=SimpleNamespace(seed=1, adapter=SimpleNamespace(dropout=dropout), training=training),
                 run=None,
-                accelerator=SimpleNamespace(process_index=0, num_processes=1, device=DEVICE),
+                accelerator=accelerator,
                 base=SimpleNamespace(model=model, pad_id=0),
                 layers=chains,
-                data=SimpleNamespace(train=Rows()),
+                data=SimpleNamespace(train=Rows(), validation=Rows()),
                 parameters=parameters,
                 optimizer=FlatAdamW(parameters),
                 store=None,
                 fingerprints={},
                 state=TrainingState(micro_batch_size=MICRO),
             )
-            for _ in range(2):
-                gpu.clear()
-                loop.optimizer_step(job, np.arange(ROWS), 1e-3, SimpleNamespace(signum=0))
+            work(job, gpu)
         return gpu
 
     return step
@@ -116,6 +148,37 @@ def test_host_and_device_meet_once_per_step(step, family, dropout):
     gpu = step(family, dropout=dropout)
     assert len(gpu.reads) == 1, gpu.reads
     assert "optimizer_step" in gpu.reads[0]
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {"recompute": True}) for family in ("llama", "gemma2", "gpt2")),
+        ("llama", {"recompute": True, "dropout": 0.1}),
+        *((family, {"dtype": torch.float16}) for family in ("llama", "qwen2", "gpt_neox")),
+        ("llama", {"quantization": "nf4"}),
+        ("llama", {"quantization": "nf4", "dropout": 0.1, "recompute": True}),
+        ("mistral", {"processes": 2}),
+    ],
+)
+def test_host_and_device_meet_once_per_step_whatever_is_asked_for(step, family, options, monkeypatch):
+    """Recomputation, float16, a base in 4 bit, several processes (the second one's side of it, alone)."""
+    sums = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sums.append(tensor.device))
+    gpu = step(family, **options)
+    assert len(gpu.reads) == 1 and "optimizer_step" in gpu.reads[0], gpu.reads
+    assert ("dequantize_4bit" in gpu.launches) == (options.get("quantization") == "nf4"), gpu.launches
+    assert all(copy.asynchronous for copy in gpu.copies if copy.bytes > 8), gpu.copies
+    # One sum over the processes in each of the two steps.
+    assert sums == ([DEVICE] * 2 if options.get("processes", 1) > 1 else [])
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_a_validation_waits_for_the_device_once(step, family):
+    gpu = step(family, work=validate)
+    assert len(gpu.reads) == 1 and "validation_loss" in gpu.reads[0], gpu.reads
+    large = [copy for copy in gpu.copies if copy.bytes > 8]
+    assert len(large) == 2 * (ROWS // MICRO) and all(copy.asynchronous for copy in large)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "llama4_text"])
@@ -156,6 +219,82 @@ def test_launches_of_a_block(step, dropout, kernel, most, monkeypatch):
         step("llama", dropout=dropout, layers=layers, kernel=kernel).launched for layers in (None, 1)
     )
     assert (whole - shorter) / (ROWS // MICRO) <= most
+
+
+def peft_step(model: torch.nn.Module, gpu: pretend_gpu.PretendGpu) -> None:
+    """The same step as Trainer takes it with PEFT's LoRA, after a first one: padded rows through SDPA."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if is_linear(module)}
+    names -= {"lm_head", "embed_out", "router"}
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=sorted(names)))
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, fused=True)
+    rows = Rows()
+    for _ in range(2):
+        gpu.clear()
+        for start in range(0, ROWS, MICRO):
+            batch = vars(collate(rows, np.arange(start, start + MICRO), 0))
+            loss = adapted(**{key: value.to(DEVICE, non_blocking=True) for key, value in batch.items()}).loss
+            (loss / (ROWS // MICRO)).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+@pytest.mark.skipif(
+    "LINCHAIN_TEST_TABLE" not in os.environ,
+    reason="prints docs/performance.md's table of launches; LINCHAIN_TEST_TABLE=1 and -s show it",
+)
+def test_table_of_launches(step, small_model):
+    """Kernels per block and micro-batch, waits and copies, beside PEFT's: two blocks less one."""
+    print(
+        "\n| family | kernels per block | PEFT's | waits per step | PEFT's |\n| --- | --- | --- | --- | --- |"
+    )
+    for family in FAMILIES:
+        ours, theirs = [], []
+        for layers in (1, 2):
+            ours.append(step(family, layers=layers))
+            model = blocks_of(small_model(family).to(torch.bfloat16), layers)
+            model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+            with pretend_gpu.PretendGpu() as gpu:
+                peft_step(model.to(DEVICE), gpu)
+            theirs.append(gpu)
+        blocks = [(gpus[1].launched - gpus[0].launched) / (ROWS // MICRO) for gpus in (ours, theirs)]
+        reads = [len(gpus[1].reads) for gpus in (ours, theirs)]
+        print(f"| {family} | {blocks[0]:.0f} | {blocks[1]:.0f} | {reads[0]} | {reads[1]} |")
+
+
+def four_bits_to_device(model: torch.nn.Module) -> torch.nn.Module:
+    """What `to` does, which cannot take bitsandbytes' weights to a device without values."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            moved = torch.Tensor._make_subclass(type(parameter), parameter.data.to(DEVICE), False)
+            moved.__dict__.update(parameter.__dict__)
+            if state := getattr(parameter, "quant_state", None):
+                state.to(DEVICE)
+            module._parameters[name] = moved
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(DEVICE)
+    return model
+
+
+def blocks_of(model: torch.nn.Module, count: int) -> torch.nn.Module:
+    """The model with its first blocks alone."""
+    blocks = decoder_blocks(model)
+    parent, _, name = next(
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and module[0] is blocks[0]
+    ).rpartition(".")
+    setattr(model.get_submodule(parent), name, torch.nn.ModuleList(blocks[:count]))
+    return model
 
 
 def test_padded_rows_wait_for_the_device(step):

@@ -1,0 +1,82 @@
+"""What scoring and generating would ask of a GPU, on a pretended one: nothing is computed, all is counted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from linchain_cli.evaluation import generation
+from linchain_cli.evaluation.generation import Generator
+from linchain_cli.evaluation.likelihood import OptionScorer
+from linchain_cli.evaluation.options import build_tree
+from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
+from linchain_cli.model.fast import record
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+import pretend_gpu  # noqa: E402
+
+DEVICE = pretend_gpu.DEVICE
+FAMILIES = [
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "gpt_neox", "olmo2",
+    "mixtral",
+]  # fmt: skip
+END, ANSWER = 2, 5
+
+
+@pytest.fixture
+def on_device(small_model, monkeypatch):
+    """on_device(family): a model on the pretended GPU, about which trials, which need values, said yes."""
+    monkeypatch.setattr(generation, "refuse_broken", lambda model: None)
+
+    def build(family: str):
+        model = small_model(family)
+        name = FLAT_SDPA if model._supports_sdpa else GROUPED
+        model.set_attn_implementation(name)
+        note_reaches(model)
+        trials = ("continues_from_cache", "reads_tree_masks", "ignores_padding")
+        record(model)["tryouts"] = {(trial, name): True for trial in trials}
+        return model.to(torch.bfloat16).to(DEVICE)
+
+    return build
+
+
+def prompts(lengths: list[int]) -> list[list[int]]:
+    random = np.random.RandomState(0)
+    return [[7, 8, 9, 10, *random.randint(30, 100, length).tolist()] for length in lengths]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_of_options_waits_for_the_device_once(on_device, family):
+    """For the scores; its tokens, masks and places go over in bulk."""
+    model = on_device(family)
+    branches = ((20, 21), (22, 23, 24), (22, 25))
+    trees = [build_tree([[*prompt, *branch] for branch in branches]) for prompt in prompts([3, 1, 2, 2])]
+    with pretend_gpu.PretendGpu() as gpu:
+        scorer = OptionScorer(model, trees, 10_000)
+        assert scorer.prefix == 4 and len(scorer.batches) == 1
+        for _ in range(2):  # the first one reads what all rows begin with
+            gpu.clear()
+            scorer.scores(scorer.batches[0])
+    assert len(gpu.reads) == 1 and "likelihood.py" in gpu.reads[0], gpu.reads
+    large = [copy for copy in gpu.copies if copy.bytes > 8]
+    assert len(large) == 2 and all(copy.asynchronous for copy in large), gpu.copies
+
+
+@pytest.mark.parametrize(("family", "beams"), [*((family, 4) for family in FAMILIES), ("llama", 1)])
+def test_an_answer_waits_for_the_device_once_per_token(on_device, family, beams):
+    """To learn which rows are done; behind the last one, for the answers."""
+    model = on_device(family)
+    with pretend_gpu.PretendGpu(scalar=0.0) as gpu:  # no row is done before the last token
+        generator = Generator(model, [END], prompts([3, 1, 3]), beams, ANSWER, 10_000)
+        # Prompts beyond a window are not padded.
+        assert generator.batches in ([[0, 2, 1]], [[0, 2], [1]])
+        for batch in generator.batches:
+            gpu.clear()
+            generator.generate(batch)
+            assert len(gpu.reads) == ANSWER, gpu.reads
+            assert all("generation.py" in read for read in gpu.reads), gpu.reads
+            assert all(copy.asynchronous for copy in gpu.copies if copy.bytes > 8), gpu.copies
