@@ -83,6 +83,7 @@ OPTIONS = {
         "--max-shard-size",
         "--overwrite",
         "--no-proof",
+        "--as-adapter",
         "--json",
     ],
     "export": ["--format", "--base", "--out", "--overwrite", "--json"],

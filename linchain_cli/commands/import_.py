@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,16 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linchain_cli import console
+from linchain_cli.commands.adapter_run import write_adapter_run
 from linchain_cli.commands.options import Json, Overwrite
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
-    from linchain_cli.data.asking import Asking
     from linchain_cli.importing.convert import Imported
     from linchain_cli.importing.foreign import ForeignAdapter
     from linchain_cli.model.files import FoundBase
-    from linchain_cli.recipe import Recipe
     from linchain_cli.run import RunStatus
 
 
@@ -140,73 +138,24 @@ def _write(
     place: FoundBase | None,
     overwrite: bool,
 ) -> RunStatus:
-    """A run directory that `eval`, `generate`, `merge`, `export` and `inspect` take like a trained one."""
-    from linchain_cli import storage
-    from linchain_cli.chain import save_adapter
-    from linchain_cli.data.asking import read_asking, write_asking
-    from linchain_cli.export.output import staged_output
-    from linchain_cli.export.receipts import ImportReceipt, hash_files
-    from linchain_cli.records import write_record
-    from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
+    """Unless there is a record of it, the prompt template is unknown: the LinChain authors' code shares that
+    of LLM-Adapters."""
+    from linchain_cli.data.asking import read_asking
 
-    asking = read_asking(foreign.directory)
-    recipe = _recipe(target, adapter, foreign, asking)
-    status = RunStatus(
-        name=recipe.name,
-        status="finished",
-        created_at=now(),
-        finished_at=now(),
-        base=RunBase(
-            path=recipe.model.path,
-            revision=recipe.model.revision,
-            commit=place and place.commit,
-            source=place and place.source,
-            directory=place and str(place.directory.resolve()),
-        ),
-        imported={
+    authors = any(module.mixer_biases for module in foreign.modules.values()) or "mixer_num" in foreign.config
+    return write_adapter_run(
+        target,
+        adapter,
+        place,
+        {
             "from": str(foreign.directory),
             "padded": list(imported.padded),
             "rescaled": list(imported.rescaled),
             "biases_dropped": [asdict(loss) for loss in imported.losses],
         },
-    )
-    with staged_output(target, ImportReceipt, overwrite=overwrite) as staging:
-        run = RunDirectory(staging)
-        save_adapter(adapter, run.adapter_dir)
-        storage.write_atomic(run.recipe_path, recipe.to_yaml())
-        write_record(run.status_path, status)
-        if asking is not None:
-            write_asking(asking, staging)
-        write_record(staging / ImportReceipt.FILE, ImportReceipt(files=hash_files(staging)))
-    return status
-
-
-def _recipe(target: Path, adapter: Adapter, foreign: ForeignAdapter, asking: Asking | None) -> Recipe:
-    """What of a recipe a checkpoint knows: base and adapter. Its data are unknown, and so is its prompt
-    template unless there is a record of it: the LinChain authors' code shares that of LLM-Adapters."""
-    from linchain_cli.recipe import Recipe
-
-    config = adapter.config
-    authors = any(module.mixer_biases for module in foreign.modules.values()) or "mixer_num" in foreign.config
-    prompts = {"template": "llm-adapters" if authors else "alpaca"}
-    if asking is not None:
-        chat = {"template": asking.chat_template, "options": asking.options, "system": asking.system}
-        prompts = {"template": asking.template, "chat": chat, "turns": asking.turns}
-    return Recipe.model_validate(
-        {
-            "name": re.sub(r"[^A-Za-z0-9._-]", "-", target.name).lstrip("._-")[:200] or "imported",
-            "output_dir": str(target.parent),
-            "model": {"path": adapter.base["path"], "revision": adapter.base["revision"]},
-            "adapter": {
-                "rank": config.rank,
-                "depth": config.depth,
-                "alpha": config.alpha,
-                "init": config.init,
-                "target_modules": list(config.target_modules),
-            },
-            "data": {"train": "unknown", "validation": 0, **prompts},
-            "training": {"keep": "last"},
-        }
+        asking=read_asking(foreign.directory),
+        prompts={"template": "llm-adapters" if authors else "alpaca"},
+        overwrite=overwrite,
     )
 
 

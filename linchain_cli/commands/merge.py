@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from linchain_cli import console
+from linchain_cli.commands.adapter_run import write_adapter_run
 from linchain_cli.commands.options import AllowOtherBase, Base, Json, Overwrite
 from linchain_cli.commands.origin import AdaptedRun, open_run
+from linchain_cli.commands.summing import Sum, describe_sum, parse_weights, sum_runs
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from linchain_cli.export.card import Origin
     from linchain_cli.export.comparison import LogitProof
     from linchain_cli.export.merge import MergeOptions, MergeResult
+    from linchain_cli.model.files import FoundBase
 
 
 def run(
@@ -60,6 +62,10 @@ def run(
         bool,
         typer.Option("--no-proof", help="Leave out the comparison of merged and adapted model's logits."),
     ] = False,
+    as_adapter: Annotated[
+        bool,
+        typer.Option("--as-adapter", help="Of a sum: write it as an adapter, a run that was not trained."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Fold a run's adapter into its base checkpoint."""
@@ -67,17 +73,24 @@ def run(
 
     from linchain_cli.export.merge import MergeOptions
     from linchain_cli.export.output import check_output, parse_size
-    from linchain_cli.export.receipts import MergeReceipt
+    from linchain_cli.export.receipts import ImportReceipt, MergeReceipt
 
     shard_bytes = parse_size(max_shard_size, "--max-shard-size")
-    factors = _factors(weights, len(run_paths or (None,)), out)
+    factors = parse_weights(weights, len(run_paths or (None,)), out)
+    if as_adapter and factors is None:
+        raise InputError("--as-adapter is for a sum of runs: one run's adapter is in its adapter/ already")
     subjects = [open_run(path) for path in run_paths or [None]]
     subject = subjects[0]
     out = out or subject.opened.place("merged")
     keep = [path for each in subjects for path in each.inputs]
     # Before a base is fetched or converted, which may take long.
-    check_output(out, MergeReceipt, overwrite=overwrite, sources=keep)
+    receipt = ImportReceipt if as_adapter else MergeReceipt
+    check_output(out, receipt, overwrite=overwrite, sources=keep)
     found = subject.find_base(base)
+    summed = sum_runs(subjects, factors, found.directory, allow_other_base) if factors else None
+    if as_adapter:
+        _write_adapter(summed, found, out, overwrite, json)
+        return
     options = MergeOptions(
         dtype=getattr(torch, dtype) if dtype else None,
         max_shard_bytes=shard_bytes,
@@ -90,8 +103,8 @@ def run(
         files=subject.travelling_files(found.directory),
     )
     adapter, origin = subject.adapter, subject.origin(found, base)
-    if factors is not None:
-        adapter, origin, options = _sum(subjects, factors, found.directory, origin, options)
+    if summed is not None:
+        adapter, origin, options = _with_sum(summed, origin, options)
     result = _merge(found.directory, adapter, out, options, origin, keep)
     if json:
         console.print_json({"directory": str(result.directory), **asdict(result.receipt)})
@@ -99,80 +112,39 @@ def run(
         _show(result)
 
 
-def _factors(weights: str | None, runs: int, out: Path | None) -> list[float] | None:
-    """--weights as numbers, one for each run; None where one run is merged as it is.
-
-    Raises:
-        InputError: they are missing, are no numbers, or are not one for each run; a sum has no --out.
-    """
-    if weights is None and runs == 1:
-        return None
-    if weights is None:
-        even = ",".join([f"{1 / runs:.3g}"] * runs)
-        raise InputError(f"{runs} runs are summed: say how with --weights, such as {even} for their mean")
-    if out is None:
-        raise InputError("a weighted sum belongs to no run: say where it goes with --out DIR")
-    try:
-        factors = [float(word) for word in weights.split(",")]
-    except ValueError:
-        factors = []
-    if not factors or not all(map(math.isfinite, factors)) or not any(factors):
-        raise InputError(f"--weights: '{weights}' is not a list of numbers such as 0.5,0.5")
-    if len(factors) != runs:
-        raise InputError(f"--weights: {len(factors)} numbers for {runs} runs")
-    return factors
-
-
-def _sum(
-    subjects: Sequence[AdaptedRun],
-    factors: Sequence[float],
-    base: Path,
-    origin: Origin,
-    options: MergeOptions,
-) -> tuple[Adapter, Origin, MergeOptions]:
-    """The weighted sum of the runs' adapters, which all have to be of the base that is there; it is asked as
-    the first of them."""
-    from linchain_cli.chain import sum_error, weighted_sum
-    from linchain_cli.export.output import check_factors
-    from linchain_cli.export.receipts import ReceiptAdapter, ReceiptPart
-    from linchain_cli.model.hashing import refuse_other_base
-
-    adapters = [subject.adapter for subject in subjects]
-    for subject in subjects:
-        wanted = subject.adapter.base.get("hash")
-        refuse_other_base(base, wanted, subject.opened.name, allow=options.allow_other_base)
-        check_factors(subject.adapter)
-    templates = {str(subject.recipe.data.template): subject.opened.name for subject in subjects}
-    if len(templates) > 1:
-        console.warn(
-            f"the runs were trained with different templates ({', '.join(templates)}): the sum is asked as"
-            f" {subjects[0].opened.name} was"
-        )
-    names = [subject.recipe.name for subject in subjects]
-    parts = [
-        ReceiptPart(name=name, weight=factor, adapter=ReceiptAdapter.of(adapter))
-        for name, factor, adapter in zip(names, factors, adapters, strict=True)
-    ]
-    data = tuple(dict.fromkeys(source.path for each in subjects for source in each.recipe.data.sources))
-    roundings = {subject.recipe.model.quantization for subject in subjects}
-    combined = weighted_sum(adapters, factors)
-    return (
-        combined,
-        replace(
-            origin,
-            name=" + ".join(names),
-            recipe=None,
-            data=data,
-            results=(),
-            parts=tuple(zip(factors, names, strict=True)),
-        ),
-        replace(
-            options,
-            quantization=roundings.pop() if len(roundings) == 1 else "none",
-            parts=parts,
-            sum_error=sum_error(combined, adapters, factors),
-        ),
+def _with_sum(summed: Sum, origin: Origin, options: MergeOptions) -> tuple[Adapter, Origin, MergeOptions]:
+    names = [part.name for part in summed.parts]
+    origin = replace(
+        origin,
+        name=" + ".join(names),
+        recipe=None,
+        data=summed.data,
+        results=(),
+        parts=tuple((part.weight, part.name) for part in summed.parts),
     )
+    options = replace(options, quantization=summed.quantization, parts=summed.parts, sum_error=summed.error)
+    return summed.adapter, origin, options
+
+
+def _write_adapter(summed: Sum, found: FoundBase, out: Path, overwrite: bool, json: bool) -> None:
+    """The sum as a run, instead of a checkpoint."""
+    from linchain_cli.export.output import check_output
+    from linchain_cli.export.receipts import ImportReceipt
+
+    target = check_output(out, ImportReceipt, overwrite=overwrite, sources=[])
+    origin = {
+        "from": " + ".join(part.name for part in summed.parts),
+        "parts": [{"name": part.name, "weight": part.weight} for part in summed.parts],
+        "sum_error": summed.error,
+    }
+    write_adapter_run(target, summed.adapter, found, origin, asking=summed.asking, overwrite=overwrite)
+    config = summed.adapter.config
+    if json:
+        about = {"directory": str(out), "rank": config.rank, "depth": config.depth}
+        console.print_json({**about, "modules": len(summed.adapter.tensors), **origin})
+        return
+    print(f"{out}: an adapter of rank {config.rank} on {len(summed.adapter.tensors)} modules")
+    print(f"  {describe_sum(summed.parts, summed.error)}")
 
 
 def _merge(
@@ -210,8 +182,7 @@ def _show(result: MergeResult) -> None:
         f" {others}"
     )
     if receipt.parts:
-        parts = " + ".join(f"{part.weight:g} × {part.name}" for part in receipt.parts)
-        print(f"  {parts}: every ΔW within {receipt.sum_error:.2g} of the sum")
+        print(f"  {describe_sum(receipt.parts, receipt.sum_error)}")
     for line in receipt.changes:
         print(f"  changed: {line}")
     print(f"  read back: at most {receipt.largest_ulp:.3f} ulp from W0 + ΔW ({receipt.largest_ulp_tensor})")

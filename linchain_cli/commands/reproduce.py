@@ -45,11 +45,11 @@ def run(
     named = NamedRun(Opened(first, status, first.adapter_dir), recipe)
     again = recipe_again(recipe, status, first, named.base_directory(base))
     second = _free(again.run_path, overwrite)
+    surroundings = changed_surroundings(status)  # it sets the number of threads, of processes to come as well
     processes = status.machine.processes or 1
     if not launched() and processes > 1:
         raise typer.Exit(run_processes(sys.argv[1:], processes))
     end_with_launcher()
-    surroundings = changed_surroundings(status)
     if is_first_process():
         for name, (before, now) in surroundings.items():
             console.warn(f"{name} is {now} here and was {before}: the last bits may differ for it")

@@ -112,6 +112,28 @@ def test_several_runs_are_merged_as_a_weighted_sum(make_run, base_of, capsys, tm
     assert linchain("merge", one.path, two.path, *again) == 0
 
 
+def test_a_sum_may_be_an_adapter_that_every_command_takes(make_run, base_of, capsys, tmp_path):
+    base = base_of("llama")
+    one = make_run(base, "one", targets=["q_proj", "v_proj"], seed=1)
+    two = make_run(base, "two", targets=["v_proj"], rank=2, depth=1, seed=2)
+    runs = ("merge", one.path, two.path, "--weights", "0.5,0.5")
+    out = tmp_path / "both"
+    assert linchain(*runs, "--as-adapter", "--out", out) == 0
+    assert f"{out}: an adapter of rank 6 on 4 modules" in capsys.readouterr().out
+    assert linchain(*runs, "--as-adapter", "--out", out, "--overwrite", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["rank"] == 6 and found["depth"] == 3 and found["sum_error"] < 1e-6
+    assert linchain(*runs, "--out", tmp_path / "checkpoint", "--no-proof") == 0
+    assert linchain("merge", out) == 0
+    merged, direct = out / "merged" / "model.safetensors", tmp_path / "checkpoint" / "model.safetensors"
+    assert merged.read_bytes() == direct.read_bytes()
+    assert linchain("export", out, "--format", "peft") == 0
+    prompts = [(place / "linchain_prompt.json").read_bytes() for place in (out, tmp_path / "checkpoint")]
+    assert prompts[0] == prompts[1]
+    assert linchain("merge", one.path, "--as-adapter") == 2
+    assert "--as-adapter is for a sum of runs" in capsys.readouterr().err
+
+
 def test_a_sum_says_what_is_missing(make_run, base_of, capsys, tmp_path):
     one, two = make_run(base_of("llama"), "one"), make_run(base_of("qwen2"), "two")
     out = ("--out", tmp_path / "sum")
