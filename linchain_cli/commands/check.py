@@ -43,6 +43,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.display import counting_rows
     from linchain_cli.training.forecast import forecast, recipe_epoch
     from linchain_cli.training.job import chain_config
+    from linchain_cli.training.launch import wanted_processes
     from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import with_rate
     from linchain_cli.training.schedule import total_steps, unreachable
@@ -75,7 +76,8 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         check_view.notes(console, warnings)
 
     config, device = chain_config(recipe), default_device()
-    cost = forecast(recipe, config, directory, data.train, data.validation, device)
+    processes = wanted_processes(None)
+    cost = forecast(recipe, config, directory, data.train, data.validation, device, processes)
     check_view.cost(console, cost)
     reports = [report for report in (data.report, data.validation_report) if report is not None]
     told = [note for report in reports for note in (*report.notes, *report.warnings)]

@@ -252,15 +252,43 @@ def _grouped(rows: Callable[..., Restore]) -> Callable[..., dict[str, StoredTens
             elif name == "qweight":
                 zeros, scales = (tensors[f"{module}.{part}"] for part in parts[1:3])
                 groups = tensors.get(f"{module}.g_idx")
+                inputs = stored.shape[0] * (32 // settings["bits"] if rows is _gptq_rows else 1)
+                outputs = stored.shape[1] * (1 if rows is _gptq_rows else 8)
+                _check_groups(stored, zeros, scales, groups, inputs, outputs, settings)
                 restored = rows(stored, zeros, scales, groups, settings)
-                per = 32 // settings.get("bits", 4)
-                inputs = stored.shape[0] * (per if rows is _gptq_rows else 1)
-                found[f"{module}.weight"] = _packed(
-                    f"{module}.weight", (scales.shape[1], inputs), stored, restored
-                )
+                found[f"{module}.weight"] = _packed(f"{module}.weight", (outputs, inputs), stored, restored)
         return found
 
     return restore
+
+
+def _check_groups(
+    stored: StoredTensor,
+    zeros: StoredTensor,
+    scales: StoredTensor,
+    groups: StoredTensor | None,
+    inputs: int,
+    outputs: int,
+    settings: Mapping[str, Any],
+) -> None:
+    """Raises InputError for parts of other sizes: some tools round each module to bits of its own."""
+    count = math.ceil(inputs / _group_size(inputs, settings))
+    expected = [
+        (zeros, (count, outputs * settings.get("bits", 4) // 32)),
+        (scales, (count, outputs)),
+        *([(groups, (inputs,))] if groups is not None else ()),
+    ]
+    for part, shape in expected:
+        if tuple(part.shape) != shape:
+            raise InputError(
+                f"{part.path}: {part.key} is {tuple(part.shape)}; with {stored.key} {tuple(stored.shape)} and"
+                f" what config.json says of the quantization it has to be {shape}"
+            )
+
+
+def _group_size(inputs: int, settings: Mapping[str, Any]) -> int:
+    size = settings.get("group_size", 128)
+    return size if size > 0 else inputs
 
 
 def _gptq_rows(
@@ -278,7 +306,7 @@ def _gptq_rows(
         q = (packed[:, None, first : first + count] >> shifts[None, :, None]) & mask
         q = q.reshape(-1, count)
         zero = ((packed_zeros[:, :, None] >> shifts) & mask).flatten(1)[:, first : first + count] + less
-        of_input = group[0].long() if group else _even_groups(len(q), len(scale))
+        of_input = group[0].long() if group else torch.arange(len(q)) // _group_size(len(q), settings)
         return (q - zero[of_input]).T * scale[:, first : first + count].float()[of_input].T
 
     return restore
@@ -300,14 +328,10 @@ def _awq_rows(
         q, zero = (
             ((each[:, begin:end, None] >> shifts) & 15).flatten(1)[:, own] for each in (packed, packed_zeros)
         )
-        of_input = _even_groups(len(q), len(scale))
+        of_input = torch.arange(len(q)) // _group_size(len(q), settings)
         return (q - zero[of_input]).T * scale[:, first : first + count].float()[of_input].T
 
     return restore
-
-
-def _even_groups(inputs: int, groups: int) -> Tensor:
-    return torch.arange(inputs) // math.ceil(inputs / groups)
 
 
 # --- bitsandbytes

@@ -169,6 +169,9 @@ class TrainingConfig(StrictModel):
     read, but not trained with."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, with less memory."""
+    offload_activations: bool = False
+    """With gradient_checkpointing on a GPU: keep what each block computes again from in main memory, for long
+    rows."""
     compile: bool = False
     """torch.compile the model's blocks: some minutes before the first step, faster steps after it."""
     deterministic: bool = False
@@ -206,6 +209,11 @@ class TrainingConfig(StrictModel):
             yield Conflict(
                 ("offload_base", "parallel"),
                 "only a spread base is offloaded: set parallel to shard or hybrid.",
+            )
+        if self.offload_activations and not self.gradient_checkpointing:
+            yield Conflict(
+                ("offload_activations", "gradient_checkpointing"),
+                "what is offloaded is what blocks compute again from: set gradient_checkpointing to true.",
             )
         if self.epochs is not None and self.max_steps is not None:
             yield Conflict(("epochs", "max_steps"), "give epochs or max_steps, not both.")

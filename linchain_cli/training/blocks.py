@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from linchain_cli.model.fast import record, replace_forward
@@ -14,11 +15,12 @@ from linchain_cli.model.head import decoder_blocks
 _UNDO = "blocks"  # what undoes the last `set_up_blocks`, in the model's record
 
 
-def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
+def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool, offload: bool = False) -> None:
     """Makes the blocks compute their activations again in the backward pass, and compiles them, as asked for.
 
-    The base stays in eval mode, which transformers' own recomputation does not allow for. Calling it again
-    replaces what an earlier call did.
+    With `offload` the hidden states that each block computes again from are kept in main memory. The base
+    stays in eval mode, which transformers' own recomputation does not allow for. Calling it again replaces
+    what an earlier call did.
     """
     undo = record(model).setdefault(_UNDO, [])
     while undo:
@@ -32,7 +34,7 @@ def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool) -> None:
         if compiled:
             # Rows have all lengths: one program with a symbolic length instead of one for each.
             forward = torch.compile(forward, dynamic=True)
-        undo.append(replace_forward(block, _recomputed(forward) if recompute else _unbound(forward)))
+        undo.append(replace_forward(block, _recomputed(forward, offload) if recompute else _unbound(forward)))
 
 
 def _allow_all_shapes() -> Callable[[], None]:
@@ -58,10 +60,15 @@ def _unbound(forward: Callable) -> Callable:
     return lambda _block, *args, **kwargs: forward(*args, **kwargs)
 
 
-def _recomputed(forward: Callable) -> Callable:
+def _recomputed(forward: Callable, offload: bool) -> Callable:
     def run(_block, *args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        if not (offload and args):
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # What else a block is given (masks, rotary angles) is the same for all of them, and stays.
+        hidden, *others = args
+        with save_on_cpu(pin_memory=hidden.is_cuda):
+            return checkpoint(lambda x: forward(x, *others, **kwargs), hidden, use_reentrant=False)
 
     return run

@@ -20,7 +20,13 @@ FREE_KEYS = (
     "data.validation",
     *("training.epochs", "training.max_steps", "training.early_stopping"),
     *("training.log_every", "training.eval_every", "training.save_every"),
-    *("training.keep_checkpoints", "training.trackers", "training.parallel", "evaluation"),
+    *(
+        "training.keep_checkpoints",
+        "training.trackers",
+        "training.parallel",
+        "training.offload_base",
+        "evaluation",
+    ),
 )
 
 # What may be changed on the way to make a run fit or go faster, because it changes no more than the order of
@@ -28,6 +34,7 @@ FREE_KEYS = (
 _EXECUTION = {
     "training.micro_batch_size": "sums are formed in another order, so the end may differ in its last bits",
     "training.gradient_checkpointing": "the result stays the same",
+    "training.offload_activations": "the result stays the same",
     "training.compile": "compiled blocks round otherwise, so the end may differ in its last bits",
 }
 

@@ -212,7 +212,12 @@ def prepare(
     any_rows = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)
     find_siblings(base.model, lambda: hidden_states(base.model, any_rows))
     training = recipe.training
-    set_up_blocks(base.model, recompute=training.gradient_checkpointing, compiled=training.compile)
+    set_up_blocks(
+        base.model,
+        recompute=training.gradient_checkpointing,
+        compiled=training.compile,
+        offload=training.offload_activations,
+    )
     parameters = trained_parameters(layers)
     optimizer = FlatAdamW(parameters, training.weight_decay, training.lr_multiplier.model_dump())
     marks = fingerprints(

@@ -220,6 +220,10 @@ def _remedies(recipe: Recipe) -> str:
     same = [
         (size == "auto" or size > 1, f"a smaller training.micro_batch_size (now {size})"),
         (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
+        (
+            training.gradient_checkpointing and not training.offload_activations,
+            "training.offload_activations=true on a GPU",
+        ),
     ]
     other = [
         (True, f"a smaller data.max_length (now {recipe.data.max_length})"),

@@ -226,6 +226,42 @@ def test_fp8_is_what_transformers_restores(tmp_path, tiny_llama_dir):
     assert all(torch.equal(ours[key], value) for key, value in reference.state_dict().items())
 
 
+def test_experts_in_fp8_become_the_models_own(tmp_path):
+    """DeepSeek-V3 stores each expert's matrices with their scales; the model holds all in one tensor."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    sizes = SIZES | {"hidden_size": 64, "intermediate_size": 80, "moe_intermediate_size": 40}
+    sizes |= {"q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+    sizes |= {
+        "v_head_dim": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 2,
+        "topk_group": 1,
+    }
+    packed, plain = tmp_path / "packed", tmp_path / "plain"
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**sizes | {"num_key_value_heads": 4}, first_k_dense_replace=1)
+    DeepseekV3ForCausalLM(config).bfloat16().save_pretrained(plain)
+    shutil.copytree(plain, packed)
+    stored, exact = {}, {}
+    for key, weight in load_file(plain / "model.safetensors").items():
+        stored[key] = exact[key] = weight
+        if weight.dim() == 2 and "_proj" in key:
+            parts, value = fp8(weight.float(), block=32)
+            stored |= {key.replace("weight", part): each for part, each in parts.items()}
+            exact[key] = value.bfloat16()
+    assert any(".experts.3.down_proj.weight_scale_inv" in key for key in stored)
+    save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
+    save_file(exact, plain / "model.safetensors", metadata={"format": "pt"})
+    write_config(packed, {"quant_method": "fp8", "weight_block_size": [32, 32]})
+    ids = torch.arange(1, 20)[None]
+    ours, expected = (
+        load_model(each, dtype="bfloat16", device="cpu")(input_ids=ids).logits for each in (packed, plain)
+    )
+    assert torch.equal(ours, expected)
+
+
 @pytest.fixture(scope="module")
 def gpt_oss(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     from transformers import GptOssConfig, GptOssForCausalLM
@@ -317,4 +353,9 @@ def test_parts_that_are_missing_or_do_not_fit_are_named(pair_of, tmp_path):
         save_file(kept | changed, packed / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(InputError, match=message):
             open_weights(packed)
+    mixed = pair_of("gptq 4")[0]
+    packed = Path(shutil.copytree(mixed, tmp_path / "mixed"))
+    write_config(packed, {"quant_method": "gptq", "bits": 8, "group_size": GROUP})
+    with pytest.raises(InputError, match=r"qzeros is .*; with .*qweight .* it has to be"):
+        open_weights(packed)
     assert empty_model(packed).config.model_type == "llama"  # which reads no weights

@@ -243,6 +243,14 @@ def test_fields_that_do_not_go_together(write):
     assert "bfloat16" in message(path, "model.attention=flash_attention_2", "model.dtype=float32")
 
 
+def test_what_is_offloaded_has_to_be_there(write):
+    found = message(write(MINIMAL), "training.offload_base=true", "training.offload_activations=true")
+    assert "set parallel to shard or hybrid" in found and "set gradient_checkpointing to true" in found
+    assert load_recipe(
+        write(MINIMAL), ["training.offload_base=true", "training.parallel=hybrid"]
+    ).training.offload_base
+
+
 def test_a_wrong_value_hides_no_conflict_elsewhere_and_makes_none_up(write):
     found = message(write(MINIMAL), "data.validation=0", "adapter.rank=x")
     assert "'best' is by validation loss" in found and "adapter.rank" in found

@@ -33,8 +33,8 @@ training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size
 lr_scheduler: linear,
            warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
            1.0, optimizer: adamw,
-           gradient_checkpointing: false, compile: false, deterministic: false, parallel: auto,
-           offload_base: false, log_every: 10, eval_every: 200,
+           gradient_checkpointing: false, offload_activations: false, compile: false, deterministic: false,
+           parallel: auto, offload_base: false, log_every: 10, eval_every: 200,
            save_every: 200, keep_checkpoints: 2, keep: best, early_stopping: null, trackers: []}
 evaluation: {tasks: [], protocol: likelihood, limit: null, data_dir: null}
 """

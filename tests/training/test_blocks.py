@@ -36,10 +36,11 @@ def one_step(job) -> dict[str, torch.Tensor]:
     return captured
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputed_gradients_are_bitwise_those_of_kept_activations(job_of, dropout):
+@pytest.mark.parametrize(("dropout", "offload"), [(0.0, False), (0.3, False), (0.3, True)])
+def test_recomputed_gradients_are_bitwise_those_of_kept_activations(job_of, dropout, offload):
     plain = one_step(job_of({"adapter.dropout": dropout}))
-    job = job_of({"adapter.dropout": dropout, "training.gradient_checkpointing": True})
+    recomputing = {"training.gradient_checkpointing": True, "training.offload_activations": offload}
+    job = job_of({"adapter.dropout": dropout, **recomputing})
     calls = []
     layer = chain_layers(job.model)["model.layers.0.self_attn.q_proj"]
     layer.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
@@ -73,6 +74,24 @@ def test_recomputed_blocks_keep_less(job_of):
     assert saved_bytes(job.model, ids) < plain / 4
     blocks.set_up_blocks(job.model, recompute=False, compiled=False)
     assert saved_bytes(job.model, ids) == plain
+
+
+def test_offloaded_blocks_leave_nothing_behind_but_their_hidden_states(job_of, monkeypatch):
+    offloaded = []
+
+    class Recorded(blocks.save_on_cpu):
+        def __init__(self, pin_memory):
+            super().__init__(pin_memory)
+            pack = self.pack_hook
+            self.pack_hook = lambda tensor: offloaded.append(tensor.shape) or pack(tensor)
+
+    monkeypatch.setattr(blocks, "save_on_cpu", Recorded)
+    job = job_of({"training.gradient_checkpointing": True, "training.offload_activations": True})
+    ids = torch.arange(3, 103)[None].repeat(4, 1)
+    with folded(job.model):
+        job.model.base_model(input_ids=ids, use_cache=False)
+    assert offloaded == [(4, 100, 64)] * 2, "the input of each block, and no mask or angle"
+    blocks.set_up_blocks(job.model, recompute=False, compiled=False)
 
 
 def test_blocks_are_as_they_were_after_switching_back(job_of):

@@ -107,7 +107,7 @@ def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
     sizes = {}
     for quantization in ("none", "int8", "nf4"):
         recipe = make_recipe(tiny_llama_dir, {"quantization": quantization})
-        sizes[quantization] = memory._base_bytes(recipe, forecast_model(recipe, CHAINS, tiny_llama_dir, CPU))
+        sizes[quantization] = memory.base_bytes(recipe, forecast_model(recipe, CHAINS, tiny_llama_dir, CPU))
     model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
     linear = (
         sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
@@ -115,6 +115,20 @@ def test_rounded_bases_are_smaller(make_recipe, tiny_llama_dir):
     )
     assert sizes["none"] - sizes["int8"] == 3 * linear
     assert sizes["none"] - sizes["nf4"] == pytest.approx(3.484 * linear, rel=1e-3)
+
+
+def test_a_spread_base_is_a_share_and_two_blocks(make_recipe, tiny_llama_dir):
+    def size(processes: int = 4, **training) -> int:
+        recipe = make_recipe(tiny_llama_dir, **training)
+        return memory.base_bytes(recipe, forecast_model(recipe, CHAINS, tiny_llama_dir, CPU), processes)
+
+    model = load_model(tiny_llama_dir, dtype="float32", device=CPU)
+    block = 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+    whole, rest = size(), size() - 2 * block
+    assert rest == 4 * (2 * model.lm_head.weight.numel() + model.model.norm.weight.numel())
+    assert size(parallel="shard") == size(parallel="hybrid") == rest + 2 * block / 4 + 2 * block
+    assert size(parallel="shard", offload_base=True) == rest + 2 * block
+    assert size(1, parallel="shard") == whole
 
 
 def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
@@ -127,7 +141,11 @@ def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
         2 * 2 * 4 * 100 * 100 * 4
     )  # layers, batch, heads, length², bytes: one copy of the attention weights
     assert eager - fused >= weights
-    assert activations("sdpa", gradient_checkpointing=True) < fused
+    recomputed = activations("sdpa", gradient_checkpointing=True)
+    assert recomputed < fused
+    # Offloading is for GPUs: a CPU's memory is main memory.
+    offloaded = {"gradient_checkpointing": True, "offload_activations": True}
+    assert activations("sdpa", **offloaded) == recomputed
 
 
 def test_time_is_of_the_whole_run(forecast_of, tiny_llama_dir):

@@ -42,17 +42,19 @@ def forecast(
     train: EncodedRows,
     validation: EncodedRows | None,
     device: torch.device,
+    processes: int = 1,
 ) -> Forecast:
-    """Predicts memory and time of a recipe on `device`, in one process.
+    """Predicts memory and time of a recipe on `device`, of one of `processes`.
 
     Args:
         config: the recipe's chains.
         directory: the base model's checkpoint directory, of which only the configuration is read.
         train, validation: the encoded rows.
+        processes: that train; they share the base where the recipe spreads it. The time is that of one alone.
     """
     notes: list[str] = []
     steps = total_steps(recipe.training, len(train))
     model = forecast_model(recipe, config, directory, device)
-    memory = forecast_memory(recipe, model, train, device, notes)
+    memory = forecast_memory(recipe, model, train, device, notes, processes)
     time = forecast_time(recipe, model, train, validation, steps, device, notes)
     return Forecast(str(device), steps, memory, time, tuple(notes))

@@ -43,13 +43,35 @@ class MemoryForecast:
 
 
 def forecast_memory(
-    recipe: Recipe, model: nn.Module, rows: EncodedRows, device: torch.device, notes: list[str]
+    recipe: Recipe,
+    model: nn.Module,
+    rows: EncodedRows,
+    device: torch.device,
+    notes: list[str],
+    processes: int = 1,
 ) -> MemoryForecast:
     """Counts the parts for a model on the meta device; what cannot be counted is told in `notes`."""
-    process = resident_bytes() if device.type == "cpu" else 0
     epoch = recipe_epoch(recipe, rows)
     batch = min(micro_batch_size(recipe), epoch.rows)
     length = math.ceil(epoch.longest_micro_batch / batch)
+    labelled = batch * int(rows.supervised_counts.max())
+    return count_memory(recipe, model, batch, length, labelled, device, notes, processes)
+
+
+def count_memory(
+    recipe: Recipe,
+    model: nn.Module,
+    batch: int,
+    length: int,
+    labelled: int,
+    device: torch.device,
+    notes: list[str],
+    processes: int = 1,
+) -> MemoryForecast:
+    """`forecast_memory` for a largest micro-batch of `batch` rows of `length` tokens, of which `labelled` in
+    all have a label. `processes` share the base where the recipe spreads it.
+    """
+    process = resident_bytes() if device.type == "cpu" else 0
     activations = None
     try:
         activations = _activations(recipe, model, batch, length, device)
@@ -59,11 +81,11 @@ def forecast_memory(
     folded_factors = sum(layer.A.numel() for layer in chain_layers(model).values())  # A' of each layer
     return MemoryForecast(
         process=process,
-        base=_base_bytes(recipe, model),
+        base=base_bytes(recipe, model, processes),
         adapters=2 * 4 * (sum(p.numel() for p in trained) + folded_factors),
         optimizer=2 * 4 * sum(p.numel() for p in trained),  # AdamW's two moments
         activations=activations,
-        logits=_logits(model, batch * int(rows.supervised_counts.max()), device),
+        logits=_logits(model, labelled, device),
         allocator=int(_CPU_GAPS * (activations or 0)) if device.type == "cpu" else 0,
     )
 
@@ -75,11 +97,26 @@ def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter
     return [p for p in model.parameters() if id(p) not in ours], trained
 
 
-def _base_bytes(recipe: Recipe, model: nn.Module) -> int:
+def base_bytes(recipe: Recipe, model: nn.Module, processes: int = 1) -> int:
+    """The base on each of `processes`, as the recipe rounds and spreads it."""
     base, _ = _parameters(model)
     rounded = _rounded_weights(model) if recipe.model.quantization != "none" else set()
     small = QUANTISED.get(recipe.model.quantization)
-    return round(sum(p.numel() * (small if id(p) in rounded else p.element_size()) for p in base))
+
+    def size(parameter: Tensor) -> float:
+        return parameter.numel() * (small if id(parameter) in rounded else parameter.element_size())
+
+    whole = sum(map(size, base))
+    if recipe.training.parallel not in ("shard", "hybrid") or processes == 1:
+        return round(whole)
+    frozen = {id(parameter) for parameter in base}
+    blocks = [
+        sum(size(parameter) for parameter in block.parameters() if id(parameter) in frozen)
+        for block in decoder_blocks(model)
+    ]
+    share = 0 if recipe.training.offload_base else sum(blocks) / processes
+    # The block that computes and the one that is fetched ahead are there whole.
+    return round(whole - sum(blocks) + share + 2 * max(blocks))
 
 
 def _rounded_weights(model: nn.Module) -> set[int]:
@@ -110,7 +147,8 @@ def _activations(recipe: Recipe, model: nn.Module, batch: int, length: int, devi
     blocks = len(decoder_blocks(model))
     if recipe.training.gradient_checkpointing:
         hidden = batch * length * model.get_input_embeddings().weight.shape[1] * _element_size(model)
-        return blocks * hidden + 2 * kept // blocks
+        held = 1 if recipe.training.offload_activations and device.type == "cuda" else blocks
+        return held * hidden + 2 * kept // blocks
     return kept + kept // blocks
 
 
