@@ -87,11 +87,17 @@ def _sum_alone(path: str) -> None:
     total = flat.sum().item()
     seconds = time.perf_counter() - began
     assert total == flat.numel() and gather_object([7]) == [7] and together(accelerator, lambda: 7) == 7
-    backend = torch.distributed.get_backend_config()
+    found = {
+        "backend": str(torch.distributed.get_backend_config()),
+        "megabytes": flat.nbytes >> 20,
+        "milliseconds": 1e3 * seconds,
+    }
+    if flat.is_cuda:
+        assert "cuda:nccl" in found["backend"] and "cpu:gloo" in found["backend"], found["backend"]
+        allocator = torch.cuda.memory._snapshot()["allocator_settings"]
+        found["backend"] += f", expandable segments: {allocator.get('expandable_segments')}"
     disconnect()
-    Path(path).write_text(
-        json.dumps({"backend": str(backend), "megabytes": flat.nbytes >> 20, "milliseconds": 1e3 * seconds})
-    )
+    Path(path).write_text(json.dumps(found))
 
 
 def _recipe(model: Path, dtype: str, deterministic: bool, directory: Path) -> dict:
