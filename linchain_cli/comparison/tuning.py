@@ -38,7 +38,9 @@ from linchain_cli.training.signals import StopRequest, stop_requests
 PARTS = 5  # of a run: what the range test and each of the rates take
 FEWEST_STEPS, MOST_STEPS = 12, 200  # of each of them
 SPAN = 100.0  # the range test rises from the published rate over this to it times this
-BACKED_OFF = 2.0  # from the rate at which the range test's loss was lowest
+# The range test speaks for the first rate behind which the loss had fallen by nearly all that it fell by, and
+# that one is halved: steps before it had learnt from smaller ones, where a run begins with it.
+NEARLY_ALL, BACKED_OFF = 0.9, 2.0
 MOST_RATES = 4
 
 
@@ -190,7 +192,9 @@ def _range_test(recipe: Recipe, job: Job, stop: StopRequest, directory: TuningDi
 
 def centre(points: Sequence[RangePoint]) -> float:
     """The rate that a range test speaks for."""
-    return min(points, key=lambda point: point.loss).rate / BACKED_OFF
+    start, lowest = points[0].loss, min(point.loss for point in points)
+    enough = start - NEARLY_ALL * (start - lowest)
+    return next(point.rate for point in points if point.loss <= enough) / BACKED_OFF
 
 
 def place_of(rate: float) -> int:

@@ -162,6 +162,18 @@ def test_the_rate_lies_at_the_parabolas_lowest_point():
     assert refined_rate([(1e-3, 1.0), (3e-3, 1.0), (1e-2, 1.0)]) == best_rate([(1e-3, 1.0), (3e-3, 1.0)])
 
 
-def test_the_centre_is_below_where_the_range_test_turned():
-    points = [RangePoint(rate, 0.0, loss) for rate, loss in ((1e-4, 3), (1e-3, 2), (1e-2, 1), (1e-1, 5))]
-    assert centre(points) == pytest.approx(5e-3)
+@pytest.mark.parametrize(
+    ("losses", "turned"),
+    [
+        ((3.0, 2.5, 1.0, 5.0, 9.0), 1e-2),
+        # What comes after nearly all was learnt, a little lower by chance, says no more.
+        ((3.0, 1.1, 1.3, 1.0, 9.0), 1e-3),
+        # It never got better: the smallest rate was too high already.
+        ((3.0, 4.0, 5.0, 6.0, 9.0), 1e-4),
+    ],
+)
+def test_the_centre_is_half_the_rate_where_the_loss_had_nearly_turned(losses, turned):
+    points = [
+        RangePoint(rate, 0.0, loss) for rate, loss in zip(rising_rates(1e-4, 1, 5), losses, strict=True)
+    ]
+    assert centre(points) == pytest.approx(turned / 2)
