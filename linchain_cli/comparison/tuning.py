@@ -41,6 +41,7 @@ SPAN = 100.0  # the range test rises from the published rate over this to it tim
 # The range test speaks for the first rate behind which the loss had fallen by nearly all that it fell by, and
 # that one is halved: steps before it had learnt from smaller ones, where a run begins with it.
 NEARLY_ALL, BACKED_OFF = 0.9, 2.0
+HARDLY_ANY = 0.01  # of the loss: a range test that took off no more has seen noise
 MOST_RATES = 4
 
 
@@ -190,9 +191,11 @@ def _range_test(recipe: Recipe, job: Job, stop: StopRequest, directory: TuningDi
     return tuning
 
 
-def centre(points: Sequence[RangePoint]) -> float:
-    """The rate that a range test speaks for."""
+def centre(points: Sequence[RangePoint], published: float) -> float:
+    """The rate that a range test speaks for; the published one where hardly anything was learnt at any."""
     start, lowest = points[0].loss, min(point.loss for point in points)
+    if start - lowest < HARDLY_ANY * start:
+        return published
     enough = start - NEARLY_ALL * (start - lowest)
     return next(point.rate for point in points if point.loss <= enough) / BACKED_OFF
 
@@ -209,7 +212,7 @@ def rate_at(place: int) -> float:
 
 def _compare_rates(trial: Recipe, base: Base, directory: TuningDirectory, tuning: Tuning) -> Tuning:
     """Three rates, and one more beyond the best of them where that one is an end."""
-    middle = min(-1, place_of(centre(tuning.range_test)))
+    middle = min(-1, place_of(centre(tuning.range_test, trial.training.learning_rate)))
     wanted = [middle - 1, middle, middle + 1]
     while True:
         tuning = _tried(trial, base, directory, tuning, [rate_at(place) for place in wanted])
