@@ -60,11 +60,12 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     readable = limits(model)
     with counting_rows() as progress:
         data = prepare_data(recipe.data, tokenizer, readable, progress=progress)
-    epoch = recipe_epoch(recipe, data.train)
+    config, device = chain_config(recipe), default_device()
+    epoch = recipe_epoch(recipe, data.train, device)
     check_view.sources(console, data)
     check_view.lengths(console, data, data.config.max_length)
     steps = total_steps(recipe.training, epoch.rows)
-    check_view.epoch(console, epoch, steps, recipe)
+    check_view.epoch(console, epoch, steps, recipe, device.type)
     short = list(unreachable(recipe.training, epoch.rows, data.validation is not None))
     check_view.notes(console, short)
     check_view.rows(console, data.train, tokenizer)
@@ -75,7 +76,6 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         check_view.tasks(console, tasks, protocol)
         check_view.notes(console, warnings)
 
-    config, device = chain_config(recipe), default_device()
     processes = wanted_processes(None)
     cost = forecast(recipe, config, directory, data.train, data.validation, device, processes)
     check_view.cost(console, cost)

@@ -143,13 +143,12 @@ def lengths(console: Console, data: PreparedData, max_length: int) -> None:
     )
 
 
-def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe) -> None:
+def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe, device: str) -> None:
     """Steps, tokens, and the padding that the recipe's batches leave."""
     training = recipe.training
-    _section(
-        console,
-        f"One epoch in steps of {training.global_batch_size} rows, {training.micro_batch_size} at once",
-    )
+    at_once = training.rows_at_once(device) or "as many"
+    fits = "" if isinstance(at_once, int) else " as fit"
+    _section(console, f"One epoch in steps of {training.global_batch_size} rows, {at_once} at once{fits}")
     table = [
         ("steps", _count(plan.steps)),
         ("tokens", _count(plan.tokens)),

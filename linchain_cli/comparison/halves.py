@@ -31,16 +31,18 @@ class HalfLosses:
 
 
 @torch.no_grad()
-def half_losses(model: nn.Module, rows: EncodedRows, micro_batch_size: int, pad_id: int) -> HalfLosses:
+def half_losses(
+    model: nn.Module, rows: EncodedRows, size: int | None, pad_id: int, tokens: int | None = None
+) -> HalfLosses:
     """Every other row goes into the same half, so that both have their share of every source. `rows` are at
-    least two."""
+    least two; `size` and `tokens` as `micro_batches` takes them."""
     device = next(model.parameters()).device
     found = []
     for first in (0, 1):
         half = np.arange(first, len(rows), 2)
         total = torch.zeros((), dtype=torch.float64, device=device)
         with folded(model):
-            for part in micro_batches(half, rows.lengths, micro_batch_size):
+            for part in micro_batches(half, rows.lengths, size, tokens=tokens):
                 total += summed_loss(model, collate(rows, part, pad_id), device)
         found.append(total.item() / int(rows.supervised_counts[half].sum()))
     return HalfLosses(losses=(found[0], found[1]))

@@ -250,7 +250,8 @@ class _Runner:
             return
         attach(base.model, load_adapter(run.adapter_dir))
         try:
-            found = half_losses(base.model, rows, status.micro_batch_size or 1, base.pad_id)
+            size, tokens = status.micro_batch_size or 1, status.micro_batch_tokens
+            found = half_losses(base.model, rows, size, base.pad_id, tokens)
             write_record(halves_path(run), found)
         finally:
             detach(base.model)

@@ -63,16 +63,37 @@ def step_rows(num_rows: int, seed: int, global_batch: int, step: int) -> np.ndar
 
 
 def micro_batches(
-    rows: np.ndarray, lengths: np.ndarray, micro_batch_size: int, rank: int = 0, world: int = 1
+    rows: np.ndarray,
+    lengths: np.ndarray,
+    size: int | None,
+    rank: int = 0,
+    world: int = 1,
+    tokens: int | None = None,
 ) -> list[np.ndarray]:
-    """One rank's share of a step's rows as micro-batches of like length, longest first.
+    """One rank's share of a step's rows as micro-batches of like length, largest first.
 
     Rows are sorted by length and dealt out to the ranks in turn. Every rank gets the same number of
     micro-batches, because all take part in each; where rows do not go round, one can be empty.
+
+    Args:
+        size: rows in a micro-batch, at most.
+        tokens: those that it has at most, padding included, if it has more than one row; in place of `size`.
     """
-    order = np.argsort(-lengths[rows].astype(np.int64), kind="stable")
-    count = math.ceil(math.ceil(len(rows) / world) / micro_batch_size)
-    return np.array_split(rows[order][rank::world], count)
+    ordered = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
+    share = ordered[rank::world]
+    if tokens is None:
+        count = math.ceil(math.ceil(len(rows) / world) / size)
+        return np.array_split(share, count)
+    # No rank has longer rows, or more of them, than the first, by whose share all are cut.
+    longest = lengths[ordered[::world]].astype(np.int64)
+    starts, found = [], 0
+    while found < len(longest):
+        starts.append(found)
+        found += max(1, tokens // int(longest[found]))
+    counts = np.diff([*starts, len(longest)])
+    largest = np.argsort(-counts * longest[starts], kind="stable")
+    parts = np.split(share, starts[1:])
+    return [parts[index] for index in largest]
 
 
 def collate(encoded: Rows, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> Batch:

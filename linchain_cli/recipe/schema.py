@@ -128,10 +128,11 @@ LearningRate = Annotated[
     choose(_number_or_auto),
     Expected("a number above 0 and up to 1, or auto"),
 ]
+_ROWS_ON_CPU = 4
 MicroBatch = Annotated[
     tagged(Count, "number") | tagged(Literal["auto"], "auto"),
     choose(_number_or_auto),
-    Expected("a whole number of at least 1, or auto"),
+    Expected("a whole number of at least 1, auto"),  # or null, as its field says
 ]
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"
@@ -147,9 +148,10 @@ class TrainingConfig(StrictModel):
     """Optimizer steps; takes the place of epochs."""
     global_batch_size: Count = 16
     """Rows per optimizer step, over all processes and micro-batches."""
-    micro_batch_size: MicroBatch = 4
-    """Rows that are in memory at once on each process; auto finds the largest that fits. The step's gradient
-    does not depend on it, and it need not divide global_batch_size: the last micro-batch is smaller then."""
+    micro_batch_size: MicroBatch | None = None
+    """Rows that are in memory at once on each process. auto finds how many tokens fit, which are many short
+    rows or few long ones, and takes half as many if memory runs out later. null is auto on a GPU, and 4 rows
+    on a CPU. The step's gradient does not depend on it, and it need not divide global_batch_size."""
     learning_rate: LearningRate = 3.0e-4
     """Peak learning rate. auto takes a published one for models of this family and size, changed for alpha
     and for what links lose at their start; check shows it. `linchain tune` finds one by training."""
@@ -203,6 +205,12 @@ class TrainingConfig(StrictModel):
         if isinstance(value, Mapping) and value.get("max_steps") is not None and "epochs" not in value:
             return {**value, "epochs": None}
         return value
+
+    def rows_at_once(self, device: str) -> int | None:
+        """What micro_batch_size means on a device of that kind (cpu, cuda): rows, or None for auto."""
+        if self.micro_batch_size is None:
+            return _ROWS_ON_CPU if device == "cpu" else None
+        return None if self.micro_batch_size == "auto" else self.micro_batch_size
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.offload_base and self.parallel not in ("shard", "hybrid"):

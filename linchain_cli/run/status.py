@@ -101,6 +101,7 @@ class RunStatus:
     machine: Machine = Machine()
     timings: Timings = Timings()
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     trainable_parameters: int | None = None
     adapted_modules: int | None = None
     coverage: dict[str, Any] | None = None

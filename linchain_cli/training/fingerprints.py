@@ -31,8 +31,9 @@ FREE_KEYS = (
 
 # What may be changed on the way to make a run fit or go faster, because it changes no more than the order of
 # sums: what is said of it. Recomputing activations gives the same bits.
+MICRO_BATCH = "training.micro_batch_size"
 _EXECUTION = {
-    "training.micro_batch_size": "sums are formed in another order, so the end may differ in its last bits",
+    MICRO_BATCH: "sums are formed in another order, so the end may differ in its last bits",
     "training.gradient_checkpointing": "the result stays the same",
     "training.offload_activations": "the result stays the same",
     "training.compile": "compiled blocks round otherwise, so the end may differ in its last bits",
@@ -59,6 +60,7 @@ def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[st
     """
     assert others.keys() == _MEANING.keys()
     values = {key: value for key, value in recipe.flat().items() if not within(key, FREE_KEYS)}
+    values[MICRO_BATCH] = recipe.training.rows_at_once(others["device"]) or "auto"
     if held_out is not None:
         values["data.validation"] = held_out
     return {"recipe": values, **others}

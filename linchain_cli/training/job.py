@@ -30,8 +30,9 @@ from linchain_cli.chain import (
     load_tensors,
 )
 from linchain_cli.chain.files import TENSORS_FILE
-from linchain_cli.data.batches import steps_per_epoch
+from linchain_cli.data.batches import micro_batches, steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
+from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
@@ -46,7 +47,7 @@ from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.display import counting_rows
-from linchain_cli.training.fingerprints import compare, fingerprints
+from linchain_cli.training.fingerprints import MICRO_BATCH, compare, fingerprints
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
 from linchain_cli.training.rate import AutoRate, with_rate
@@ -99,6 +100,14 @@ class Job:
             for layer in self.layers.values():
                 layer.training = False
 
+    def micro_batches(self, rows: np.ndarray, data: EncodedRows) -> list[np.ndarray]:
+        """This process's share of those rows of `data`, in the parts that are in memory at once."""
+        state, processes = self.state, self.accelerator
+        rank, world = processes.process_index, processes.num_processes
+        return micro_batches(
+            rows, data.lengths, state.micro_batch_size, rank, world, tokens=state.micro_batch_tokens
+        )
+
     def adapter(self) -> Adapter:
         """The adapter as it stands."""
         model = self.recipe.model
@@ -129,9 +138,8 @@ class Job:
         if is_same_base(self.base.directory, self.base.hash, before["base"]):  # of either kind of hash
             before = before | {"base": self.base.hash}
         about["notes"] = compare(before, self.fingerprints, self.store.path(step))
-        wanted = self.recipe.training.micro_batch_size
-        if before["recipe"]["training.micro_batch_size"] != wanted:
-            state.micro_batch_size = None  # to be settled anew
+        if before["recipe"][MICRO_BATCH] != self.fingerprints["recipe"][MICRO_BATCH]:
+            state.micro_batch_size = state.micro_batch_tokens = None  # to be settled anew
             if self.recipe.adapter.dropout:
                 about["notes"].append("with other micro-batches dropout draws other masks from here on")
         self.state = state
@@ -363,6 +371,7 @@ def description(job: Job) -> dict[str, Any]:
         ),
         "total_steps": job.total_steps,
         "micro_batch_size": job.state.micro_batch_size,
+        "micro_batch_tokens": job.state.micro_batch_tokens,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "adapted_modules": len(job.layers),
         "coverage": asdict(chain_coverage(job)),

@@ -10,17 +10,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from linchain_cli import run as runs
 from linchain_cli import storage
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import collate, micro_batches, step_rows
+from linchain_cli.data.batches import collate, step_rows
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import release_memory
 from linchain_cli.training import loss
 from linchain_cli.training import state as states
 from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
+from linchain_cli.training.memory import within_budget
 from linchain_cli.training.metrics import Interval, peak_memory_bytes
 from linchain_cli.training.processes import on_main, raise_on_all, sum_over_processes
 from linchain_cli.training.schedule import learning_rate, warmup_steps
@@ -137,25 +139,29 @@ def _sum_gradients(job: Job, rows: np.ndarray, stop: StopRequest) -> torch.Tenso
         (1 + EXTRAS,) the gradient's norm before clipping, the loss, the tokens computed, and a number for
         each signal; all over all processes.
     """
-    accelerator, data, rank = job.accelerator, job.data.train, job.accelerator.process_index
-    loss_scale = job.state.loss_scale
-    scale = loss_scale / float(data.supervised_counts[rows].sum())
-    parts = micro_batches(rows, data.lengths, job.state.micro_batch_size, rank, accelerator.num_processes)
+    optimizer, loss_scale = job.optimizer, job.state.loss_scale
+    total, slots = within_budget(job, lambda: _add_gradients(job, rows))
+    optimizer.extras.copy_(torch.tensor([0.0, slots, *_flags(stop.signum)]), non_blocking=True)
+    optimizer.extras[0] = total / loss_scale
+    sum_over_processes(job.accelerator, optimizer.sums)
+    norm = optimizer.clip_gradients(job.recipe.training.max_grad_norm, loss_scale)
+    return torch.cat([norm[None], optimizer.extras])
+
+
+def _add_gradients(job: Job, rows: np.ndarray) -> tuple[Tensor, int]:
+    """This process's share of a step's scaled gradient: its share of the scaled loss, and the tokens computed
+    for it."""
+    data, rank = job.data.train, job.accelerator.process_index
+    scale = job.state.loss_scale / float(data.supervised_counts[rows].sum())
     total, slots = torch.zeros((), device=job.device), 0
     with folded(job.model), job.dropping_out():
-        for index, part in enumerate(parts):
+        for index, part in enumerate(job.micro_batches(rows, data)):
             if job.recipe.adapter.dropout:
                 torch.manual_seed(dropout_seed(job.recipe.seed, job.state.step, index, rank))
             batch = collate(data, part, job.base.pad_id)
             slots += batch.input_ids.numel()
             total += loss.add_gradients(job.model, batch, scale, job.device)
-
-    optimizer = job.optimizer
-    optimizer.extras.copy_(torch.tensor([0.0, slots, *_flags(stop.signum)]), non_blocking=True)
-    optimizer.extras[0] = total / loss_scale
-    sum_over_processes(accelerator, optimizer.sums)
-    norm = optimizer.clip_gradients(job.recipe.training.max_grad_norm, loss_scale)
-    return torch.cat([norm[None], optimizer.extras])
+    return total, slots
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -210,14 +216,18 @@ def validate(job: Job, display: Display) -> None:
 def validation_loss(job: Job, rows: np.ndarray | None = None) -> float:
     """Mean loss over all supervised tokens of the validation rows, or of some of them, shared over the
     processes."""
-    accelerator, data, rank = job.accelerator, job.data.validation, job.accelerator.process_index
-    rows, size = np.arange(len(data)) if rows is None else rows, job.state.micro_batch_size
-    parts = micro_batches(rows, data.lengths, size, rank, accelerator.num_processes)
-    total = torch.zeros((), dtype=torch.float64, device=job.device)
-    with folded(job.model):
-        for part in parts:
-            total += loss.summed_loss(job.model, collate(data, part, job.base.pad_id), job.device)
-    return (accelerator.reduce(total, reduction="sum") / data.supervised_counts[rows].sum()).item()
+    data = job.data.validation
+    rows = np.arange(len(data)) if rows is None else rows
+
+    def summed() -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=job.device)
+        with folded(job.model):
+            for part in job.micro_batches(rows, data):
+                total += loss.summed_loss(job.model, collate(data, part, job.base.pad_id), job.device)
+        return total
+
+    total = job.accelerator.reduce(within_budget(job, summed), reduction="sum")
+    return (total / data.supervised_counts[rows].sum()).item()
 
 
 def save(job: Job) -> None:

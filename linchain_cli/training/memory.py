@@ -1,24 +1,29 @@
-"""Memory: the largest micro-batch that fits, and what to say when something did not."""
+"""Memory: how much fits into a micro-batch, and what is done and said when something did not."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import re
 import threading
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import Batch, collate, micro_batches, step_rows, steps_per_epoch
+from linchain_cli.data.batches import Batch, collate, step_rows, steps_per_epoch
 from linchain_cli.errors import LinchainError
 from linchain_cli.machine import available_memory, resident_bytes
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import loss
 from linchain_cli.training.job import Job
+
+logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # The share of free memory that may be planned with; the rest is for fragmentation and other processes.
 USABLE = 0.9
@@ -28,8 +33,9 @@ _FEW = 8  # tokens
 _EPOCHS_AHEAD = 100  # of longer runs: by then rows of all lengths have met
 
 
-def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
-    """The largest number of rows per micro-batch that fits, up to a process's share of the global batch.
+def find_tokens(job: Job, note: Callable[[str], None]) -> int:
+    """How many tokens of a micro-batch fit, padding included, up to those of the longest rows that make up a
+    process's share of the global batch; one row in any case.
 
     It is measured on the longest rows: first what a few tokens cost, then one row, then twice as many each
     time, as long as the two measurements before say that there is room. So nothing runs out. All processes
@@ -55,12 +61,47 @@ def find_micro_batch(job: Job, note: Callable[[str], None]) -> int:
         last, (need, limit) = need, measured(bigger)
         per_row = max(1.0, (need - last) / (bigger - size))
         size = bigger
-    size = min(share, max(1, size + math.floor((limit - need) / per_row)))
+    rows = min(share, max(1.0, size + (limit - need) / per_row))
+    tokens = int(rows * int(data.lengths[longest[0]]))
     note(
-        f"training.micro_batch_size: auto is {size} of {share} rows per step and process (each takes about"
-        f" {per_row / GIB:.2f} of {limit / GIB:.2f} GiB)"
+        f"training.micro_batch_size: auto is {tokens:,} tokens, as many as {rows:.1f} of the {share} longest"
+        f" rows per step and process (each takes about {per_row / GIB:.2f} of {limit / GIB:.2f} GiB)"
     )
-    return size
+    return tokens
+
+
+def within_budget(job: Job, run: Callable[[], _T]) -> _T:
+    """What `run` gives, which goes through micro-batches as the job cuts them. Where memory runs out, the
+    budget of `micro_batch_size: auto` is halved, and it is called again.
+
+    Raises:
+        RuntimeError, MemoryError: memory ran out with the recipe's own number of rows, with micro-batches
+            that are no larger than the longest row, or in a base spread over processes, which take part in
+            each other's micro-batches.
+    """
+    while True:
+        try:
+            return run()
+        except (RuntimeError, MemoryError) as error:
+            if not (_is_out_of_memory(error) and _halve(job)):
+                raise
+        # Behind the handler, because what it caught holds all that was computed.
+        job.optimizer.zero_grad()
+        if job.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _halve(job: Job) -> bool:
+    """Halves the budget of tokens, to no less than the longest row; whether that was any less."""
+    state, data = job.state, job.data
+    longest = max(int(rows.lengths.max()) for rows in (data.train, data.validation) if rows is not None)
+    if state.micro_batch_tokens is None or state.micro_batch_tokens <= longest or job.base.sharded:
+        return False
+    state.micro_batch_tokens = max(longest, state.micro_batch_tokens // 2)
+    logger.warning(
+        "Out of memory: micro-batches have up to %s tokens from here on.", f"{state.micro_batch_tokens:,}"
+    )
+    return True
 
 
 def _peak_of(job: Job, batch: Batch) -> int:
@@ -82,51 +123,91 @@ def run_heaviest(job: Job) -> None:
 
     Room for the optimizer's state, which comes with the first step, is held meanwhile.
     """
-    training, state, data = job.recipe.training, job.state, job.data.train
-    ahead = range(state.step, job.total_steps)
-    world, rank = job.accelerator.num_processes, job.accelerator.process_index
-    size = state.micro_batch_size
     held = torch.empty(_state_to_come(job), dtype=torch.uint8, device=job.device)
-    for step in heaviest_steps(data.lengths, job.recipe.seed, training.global_batch_size, size, ahead, world):
-        rows = step_rows(len(data), job.recipe.seed, training.global_batch_size, step)
-        part = micro_batches(rows, data.lengths, size, rank, world)[0]  # the longest rows come first
-        _forward_and_backward(job, collate(data, part, job.base.pad_id))
+    within_budget(job, lambda: _run_heaviest(job))
     del held
 
 
+def _run_heaviest(job: Job) -> None:
+    training, state, data = job.recipe.training, job.state, job.data.train
+    ahead, world = range(state.step, job.total_steps), job.accelerator.num_processes
+    size, tokens = state.micro_batch_size, state.micro_batch_tokens
+    batch = training.global_batch_size
+
+    def in_all(part: np.ndarray) -> int:
+        return int(data.lengths[part].sum())
+
+    def with_padding(part: np.ndarray) -> int:
+        return len(part) * int(data.lengths[part].max(initial=0))
+
+    for step in heaviest_steps(data.lengths, job.recipe.seed, batch, size, ahead, world, tokens):
+        parts = job.micro_batches(step_rows(len(data), job.recipe.seed, batch, step), data)
+        largest = [max(parts, key=in_all)]
+        if tokens is not None:  # on every process, because all take part in each
+            largest.append(max(parts, key=with_padding))
+        for part in largest:
+            _forward_and_backward(job, collate(data, part, job.base.pad_id))
+
+
 def heaviest_steps(
-    lengths: np.ndarray, seed: int, global_batch: int, micro_batch: int, ahead: range, world: int = 1
+    lengths: np.ndarray,
+    seed: int,
+    global_batch: int,
+    micro_batch: int | None,
+    ahead: range,
+    world: int = 1,
+    tokens: int | None = None,
 ) -> list[int]:
     """The steps of `ahead` with the first process's largest micro-batches: that with most tokens, and that
     with most positions if short rows are padded (where it is another step).
 
     Args:
         lengths: each row's tokens, (rows,) int32.
+        micro_batch, tokens: as `micro_batches` takes them.
     """
     count, per_epoch = len(lengths), steps_per_epoch(len(lengths), global_batch)
     last = min(ahead.stop, ahead.start + _EPOCHS_AHEAD * per_epoch)
     sizes = [np.empty((2, 0), dtype=np.int64)]
     for epoch in range(ahead.start // per_epoch, math.ceil(last / per_epoch)):
         order = step_rows(count, seed, count, epoch)  # an epoch as one step: its whole order
-        of_epoch = _first_parts(lengths[order].astype(np.int64), global_batch, micro_batch, world)
+        of_epoch = _largest_parts(lengths[order].astype(np.int64), global_batch, micro_batch, tokens, world)
         steps = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
         sizes.append(of_epoch[:, (steps >= ahead.start) & (steps < last)])
-    tokens, positions = np.concatenate(sizes, axis=1)
-    return sorted({ahead[int(each.argmax())] for each in (tokens, positions)}) if len(tokens) else []
+    in_all, positions = np.concatenate(sizes, axis=1)
+    return sorted({ahead[int(each.argmax())] for each in (in_all, positions)}) if len(in_all) else []
 
 
-def _first_parts(lengths: np.ndarray, global_batch: int, micro_batch: int, world: int) -> np.ndarray:
-    """(2, steps): tokens and padded positions of the first process's first micro-batch, which has the longest
-    rows; `lengths` are in an epoch's order.
+def _largest_parts(
+    lengths: np.ndarray, global_batch: int, micro_batch: int | None, tokens: int | None, world: int
+) -> np.ndarray:
+    """(2, steps): tokens and padded positions of the first process's largest micro-batches; `lengths` are in
+    an epoch's order.
     """
     full = len(lengths) // global_batch * global_batch
     found = []
     for steps in (lengths[:full].reshape(-1, global_batch), lengths[None, full:]):
         if steps.size:
             share = -np.sort(-steps, axis=1)[:, ::world]
-            rows = math.ceil(share.shape[1] / math.ceil(share.shape[1] / micro_batch))
-            found.append([share[:, :rows].sum(axis=1), rows * share[:, 0]])
+            if tokens is None:
+                rows = math.ceil(share.shape[1] / math.ceil(share.shape[1] / micro_batch))
+                found.append([share[:, :rows].sum(axis=1), rows * share[:, 0]])
+            else:
+                found.append(_largest_by_tokens(share, tokens))
     return np.concatenate(found, axis=1)
+
+
+def _largest_by_tokens(share: np.ndarray, tokens: int) -> np.ndarray:
+    """As `_largest_parts`, of rows sorted by length, (steps, rows), cut by `tokens`."""
+    count = share.shape[1]
+    up_to = np.pad(share.cumsum(axis=1), ((0, 0), (1, 0)))  # tokens of the first n rows
+    steps, start = np.arange(len(share)), np.zeros(len(share), dtype=np.int64)
+    most = np.zeros((2, len(share)), dtype=np.int64)
+    while (start < count).any():
+        longest = share[steps, np.minimum(start, count - 1)]
+        end = np.minimum(count, start + np.maximum(1, tokens // longest))
+        most = np.maximum(most, [up_to[steps, end] - up_to[steps, start], (end - start) * longest])
+        start = end
+    return most
 
 
 class _Peak:
@@ -216,9 +297,9 @@ def _readable(size: str) -> str:
 def _remedies(recipe: Recipe) -> str:
     """What needs less: first what leaves the result as it is, so that a run can go on with it."""
     training = recipe.training
-    size = training.micro_batch_size
+    size = training.micro_batch_size or "the default"
     same = [
-        (size == "auto" or size > 1, f"a smaller training.micro_batch_size (now {size})"),
+        (size != 1, f"a smaller training.micro_batch_size (now {size})"),
         (not training.gradient_checkpointing, "training.gradient_checkpointing=true"),
         (
             training.gradient_checkpointing and not training.offload_activations,

@@ -25,7 +25,7 @@ from linchain_cli.training.base import Base
 from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
-from linchain_cli.training.memory import explained, find_micro_batch, run_heaviest
+from linchain_cli.training.memory import explained, find_tokens, run_heaviest
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.optimizer import refuse_optimizer
 from linchain_cli.training.processes import (
@@ -161,9 +161,11 @@ def _claim(
 
 def settle_micro_batch(job: Job, say: Callable[[str], None]) -> None:
     """A resumed run keeps the size it had, also where `auto` found it."""
-    if job.state.micro_batch_size is None:
-        wanted = job.recipe.training.micro_batch_size
-        job.state.micro_batch_size = find_micro_batch(job, say) if wanted == "auto" else wanted
+    state = job.state
+    if state.micro_batch_size is None and state.micro_batch_tokens is None:
+        state.micro_batch_size = job.recipe.training.rows_at_once(job.device.type)
+        if state.micro_batch_size is None:
+            state.micro_batch_tokens = find_tokens(job, say)
 
 
 def _open(job: Job, found: str, labels: dict[str, Any], prepare_seconds: float) -> None:

@@ -26,7 +26,8 @@ class TrainingState:
 
     `rows`, `tokens` and `supervised_tokens` are what was consumed so far, unpadded, over all processes;
     `seconds` is time spent in steps. `best_step` and `best_loss` are those of the lowest validation loss;
-    `stale` counts the validations since. `micro_batch_size` is the one in use, which `auto` found.
+    `stale` counts the validations since. Micro-batches have up to `micro_batch_size` rows, or with `auto` up
+    to `micro_batch_tokens` tokens, padding included.
 
     `loss_scale` is what the loss is multiplied by before its gradients are taken, so that small ones do not
     vanish in float16; 1 in other types. A step whose gradients overflow is computed again at half of it; it
@@ -43,6 +44,7 @@ class TrainingState:
     best_loss: float | None = None
     stale: int = 0
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     loss_scale: float = 1.0
     steps_at_scale: int = 0
 

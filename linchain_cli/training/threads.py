@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import collate, micro_batches
+from linchain_cli.data.batches import collate
 from linchain_cli.machine import SharedCpus
 from linchain_cli.training import loss
 from linchain_cli.training.job import Job
@@ -46,7 +46,7 @@ class LoadedCpus:
 
     def _same_gradients(self, threads: int, rows: np.ndarray) -> bool:
         job = self._job
-        parts = micro_batches(rows, job.data.train.lengths, job.state.micro_batch_size)
+        parts = job.micro_batches(rows, job.data.train)
         for part in (parts[0], parts[-1]):
             gradients = self._gradients(self._cpus.limit, part)
             if not torch.equal(gradients, self._gradients(threads, part)):

@@ -54,6 +54,31 @@ def test_micro_batches_deal_out_every_row_once(lengths, micro, world):
         assert (np.diff(taken) <= 0).all()
 
 
+@sizes
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=50), st.integers(1, 900), st.integers(1, 5))
+def test_a_budget_of_tokens_deals_out_every_row_once(lengths, tokens, world):
+    lengths = np.array(lengths, dtype=np.int32)
+    rows = np.arange(len(lengths), dtype=np.int32)[::-1]
+    shares = [micro_batches(rows, lengths, None, rank, world, tokens) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1, "every process takes part in every micro-batch"
+    parts = [part for share in shares for part in share]
+    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
+    for share in shares:
+        sizes = [len(part) * lengths[part].max(initial=0) for part in share]
+        assert all(size <= tokens or len(part) == 1 for size, part in zip(sizes, share, strict=True))
+        assert world > 1 or sizes == sorted(sizes, reverse=True), "the largest comes first"
+    counts = [[len(part) for part in share] for share in shares]
+    assert all(0 <= first - last <= 1 for first, last in zip(counts[0], counts[-1], strict=True))
+
+
+def test_a_budget_makes_one_micro_batch_of_short_rows_and_of_a_long_one():
+    lengths = np.array([*[60] * 16, 2000, 900, 1100], dtype=np.int32)
+    parts = micro_batches(np.arange(19), lengths, None, tokens=1920)
+    # 2000; 1100 alone, for two rows would be 2200; 900 and one of 60, padded to 1800; the fifteen others.
+    assert [len(part) for part in parts] == [1, 2, 1, 15] and parts[0].tolist() == [16]
+    assert micro_batches(np.arange(16), lengths, None, tokens=960)[0].tolist() == list(range(16))
+
+
 def test_sorting_leaves_the_least_padding():
     lengths = np.array([5, 100, 6, 99], dtype=np.int32)
     assert [part.tolist() for part in micro_batches(np.arange(4), lengths, 2)] == [[1, 3], [2, 0]]

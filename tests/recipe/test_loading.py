@@ -187,7 +187,7 @@ def test_one_problem_is_one_line(write):
         ("training.lr=1", "training.lr: unknown key. Did you mean 'learning_rate'?"),
         ("training.learning_rate=0", "a number above 0 and up to 1, or auto, got '0'"),
         ("training.optimizer=adam", "Did you mean 'adamw'?"),
-        ("training.micro_batch_size=many", "expected a whole number of at least 1, or auto, got 'many'"),
+        ("training.micro_batch_size=many", "expected a whole number of at least 1, auto or null, got 'many'"),
         ("training.trackers=[tensorbord]", "Did you mean 'tensorboard'?"),
         ("training=3", "training: expected a mapping"),
         ("adapter.target_modules=[]", "adapter.target_modules: expected"),

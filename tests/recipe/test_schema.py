@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import Recipe, json_schema, load_recipe, shipped_recipes, strict_yaml
+from linchain_cli.recipe import Recipe, TrainingConfig, json_schema, load_recipe, shipped_recipes, strict_yaml
 from linchain_cli.recipe.validation import check
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ adapter: {rank: 16, depth: 3, alpha: 32.0, scale: alpha, dropout: 0.0, init: ort
 data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, labels: {}, template: auto,
 chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: false,
        max_length: auto, on_long_row: cut, on_bad_row: error, max_unsupervised_share: 0.0}
-training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: 4, learning_rate: 3.0e-4,
+training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: null, learning_rate: 3.0e-4,
 lr_scheduler: linear,
            warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
            1.0, optimizer: adamw,
@@ -82,7 +82,7 @@ RECIPES = st.fixed_dictionaries(
             {
                 "learning_rate": st.floats(0, 1, exclude_min=True),
                 "epochs": st.floats(0, 1e6, exclude_min=True, allow_infinity=False),
-                "micro_batch_size": st.integers(1, 64) | st.just("auto"),
+                "micro_batch_size": st.integers(1, 64) | st.just("auto") | st.none(),
             }
         ),
     }
@@ -168,7 +168,7 @@ def test_the_papers_hyper_parameters(name):
     assert (adapter.rank, adapter.alpha, adapter.depth, adapter.dropout) == (16, 32, 3, 0.05)
     assert adapter.target_modules == ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
     assert (training.learning_rate, training.lr_scheduler, training.warmup_steps) == (3e-4, "linear", 100)
-    assert (training.global_batch_size, training.micro_batch_size, training.epochs) == (16, 4, 3)
+    assert (training.global_batch_size, training.micro_batch_size, training.epochs) == (16, None, 3)
     assert (training.eval_every, training.save_every, training.keep) == (200, 200, "best")
     assert (data.validation, data.max_length, data.train_on_inputs) == (120, 256, True)
 
@@ -240,3 +240,11 @@ def test_settings_of_conversations_are_refused_for_other_templates():
     _, problems = check(Recipe, MINIMAL | {"data": data})
     assert [problem.key for problem in problems] == [("data", "chat"), ("data", "turns")]
     assert "data.turns is for data.template: chat" in problems[1].message
+
+
+def test_micro_batches_without_a_number_are_small_on_a_cpu_and_as_large_as_fits_on_a_gpu():
+    def rows(size, device):
+        return TrainingConfig(micro_batch_size=size).rows_at_once(device)
+
+    assert [rows(size, "cpu") for size in (None, "auto", 7)] == [4, None, 7]
+    assert [rows(size, "cuda") for size in (None, "auto", 7)] == [None, None, 7]

@@ -138,7 +138,7 @@ def job_of(recipe_of, base):
         detach(base.model)
         recipe = recipe_of(changes)
         job = prepare(recipe, RunDirectory(recipe.run_path), connect(), base)
-        job.state.micro_batch_size = recipe.training.micro_batch_size
+        job.state.micro_batch_size = recipe.training.rows_at_once("cpu")
         return job
 
     return build

@@ -185,7 +185,7 @@ def test_auto_takes_the_whole_batch_at_most(make_recipe, tiny_llama_dir):
         supervised_counts = np.full(40, 3, np.int32)
 
     recipe = make_recipe(tiny_llama_dir, micro_batch_size="auto")
-    assert recipe_epoch(recipe, Rows()).longest_micro_batch == 80
+    assert recipe_epoch(recipe, Rows(), CPU).longest_micro_batch == 80
 
 
 def test_the_model_has_the_recipe_s_chains(make_recipe, tiny_llama_dir):
@@ -209,5 +209,5 @@ def test_the_time_counts_common_beginnings_once(make_recipe, tmp_path):
     rows = Encoded((np.array([*range(8), 20 + 2 * i, 21 + 2 * i]), np.ones(10, dtype=bool)) for i in range(4))
     one_by_one = make_recipe(tmp_path, global_batch_size=4, micro_batch_size=1)
     together = make_recipe(tmp_path, global_batch_size=4, micro_batch_size=4)
-    assert computed_share(together, rows) == 16 / 40
-    assert computed_share(one_by_one, rows) == 4 * 16 / 40, "each fills one step of counts"
+    assert computed_share(together, rows, CPU) == 16 / 40
+    assert computed_share(one_by_one, rows, CPU) == 4 * 16 / 40, "each fills one step of counts"

@@ -9,7 +9,8 @@ import torch
 from linchain_cli.data.batches import collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
 from linchain_cli.run import RunDirectory, read_jsonl
-from linchain_cli.training import loop, memory
+from linchain_cli.training import loop, memory, runner
+from linchain_cli.training.state import STATE_FILE, read_state
 
 GIB = memory.GIB
 CPU = torch.device("cpu")
@@ -43,29 +44,28 @@ CHANGES = {"training.micro_batch_size": "auto", "training.global_batch_size": 24
 
 
 @pytest.mark.parametrize(
-    ("free", "fixed", "per_row", "expected"),
+    ("free", "fixed", "per_row", "rows"),
     [
         (100 * GIB, 0, GIB, 24),  # more than enough: the whole share of the global batch
-        (10.1 * GIB, 0, GIB, 9),  # 9.09 GiB may be planned with
-        (10.1 * GIB, 4 * GIB, GIB, 5),  # a cost that does not grow with the rows
+        (10.1 * GIB, 0, GIB, 9.09),  # 9.09 GiB may be planned with
+        (10.1 * GIB, 4 * GIB, GIB, 5.09),  # a cost that does not grow with the rows
         (10 * GIB, 0, 0, 24),  # rows that cost nothing
         (GIB / 2, 0, GIB, 1),  # not even one: left to fail with its message
     ],
 )
-def test_the_largest_that_fits(job_of, machine, free, fixed, per_row, expected):
+def test_as_many_tokens_as_fit(job_of, machine, free, fixed, per_row, rows):
     tried = machine(free, fixed, per_row)
-    notes = []
-    size = memory.find_micro_batch(job_of(CHANGES), notes.append)
-    assert size == expected
+    notes, job = [], job_of(CHANGES)
+    tokens, longest = memory.find_tokens(job, notes.append), int(job.data.train.lengths.max())
+    assert tokens == pytest.approx(rows * longest, abs=1) and tokens <= rows * longest
     assert all(fixed + count * per_row <= free for count in tried[2:]), "nothing is tried that cannot fit"
-    assert f"micro_batch_size: auto is {expected} of 24 rows" in notes[0]
+    assert f"auto is {tokens:,} tokens, as many as {rows:.1f} of the 24 longest rows" in notes[0]
 
 
 def test_a_share_of_the_global_batch_is_the_most(job_of, machine):
     machine(1000 * GIB, 0, GIB)
-    assert (
-        memory.find_micro_batch(job_of({**CHANGES, "training.global_batch_size": 500}), print) == 40
-    )  # all rows
+    job = job_of({**CHANGES, "training.global_batch_size": 500})
+    assert memory.find_tokens(job, print) == 40 * job.data.train.lengths.max()  # all rows
 
 
 def test_the_probe_measures_and_leaves_nothing_behind(job_of):
@@ -82,8 +82,9 @@ def test_the_probe_measures_and_leaves_nothing_behind(job_of):
 def test_a_run_with_auto_trains_as_with_any_other_size_and_keeps_it(run_tiny, monkeypatch, capfd):
     fixed = run_tiny({"name": "fixed", "training.micro_batch_size": 4})
     auto = run_tiny({"name": "auto", "training.micro_batch_size": "auto"})
-    assert auto.state.micro_batch_size == 4 == auto.run.read_status().micro_batch_size
-    assert "micro_batch_size: auto is 4 of 4 rows" in capfd.readouterr().err
+    tokens = int(4 * auto.data.train.lengths.max())
+    assert auto.state.micro_batch_tokens == tokens == auto.run.read_status().micro_batch_tokens
+    assert f"micro_batch_size: auto is {tokens:,} tokens" in capfd.readouterr().err
     assert (auto.run.adapter_dir / "chain.safetensors").read_bytes() == (
         fixed.run.adapter_dir / "chain.safetensors"
     ).read_bytes()
@@ -102,7 +103,7 @@ def test_a_run_with_auto_trains_as_with_any_other_size_and_keeps_it(run_tiny, mo
     # With less memory at hand than at the first start, the size stays what it was: the sums must not change.
     monkeypatch.setattr(memory, "_free", lambda device: 1)
     job = run_tiny({"name": "auto", "training.micro_batch_size": "auto"}, resume=True)
-    assert job.state.micro_batch_size == 4
+    assert job.state.micro_batch_tokens == tokens and job.state.micro_batch_size is None
     assert (job.run.adapter_dir / "chain.safetensors").read_bytes() == (
         fixed.run.adapter_dir / "chain.safetensors"
     ).read_bytes()
@@ -120,7 +121,7 @@ def test_a_real_allocation_failure_tells_numbers_and_keys(recipe_of):
         "training.gradient_checkpointing=true",
         "a smaller data.max_length (now 192)",
         "model.quantization=nf4",
-        "model.dtype=bfloat16",
+        "model.dtype=auto",
     ):
         assert key in message
     assert caught.value.exit_code == 1
@@ -130,6 +131,7 @@ def test_what_is_used_already_is_not_recommended(recipe_of):
     changes = {
         "training.micro_batch_size": 1,
         "training.gradient_checkpointing": True,
+        "training.offload_activations": True,
         "model.quantization": "nf4",
         "model.dtype": "bfloat16",
     }
@@ -180,17 +182,93 @@ def test_memory_runs_out_before_the_first_step_or_not_at_all(run_tiny, recipe_of
     assert not recipe_of().run_path.exists()
 
 
+def running_out(monkeypatch, most: int) -> list[int]:
+    """A machine on which no micro-batch of more positions than `most` fits; the list receives those tried."""
+    original, tried = loop.loss.add_gradients, []
+
+    def small(model, batch, scale, device):
+        tried.append(batch.input_ids.numel())
+        found = original(model, batch, scale, device)  # so that something is left of it
+        if tried[-1] > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(loop.loss, "add_gradients", small)
+    return tried
+
+
+AUTO = {"training.micro_batch_size": "auto", "training.global_batch_size": 6, "training.max_steps": 4}
+
+
+def test_a_run_goes_on_with_half_the_budget_where_memory_runs_out(run_tiny, monkeypatch, caplog):
+    """In the third step, say because others use the GPU, too: what was computed of that step is dropped."""
+    expected = run_tiny({**AUTO, "name": "roomy"})
+    budget, longest = expected.state.micro_batch_tokens, int(expected.data.train.lengths.max())
+    original = loop.optimizer_step
+
+    def step(job, *args):
+        if job.state.step == 2:
+            running_out(monkeypatch, budget // 3)
+        return original(job, *args)
+
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    job = run_tiny({**AUTO, "name": "tight", "training.save_every": 1})
+    assert job.state.micro_batch_tokens == budget // 4 > longest
+    assert f"micro-batches have up to {budget // 4:,} tokens from here on" in caplog.text
+    for name, parameter in job.parameters.items():
+        torch.testing.assert_close(parameter, expected.parameters[name], rtol=1e-4, atol=1e-6)
+    rows, reference = (read_jsonl(each.run.rows_path) for each in (job, expected))
+    assert rows == reference and len(rows) == 4
+    kept, _ = read_state(job.store.read(4)[STATE_FILE])
+    assert kept.micro_batch_tokens == budget // 4, "a resumed run is cut as this one was"
+
+
+def test_memory_that_runs_out_before_the_first_step_halves_the_budget(run_tiny, monkeypatch):
+    budget = run_tiny({**AUTO, "name": "roomy"}).state.micro_batch_tokens
+    monkeypatch.setattr(memory, "find_tokens", lambda job, note: budget)
+    monkeypatch.setattr(runner, "find_tokens", lambda job, note: budget)
+    tried = running_out(monkeypatch, budget // 2)
+    job = run_tiny({**AUTO, "name": "tight"})
+    assert job.state.micro_batch_tokens == budget // 2
+    assert sum(size > budget // 2 for size in tried) == 1, "the largest one comes first"
+
+
+def test_no_budget_is_smaller_than_the_longest_row(run_tiny, monkeypatch):
+    longest = int(run_tiny({**AUTO, "name": "roomy"}).data.train.lengths.max())
+    monkeypatch.setattr(runner, "find_tokens", lambda job, note: 3 * longest)
+    running_out(monkeypatch, longest - 1)
+    with pytest.raises(LinchainError, match="out of memory: 2.00 GiB were asked for"):
+        run_tiny({**AUTO, "name": "tight"})
+
+
+def test_a_validation_that_runs_out_of_memory_is_taken_in_smaller_parts(job_of, monkeypatch):
+    job = job_of()
+    expected = loop.validation_loss(job)
+    job.state.micro_batch_size, job.state.micro_batch_tokens = None, 10_000
+    original = loop.loss.summed_loss
+
+    def small(model, batch, device):
+        if len(batch.labels) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return original(model, batch, device)
+
+    monkeypatch.setattr(loop.loss, "summed_loss", small)
+    assert loop.validation_loss(job) == pytest.approx(expected, rel=1e-6)
+    assert job.state.micro_batch_tokens < 1000
+
+
 @pytest.mark.parametrize("world", [1, 2])
-def test_the_heaviest_steps_are_those_that_trying_all_finds(world):
+@pytest.mark.parametrize("tokens", [None, 1, 250, 500, 2000])
+def test_the_heaviest_steps_are_those_that_trying_all_finds(world, tokens):
     lengths = np.random.RandomState(0).randint(5, 200, 45).astype(np.int32)
     for seed, ahead in ((1, range(0, 23)), (2, range(7, 12)), (3, range(13, 14))):
-        tokens, positions = {}, {}
+        in_all, positions = {}, {}
         for step in ahead:
-            part = micro_batches(step_rows(45, seed, 6, step), lengths, 4, 0, world)[0]
-            tokens[step] = lengths[part].sum()
-            positions[step] = len(part) * lengths[part].max()
-        found = memory.heaviest_steps(lengths, seed, 6, 4, ahead, world)
-        assert max(tokens[step] for step in found) == max(tokens.values())
+            parts = micro_batches(step_rows(45, seed, 6, step), lengths, 4, 0, world, tokens)
+            in_all[step] = max(lengths[part].sum() for part in parts)
+            positions[step] = max(len(part) * lengths[part].max() for part in parts)
+        found = memory.heaviest_steps(lengths, seed, 6, 4, ahead, world, tokens)
+        assert max(in_all[step] for step in found) == max(in_all.values())
         assert max(positions[step] for step in found) == max(positions.values())
         assert len(found) <= 2
     assert memory.heaviest_steps(lengths, 1, 6, 4, range(9, 9)) == []

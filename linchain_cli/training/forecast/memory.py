@@ -51,8 +51,8 @@ def forecast_memory(
     processes: int = 1,
 ) -> MemoryForecast:
     """Counts the parts for a model on the meta device; what cannot be counted is told in `notes`."""
-    epoch = recipe_epoch(recipe, rows)
-    batch = min(micro_batch_size(recipe), epoch.rows)
+    epoch = recipe_epoch(recipe, rows, device)
+    batch = min(micro_batch_size(recipe, device), epoch.rows)
     length = math.ceil(epoch.longest_micro_batch / batch)
     labelled = batch * int(rows.supervised_counts.max())
     return count_memory(recipe, model, batch, length, labelled, device, notes, processes)

@@ -29,21 +29,20 @@ def forecast_model(recipe: Recipe, config: ChainConfig, directory: Path, device:
     return model
 
 
-def recipe_epoch(recipe: Recipe, rows: EncodedRows) -> EpochPlan:
+def recipe_epoch(recipe: Recipe, rows: EncodedRows, device: torch.device) -> EpochPlan:
     """The batches of one epoch. `micro_batch_size: auto` counts as the whole batch, the most it can be."""
     return epoch_plan(
         rows.lengths,
         rows.supervised_counts,
         seed=recipe.seed,
         global_batch=recipe.training.global_batch_size,
-        micro_batch=micro_batch_size(recipe),
+        micro_batch=micro_batch_size(recipe, device),
     )
 
 
-def micro_batch_size(recipe: Recipe) -> int:
+def micro_batch_size(recipe: Recipe, device: torch.device) -> int:
     """Rows that are in memory at once, at most."""
-    size = recipe.training.micro_batch_size
-    return size if isinstance(size, int) else recipe.training.global_batch_size
+    return recipe.training.rows_at_once(device.type) or recipe.training.global_batch_size
 
 
 def attention_of(recipe: Recipe, model: nn.Module, device: torch.device) -> str:

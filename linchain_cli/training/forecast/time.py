@@ -70,8 +70,8 @@ def _time(
     steps: int,
     device: torch.device,
 ) -> TimeForecast:
-    epoch = recipe_epoch(recipe, rows)
-    batch = min(micro_batch_size(recipe), epoch.rows)
+    epoch = recipe_epoch(recipe, rows, device)
+    batch = min(micro_batch_size(recipe, device), epoch.rows)
     length = max(1, round(epoch.computed / epoch.rows))
     labels = max(1, round(batch * epoch.supervised_tokens / epoch.rows))
     both, forward = position_seconds(recipe, model, batch, length, device)
@@ -84,28 +84,28 @@ def _time(
     def positions(rows: EncodedRows, epoch: EpochPlan, drops: bool) -> float:
         if not flat:
             return epoch.computed
-        return epoch.tokens * (1.0 if drops else computed_share(recipe, rows))
+        return epoch.tokens * (1.0 if drops else computed_share(recipe, rows, device))
 
     blocks = both * positions(rows, epoch, recipe.adapter.dropout > 0)
     epoch_seconds = blocks + 2 * each_label * epoch.supervised_tokens
     train = epoch_seconds * steps / epoch.steps
     validate = 0.0
     if validation is not None:
-        held_out = recipe_epoch(recipe, validation)
+        held_out = recipe_epoch(recipe, validation, device)
         times = math.ceil(steps / recipe.training.eval_every)
         blocks = forward * positions(validation, held_out, False)
         validate = times * (blocks + each_label * held_out.supervised_tokens)
     return TimeForecast(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2))
 
 
-def computed_share(recipe: Recipe, rows: EncodedRows) -> float:
+def computed_share(recipe: Recipe, rows: EncodedRows, device: torch.device) -> float:
     """The share of the rows' tokens that a model computes if it reads them without padding and what the rows
     of a micro-batch begin with once; of the first steps, since any are as good."""
     size = recipe.training.global_batch_size
     tokens = computed = 0
     for step in range(min(_SAMPLED_STEPS, steps_per_epoch(len(rows), size))):
         chosen = step_rows(len(rows), recipe.seed, size, step)
-        for part in micro_batches(chosen, rows.lengths, micro_batch_size(recipe)):
+        for part in micro_batches(chosen, rows.lengths, micro_batch_size(recipe, device)):
             batch = collate(rows, part, 0)
             tokens += int(batch.attention_mask.sum())
             flat = FlatRows.of(batch.input_ids, batch.attention_mask)
