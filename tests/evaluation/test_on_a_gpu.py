@@ -66,6 +66,21 @@ def test_a_batch_of_options_waits_for_the_device_once(on_device, family):
     assert len(large) == 2 and all(copy.asynchronous for copy in large), gpu.copies
 
 
+@pytest.mark.parametrize(("branches", "reads"), [(((20, 21), (22, 23)), 1), ((20, 21), 2)])
+def test_options_without_a_common_beginning(on_device, branches, reads):
+    """Where no option is longer than a token, transformers looks whether the rows are packed."""
+    model = on_device("llama")
+    branches = [branch if isinstance(branch, tuple) else (branch,) for branch in branches]
+    starts = [[30, 31, 32], [40, 41, 42]]
+    trees = [build_tree([[*start, *branch] for branch in branches]) for start in starts]
+    with pretend_gpu.PretendGpu() as gpu:
+        scorer = OptionScorer(model, trees, 10_000)
+        assert scorer.prefix == 0 and len(scorer.batches) == 1
+        gpu.clear()
+        scorer.scores(scorer.batches[0])
+    assert len(gpu.reads) == reads, gpu.reads
+
+
 @pytest.mark.parametrize(("family", "beams"), [*((family, 4) for family in FAMILIES), ("llama", 1)])
 def test_an_answer_waits_for_the_device_once_per_token(on_device, family, beams):
     """To learn which rows are done; behind the last one, for the answers."""
