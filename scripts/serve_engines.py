@@ -9,6 +9,7 @@ one to put on it), `adapter` (null, a PEFT directory or a .gguf file), `prompts`
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -46,6 +47,9 @@ def transformers(request: Request) -> Answer:
 
 
 def vllm(request: Request) -> Answer:
+    # A GiB for its cache is plenty here. In one process it says itself what is wrong.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
