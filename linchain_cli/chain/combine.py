@@ -15,13 +15,19 @@ from torch import Tensor
 from linchain_cli.chain.files import Adapter, ChainTensors, with_depth
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.chain.layer import delta_weight
+from linchain_cli.errors import InputError
 
 
 def weighted_sum(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """The sum of `adapters`, which are for one base, each times its weight.
 
     A module that only some of them have gets zeros for the others. α/r is 1; the base is the first one's.
+
+    Raises:
+        InputError: one has a classifier's head, which belongs to its own chains alone.
     """
+    if any(adapter.head for adapter in adapters):
+        raise InputError("classifiers do not add up: each one's head was trained with its own chains alone")
     depth = max(adapter.config.depth for adapter in adapters)
     deep = [with_depth(adapter, depth) for adapter in adapters]
     rank = sum(adapter.config.rank for adapter in adapters)

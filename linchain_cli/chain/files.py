@@ -2,7 +2,8 @@
 
 Tensors are named by module path: `<path>.A` (r, d_in), `<path>.links` (n, r, r), `<path>.B` (d_out, r). Of
 routed experts the path is the parameter's (`….experts.down_proj`), and each tensor has a first dimension that
-counts them. The bytes depend on values and configuration alone, so equal adapters are equal files.
+counts them. A classifier's head lies beside them, `<path>.weight` and `<path>.bias`, and chain.json names its
+tensors and classes. The bytes depend on values and configuration alone, so equal adapters are equal files.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli import storage
+from linchain_cli.chain.head import Head, load_head
 from linchain_cli.chain.inject import ChainConfig, chain_layers, inject_at, refuse_second_adapter
 from linchain_cli.chain.layer import Chain, collapse
 from linchain_cli.chain.shapes import carriers, misfit
 from linchain_cli.errors import InputError
 
 FORMAT_VERSION = 1
+WITH_HEAD = 2  # the version of adapters with a head, which earlier versions cannot read
 TENSORS_FILE = "chain.safetensors"
 CONFIG_FILE = "chain.json"
 
@@ -38,8 +41,8 @@ class ChainTensors(NamedTuple):
 
 @dataclass(frozen=True)
 class Adapter:
-    """A chain adapter apart from any model: its configuration, its values by module path, and the base it is
-    for.
+    """A chain adapter apart from any model: its configuration, its values by module path, the base it is for,
+    and the head of a classifier that was trained with it.
 
     `base` holds at least "path" and "hash" (of the base's weights) when it was written by a run.
     """
@@ -47,26 +50,30 @@ class Adapter:
     config: ChainConfig
     tensors: dict[str, ChainTensors]
     base: dict[str, Any]
+    head: Head | None = None
 
 
-def adapter_of(model: nn.Module, config: ChainConfig, base: Mapping[str, Any] | None = None) -> Adapter:
-    """The adapter that `model` carries, as copies of its values on the CPU."""
+def adapter_of(
+    model: nn.Module, config: ChainConfig, base: Mapping[str, Any] | None = None, head: Head | None = None
+) -> Adapter:
+    """The adapter that `model` carries, as copies of its values on the CPU, and the `head` beside it."""
     tensors = {
         path: ChainTensors(
             *(tensor.detach().to("cpu", copy=True) for tensor in (layer.A, layer.links, layer.B))
         )
         for path, layer in chain_layers(model).items()
     }
-    return Adapter(config, tensors, dict(base or {}))
+    return Adapter(config, tensors, dict(base or {}), head)
 
 
 def named_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors as the file names them."""
-    return {
+    chains = {
         f"{path}.{name}": getattr(chain, name)
         for path, chain in adapter.tensors.items()
         for name in chain._fields
     }
+    return chains | (adapter.head.tensors if adapter.head else {})
 
 
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
@@ -75,7 +82,7 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     targets = config.target_modules
     description = {
         "format": "linchain",
-        "format_version": FORMAT_VERSION,
+        "format_version": WITH_HEAD if adapter.head else FORMAT_VERSION,
         "rank": config.rank,
         "depth": config.depth,
         "alpha": config.alpha,
@@ -83,6 +90,11 @@ def adapter_files(adapter: Adapter) -> dict[str, bytes]:
         "target_modules": targets if isinstance(targets, str) else list(targets),
         "base": adapter.base,
     }
+    if adapter.head:
+        description["head"] = {
+            "classes": list(adapter.head.classes),
+            "tensors": list(adapter.head.tensors),
+        }
     return {
         TENSORS_FILE: storage.tensor_bytes(named_tensors(adapter)),
         CONFIG_FILE: storage.json_bytes(description),
@@ -122,7 +134,10 @@ def load_adapter(directory: Path) -> Adapter:
         init=description["init"],
         target_modules=description["target_modules"],
     )
-    return Adapter(config, _read_tensors(directory / TENSORS_FILE, config), description["base"])
+    path = directory / TENSORS_FILE
+    loaded = _load_file(path)
+    head = _read_head(loaded, description["head"], path) if "head" in description else None
+    return Adapter(config, _read_tensors(loaded, config, path), description["base"], head)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -132,10 +147,10 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(description, dict) or description.get("format") != "linchain":
         raise InputError(f"{path} does not describe a chain adapter")
-    if description.get("format_version") != FORMAT_VERSION:
+    if description.get("format_version") not in (FORMAT_VERSION, WITH_HEAD):
         raise InputError(
-            f"{path} has format version {description.get('format_version')}, this linchain reads version"
-            f" {FORMAT_VERSION}: install the version that wrote it, or a later one"
+            f"{path} has format version {description.get('format_version')}, this linchain reads versions"
+            f" up to {WITH_HEAD}: install the version that wrote it, or a later one"
         )
     wanted = {
         "rank": int,
@@ -151,14 +166,26 @@ def _read_description(path: Path) -> dict[str, Any]:
     return description
 
 
-def _read_tensors(path: Path, config: ChainConfig) -> dict[str, ChainTensors]:
+def _load_file(path: Path) -> dict[str, Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        loaded = load_file(path)
+        return load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
+
+
+def _read_head(loaded: dict[str, Tensor], about: Any, path: Path) -> Head:
+    """Takes the head's tensors out of `loaded`."""
+    try:
+        names, classes = list(map(str, about["tensors"])), tuple(map(str, about["classes"]))
+        return Head({name: loaded.pop(name) for name in names}, classes)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: the head that {CONFIG_FILE} describes is not there ({error})") from None
+
+
+def _read_tensors(loaded: Mapping[str, Tensor], config: ChainConfig, path: Path) -> dict[str, ChainTensors]:
     by_path: dict[str, dict[str, Tensor]] = {}
     for key, tensor in loaded.items():
         module, _, name = key.rpartition(".")
@@ -205,6 +232,8 @@ def attach(model: nn.Module, adapter: Adapter, dropout: float = 0.0) -> dict[str
             raise InputError(f"the adapter does not fit this model: {why}")
     config = replace(adapter.config, dropout=dropout)
     order = [path for path in carriers(modules) if path in adapter.tensors]
+    if adapter.head:
+        load_head(model, adapter.head)
     layers = inject_at(model, order, config, seed=0)
     for path, layer in layers.items():
         load_tensors(layer, adapter.tensors[path])
@@ -240,4 +269,4 @@ def with_depth(adapter: Adapter, depth: int) -> Adapter:
         return chain._replace(links=torch.cat([first, chain.links[..., have - depth + 1 :, :, :]], dim=-3))
 
     tensors = {path: reshape(chain) for path, chain in adapter.tensors.items()}
-    return Adapter(replace(adapter.config, depth=depth), tensors, adapter.base)
+    return replace(adapter, config=replace(adapter.config, depth=depth), tensors=tensors)

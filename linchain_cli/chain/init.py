@@ -17,7 +17,8 @@ from linchain_cli.chain.layer import Chain
 SCHEMES = ("orthogonal", "identity", "kaiming")
 
 
-def _stream(seed: int, path: str, tensor: str) -> torch.Generator:
+def random_stream(seed: int, path: str, tensor: str) -> torch.Generator:
+    """The random numbers of one tensor of the module at `path`."""
     digest = hashlib.sha256(f"{seed}\0{path}\0{tensor}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -58,10 +59,10 @@ def initialise(layer: Chain, path: str, scheme: str, seed: int) -> None:
     """
     d_in = layer.A.shape[-1]
     A = torch.empty(layer.A.shape).uniform_(
-        -1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=_stream(seed, path, "A")
+        -1 / math.sqrt(d_in), 1 / math.sqrt(d_in), generator=random_stream(seed, path, "A")
     )
     layer.A.copy_(A)
-    generator = _stream(seed, path, "links")
+    generator = random_stream(seed, path, "links")
     for links in layer.links if layer.links.dim() == 4 else [layer.links]:  # of each expert, or of the one
         links.copy_(initial_links(scheme, layer.depth, layer.rank, generator))
     layer.B.zero_()

@@ -38,8 +38,8 @@ def match_modules(model: nn.Module, target_modules: str | Sequence[str], prefix:
         InputError: a pattern meets nothing; the message says what could be matched.
     """
     modules = dict(model.named_modules())
-    scope = {path: module for path, module in modules.items() if _below(path, prefix)}
-    suitable = [path for path in carriers(modules) if _below(path, prefix)]
+    scope = {path: module for path, module in modules.items() if _below(path, prefix) and not _pools(path)}
+    suitable = [path for path in carriers(modules) if _below(path, prefix) and not _pools(path)]
     linear = {path: modules[path] for path in suitable if path in modules}
     patterns = [target_modules] if isinstance(target_modules, str) else target_modules
     tests = {pattern: _test(pattern, target_modules, model, linear) for pattern in patterns}
@@ -88,6 +88,11 @@ def _selects_experts(pattern: str, test: Callable[[str], bool], path: str) -> bo
 
 def _below(path: str, prefix: str) -> bool:
     return not prefix or path == prefix or path.startswith(prefix + ".")
+
+
+def _pools(path: str) -> bool:
+    """Whether a module is an encoder's pooler, behind its blocks: a part of a classifier's head."""
+    return "pooler" in path.split(".")
 
 
 def _nothing_matched(
@@ -212,7 +217,12 @@ def coverage(model: nn.Module, paths: Sequence[str], prefix: str = "") -> Covera
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     apart = {head, getattr(head, "base", None)}
     for path, module in model.named_modules():
-        if not _below(path, prefix) or isinstance(module, (nn.Embedding, Chain)) or module in apart:
+        if (
+            not _below(path, prefix)
+            or _pools(path)
+            or isinstance(module, (nn.Embedding, Chain))
+            or module in apart
+        ):
             continue
         path = path.removesuffix(".base")
         for name, parameter in module.named_parameters(recurse=False):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from linchain_cli.data.cache import open_or_encode
 from linchain_cli.data.formats import choose_template
+from linchain_cli.data.glue import TASKS
 from linchain_cli.data.labelled import Labelling, encoder_for, find_classes, labelled_source
 from linchain_cli.data.mixture import hold_out, weighted
 from linchain_cli.data.pipeline import EncodingSettings, Progress, encoded_rows
@@ -46,6 +47,7 @@ class PreparedData:
     config: DataConfig
     report: DataReport
     validation_report: DataReport | None = None
+    metric: str | None = None  # what GLUE goes by, if the first source is a task of it
 
 
 def prepare_data(
@@ -117,6 +119,8 @@ def prepare_data(
     for conflict in settled.conflicts():
         raise InputError(f"{conflict.message} The rows go through {found[0].template.name}.")
     prepared = PreparedData(train, validation, found[0].template, settled, report, validation_report)
+    if glue := found[0].source.glue:
+        prepared.metric = TASKS[glue].metric
     report.warnings += _warnings(prepared, tokenizer)
     if limits is not None:
         longest = max(int(rows.lengths.max()) for rows in (prepared.train, prepared.validation) if rows)

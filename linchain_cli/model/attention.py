@@ -26,6 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
+from linchain_cli.model.classifier import is_classifier
 from linchain_cli.model.fast import REFUSALS, alike, forget_failed_forward, probe_ids, record
 
 GROUPED = "grouped"
@@ -215,13 +216,15 @@ def use_attention(model: PreTrainedModel, name: str) -> bool:
         return False
     ids, before = probe_ids(model, 1, 24), model.config._attn_implementation
 
-    def logits() -> Tensor:
+    def values() -> Tensor:
+        if is_classifier(model):  # whose logits are a few numbers for the whole row
+            return model.base_model(input_ids=ids).last_hidden_state
         return model(input_ids=ids, use_cache=False).logits
 
-    expected = logits()
+    expected = values()
     try:
         model.set_attn_implementation(name)
-        same = alike(logits(), expected, model.dtype)
+        same = alike(values(), expected, model.dtype)
     except REFUSALS:
         forget_failed_forward(model)
         same = False

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
+from linchain_cli.model.classifier import Outputs, is_classifier, refuse_unless_classifier
 from linchain_cli.model.files import read_config
 from linchain_cli.model.packed import quantization_method
 from linchain_cli.model.quiet import quiet
@@ -34,11 +35,13 @@ UNUSABLE = (
 )
 
 
-def load_config(directory: Path) -> PretrainedConfig:
-    """The checkpoint's configuration, without what it says of quantised weights: they are read restored.
+def load_config(directory: Path, outputs: Outputs | None = None) -> PretrainedConfig:
+    """The checkpoint's configuration, without what it says of quantised weights: they are read restored. With
+    `outputs` it is that of a sequence classifier on the checkpoint.
 
     Raises:
-        InputError: it is no decoder-only language model, or is quantised in a form that cannot be restored.
+        InputError: it is no decoder-only language model (or can be no classifier), or is quantised in a form
+        that cannot be restored.
     """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -67,11 +70,23 @@ def load_config(directory: Path) -> PretrainedConfig:
         raise InputError(
             f"{directory}/config.json is not a valid configuration: {first_line(error)}"
         ) from error
-    _refuse_unless_decoder(config, directory)
+    if outputs is None:
+        _refuse_unless_decoder(config, directory)
+    else:
+        refuse_unless_classifier(config, directory)
+        outputs.configure(config)
     for part in (config, config.get_text_config()):  # for it is read restored
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     return config
+
+
+def stored_outputs(directory: Path) -> Outputs:
+    """What the classifier of a checkpoint tells, as its config.json says."""
+    from transformers import AutoConfig
+
+    with quiet():
+        return Outputs.of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
 
 
 def _refuse_unless_decoder(config: PretrainedConfig, directory: Path) -> None:
@@ -82,7 +97,8 @@ def _refuse_unless_decoder(config: PretrainedConfig, directory: Path) -> None:
     causal, masked, multimodal = _mapping_names()
     if kind in masked and not getattr(config, "is_decoder", False) and not getattr(config, "causal", False):
         raise InputError(
-            f"{directory}: '{kind}' is an encoder, which sees the tokens it should predict; {wanted}"
+            f"{directory}: '{kind}' is an encoder, which sees the tokens it should predict; {wanted} Encoders"
+            " learn to tell classes: task: classification."
         )
     if kind not in causal and not (kind in multimodal and _has_text_part(config)):
         raise InputError(f"{directory}: '{kind}' is not such a language model; {wanted}")
@@ -102,10 +118,16 @@ def _has_text_part(config: PretrainedConfig) -> bool:
     return config.get_text_config(decoder=True) is not config
 
 
-def auto_class(config: PretrainedConfig):
-    """transformers' class that loads a model of this configuration."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+def auto_class(config: PretrainedConfig, outputs: Outputs | None = None):
+    """transformers' class that loads a model of this configuration, or a classifier with these outputs."""
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+    )
 
+    if outputs is not None:
+        return AutoModelForSequenceClassification
     causal, _, multimodal = _mapping_names()
     # A multimodal checkpoint keeps its other towers: its own class, where the causal one would drop them.
     if config.model_type in multimodal and _has_text_part(config):
@@ -113,12 +135,13 @@ def auto_class(config: PretrainedConfig):
     return AutoModelForCausalLM
 
 
-def empty_model(directory: Path) -> PreTrainedModel:
-    """The model's modules and shapes on the meta device, weights tied; only the configuration is read."""
-    config = load_config(directory)
+def empty_model(directory: Path, outputs: Outputs | None = None) -> PreTrainedModel:
+    """The model's modules and shapes on the meta device, weights tied; only the configuration is read.
+    With `outputs` it is a sequence classifier."""
+    config = load_config(directory, outputs)
     try:
         with quiet(), torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=False)
+            model = auto_class(config, outputs).from_config(config, trust_remote_code=False)
     except UNUSABLE as error:
         raise InputError(
             f"{directory}: no model can be built from config.json: {first_line(error)}"
@@ -128,12 +151,14 @@ def empty_model(directory: Path) -> PreTrainedModel:
 
 
 def text_decoder_prefix(model: nn.Module) -> str:
-    """The dotted path of the part whose modules may carry adapters; "" (all) unless multimodal.
+    """The dotted path of the part whose modules may carry adapters; "" (all) unless multimodal or a
+    classifier.
 
     It is `model.language_model` for Gemma 3 or Qwen2-VL: vision and audio towers and projectors stay outside.
+    Of a classifier it is what its head stands on.
     """
     if not _has_text_part(model.config):
-        return ""
+        return model.base_model_prefix if is_classifier(model) else ""
     decoder = model.get_decoder()
     for path, module in model.named_modules():
         if module is decoder:

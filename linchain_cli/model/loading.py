@@ -17,6 +17,7 @@ import torch
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, use_attention
 from linchain_cli.model.checkpoint import StoredTensor
+from linchain_cli.model.classifier import Outputs, check_missing, clear_drawn
 from linchain_cli.model.config import (
     UNUSABLE,
     auto_class,
@@ -117,17 +118,26 @@ def load_model(
     device: torch.device | str | None = None,
     quantization: str = "none",
     attention: str = "auto",
+    outputs: Outputs | None = None,
 ) -> PreTrainedModel:
     """The model of a checkpoint directory, in eval mode, all frozen, on `device` (default: the GPU, if any).
 
     `quantization` rounds the linear layers but the output head: `int8` (as bitsandbytes stores it) or `nf4`
-    (4-bit normal float, double quantisation, computing in `dtype`).
+    (4-bit normal float, double quantisation, computing in `dtype`). With `outputs` it is a sequence
+    classifier, whose head is zero where the checkpoint has none for these outputs (`chain.head` draws it).
 
     Raises InputError for a checkpoint that cannot be used (damaged, incomplete, not decoder-only, quantised
     in a form that cannot be restored, wrong options) and LinchainError if it does not fit into memory.
     """
     device = torch.device(device) if device is not None else default_device()
-    model = read_model(directory, dtype=dtype, device=device, quantization=quantization, attention=attention)
+    model = read_model(
+        directory,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        attention=attention,
+        outputs=outputs,
+    )
     choose_attention(model, attention)
     return model
 
@@ -146,6 +156,7 @@ def read_model(
     attention: str,
     fill: Fill | None = None,
     spread: bool = False,
+    outputs: Outputs | None = None,
 ) -> PreTrainedModel:
     """`load_model` without linchain's own attention, for which the model has to run.
 
@@ -154,7 +165,7 @@ def read_model(
     """
     directory = Path(directory)
     resolved = resolve_dtype(dtype, device)
-    config = load_config(directory)
+    config = load_config(directory, outputs)
     weight_files(directory)
     implementation = resolve_attention(attention, device)
     options = {
@@ -165,15 +176,22 @@ def read_model(
             quantization, resolved, resolved if spread else torch.uint8
         ),
         "device_map": {"": device} if device.type != "cpu" or quantization != "none" else None,
-        "generation_config": _generation_config(directory, config),
     }
+    if outputs is None:
+        options["generation_config"] = _generation_config(directory, config)
+    else:
+        options["ignore_mismatched_sizes"] = True  # a classifier of other classes: `check_missing` looks
     if fill is None and quantization_of(read_config(directory)):
         fill = _read_restored(directory)
     with loading_problems(directory, attention), quiet(), _filled_by(fill):
-        model, loading = auto_class(config).from_pretrained(
+        model, loading = auto_class(config, outputs).from_pretrained(
             directory, output_loading_info=True, trust_remote_code=False, **options
         )
-    refuse_incomplete(directory, loading.get("missing_keys", ()))
+    missing = loading.get("missing_keys", ())
+    if outputs is not None:
+        missing = check_missing(model, missing, [key for key, *_ in loading.get("mismatched_keys", ())])
+        clear_drawn(model)
+    refuse_incomplete(directory, missing)
     _refuse_rounded_head(model, quantization)
     _keep_differentiable(model)
     store_only(model, resolved)

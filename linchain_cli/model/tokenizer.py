@@ -22,7 +22,7 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     directory = Path(directory)
     if not any(
         (directory / name).is_file()
-        for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+        for name in ("tokenizer.json", "tokenizer.model", "spm.model", "vocab.json", "vocab.txt")
     ):
         raise InputError(
             f"{directory} holds no tokenizer (tokenizer.json). Copy the model's tokenizer files into it."

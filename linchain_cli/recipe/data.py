@@ -182,20 +182,22 @@ class DataConfig(StrictModel):
     """Rows, and how they become text."""
 
     train: Sources
-    """Registered name (commonsense170k, everyday), hub id, file (.json, .jsonl, .ndjson, .csv, .tsv, also
-    .gz, .bz2, .xz, .zst; .parquet, .arrow), directory, pattern (data/*.jsonl) or address
-    (s3://bucket/rows.jsonl); or a list of these; or mappings with path and what one source alone needs. Paths
-    are relative to the current directory."""
+    """Registered name (commonsense170k, everyday; glue/rte and GLUE's other tasks), hub id, file (.json,
+    .jsonl, .ndjson, .csv, .tsv, also .gz, .bz2, .xz, .zst; .parquet, .arrow), directory, pattern
+    (data/*.jsonl) or address (s3://bucket/rows.jsonl); or a list of these; or mappings with path and what
+    one source alone needs. Paths are relative to the current directory."""
     split: Text | None = None
     """Split of the sources that name none, or a slice of it, such as train[:1000]; null is train, or the only
     one."""
     revision: Text | None = None
     """Branch, tag or commit of a hub data set."""
     columns: Columns = {}
-    """Where columns have other names, ours to theirs: {instruction: question, output: solution}."""
+    """Where columns have other names, ours to theirs: {instruction: question, output: solution}; of rows
+    with a label {text: premise, text_pair: hypothesis, label: gold_label}, of which text_pair may be left
+    out. Those that such columns are usually called are found."""
     labels: Columns = {}
     """Where answers are numbers or codes, the words for them: {0: negative, 1: positive}. Classes that a
-    data set names itself need none."""
+    data set names itself need none. Of a classification: the classes' names, in this order."""
     validation: Validation = "auto"
     """Rows held out of train by split_seed: auto (120, but at most a tenth of the rows), a number (0 for
     none) or a share such as 5%. Or a source of its own: what train takes, or a mapping with path, split,

@@ -95,7 +95,7 @@ Factor = Annotated[float, Field(ge=0)]
 
 
 class LearningRateFactors(StrictModel):
-    """Factors on learning_rate for the parts of the chain; 0 keeps a part as it was initialised."""
+    """Factors on learning_rate for the parts of what is trained; 0 keeps a part as it was initialised."""
 
     A: Factor = 1.0
     """Factor for A."""
@@ -103,6 +103,8 @@ class LearningRateFactors(StrictModel):
     """Factor for the links."""
     B: Factor = 1.0
     """Factor for B."""
+    head: Factor = 1.0
+    """Factor for the head of a classification or regression, which is trained whole."""
 
 
 def _kind_of_warmup(value: Any) -> str:
@@ -134,6 +136,7 @@ MicroBatch = Annotated[
     choose(_number_or_auto),
     Expected("a whole number of at least 1, auto"),  # or null, as its field says
 ]
+BestBy = Literal["auto", "loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"
 ]
@@ -161,7 +164,7 @@ class TrainingConfig(StrictModel):
     warmup_steps: WarmUp = 0.05
     """Steps over which the learning rate rises from zero: a number of them, or a share of the run below 1."""
     lr_multiplier: LearningRateFactors = LearningRateFactors()
-    """Factors on the learning rate of A, links and B."""
+    """Factors on the learning rate of A, links, B and a classifier's head."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
@@ -193,9 +196,13 @@ class TrainingConfig(StrictModel):
     keep_checkpoints: Count = 2
     """Newest checkpoints kept on disk."""
     keep: Literal["best", "last"] = "best"
-    """What adapter/ holds at the end: the values with the lowest validation loss, or the last ones."""
+    """What adapter/ holds at the end: the values of the best validation, or the last ones."""
+    best_by: BestBy = "auto"
+    """What tells the best validation: its loss, or how well labels are told (accuracy, f1 and matthews of
+    classes; pearson and spearman of numbers). auto: the loss where text is learned, what GLUE goes by for
+    its tasks, else accuracy or pearson. Of equal ones the lower loss."""
     early_stopping: Count | None = None
-    """Stop after this many validations in a row without a lower loss; null never stops early."""
+    """Stop after this many validations in a row without a better one; null never stops early."""
     trackers: list[Tracker] = []
     """Experiment trackers that get the metrics too; each needs its own package."""
 
@@ -232,13 +239,21 @@ class TrainingConfig(StrictModel):
 
 
 Protocol = Literal["likelihood", "generate"]
+Task = Literal["causal", "classification", "regression"]
+# What can be told of a task's predictions, beside the loss.
+METRICS: dict[Task, tuple[str, ...]] = {
+    "causal": (),
+    "classification": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+}
 
 
 class EvaluationConfig(StrictModel):
     """What `linchain train` evaluates when it is done."""
 
     tasks: list[Text] = []
-    """Task names, as `linchain eval --tasks` takes them; none by default."""
+    """Task names, as `linchain eval --tasks` takes them; none by default. Of a classification or regression:
+    labelled rows, as data.train takes them; a data set's split `validation` unless it is a file."""
     protocol: Protocol = "likelihood"
     """likelihood compares the options' probabilities; generate lets the model write and reads its answer."""
     limit: Count | None = None
@@ -250,6 +265,10 @@ class EvaluationConfig(StrictModel):
 class Recipe(StrictModel):
     """All that a run is made from."""
 
+    task: Task = "causal"
+    """causal: text is learned, token by token. classification, regression: a class or a number is told from
+    one text or two, by a head on the base, which may be an encoder (BERT, RoBERTa, DeBERTa-v3, ModernBERT)
+    or a decoder."""
     name: FileName
     """The run is written to <output_dir>/<name>."""
     output_dir: Text = "runs"
@@ -278,6 +297,7 @@ class Recipe(StrictModel):
         return {**value, **empty}
 
     def conflicts(self) -> Iterator[Conflict]:
+        yield from self._conflicts_of_task()
         if self.data.validation != 0:
             return
         if self.training.keep == "best":
@@ -289,10 +309,44 @@ class Recipe(StrictModel):
             keys = ("training.early_stopping", "data.validation")
             yield Conflict(keys, "early stopping is by validation loss, and data.validation is 0.")
 
+    def _conflicts_of_task(self) -> Iterator[Conflict]:
+        best_by = self.training.best_by
+        if best_by not in ("auto", "loss", *METRICS[self.task]):
+            fitting = ", ".join(("auto", "loss", *METRICS[self.task]))
+            yield Conflict(("training.best_by", "task"), f"of task: {self.task} it is one of {fitting}.")
+        if self.task == "causal":
+            if self.training.lr_multiplier.head != 1:
+                keys = ("training.lr_multiplier.head", "task")
+                yield Conflict(keys, "task: causal has no head of its own to train.")
+            return
+        for key, given in (
+            ("template", self.data.template != "auto"),
+            ("train_on_inputs", self.data.train_on_inputs),
+        ):
+            if given:
+                message = f"it is about answers; rows of task: {self.task} have a label. Leave it out."
+                yield Conflict((f"data.{key}", "task"), message)
+        if self.task == "regression" and self.data.labels:
+            yield Conflict(("data.labels", "task"), "a regression's labels are numbers, not words.")
+        if self.model.quantization != "none":
+            keys = ("model.quantization", "task")
+            yield Conflict(keys, f"task: {self.task} needs an unrounded base: set quantization to none.")
+        if self.training.learning_rate == "auto":
+            keys = ("training.learning_rate", "task")
+            yield Conflict(keys, f"auto knows language models' rates, not those of task: {self.task}.")
+        if self.training.parallel in ("shard", "hybrid"):
+            keys = ("training.parallel", "task")
+            yield Conflict(keys, f"task: {self.task} needs the base whole on every process: set it to auto.")
+
     @property
     def run_path(self) -> Path:
         """Where the run is written."""
         return expand(self.output_dir) / self.name
+
+    @property
+    def evaluated_by(self) -> str:
+        """The protocol of its evaluation: that of written answers, or the task, of labels that are told."""
+        return self.evaluation.protocol if self.task == "causal" else self.task
 
     def flat(self) -> dict[str, Any]:
         """Its values as JSON has them, by dotted key; an empty mapping is a value."""

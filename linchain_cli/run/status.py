@@ -68,6 +68,7 @@ class RunStatus:
     status, reason: how it stands, and why if it did not finish
     created_at, started_at, finished_at: UTC, ISO 8601
     hashes: of `recipe`, `data` and `base`; of an old run, base's is that of the weight files' bytes
+    classes: the names of a classification's classes, in the order of the head's outputs
     coverage: of the decoder's weights, how many have a chain and which kinds have none
     rows: counts of kept, skipped and truncated rows, of all sources and of each
     learning_rate, auto_rate: the peak, and what `auto` made it of, where the recipe left it to be found
@@ -103,6 +104,7 @@ class RunStatus:
     micro_batch_size: int | None = None
     micro_batch_tokens: int | None = None
     trainable_parameters: int | None = None
+    classes: list[str] | None = None
     adapted_modules: int | None = None
     coverage: dict[str, Any] | None = None
     rows: dict[str, Any] = field(default_factory=dict)

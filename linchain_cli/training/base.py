@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from linchain_cli.data.labelled import find_classes
 from linchain_cli.errors import InputError
+from linchain_cli.model.classifier import Outputs, is_classifier, padding
 from linchain_cli.model.fast import changing_nothing
 from linchain_cli.model.files import FoundBase
 from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
@@ -39,7 +41,8 @@ WHOLE_SHARE = 0.6
 class Base:
     """A frozen base model with its tokenizer; one may serve several runs after another.
 
-    `source` and `commit` are those of model.files.FoundBase.
+    `source` and `commit` are those of model.files.FoundBase; `outputs` are those of a classifier, None of a
+    language model.
     """
 
     directory: Path
@@ -49,10 +52,14 @@ class Base:
     sharded: bool = False
     source: str | None = None
     commit: str | None = None
+    outputs: Outputs | None = None
 
     @property
     def pad_id(self) -> int:
-        """What fills short rows. No loss reads it, so any token does that the model has an embedding for."""
+        """What fills short rows. No loss reads it, so any token does that the model has an embedding for, but
+        a classifier's head looks for it."""
+        if self.outputs is not None:
+            return padding(self.model, self.tokenizer)
         embeddings = self.model.get_input_embeddings().weight.shape[0]
         candidates = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(token for token in candidates if token is not None and 0 <= token < embeddings)
@@ -90,15 +97,27 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
                 **options,
             )
         else:
-            model = load_model(directory, device=device, **options)
+            model = load_model(directory, device=device, outputs=outputs, **options)
         tokenizer = load_tokenizer(directory)
-        return Base(directory, model, tokenizer, weights, sharded, found.source, found.commit)
+        return Base(directory, model, tokenizer, weights, sharded, found.source, found.commit, outputs)
 
     weights = from_main(accelerator, on_main(accelerator, lambda: base_hash(directory)))
+    outputs = from_main(accelerator, on_main(accelerator, lambda: recipe_outputs(recipe)))
     base = together(accelerator, load)
     together(accelerator, lambda: refuse_unfit(base.model, recipe.training))
     together(accelerator, lambda: suit_to_training(base.model))
     return base
+
+
+def recipe_outputs(recipe: Recipe) -> Outputs | None:
+    """What a recipe's classifier tells, with the classes of its training rows; None of a language model.
+
+    Raises:
+        InputError: the rows are not there, or their labels are no classes.
+    """
+    if recipe.task == "causal":
+        return None
+    return Outputs(find_classes(recipe.data) if recipe.task == "classification" else ())
 
 
 def refuse_unfit(model: nn.Module, training: TrainingConfig) -> None:
@@ -107,7 +126,7 @@ def refuse_unfit(model: nn.Module, training: TrainingConfig) -> None:
     Raises:
         InputError: it has no output projection or no blocks, and the recipe needs them.
     """
-    if model.get_output_embeddings() is None:
+    if not is_classifier(model) and model.get_output_embeddings() is None:
         raise InputError(
             f"{type(model).__name__} has no output projection, whose logits the loss is computed from; this"
             " architecture is not supported"
@@ -126,9 +145,11 @@ def suit_to_training(model: nn.Module) -> Callable[[], None]:
         InputError: it cannot be split into backbone and head, or changes its own weights.
     """
     with changing_nothing(model):
-        check_split(model)
+        if not is_classifier(model):
+            check_split(model)
         norms = make_norms_lean(model)
-        allow_flat_rows(model)
+        if not is_classifier(model):
+            allow_flat_rows(model)
 
     def undo() -> None:
         for put_back in norms:
@@ -158,6 +179,8 @@ def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:
         )
     if wanted != "auto":
         return spread
+    if recipe.task != "causal":
+        return False
     if accelerator.num_processes == 1 or quantization == "int8" or accelerator.device.type != "cuda":
         return False
     # Nearly all of a large model is in its blocks, which are what quantisation rounds.

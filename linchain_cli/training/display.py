@@ -95,10 +95,11 @@ class Display:
         speed = f"{tokens_per_second:,.0f} tokens/s"
         self.console.print(f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed}  {left} left")
 
-    def validation(self, step: int, loss: float, best: bool) -> None:
-        """After a validation."""
+    def validation(self, step: int, values: dict[str, float], best: bool) -> None:
+        """After a validation, of which `values` are the loss and what else was measured."""
         if not self.brief:
-            self.console.print(f"step {step}: validation loss {loss:.4f}{' (best so far)' if best else ''}")
+            told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            self.console.print(f"step {step}: validation {told}{' (best so far)' if best else ''}")
 
     def note(self, message: str) -> None:
         """Anything the user should know."""

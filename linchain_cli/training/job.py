@@ -30,10 +30,13 @@ from linchain_cli.chain import (
     load_tensors,
 )
 from linchain_cli.chain.files import TENSORS_FILE
+from linchain_cli.chain.head import head_of, initialise_head, load_head, make_trainable
 from linchain_cli.data.batches import micro_batches, steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
+from linchain_cli.model.classifier import drawn_names, head_names, initial_deviation
+from linchain_cli.model.fast import record
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.limits import limits
@@ -48,6 +51,7 @@ from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.display import counting_rows
 from linchain_cli.training.fingerprints import MICRO_BATCH, compare, fingerprints
+from linchain_cli.training.objective import Objective, objective_of
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
 from linchain_cli.training.rate import AutoRate, with_rate
@@ -56,8 +60,9 @@ from linchain_cli.training.state import TrainingState
 
 @dataclass
 class Job:
-    """One run, ready to train. `parameters` are the trained tensors by the adapter file's names; `auto_rate`
-    says how the learning rate was found where the recipe left it to be found."""
+    """One run, ready to train. `parameters` are the trained tensors by the adapter file's names, those of a
+    classifier's `head` among them; `auto_rate` says how the learning rate was found where the recipe left it
+    to be found."""
 
     recipe: Recipe
     run: RunDirectory
@@ -69,6 +74,8 @@ class Job:
     optimizer: FlatAdamW
     store: CheckpointStore
     fingerprints: dict[str, Any]
+    objective: Objective
+    head: tuple[str, ...] = ()
     auto_rate: AutoRate | None = None
     state: TrainingState = field(default_factory=TrainingState)
     best: dict[str, Tensor] | None = None
@@ -112,7 +119,9 @@ class Job:
         """The adapter as it stands."""
         model = self.recipe.model
         base = {"path": model.path, "revision": model.revision, "hash": self.base.hash}
-        return adapter_of(self.model, chain_config(self.recipe), base)
+        outputs = self.base.outputs
+        head = head_of(self.model, self.head, outputs.classes) if outputs else None
+        return adapter_of(self.model, chain_config(self.recipe), base, head)
 
     def checkpoint_files(self) -> dict[str, bytes]:
         """The files of a checkpoint of this moment."""
@@ -186,7 +195,22 @@ def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, Chain]:
         )
     for path, layer in layers.items():
         load_tensors(layer, adapter.tensors[path])
+    if adapter.head:
+        load_head(model, adapter.head)
     return layers
+
+
+def put_on_head(base: Base, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """A classifier's head as trained parameters; what the checkpoint has no values for begins by the recipe's
+    seed. Comes before the chains, which may bring a head."""
+    model = base.model
+    names, drawn = head_names(model), drawn_names(model)
+    stored = {name: model.get_parameter(name) for name in names if name not in drawn}
+    # The base may have served another run before, which trained these.
+    before = record(model).setdefault("head", states.snapshot(stored))
+    states.restore(stored, before)
+    initialise_head(model, drawn, recipe.seed, initial_deviation(model))
+    return make_trainable(model, names)
 
 
 def prepare(
@@ -207,18 +231,21 @@ def prepare(
     """
     base = base or load_base(recipe, accelerator, run if resume else None)
     readable = limits(base.model)
+    rows = {"task": recipe.task, "classes": base.outputs and base.outputs.classes}
     # The first process encodes; the others find its cache.
     with counting_rows(quiet=not accelerator.is_main_process) as progress:
         data = on_main(
-            accelerator, lambda: prepare_data(recipe.data, base.tokenizer, readable, progress=progress)
+            accelerator,
+            lambda: prepare_data(recipe.data, base.tokenizer, readable, progress=progress, **rows),
         )
-    data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer, readable))
-    recipe, found_rate = with_rate(recipe.model_copy(update={"data": data.config}), base.model)
+    data = together(accelerator, lambda: data or prepare_data(recipe.data, base.tokenizer, readable, **rows))
+    recipe, found_rate = with_rate(settled(recipe, data), base.model)
     if base.sharded:
         together(accelerator, lambda: _refuse_classes(base.model, data))
+    head = together(accelerator, lambda: put_on_head(base, recipe)) if base.outputs else {}
     layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
     any_rows = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)
-    find_siblings(base.model, lambda: hidden_states(base.model, any_rows))
+    find_siblings(base.model, lambda: _any_forward(base, any_rows))
     training = recipe.training
     set_up_blocks(
         base.model,
@@ -226,7 +253,9 @@ def prepare(
         compiled=training.compile,
         offload=training.offload_activations,
     )
-    parameters = trained_parameters(layers)
+    for parameter in head.values():
+        parameter.requires_grad_()  # which putting in chains has taken back
+    parameters = trained_parameters(layers) | head
     optimizer = FlatAdamW(parameters, training.weight_decay, training.lr_multiplier.model_dump())
     marks = fingerprints(
         recipe,
@@ -241,10 +270,38 @@ def prepare(
         sharded=base.sharded,
     )
     store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
-    state = states.first_state(base.model.dtype)
+    objective, state = objective_of(recipe, data), states.first_state(base.model.dtype)
     return Job(
-        recipe, run, accelerator, base, layers, data, parameters, optimizer, store, marks, found_rate, state
+        recipe,
+        run,
+        accelerator,
+        base,
+        layers,
+        data,
+        parameters,
+        optimizer,
+        store,
+        marks,
+        objective,
+        tuple(head),
+        found_rate,
+        state,
     )
+
+
+def settled(recipe: Recipe, data: PreparedData) -> Recipe:
+    """The recipe with what its rows decide written out."""
+    training = recipe.training
+    if recipe.task != "causal" and training.best_by == "auto":
+        usual = "accuracy" if recipe.task == "classification" else "pearson"
+        training = training.model_copy(update={"best_by": data.metric or usual})
+    return recipe.model_copy(update={"data": data.config, "training": training})
+
+
+def _any_forward(base: Base, rows: Tensor) -> Tensor:
+    if base.outputs is not None:
+        return base.model.base_model(input_ids=rows).last_hidden_state
+    return hidden_states(base.model, rows)
 
 
 def _refuse_classes(model: nn.Module, data: PreparedData) -> None:
@@ -374,6 +431,7 @@ def description(job: Job) -> dict[str, Any]:
         "micro_batch_tokens": job.state.micro_batch_tokens,
         "trainable_parameters": sum(parameter.numel() for parameter in parameters.values()),
         "adapted_modules": len(job.layers),
+        "classes": list(job.base.outputs.classes) if job.base.outputs else None,
         "coverage": asdict(chain_coverage(job)),
         "rows": data.counts(),
     }

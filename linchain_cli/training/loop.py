@@ -15,10 +15,9 @@ from torch import Tensor
 from linchain_cli import run as runs
 from linchain_cli import storage
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import collate, step_rows
+from linchain_cli.data.batches import step_rows
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import release_memory
-from linchain_cli.training import loss
 from linchain_cli.training import state as states
 from linchain_cli.training.display import Display
 from linchain_cli.training.job import Job
@@ -76,11 +75,11 @@ def train(job: Job, display: Display, stop: StopRequest, cpus: LoadedCpus) -> No
             message = f"stopped at step {state.step} of {job.total_steps}; continue with --resume"
             raise_on_all(job.accelerator, Stopped(message, step.signum))
     if stops_early(job):
-        display.note(f"stopped early at step {state.step}: {state.stale} validations without a lower loss")
+        display.note(f"stopped early at step {state.step}: {state.stale} validations without a better one")
 
 
 def stops_early(job: Job) -> bool:
-    """Whether the validation loss has not improved for as many validations as the recipe tolerates."""
+    """Whether validation has not got better for as many times as the recipe tolerates."""
     patience = job.recipe.training.early_stopping
     return patience is not None and job.state.stale >= patience
 
@@ -158,9 +157,9 @@ def _add_gradients(job: Job, rows: np.ndarray) -> tuple[Tensor, int]:
         for index, part in enumerate(job.micro_batches(rows, data)):
             if job.recipe.adapter.dropout:
                 torch.manual_seed(dropout_seed(job.recipe.seed, job.state.step, index, rank))
-            batch = collate(data, part, job.base.pad_id)
+            batch = job.objective.collate(data, part, job.base.pad_id)
             slots += batch.input_ids.numel()
-            total += loss.add_gradients(job.model, batch, scale, job.device)
+            total += job.objective.add_gradients(job.model, batch, scale, job.device)
     return total, slots
 
 
@@ -191,43 +190,43 @@ def dropout_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
 
 
 def validate(job: Job, display: Display) -> None:
-    """Measures and records the validation loss, and keeps the best adapter.
+    """Measures and records the validation loss (and how well labels are told), and keeps the best adapter.
 
     Raises:
         LinchainError: the loss is not finite.
     """
     state = job.state
-    value = validation_loss(job)
+    values = validation(job)
+    value, told_by = values["loss"], job.objective.best_by
     if not math.isfinite(value):
         message = f"step {state.step}: the validation loss is {value}; the checkpoints up to here are kept."
         raise_on_all(job.accelerator, LinchainError(f"{message} A lower training.learning_rate may help."))
-    better = state.best_loss is None or value < state.best_loss
+    metric = None if told_by == "loss" else values[told_by]
+    better = state.is_better(value, metric)
     if better:
-        state.best_loss, state.best_step, state.stale = value, state.step, 0
+        state.best_loss, state.best_metric, state.best_step, state.stale = value, metric, state.step, 0
         if job.recipe.training.keep == "best":
             job.best = states.snapshot(job.parameters)
     else:
         state.stale += 1
-    _record(job, {"eval_loss": value})
-    display.validation(state.step, value, better)
+    _record(job, {f"eval_{name}": number for name, number in values.items()})
+    display.validation(state.step, values, better)
 
 
 @torch.no_grad()
-def validation_loss(job: Job, rows: np.ndarray | None = None) -> float:
-    """Mean loss over all supervised tokens of the validation rows, or of some of them, shared over the
-    processes."""
+def validation(job: Job, rows: np.ndarray | None = None) -> dict[str, float]:
+    """The mean loss over the validation rows, or over some of them, and what else the objective measures,
+    shared over the processes."""
     data = job.data.validation
     rows = np.arange(len(data)) if rows is None else rows
 
-    def summed() -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=job.device)
+    def read() -> Any:
         with folded(job.model):
-            for part in job.micro_batches(rows, data):
-                total += loss.summed_loss(job.model, collate(data, part, job.base.pad_id), job.device)
-        return total
+            return job.objective.read(
+                job.model, data, job.micro_batches(rows, data), job.base.pad_id, job.device
+            )
 
-    total = job.accelerator.reduce(within_budget(job, summed), reduction="sum")
-    return (total / data.supervised_counts[rows].sum()).item()
+    return job.objective.judge(job.accelerator, within_budget(job, read), data, rows)
 
 
 def save(job: Job) -> None:

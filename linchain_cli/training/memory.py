@@ -8,18 +8,17 @@ import math
 import re
 import threading
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import Batch, collate, step_rows, steps_per_epoch
+from linchain_cli.data.batches import step_rows, steps_per_epoch
 from linchain_cli.errors import LinchainError
 from linchain_cli.machine import available_memory, resident_bytes
 from linchain_cli.recipe import Recipe
-from linchain_cli.training import loss
 from linchain_cli.training.job import Job
 
 logger = logging.getLogger(__name__)
@@ -48,9 +47,9 @@ def find_tokens(job: Job, note: Callable[[str], None]) -> int:
 
     def measured(size: int) -> tuple[float, float]:
         """Bytes that `size` rows need (0: a few tokens), and those there are: the worst process's."""
-        batch = collate(data, longest[: max(1, size)], job.base.pad_id)
+        batch = job.objective.collate(data, longest[: max(1, size)], job.base.pad_id)
         if size == 0:
-            batch = Batch(*(t[:, :_FEW] for t in (batch.input_ids, batch.attention_mask, batch.labels)))
+            batch = job.objective.beginnings(batch, _FEW)
         found = gather_object([(_peak_of(job, batch) - before, room)])
         return max(need for need, _ in found), min(room for _, room in found)
 
@@ -104,17 +103,17 @@ def _halve(job: Job) -> bool:
     return True
 
 
-def _peak_of(job: Job, batch: Batch) -> int:
+def _peak_of(job: Job, batch: Any) -> int:
     """The most memory in use during a forward and a backward pass."""
     with _peak(job.device) as peak:
         _forward_and_backward(job, batch)
     return peak.bytes
 
 
-def _forward_and_backward(job: Job, batch: Batch) -> None:
+def _forward_and_backward(job: Job, batch: Any) -> None:
     """What a micro-batch takes, with nothing left of it: no gradient, no number that the run computes."""
     with folded(job.model), job.dropping_out():
-        loss.add_gradients(job.model, batch, 1.0, job.device)
+        job.objective.add_gradients(job.model, batch, 1.0, job.device)
     job.optimizer.zero_grad()
 
 
@@ -146,7 +145,7 @@ def _run_heaviest(job: Job) -> None:
         if tokens is not None:  # on every process, because all take part in each
             largest.append(max(parts, key=with_padding))
         for part in largest:
-            _forward_and_backward(job, collate(data, part, job.base.pad_id))
+            _forward_and_backward(job, job.objective.collate(data, part, job.base.pad_id))
 
 
 def heaviest_steps(

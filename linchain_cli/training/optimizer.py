@@ -16,7 +16,7 @@ from linchain_cli.recipe import TrainingConfig
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
-KINDS = ("A", "links", "B")
+KINDS = ("A", "links", "B", "head")  # head: whatever is trained beside the chains
 EXTRAS = 4  # numbers that are summed over processes with the gradients
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ROW = 1024  # of so many gradients the squares are summed first, as float32 sums of more lose digits
@@ -24,8 +24,15 @@ _ROW = 1024  # of so many gradients the squares are summed first, as float32 sum
 
 def trained_parameters(layers: Mapping[str, Chain]) -> dict[str, nn.Parameter]:
     """A, links and B of every layer by the adapter file's names; empty links (depth 0) are left out."""
-    named = {f"{path}.{name}": getattr(layer, name) for path, layer in layers.items() for name in KINDS}
+    of_chains = KINDS[:-1]
+    named = {f"{path}.{name}": getattr(layer, name) for path, layer in layers.items() for name in of_chains}
     return {name: parameter for name, parameter in named.items() if parameter.numel()}
+
+
+def kind_of(name: str) -> str:
+    """What a trained tensor is, by its name in the adapter's file."""
+    last = name.rpartition(".")[2]
+    return last if last in KINDS else "head"
 
 
 def refuse_optimizer(training: TrainingConfig) -> None:
@@ -51,7 +58,7 @@ class FlatAdamW(torch.optim.AdamW):
         extras: (EXTRAS,), room for a few numbers that travel with the gradients.
 
     Args:
-        parameters: by the adapter file's names, the last part of which is the kind.
+        parameters: by the adapter file's names, of which `kind_of` tells the kind.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class FlatAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         multipliers: Mapping[str, float] | None = None,
     ):
-        by_kind = {kind: {n: p for n, p in parameters.items() if n.endswith("." + kind)} for kind in KINDS}
+        by_kind = {kind: {n: p for n, p in parameters.items() if kind_of(n) == kind} for kind in KINDS}
         ordered = [parameter for members in by_kind.values() for parameter in members.values()]
         values = torch.cat([parameter.detach().flatten() for parameter in ordered])
         rows = math.ceil(len(values) / _ROW)

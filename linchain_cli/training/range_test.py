@@ -15,7 +15,7 @@ import numpy as np
 from linchain_cli.data.batches import step_rows
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.training.job import Job
-from linchain_cli.training.loop import optimizer_step, validation_loss
+from linchain_cli.training.loop import optimizer_step, validation
 from linchain_cli.training.signals import StopRequest
 
 # Held-out rows that are read after every step, at most: they cost a third of what training rows cost.
@@ -59,7 +59,7 @@ def range_test(
         LinchainError: not even the first step was finite.
     """
     watched, points = watched_rows(job), []
-    lowest = start = validation_loss(job, watched)
+    lowest = start = validation(job, watched)["loss"]
     stop.deferred = True
     for number, rate in enumerate(rates, 1):
         rows = step_rows(
@@ -72,7 +72,7 @@ def range_test(
                 raise
             break  # the rate before was too high already
         job.state.step += 1
-        points.append(RangePoint(rate, step.loss, validation_loss(job, watched)))
+        points.append(RangePoint(rate, step.loss, validation(job, watched)["loss"]))
         show(number)
         if step.signum:
             raise Stopped(stop.message, step.signum)

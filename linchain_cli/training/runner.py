@@ -13,7 +13,7 @@ import torch
 
 from linchain_cli import run as runs
 from linchain_cli import storage
-from linchain_cli.chain import load_adapter, load_tensors, save_adapter
+from linchain_cli.chain import load_adapter, named_tensors, save_adapter
 from linchain_cli.console import note, warn
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import SharedCpus, limit_threads
@@ -132,8 +132,7 @@ def finished_job(run: RunDirectory) -> Job:
     read = on_main(accelerator, lambda: (load_recipe(run.recipe_path), load_adapter(run.adapter_dir)))
     recipe, adapter = from_main(accelerator, read)
     job = jobs.prepare(recipe, run, accelerator, resume=True)
-    for path, layer in job.layers.items():
-        load_tensors(layer, adapter.tensors[path])
+    states.restore(job.parameters, named_tensors(adapter))
     return job
 
 

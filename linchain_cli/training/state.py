@@ -25,9 +25,10 @@ class TrainingState:
     """Counters of a run. Row order and dropout are functions of the step, so no random state belongs here.
 
     `rows`, `tokens` and `supervised_tokens` are what was consumed so far, unpadded, over all processes;
-    `seconds` is time spent in steps. `best_step` and `best_loss` are those of the lowest validation loss;
-    `stale` counts the validations since. Micro-batches have up to `micro_batch_size` rows, or with `auto` up
-    to `micro_batch_tokens` tokens, padding included.
+    `seconds` is time spent in steps. `best_step`, `best_loss` and `best_metric` are those of the best
+    validation (`best_metric` None where the loss tells it); `stale` counts the validations since.
+    Micro-batches have up to `micro_batch_size` rows, or with `auto` up to `micro_batch_tokens` tokens,
+    padding included.
 
     `loss_scale` is what the loss is multiplied by before its gradients are taken, so that small ones do not
     vanish in float16; 1 in other types. A step whose gradients overflow is computed again at half of it; it
@@ -42,11 +43,21 @@ class TrainingState:
     seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
+    best_metric: float | None = None
     stale: int = 0
     micro_batch_size: int | None = None
     micro_batch_tokens: int | None = None
     loss_scale: float = 1.0
     steps_at_scale: int = 0
+
+    def is_better(self, loss: float, metric: float | None) -> bool:
+        """Whether a validation is better than the best one: by the metric, if there is one, then by the
+        loss."""
+        if self.best_loss is None:
+            return True
+        if metric is None or self.best_metric is None or metric == self.best_metric:
+            return loss < self.best_loss
+        return metric > self.best_metric
 
     def halve_loss_scale(self) -> bool:
         """Whether there is a smaller scale, which is the one from now on."""

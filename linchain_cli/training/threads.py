@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import collate
 from linchain_cli.machine import SharedCpus
-from linchain_cli.training import loss
 from linchain_cli.training.job import Job
 
 
@@ -58,8 +56,8 @@ class LoadedCpus:
         torch.set_num_threads(threads)
         try:
             with folded(job.model):
-                batch = collate(job.data.train, rows, job.base.pad_id)
-                loss.add_gradients(job.model, batch, 1.0, job.device)
+                batch = job.objective.collate(job.data.train, rows, job.base.pad_id)
+                job.objective.add_gradients(job.model, batch, 1.0, job.device)
             return job.optimizer.sums.clone()
         finally:
             job.optimizer.zero_grad()

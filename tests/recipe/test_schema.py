@@ -21,6 +21,7 @@ MINIMAL = {"name": "r", "model": {"path": "m"}, "data": {"train": "d.json"}}
 
 # The defaults are a promise to users: a changed one must be changed here too, and told in CHANGELOG.md.
 DEFAULTS = """\
+task: causal
 output_dir: runs
 seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
@@ -31,11 +32,12 @@ chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: 
        max_length: auto, on_long_row: cut, on_bad_row: error, max_unsupervised_share: 0.0}
 training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: null, learning_rate: 3.0e-4,
 lr_scheduler: linear,
-           warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0}, weight_decay: 0.0, max_grad_norm:
-           1.0, optimizer: adamw,
+           warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0, head: 1.0}, weight_decay: 0.0,
+           max_grad_norm: 1.0, optimizer: adamw,
            gradient_checkpointing: false, offload_activations: false, compile: false, deterministic: false,
            parallel: auto, offload_base: false, log_every: 10, eval_every: 200,
-           save_every: 200, keep_checkpoints: 2, keep: best, early_stopping: null, trackers: []}
+           save_every: 200, keep_checkpoints: 2, keep: best, best_by: auto, early_stopping: null,
+           trackers: []}
 evaluation: {tasks: [], protocol: likelihood, limit: null, data_dir: null}
 """
 

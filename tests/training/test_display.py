@@ -49,7 +49,7 @@ def lines_of_a_run(monkeypatch, capsys, **options) -> list[str]:
             shown.step(step, 2.0, 5000.0)
             if step % 50 == 0:
                 shown.row({"step": step, "loss": 1.5, "tokens_per_second": 4000.0})
-                shown.validation(step, 1.25, best=True)
+                shown.validation(step, {"loss": 1.25}, best=True)
     return capsys.readouterr().err.splitlines()
 
 

@@ -227,7 +227,7 @@ def test_step_zero_is_the_base_model(job_of):
 def test_dropout_is_on_in_steps_alone_and_a_function_of_the_step(job_of):
     job = job_of({"adapter.dropout": 0.5})
     make_different_from_base(job.model)
-    assert loop.validation_loss(job) == loop.validation_loss(job)
+    assert loop.validation(job) == loop.validation(job)
     rows = np.arange(4)
 
     def gradient_of(step: int) -> torch.Tensor:
@@ -287,7 +287,7 @@ def test_validation_is_the_mean_over_supervised_tokens(job_of):
         count = int((batch.labels[:, 1:] != IGNORED).sum())
         total += job.model(input_ids=batch.input_ids, labels=batch.labels).loss.item() * count
         tokens += count
-    assert loop.validation_loss(job) == pytest.approx(total / tokens, rel=1e-5)
+    assert loop.validation(job)["loss"] == pytest.approx(total / tokens, rel=1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -9,7 +9,7 @@ import torch
 from linchain_cli.data.batches import collate, micro_batches, step_rows
 from linchain_cli.errors import LinchainError
 from linchain_cli.run import RunDirectory, read_jsonl
-from linchain_cli.training import loop, memory, runner
+from linchain_cli.training import loop, loss, memory, runner
 from linchain_cli.training.state import STATE_FILE, read_state
 
 GIB = memory.GIB
@@ -162,7 +162,7 @@ def test_a_run_that_runs_out_of_memory_fails_with_a_reason(run_tiny, recipe_of, 
 
 def test_memory_runs_out_before_the_first_step_or_not_at_all(run_tiny, recipe_of, monkeypatch):
     """A micro-batch of the last step is too much: nothing is written, and no step is taken."""
-    original = loop.loss.add_gradients
+    original = loss.add_gradients
     job = run_tiny({"name": "sizes", "training.max_steps": 10})
     sizes = []
     for row in read_jsonl(job.run.rows_path):
@@ -176,7 +176,7 @@ def test_memory_runs_out_before_the_first_step_or_not_at_all(run_tiny, recipe_of
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(model, batch, scale, device)
 
-    monkeypatch.setattr(loop.loss, "add_gradients", small)
+    monkeypatch.setattr(loss, "add_gradients", small)
     with pytest.raises(LinchainError, match="out of memory: 2.00 GiB were asked for"):
         run_tiny({"training.max_steps": 10})
     assert not recipe_of().run_path.exists()
@@ -184,7 +184,7 @@ def test_memory_runs_out_before_the_first_step_or_not_at_all(run_tiny, recipe_of
 
 def running_out(monkeypatch, most: int) -> list[int]:
     """A machine on which no micro-batch of more positions than `most` fits; the list receives those tried."""
-    original, tried = loop.loss.add_gradients, []
+    original, tried = loss.add_gradients, []
 
     def small(model, batch, scale, device):
         tried.append(batch.input_ids.numel())
@@ -193,7 +193,7 @@ def running_out(monkeypatch, most: int) -> list[int]:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return found
 
-    monkeypatch.setattr(loop.loss, "add_gradients", small)
+    monkeypatch.setattr(loss, "add_gradients", small)
     return tried
 
 
@@ -252,7 +252,7 @@ def test_a_validation_that_runs_out_of_memory_is_taken_in_smaller_parts(job_of, 
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return original(model, batch, device)
 
-    monkeypatch.setattr(loop.loss, "summed_loss", small)
+    monkeypatch.setattr(loss, "summed_loss", small)
     assert loop.validation_loss(job) == pytest.approx(expected, rel=1e-6)
     assert job.state.micro_batch_tokens < 1000
 

@@ -159,7 +159,7 @@ def test_an_epoch_is_every_row_once(run_tiny):
 
 def worsening(monkeypatch, losses: list[float]) -> None:
     values = iter(losses)
-    monkeypatch.setattr(loop, "validation_loss", lambda job: next(values))
+    monkeypatch.setattr(loop, "validation", lambda job: {"loss": next(values)})
 
 
 def test_keep_best_and_last(run_tiny, monkeypatch):
@@ -206,7 +206,7 @@ def test_early_stopping(run_tiny, monkeypatch, stop_after, capfd):
     changes = {"training.eval_every": 1, "training.early_stopping": 2, "training.save_every": 100}
     worsening(monkeypatch, [3.0, 1.0, 2.0, 1.0])  # as low as the best is not lower
     job = run_tiny(changes)
-    assert "stopped early at step 4: 2 validations without a lower loss" in capfd.readouterr().err
+    assert "stopped early at step 4: 2 validations without a better one" in capfd.readouterr().err
     status = job.run.read_status()
     assert status.status == "finished" and status.step == 4 and status.adapter.step == 2
     assert [row["step"] for row in read_jsonl(job.run.rows_path)] == [1, 2, 3, 4]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from linchain_cli.machine import cpu_limit
-from linchain_cli.training import threads
+from linchain_cli.training import loss
 from linchain_cli.training.threads import LoadedCpus
 
 
@@ -62,12 +62,12 @@ def test_a_thread_is_given_up_and_taken_back(build, set_to):
 
 def test_a_count_that_rounds_differently_is_never_used(build, set_to, monkeypatch):
     loaded, job, cpus, notes = build()
-    add_gradients = threads.loss.add_gradients
+    add_gradients = loss.add_gradients
 
     def rounds_by_count(model, batch, scale, device):
         return add_gradients(model, batch, scale * (1 + 1e-6 * torch.get_num_threads()), device)
 
-    monkeypatch.setattr(threads.loss, "add_gradients", rounds_by_count)
+    monkeypatch.setattr(loss, "add_gradients", rounds_by_count)
     cpus.leave = 1
     loaded.adjust(ROWS)
     assert set_to[-1] == 2 and "differently" in notes[0]

@@ -20,7 +20,7 @@ from linchain_cli.machine import peak_resident_bytes, resident_bytes
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import load_model
-from linchain_cli.training import checkpoints, job, loop, processes, sharded
+from linchain_cli.training import checkpoints, job, loop, loss, processes, sharded
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.processes import connect
@@ -129,7 +129,7 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
     module, name = {
         "read": (sharded, "read_into"),
         "prepare": (job, "put_in_chains"),
-        "heaviest": (loop.loss, "add_gradients"),
+        "heaviest": (loss, "add_gradients"),
         "step": (loop, "optimizer_step"),
     }[where]
     setattr(module, name, fail)
@@ -205,7 +205,7 @@ def hang_on_rank(rank: int, seconds: float, patience: float) -> None:
 def validation_losses(values: list[float]) -> None:
     """What the validations find, one after another."""
     found = iter(values)
-    loop.validation_loss = lambda job: next(found)
+    loop.validation = lambda job: {"loss": next(found)}
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.machine import resident_bytes
 from linchain_cli.model.attention import GROUPED
+from linchain_cli.model.classifier import is_classifier
 from linchain_cli.model.head import decoder_blocks
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast.model import UNSUPPORTED, attention_of, micro_batch_size, recipe_epoch
@@ -127,6 +128,8 @@ def _rounded_weights(model: nn.Module) -> set[int]:
 
 def _logits(model: nn.Module, labelled: int, device: torch.device) -> int:
     """The logits of the largest piece, in the model's type and in float32, and their gradients."""
+    if is_classifier(model):
+        return 0  # a few numbers
     weight = model.get_output_embeddings().weight
     rows = min(labelled, positions_at_once(weight.shape[0], device))
     return 2 * (4 + weight.element_size()) * rows * weight.shape[0]

@@ -11,6 +11,7 @@ from linchain_cli.chain import ChainConfig, inject
 from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.model.attention import GROUPED, may_group
+from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.loading import empty_model, resolve_attention, resolve_dtype, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 
@@ -20,7 +21,7 @@ UNSUPPORTED = (RuntimeError, TypeError, ValueError, AttributeError, IndexError, 
 
 def forecast_model(recipe: Recipe, config: ChainConfig, directory: Path, device: torch.device) -> nn.Module:
     """The recipe's model with its chains on the meta device, in the types that `device` will hold."""
-    model = empty_model(directory)
+    model = empty_model(directory, Outputs.unknown(recipe.task))
     dtype = resolve_dtype(recipe.model.dtype, device)
     for parameter in model.parameters():
         if parameter.is_floating_point():

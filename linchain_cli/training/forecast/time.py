@@ -17,6 +17,7 @@ from linchain_cli.data.batches import collate, micro_batches, step_rows, steps_p
 from linchain_cli.data.report import EpochPlan
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.model.attention import GROUPED
+from linchain_cli.model.classifier import is_classifier
 from linchain_cli.model.flat_rows import FlatRows
 from linchain_cli.model.head import decoder_blocks
 from linchain_cli.model.loading import text_decoder
@@ -79,7 +80,7 @@ def _time(
     if recipe.training.gradient_checkpointing:
         both += forward
     # With grouped attention only that sees the padding, which is little beside the rest.
-    flat = attention_of(recipe, model, device) == GROUPED
+    flat = attention_of(recipe, model, device) == GROUPED and not is_classifier(model)
 
     def positions(rows: EncodedRows, epoch: EpochPlan, drops: bool) -> float:
         if not flat:
@@ -177,6 +178,8 @@ def _generator(device: torch.device) -> torch.Generator:
 
 def label_seconds(model: nn.Module, labelled: int, device: torch.device) -> float:
     """Seconds per labelled position of the head's forward pass, measured on `labelled` positions at once."""
+    if is_classifier(model):
+        return 0.0
     weight = model.get_output_embeddings().weight
     rows = min(weight.shape[0], 16384)
     like = {"device": device, "dtype": weight.dtype, "generator": _generator(device)}

@@ -1,0 +1,162 @@
+"""Sequence classifiers: a base, encoder or decoder, with a head that gives a score per class or one number.
+
+transformers' own classes compute them. What their heads are, and how rows are padded so that they find a
+row's end, is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from linchain_cli.errors import InputError
+from linchain_cli.model.fast import record
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_SUFFIX = "ForSequenceClassification"
+
+
+class ModelInputs(Protocol):
+    """What a model reads of a batch, see data/labelled_batches.py."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    token_type_ids: Tensor | None
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a classifier tells: the names of its classes, in order; none for a regression's one number."""
+
+    classes: tuple[str, ...] = ()
+
+    @property
+    def number(self) -> int:
+        """How many values the head gives."""
+        return len(self.classes) or 1
+
+    @property
+    def task(self) -> str:
+        return "classification" if self.classes else "regression"
+
+    def configure(self, config: PretrainedConfig) -> None:
+        """Writes it into a configuration, as transformers names it."""
+        for name, value in self.as_config().items():
+            setattr(config, name, value)
+
+    def as_config(self) -> dict[str, object]:
+        """The keys of config.json that say it."""
+        names = self.classes or ("LABEL_0",)
+        return {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: number for number, name in enumerate(names)},
+            "problem_type": "single_label_classification" if self.classes else "regression",
+        }
+
+    @classmethod
+    def unknown(cls, task: str) -> Outputs | None:
+        """Those of a recipe's task whose classes do not matter, as to the shapes of the base; None of a
+        language model."""
+        return {"causal": None, "classification": cls(("0", "1")), "regression": cls()}[task]
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Outputs:
+        """What the configuration of a classifier says."""
+        if config.num_labels == 1:
+            return cls()
+        return cls(tuple(config.id2label[number] for number in range(config.num_labels)))
+
+
+def names_classifier(architectures: Sequence[str] | None) -> bool:
+    """Whether a config.json's `architectures` name a sequence classifier."""
+    return any(name.endswith(_SUFFIX) for name in architectures or ())
+
+
+def is_classifier(model: nn.Module) -> bool:
+    """Whether a model was built as a sequence classifier."""
+    return type(model).__name__.endswith(_SUFFIX)
+
+
+def refuse_unless_classifier(config: PretrainedConfig, directory: object) -> None:
+    """Raises InputError unless transformers has a sequence classifier of this architecture."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+    )
+
+    kind = config.model_type
+    wanted = (
+        "task: classification and regression take encoders (BERT, RoBERTa, DeBERTa, ModernBERT) and decoders"
+    )
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{directory}: '{kind}' is an encoder-decoder model; {wanted}.")
+    if kind not in CLASSIFIERS:
+        raise InputError(f"{directory}: transformers has no sequence classifier of '{kind}'; {wanted}.")
+
+
+def check_missing(model: PreTrainedModel, missing: Sequence[str], mismatched: Sequence[str]) -> list[str]:
+    """Of the weights that a checkpoint lacks, or holds for other classes, those that are not the head's:
+    without them it is incomplete. The head's are remembered with the model: their values begin at random."""
+    lacking = set(missing) | set(mismatched)
+    head = {name for name in lacking if not _inside(model, name) or ".pooler." in f".{name}"}
+    record(model)["drawn"] = tuple(name for name, _ in model.named_parameters() if name in head)
+    return sorted(lacking - head)
+
+
+@torch.no_grad()
+def clear_drawn(model: nn.Module) -> None:
+    """Zeros in place of the random numbers that transformers has filled a head with."""
+    for name in drawn_names(model):
+        model.get_parameter(name).zero_()
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """The parameters of a loaded classifier's head: what lies behind its base, and the pooler if the
+    checkpoint had none."""
+    drawn = drawn_names(model)
+    return tuple(name for name, _ in model.named_parameters() if not _inside(model, name) or name in drawn)
+
+
+def drawn_names(model: nn.Module) -> tuple[str, ...]:
+    """Those of the head's parameters that the checkpoint has no values for."""
+    return record(model).get("drawn", ())
+
+
+def _inside(model: nn.Module, name: str) -> bool:
+    return name.startswith(f"{model.base_model_prefix}.")
+
+
+def initial_deviation(model: nn.Module) -> float:
+    """The standard deviation that the architecture draws its weights with."""
+    return float(getattr(model.config.get_text_config(), "initializer_range", 0.02))
+
+
+def padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills short rows. A decoder's head reads the last token that is not this one, so its
+    configuration has to name it, and gets it from the tokenizer where it names none."""
+    config = model.config.get_text_config()
+    size = model.get_input_embeddings().weight.shape[0]
+    known = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    token = next(token for token in known if isinstance(token, int) and 0 <= token < size)
+    config.pad_token_id = model.config.pad_token_id = token
+    return token
+
+
+def row_logits(model: nn.Module, batch: ModelInputs) -> Tensor:
+    """What the head gives for each row of a padded batch: (batch, classes or 1), in float32 at least."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    # RoBERTa's embeddings have one row for them, and GPT-2 would take them for words.
+    if batch.token_type_ids is not None and getattr(model.config, "type_vocab_size", 0) > 1:
+        inputs["token_type_ids"] = batch.token_type_ids
+    logits = model(**inputs).logits
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """What a head's outputs (batch, classes or 1) tell: the number of the likeliest class, or the number."""
+    return logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)

@@ -1,0 +1,88 @@
+"""Learning labels: cross-entropy over classes, or the squared error of a number, a row at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from linchain_cli.data.agreement import agreement
+from linchain_cli.data.labelled_batches import LabelledBatch, collate_labelled
+from linchain_cli.data.store import EncodedRows
+from linchain_cli.model.classifier import predictions, row_logits
+from linchain_cli.recipe.schema import METRICS
+
+
+class LabelObjective:
+    """A row's class, or with no `classes` its number; see objective.Objective."""
+
+    collate = staticmethod(collate_labelled)
+
+    def __init__(self, classes: int, best_by: str):
+        self.classes = classes
+        self.best_by = best_by
+
+    def beginnings(self, batch: LabelledBatch, length: int) -> LabelledBatch:
+        return batch.beginnings(length)
+
+    def add_gradients(
+        self, model: nn.Module, batch: LabelledBatch, scale: float, device: torch.device
+    ) -> Tensor:
+        """Of `scale` = 1 / (rows of the whole optimizer step) the step's loss is the mean over its rows."""
+        batch = batch.to(device)
+        loss = scale * self.losses(row_logits(model, batch), batch).sum()
+        loss.backward()
+        return loss.detach()
+
+    @torch.no_grad()
+    def summed_loss(self, model: nn.Module, batch: LabelledBatch, device: torch.device) -> Tensor:
+        batch = batch.to(device)
+        return self.losses(row_logits(model, batch), batch).double().sum()
+
+    def losses(self, logits: Tensor, batch: LabelledBatch) -> Tensor:
+        """Each row's loss, (batch,), zero for rows that count nothing. logits: (batch, classes or 1)."""
+        if self.classes:
+            each = F.cross_entropy(logits, batch.targets.long(), reduction="none")
+        else:
+            each = (logits[:, 0] - batch.targets).square()
+        return each * batch.counts
+
+    @torch.no_grad()
+    def read(
+        self,
+        model: nn.Module,
+        data: EncodedRows,
+        parts: Sequence[np.ndarray],
+        pad_id: int,
+        device: torch.device,
+    ) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
+        """The summed loss, and what was told of each part's rows."""
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for part in parts:
+            batch = self.collate(data, part, pad_id).to(device)
+            logits = row_logits(model, batch)
+            total += self.losses(logits, batch).double().sum()
+            found.append((np.asarray(part), predictions(logits).cpu().numpy()[: len(part)]))
+        return total, found
+
+    def judge(
+        self,
+        accelerator: Accelerator,
+        found: tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]],
+        data: EncodedRows,
+        rows: np.ndarray,
+    ) -> dict[str, float]:
+        total, told = found
+        loss = accelerator.reduce(total, reduction="sum").item() / len(rows)
+        predicted = np.zeros(len(data))
+        for part, values in gather_object(told):
+            predicted[part] = values
+        names = METRICS["classification" if self.classes else "regression"]
+        targets, predicted = data.targets[rows], predicted[rows]
+        return {"loss": loss} | {name: agreement(name, targets, predicted, self.classes) for name in names}
