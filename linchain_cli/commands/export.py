@@ -11,6 +11,7 @@ import typer
 from linchain_cli import console
 from linchain_cli.commands.options import Base, Json, Overwrite, RunPath
 from linchain_cli.commands.origin import AdaptedRun, open_run
+from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.export.receipts import ExportReceipt
@@ -71,6 +72,11 @@ def export_run(
     overwrite: bool = False,
 ) -> ExportReceipt:
     """Exports a run's adapter; `base` is what its base was named by on the command line."""
+    if subject.adapter.head:
+        raise InputError(
+            f"{subject.opened.name} is a classifier, whose head these formats do not hold: linchain merge"
+            " writes a checkpoint that transformers loads"
+        )
     from linchain_cli.export.adapters import export_adapter
     from linchain_cli.model.loading import empty_model
 

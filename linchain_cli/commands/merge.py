@@ -160,10 +160,12 @@ def _merge(
 def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
     """Prompts of the run's own rows; of plain sentences for an imported adapter, or where the rows are
     gone."""
-    from linchain_cli.export.prompts import plain_prompts, run_prompts
+    from linchain_cli.export.prompts import label_prompts, plain_prompts, run_prompts
     from linchain_cli.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(directory)
+    if subject.adapter.head:
+        return label_prompts(subject.recipe.data, tokenizer, subject.adapter.head.classes)
     if subject.imported:
         return plain_prompts(tokenizer)
     try:

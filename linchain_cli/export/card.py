@@ -13,6 +13,7 @@ import yaml
 
 from linchain_cli import __version__
 from linchain_cli.chain import Adapter, adapter_kind
+from linchain_cli.chain.head import Head
 from linchain_cli.evaluations import Line, TaskScore, heading
 
 Kind = Literal["merged", "peft", "gguf"]
@@ -97,6 +98,7 @@ def model_card(
         + (f" at revision `{base.revision}`" if base.revision else "")
         + (f", weights `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
         + ". Its licence and its limits hold for this derivative too.",
+        _labels(adapter.head),
         "## Data",
         "\n".join(f"- `{_without_folders(source)}`" for source in origin.data)
         or "Not known: the adapter was imported.",
@@ -123,16 +125,32 @@ def _made(adapter: Adapter, origin: Origin) -> str:
     )
 
 
+def _labels(head: Head | None) -> str:
+    """What a classifier tells."""
+    if head is None:
+        return ""
+    if not head.classes:
+        return "## Labels\n\nOne number: a regression."
+    return "## Labels\n\n" + "\n".join(f"{number}. `{name}`" for number, name in enumerate(head.classes))
+
+
 def _front_matter(kind: Kind, base: PublishedBase, auto_class: str) -> str:
     fields: dict[str, Any] = {
         "library_name": {"peft": "peft", "gguf": "gguf"}.get(kind, "transformers"),
-        "pipeline_tag": "image-text-to-text" if _has_images(auto_class) else "text-generation",
+        "pipeline_tag": _pipeline(auto_class),
         "tags": ["linchain"],
     }
     if base.hub_id:
         fields["base_model"] = base.hub_id
         fields["base_model_relation"] = "finetune" if kind == "merged" else "adapter"
     return f"---\n{yaml.safe_dump(fields, sort_keys=True)}---"
+
+
+def _pipeline(auto_class: str) -> str:
+    """What the hub calls what the model does."""
+    if "SequenceClassification" in auto_class:
+        return "text-classification"
+    return "image-text-to-text" if _has_images(auto_class) else "text-generation"
 
 
 def _has_images(auto_class: str) -> bool:

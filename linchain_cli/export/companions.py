@@ -34,6 +34,7 @@ def write_companions(
     *,
     restored: str | None = None,
     own: Mapping[str, bytes] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
 
@@ -41,12 +42,15 @@ def write_companions(
         dtype: what the weights were recast to; None where they keep their types.
         restored: the method by which the base's weights were quantised, which they no longer are.
         own: files by name that come in place of the base's, or beside them.
+        config: keys of config.json that are set, and make it no language model's: nothing generates with it.
 
     Raises:
         InputError: a configuration is no JSON object.
     """
     if restored is not None:
         files = [path for path in files if path.name not in _OF_QUANTIZATION]
+    if config is not None:
+        files = [path for path in files if path.name != GENERATION_FILE]
     copy_files(files, source, directory)
     for name, content in (own or {}).items():
         (directory / name).write_bytes(content)
@@ -58,6 +62,8 @@ def write_companions(
             f"the weights that the base holds quantised ({restored}) were restored to bfloat16 before ΔW was"
             " added; config.json names no quantization any more"
         )
+    if config is not None:
+        _change(directory / CONFIG_FILE, lambda stored: {**stored, **config})
     if dtype is not None:
         _change(directory / CONFIG_FILE, lambda config: _with_dtype(config, dtype))
     for name in _PLACES:

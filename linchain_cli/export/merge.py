@@ -14,6 +14,7 @@ from linchain_cli import storage
 from linchain_cli.chain import Adapter
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.export.card import Origin, PublishedBase, model_card
+from linchain_cli.export.classifier import as_classifier, changes, classifier_config, empty_base, outputs_of
 from linchain_cli.export.companions import write_companions
 from linchain_cli.export.model_proof import prove_model
 from linchain_cli.export.output import check_disk, check_factors, check_output, staged_output, stops_with
@@ -31,7 +32,7 @@ from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
 from linchain_cli.model.checkpoint import Checkpoint, companion_files
 from linchain_cli.model.files import read_config
 from linchain_cli.model.hashing import refuse_other_base
-from linchain_cli.model.loading import auto_class, empty_model
+from linchain_cli.model.loading import auto_class
 from linchain_cli.model.packed import open_weights, quantization_method
 from linchain_cli.records import record_bytes
 
@@ -99,8 +100,13 @@ def merge_checkpoint(
     target = check_output(out, MergeReceipt, overwrite=options.overwrite, sources=[base_directory, *keep])
     base = open_weights(base_directory)
     restored = quantization_method(read_config(base_directory), base_directory)
-    model = empty_model(base_directory)
-    plan = plan_merge(base, adapter, model)
+    model = empty_base(base_directory, adapter.head)
+    stored, config, told = base, None, []
+    if adapter.head:
+        stored, left_out = as_classifier(base, model, adapter.head)
+        config = classifier_config(model, outputs_of(adapter.head), base_directory)
+        told = changes(config, left_out)
+    plan = plan_merge(stored, adapter, model)
     check_factors(adapter)
     tensors = new_tensors(plan, options.dtype)
     companions = companion_files(base_directory)
@@ -110,17 +116,23 @@ def merge_checkpoint(
         base_directory, adapter.base.get("hash"), options.name, allow=options.allow_other_base
     )
     origin = origin if origin.base else replace(origin, base=PublishedBase.at(base_directory))
-    write_card = _CardWriter(adapter, origin, auto_class(model.config).__name__)
+    write_card = _CardWriter(adapter, origin, auto_class(model.config, outputs_of(adapter.head)).__name__)
     with staged_output(target, MergeReceipt, overwrite=options.overwrite) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
-        changes = write_companions(
-            companions, base_directory, staging, options.dtype, restored=restored, own=options.files
+        told += write_companions(
+            companions,
+            base_directory,
+            staging,
+            options.dtype,
+            restored=restored,
+            own=options.files,
+            config=config,
         )
         if options.chat_template is not None:
             (staging / "chat_template.jinja").write_bytes(options.chat_template.encode())
-            changes.append("the chat template is the one that the adapter was trained with")
+            told.append("the chat template is the one that the adapter was trained with")
         proof = prove_tensors(plan, staging, options.dtype, _counter("proving", total, progress))
-        receipt = _receipt(plan, adapter, origin.base, found_hash, proof, changes, options)
+        receipt = _receipt(plan, adapter, origin.base, found_hash, proof, told, options)
         receipt = replace(receipt, files=hash_files(staging, proof.hashes))
         receipt = write_card(staging, receipt)
         storage.write_durable(staging / receipt.FILE, record_bytes(receipt))
@@ -222,13 +234,14 @@ def _receipt(
         dtype=None if options.dtype is None else str(options.dtype).removeprefix("torch."),
         files=dict(proof.hashes),
         tensors={
-            "total": len(plan.base.tensors),
+            "total": len(plan.base.tensors) + len(plan.head),
             "changed": len(proof.changed),
             "untouched": proof.untouched,
             "renamed": sum(
                 target.parameter != key and key not in converted for key, target in plan.plain.items()
             ),
             "converted": len(converted),
+            **({"head": len(plan.head)} if plan.head else {}),
         },
         largest_ulp=proof.largest_ulp,
         largest_ulp_tensor=max(proof.changed, key=proof.changed.__getitem__),

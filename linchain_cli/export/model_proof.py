@@ -14,9 +14,11 @@ from torch import Tensor
 
 from linchain_cli.chain import Adapter, attach, disabled
 from linchain_cli.errors import LinchainError
+from linchain_cli.export.classifier import outputs_of
 from linchain_cli.export.comparison import LogitProof, compare_logits
 from linchain_cli.machine import available_memory
 from linchain_cli.model.checkpoint import Checkpoint
+from linchain_cli.model.classifier import drawn_names, is_classifier
 from linchain_cli.model.loading import default_device, load_model
 from linchain_cli.model.quiet import quiet
 
@@ -26,11 +28,14 @@ READ_POSITIONS = 16  # the last ones of each prompt, so that logits of a large v
 @torch.inference_mode()
 def read_logits(model, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Logits (n, vocabulary) in float32 on the CPU at the last `READ_POSITIONS` positions of each prompt, one
-    by one."""
+    by one; of a classifier (1, classes)."""
     from linchain_cli.model.logits import logits_at
 
     device = model.get_input_embeddings().weight.device
     for prompt in prompts:
+        if is_classifier(model):
+            yield model(input_ids=torch.tensor([list(prompt)], device=device)).logits.float().cpu()
+            continue
         positions = torch.zeros(1, len(prompt), dtype=torch.bool)
         positions[:, -READ_POSITIONS:] = True
         with logits_at(model, positions):
@@ -112,16 +117,20 @@ def _prove_on(
         reason = f"logits and generation: the base model does not run here ({_in_a_line(error)})"
         return ModelProof(not_proven=(reason,))
     progress(1, total)
-    model = load_model(merged, dtype=dtype, device=device, attention="eager")
+    outputs = outputs_of(adapter.head)
+    model = load_model(merged, dtype=dtype, device=device, attention="eager", outputs=outputs)
+    if lacking := drawn_names(model):
+        raise LinchainError(f"transformers does not find the head's '{lacking[0]}' in it")
     ours = list(read_logits(model, prompts))
     logits = compare_logits(adapted.logits, ours, adapted.bare, dtype)
     missing = []
+    generated: int | None = None
     try:
-        generated: int | None = _generate(model, prompts[0], settings)
+        if outputs is None:
+            generated = _generate(model, prompts[0], settings)
     except Exception as error:
         if _is_out_of_memory(error) or adapted.generates:
             raise LinchainError(f"transformers cannot generate with it: {_in_a_line(error)}") from error
-        generated = None
         missing.append(f"generation: the base model cannot generate either ({_in_a_line(error)})")
     del model
     progress(2, total)
@@ -148,13 +157,20 @@ class _Adapted:
 def _read_adapted(
     directory: Path, adapter: Adapter, prompts, dtype: str, quantization: str, device: torch.device, settings
 ) -> _Adapted:
-    model = load_model(directory, dtype=dtype, device=device, quantization=quantization, attention="eager")
+    model = load_model(
+        directory,
+        dtype=dtype,
+        device=device,
+        quantization=quantization,
+        attention="eager",
+        outputs=outputs_of(adapter.head),
+    )
     attach(model, adapter)
     logits = list(read_logits(model, prompts))
     with disabled(model):
         bare = list(read_logits(model, prompts))
         try:
-            generates = bool(_generate(model, prompts[0], settings))
+            generates = adapter.head is None and bool(_generate(model, prompts[0], settings))
         except Exception as error:
             if _is_out_of_memory(error):
                 raise

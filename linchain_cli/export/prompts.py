@@ -3,13 +3,15 @@ are none."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from linchain_cli.data.dataset import longest_row
+from linchain_cli.data.dataset import longest_row, prepare_data
 from linchain_cli.data.encoding import encode_prompt
 from linchain_cli.data.formats import load_rows
 from linchain_cli.data.templates import get_template
+from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,20 @@ def run_prompts(
         if len(prompts) == number:
             break
     return [prompt[-longest_row(data, tokenizer) :] for prompt in prompts if prompt]
+
+
+def label_prompts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], number: int = NUMBER
+) -> list[list[int]]:
+    """Token ids of the first labelled rows, or of a few sentences where the rows are gone."""
+    first = data.train[0].model_copy(update={"max_rows": number})
+    section = data.model_copy(update={"train": [first], "validation": 0})
+    task = "classification" if classes else "regression"
+    try:
+        rows = prepare_data(section, tokenizer, task=task, classes=classes).train
+    except InputError:
+        return plain_prompts(tokenizer)
+    return [rows[number][0].tolist() for number in range(len(rows))]
 
 
 def plain_prompts(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

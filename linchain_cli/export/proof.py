@@ -33,7 +33,8 @@ LARGEST_ULP = 1.0
 class TensorProof:
     """What the comparison of the written tensors found.
 
-    changed: checkpoint key -> largest distance from the float64 sum in ulp, for every touched tensor
+    changed: checkpoint key -> largest distance from the float64 sum in ulp, for every touched tensor; of a
+        head's tensors from what was trained
     untouched: how many tensors are the base's (recast, if the merge recast them)
     hashes: file name -> SHA-256 of the written weight file
     """
@@ -60,7 +61,7 @@ def prove_tensors(
     """
     hashes = {path.name: _hash_from_disk(path) for path in sorted(Path(directory).glob("*.safetensors"))}
     written = open_checkpoint(directory)
-    _check_listing(plan.base, written, dtype)
+    _check_listing(plan, written, dtype)
     groups = plan.converted_keys
     changed: dict[str, float] = {}
     for key, stored in plan.base.tensors.items():
@@ -72,7 +73,12 @@ def prove_tensors(
         else:
             _compare_untouched(stored, written.tensors[key])
         progress(written.tensors[key].nbytes)
-    return TensorProof(changed, len(plan.base.tensors) - len(changed), hashes)
+    untouched = len(plan.base.tensors) - len(changed)
+    for key, tensor in plan.head.items():
+        stored = written.tensors[key]
+        changed[key] = _checked(ulps(stored.tensor(), tensor.double()), key)
+        progress(stored.nbytes)
+    return TensorProof(changed, untouched, hashes)
 
 
 def _hash_from_disk(path: Path) -> str:
@@ -88,12 +94,16 @@ def _hash_from_disk(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_listing(base: Checkpoint, written: Checkpoint, dtype: torch.dtype | None) -> None:
-    if base.tensors.keys() != written.tensors.keys():
-        odd = sorted(base.tensors.keys() ^ written.tensors.keys())
+def _check_listing(plan: MergePlan, written: Checkpoint, dtype: torch.dtype | None) -> None:
+    base = plan.base
+    if base.tensors.keys() | plan.head.keys() != written.tensors.keys():
+        odd = sorted((base.tensors.keys() | plan.head.keys()) ^ written.tensors.keys())
         raise LinchainError(
             f"the merged checkpoint does not hold the base's tensors: {len(odd)} differ (e.g. {odd[0]})"
         )
+    for key, tensor in plan.head.items():
+        if written.tensors[key].shape != tensor.shape:
+            raise LinchainError(f"merged tensor {key} is {tuple(written.tensors[key].shape)}, not the head's")
     for key, stored in base.tensors.items():
         new = written.tensors[key]
         wanted = dtype if dtype is not None and stored.type in FLOAT_TYPES else FLOAT_TYPES.get(stored.type)

@@ -8,8 +8,9 @@ float64, block by block of rows, and rounded once.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -70,13 +71,14 @@ class ConvertedTargets:
 @dataclass(frozen=True)
 class MergePlan:
     """What a merge will do to each tensor of the base: `plain` by checkpoint key, `converted` by group, with
-    the pieces of experts among both; the rest is copied."""
+    the pieces of experts among both; the rest is copied. A classifier's `head` comes behind them, by name."""
 
     base: Checkpoint
     names: NameMap
     scaling: float
     plain: dict[str, Target]
     converted: tuple[ConvertedTargets, ...]
+    head: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def converted_keys(self) -> dict[str, ConvertedTargets]:
@@ -126,7 +128,8 @@ def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> Me
             if piece.parameter in by_name:
                 plain[key] = by_name[piece.parameter].piece(piece)
                 _check_stored(base.tensors[key], plain[key])
-    return MergePlan(base, names, adapter.config.scaling, plain, tuple(converted))
+    head = adapter.head.tensors if adapter.head else {}
+    return MergePlan(base, names, adapter.config.scaling, plain, tuple(converted), head)
 
 
 def _target(modules: Mapping[str, nn.Module], path: str, chain: ChainTensors) -> Target:
@@ -203,7 +206,34 @@ def new_tensors(plan: MergePlan, dtype: torch.dtype | None = None) -> list[NewTe
         elif recast:
             data = _Recast(stored, FLOAT_TYPES[kind])
         result.append(NewTensor(key, kind, stored.shape, size, data))
+    kind = head_type(plan, dtype)
+    for key, tensor in plan.head.items():
+        size = tensor.numel() * FLOAT_TYPES[kind].itemsize
+        result.append(NewTensor(key, kind, tensor.shape, size, _Given(key, tensor, FLOAT_TYPES[kind])))
     return result
+
+
+def head_type(plan: MergePlan, dtype: torch.dtype | None) -> str:
+    """The type that a head is stored in: what the merge recasts to, or that of most of the base."""
+    if dtype is not None:
+        return TYPE_NAMES[dtype]
+    sizes: Counter[str] = Counter()
+    for stored in plan.base.tensors.values():
+        if stored.type in FLOAT_TYPES:
+            sizes[stored.type] += stored.nbytes
+    return sizes.most_common(1)[0][0] if sizes else TYPE_NAMES[torch.float32]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A tensor that the adapter brings, as one block."""
+
+    key: str
+    tensor: Tensor
+    dtype: torch.dtype
+
+    def __call__(self) -> Iterator[Block]:
+        yield self.tensor.numel(), lambda: _rounded(self.tensor.double(), self.dtype, self.key)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+"""Merging a sequence classifier: the base's tensors under the classifier's names, with the head beside them.
+
+A checkpoint of another model class (a language model's, an encoder's bare) leaves the names that the class
+does not share, and what it has no use for: so that any loader finds base and head in one form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linchain_cli.chain.head import Head
+from linchain_cli.errors import InputError
+from linchain_cli.model.checkpoint import Checkpoint
+from linchain_cli.model.classifier import Outputs, padding
+from linchain_cli.model.config import empty_model
+from linchain_cli.model.names import map_names
+from linchain_cli.model.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def outputs_of(head: Head | None) -> Outputs | None:
+    """What the model of an adapter tells, if it is a classifier."""
+    return None if head is None else Outputs(head.classes)
+
+
+def as_classifier(base: Checkpoint, model: PreTrainedModel, head: Head) -> tuple[Checkpoint, list[str]]:
+    """The base's tensors that a classifier has, by the classifier's names and without its head, and the keys
+    that are left out.
+
+    Args:
+        model: the classifier, on the meta device.
+
+    Raises:
+        InputError: the checkpoint lacks a weight that the head does not bring, or the head another shape.
+    """
+    names = map_names(model, base.shapes)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for name, tensor in head.tensors.items():
+        if shapes.get(name) != tensor.shape:
+            raise InputError(
+                f"{base.directory}: the adapter's head does not fit: '{name}' is {tuple(tensor.shape)} and"
+                f" {type(model).__name__} has {tuple(shapes.get(name, ())) or 'nothing'} there"
+            )
+    missing = [name for name in names.missing if name not in head.tensors and name in shapes]
+    if missing:
+        raise InputError(
+            f"{base.directory}: the checkpoint lacks '{missing[0]}', and the head does not bring it"
+        )
+    new_name = {key: name for name, key in names.renamed.items()}
+    unused = set(names.unused)
+    tensors = {}
+    for key, stored in base.tensors.items():
+        name = new_name.get(key, key)
+        if key not in unused and name not in head.tensors:
+            tensors[name] = replace(stored, key=name)
+    return Checkpoint(base.directory, tensors), sorted(unused)
+
+
+def classifier_config(model: PreTrainedModel, outputs: Outputs, directory: Path) -> dict[str, Any]:
+    """What config.json of the merged classifier says otherwise than the base's."""
+    told = outputs.as_config()
+    told["id2label"] = {str(number): name for number, name in told["id2label"].items()}
+    return {
+        "architectures": [type(model).__name__],
+        **told,
+        "pad_token_id": padding(model, load_tokenizer(directory)),
+    }
+
+
+def empty_base(directory: Path, head: Head | None) -> PreTrainedModel:
+    """The base's model on the meta device, as a classifier where the adapter has a head."""
+    return empty_model(directory, outputs_of(head))
+
+
+def changes(config: Mapping[str, Any], left_out: list[str]) -> list[str]:
+    """What a merge has changed beside the weights, in sentences for people."""
+    found = [f"config.json names {config['architectures'][0]} and its labels"]
+    if left_out:
+        some = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
+        found.append(f"tensors of the base that a classifier does not have are left out: {some}")
+    return found

@@ -1,0 +1,136 @@
+"""Merging classifiers: base and head under the classifier's names, as transformers loads them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from linchain_cli.chain import adapter_of, attach, inject, save_adapter
+from linchain_cli.chain.files import Head
+from linchain_cli.chain.head import head_of, initialise_head
+from linchain_cli.chain.inject import ChainConfig
+from linchain_cli.errors import InputError
+from linchain_cli.export.card import Origin
+from linchain_cli.export.merge import MergeOptions, merge_checkpoint
+from linchain_cli.model.checkpoint import open_checkpoint
+from linchain_cli.model.classifier import Outputs, drawn_names, head_names
+from linchain_cli.model.config import text_decoder_prefix
+from linchain_cli.model.loading import base_hash, load_model
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from classifiers import KINDS, make_checkpoint  # noqa: E402
+
+CLASSES = ("bad", "so so", "good")
+PROMPTS = [[2, 5, 6, 3], [2, 7, 8, 9, 10, 3, 11, 3]]
+
+
+def trained(base: Path, kind: str, classes=CLASSES):
+    """An adapter with values that do something, and its model."""
+    model = load_model(base, dtype="float32", device="cpu", outputs=Outputs(classes))
+    names = head_names(model)
+    initialise_head(model, drawn_names(model), seed=1, deviation=0.3)
+    config = ChainConfig(rank=4, depth=2, alpha=8, target_modules=KINDS[kind][1])
+    layers = inject(model, config, 1, text_decoder_prefix(model))
+    torch.manual_seed(3)
+    for layer in layers.values():
+        layer.B.data.normal_(0, 0.3)
+    about = {"path": str(base), "hash": base_hash(base)}
+    return adapter_of(model, config, about, head_of(model, names, classes)), model
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, None) for kind in KINDS), ("bert", torch.bfloat16)])
+def test_a_merged_classifier_is_what_was_trained(tmp_path, kind, dtype):
+    from transformers import AutoModelForSequenceClassification
+
+    base = make_checkpoint(kind, tmp_path / "base")
+    adapter, model = trained(base, kind)
+    options = MergeOptions(dtype=dtype, prompts=PROMPTS)
+    result = merge_checkpoint(base, adapter, tmp_path / "merged", options, Origin(kind))
+    assert result.receipt.logits.largest_difference < (1e-4 if dtype is None else 0.2)
+    assert result.receipt.largest_ulp <= 0.51 and not result.receipt.not_proven
+    assert result.receipt.tensors["head"] == len(adapter.head.tensors)
+
+    merged, loading = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "merged", output_loading_info=True
+    )
+    assert not any(loading[kinds] for kinds in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert merged.config.id2label == dict(enumerate(CLASSES))
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        difference = (merged.float()(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
+    assert difference < (1e-4 if dtype is None else 0.2)
+    own = json.loads((tmp_path / "merged/config.json").read_text())
+    assert own["architectures"] == [type(model).__name__] and own["pad_token_id"] == 0
+    assert not (tmp_path / "merged/generation_config.json").exists()
+
+
+def test_a_bare_encoder_gets_the_classifiers_names(tmp_path):
+    """Other loaders add a prefix to all names or to none."""
+    from transformers import AutoModel
+
+    base = make_checkpoint("bert", tmp_path / "base")
+    AutoModel.from_pretrained(base).save_pretrained(base)
+    assert not any(key.startswith("bert.") for key in open_checkpoint(base).tensors)
+    adapter, _ = trained(base, "bert")
+    assert "bert.pooler.dense.weight" not in adapter.head.tensors  # the bare encoder has one
+    merge_checkpoint(base, adapter, tmp_path / "merged", MergeOptions(prompts=PROMPTS), Origin("bert"))
+    names = open_checkpoint(tmp_path / "merged").tensors
+    assert {name.partition(".")[0] for name in names} == {"bert", "classifier"}
+
+
+def test_what_a_classifier_has_no_use_for_is_left_out_and_told(tmp_path):
+    base = make_checkpoint("llama", tmp_path / "base")
+    adapter, _ = trained(base, "llama", classes=())
+    result = merge_checkpoint(
+        base, adapter, tmp_path / "merged", MergeOptions(prompts=PROMPTS), Origin("llama")
+    )
+    assert "lm_head.weight" not in open_checkpoint(tmp_path / "merged").tensors
+    assert any("left out: lm_head.weight" in change for change in result.receipt.changes)
+    card = (tmp_path / "merged/README.md").read_text()
+    assert "text-classification" in card and "AutoModelForSequenceClassification" in card
+
+
+def test_a_head_that_does_not_fit_the_base_is_refused(tmp_path):
+    base = make_checkpoint("bert", tmp_path / "base")
+    adapter, _ = trained(base, "bert")
+    wrong = Head({**adapter.head.tensors, "classifier.weight": torch.zeros(3, 7)}, CLASSES)
+    from dataclasses import replace
+
+    with pytest.raises(InputError, match="head does not fit: 'classifier.weight'"):
+        merge_checkpoint(base, replace(adapter, head=wrong), tmp_path / "m", MergeOptions(), Origin("b"))
+    assert not (tmp_path / "m").exists()
+
+
+def test_a_damaged_head_is_found_by_the_proof(tmp_path, monkeypatch):
+    from linchain_cli.errors import LinchainError
+    from linchain_cli.export import sums
+
+    base = make_checkpoint("bert", tmp_path / "base")
+    adapter, _ = trained(base, "bert")
+    before = sums._Given.__call__
+
+    def spoilt(self):
+        for count, make in before(self):
+            yield count, lambda make=make: make() * (1.01 if self.key == "classifier.weight" else 1)
+
+    monkeypatch.setattr(sums._Given, "__call__", spoilt)
+    with pytest.raises(LinchainError, match="classifier.weight is off"):
+        merge_checkpoint(base, adapter, tmp_path / "m", MergeOptions(), Origin("b"))
+    assert not (tmp_path / "m").exists()
+
+
+def test_an_attached_adapter_tells_what_the_trained_model_told(tmp_path):
+    base = make_checkpoint("roberta", tmp_path / "base")
+    adapter, model = trained(base, "roberta")
+    save_adapter(adapter, tmp_path / "adapter")
+    from linchain_cli.chain import load_adapter
+
+    again = load_model(base, dtype="float32", device="cpu", outputs=Outputs(CLASSES))
+    attach(again, load_adapter(tmp_path / "adapter"))
+    ids = torch.tensor([PROMPTS[1]])
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
