@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from linchain_cli import console
-from linchain_cli.commands.subject import Asked, Subject, choose_template, load_subject, locate_subject
+from linchain_cli.commands.subject import (
+    Asked,
+    Subject,
+    choose_template,
+    load_subject,
+    locate_subject,
+    refuse_classifier,
+)
 from linchain_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -28,6 +35,8 @@ class Cast:
     def __init__(self, subjects: list[Subject], dtype: str | None, template: str | None):
         from linchain_cli.model.hashing import refuse_other_base
 
+        for subject in subjects:
+            refuse_classifier(subject)
         first, directory = subjects[0], locate_subject(subjects[0])
         self._adapters: dict[str, Adapter] = {}
         for subject in subjects:

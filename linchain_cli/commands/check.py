@@ -35,11 +35,13 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     known, and returns all of it, as JSON holds it, but for the example rows. Memory is in bytes."""
     from linchain_cli.commands import check_view
     from linchain_cli.data import prepare_data
+    from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions
     from linchain_cli.evaluation.tasks import recipe_tasks
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.limits import limits
     from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
+    from linchain_cli.training.base import recipe_outputs
     from linchain_cli.training.display import counting_rows
     from linchain_cli.training.forecast import forecast, recipe_epoch
     from linchain_cli.training.job import chain_config
@@ -52,14 +54,22 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     refuse_optimizer(recipe.training)
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
-    model = empty_model(directory)
+    outputs = recipe_outputs(recipe)
+    model = empty_model(directory, outputs)
     modules = _modules(recipe, model, console)
     recipe, auto = with_rate(recipe, model)
     check_view.learning_rate(console, auto)
 
     readable = limits(model)
     with counting_rows() as progress:
-        data = prepare_data(recipe.data, tokenizer, readable, progress=progress)
+        data = prepare_data(
+            recipe.data,
+            tokenizer,
+            readable,
+            task=recipe.task,
+            classes=outputs and outputs.classes,
+            progress=progress,
+        )
     config, device = chain_config(recipe), default_device()
     epoch = recipe_epoch(recipe, data.train, device)
     check_view.sources(console, data)
@@ -68,12 +78,15 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     check_view.epoch(console, epoch, steps, recipe, device.type)
     short = list(unreachable(recipe.training, epoch.rows, data.validation is not None))
     check_view.notes(console, short)
-    check_view.rows(console, data.train, tokenizer)
-    warnings = []
-    if tasks := recipe_tasks(recipe.evaluation):
+    check_view.rows(console, data.train, tokenizer, outputs and outputs.classes)
+    warnings, tasks = [], []
+    if outputs is not None:
+        tasks = recipe_labelled(recipe, outputs, tokenizer)
+        check_view.tasks(console, {task.name: (len(task.data.train), task.source) for task in tasks}, recipe)
+    elif tasks := recipe_tasks(recipe.evaluation):
         protocol = recipe.evaluation.protocol
         warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
-        check_view.tasks(console, tasks, protocol)
+        check_view.tasks(console, {task.name: (len(task.rows), task.source) for task in tasks}, recipe)
         check_view.notes(console, warnings)
 
     processes = wanted_processes(None)
@@ -92,7 +105,8 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         "max_length": data.config.max_length,
         "epoch": asdict(epoch),
         "total_steps": steps,
-        "tasks": {task.name: len(task.rows) for task in tasks},
+        "classes": outputs and list(outputs.classes),
+        "tasks": {task.name: len(task.data.train if outputs else task.rows) for task in tasks},
         "notes": [*told, *short, *warnings, *cost.notes],
         "forecast": {
             "device": cost.device,
@@ -106,6 +120,7 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
     """The modules that get a chain, as `train` would choose or refuse them."""
     from linchain_cli.chain import carriers, coverage, match_modules, parameter_count, refuse_shared
     from linchain_cli.commands import check_view
+    from linchain_cli.model.classifier import head_names, is_classifier
     from linchain_cli.model.loading import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
 
@@ -115,14 +130,17 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
     refuse_shared(model, matches.paths)
     shape_at = carriers(dict(model.named_modules()))
     shapes = [shape_at[path] for path in matches.paths]
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    head = 0
+    if is_classifier(model):
+        head = sum(model.get_parameter(name).numel() for name in head_names(model))
+    parameters = sum(parameter.numel() for parameter in model.parameters()) - head
     covered = coverage(model, matches.paths, prefix)
-    check_view.modules(console, matches, shapes, parameters, covered, recipe)
+    check_view.modules(console, matches, shapes, parameters, head, covered, recipe)
     adapter = recipe.adapter
     return {
         "per_pattern": dict(matches.per_pattern),
         "adapted": len(matches.paths),
-        "trainable_parameters": parameter_count(shapes, adapter.rank, adapter.depth),
+        "trainable_parameters": head + parameter_count(shapes, adapter.rank, adapter.depth),
         "frozen_parameters": parameters,
         "coverage": {"share": covered.share, **asdict(covered)},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
     from linchain_cli.chain import Coverage, Matches, MatrixShape
     from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
-    from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import Recipe
     from linchain_cli.training.forecast import Forecast
     from linchain_cli.training.rate import AutoRate
@@ -69,18 +68,21 @@ def modules(
     matches: Matches,
     shapes: Sequence[MatrixShape],
     base: int,
+    head: int,
     covered: Coverage,
     recipe: Recipe,
 ) -> None:
-    """What gets a chain and what does not, and how many parameters that trains."""
+    """What gets a chain and what does not, and how many parameters that trains, those of a `head` among
+    them."""
     from linchain_cli.chain import parameter_count
 
-    trained = parameter_count(shapes, recipe.adapter.rank, recipe.adapter.depth)
+    trained = head + parameter_count(shapes, recipe.adapter.rank, recipe.adapter.depth)
     _section(console, "Model")
     counts = [(pattern, _count(count)) for pattern, count in matches.per_pattern.items()]
     _print_table(console, ("pattern", "modules"), counts)
     console.print(
-        f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules, beside "
+        f"{_count(trained)} trainable parameters in {_count(len(matches.paths))} modules"
+        f"{f' and a head of {_count(head)}' if head else ''}, beside "
         f"{_count(base)} frozen ones ({_share(trained, base)})"
     )
     console.print(covered.describe(most=len(covered.without_chain)))
@@ -136,6 +138,8 @@ def lengths(console: Console, data: PreparedData, max_length: int) -> None:
         f"longest {_count(report.longest)}; cut off at {_count(max_length)}: {_count(report.truncated)} rows "
         f"({_share(report.truncated, report.kept)})"
     )
+    if data.train.store.has_targets:
+        return
     console.print(
         f"supervised: {_count(report.supervised_tokens)} of {_count(report.tokens)} tokens "
         f"({_share(report.supervised_tokens, report.tokens)}); tokens that straddle prompt and answer: "
@@ -160,18 +164,28 @@ def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe, d
     console.print(f"the run takes {_count(total_steps)} steps ({total_steps / plan.steps:.2f} epochs)")
 
 
-def rows(console: Console, encoded: EncodedRows, tokenizer: Any) -> None:
-    """The first row, one of median length and the longest, with what is supervised marked."""
+def rows(
+    console: Console, encoded: EncodedRows, tokenizer: Any, classes: Sequence[str] | None = None
+) -> None:
+    """The first row, one of median length and the longest, with what is supervised marked; or with their
+    label, of which these are the `classes` (none: a number)."""
     import numpy as np
     from rich.text import Text
 
     colour = console.is_terminal and not console.no_color
     key = "in green" if colour else "between ⟦ and ⟧"
-    _section(console, f"Three rows as the model sees them; what it learns to write {key}")
+    learned = " and their labels" if classes is not None else f"; what it learns to write {key}"
+    _section(console, f"Three rows as the model sees them{learned}")
     by_length = np.argsort(encoded.lengths, kind="stable")
     for row in dict.fromkeys([0, int(by_length[len(by_length) // 2]), int(by_length[-1])]):
         ids, supervised = encoded[row]
         console.print()
+        if classes is not None:
+            target = float(encoded.targets[row])
+            label = classes[int(target)] if classes else f"{target:g}"
+            console.print(Text(f"row {row}: {len(ids)} tokens, label {label}", style="dim"))
+            console.print(Text(_printable(tokenizer.decode(ids.tolist()))))
+            continue
         console.print(Text(f"row {row}: {len(ids)} tokens, {int(supervised.sum())} supervised", style="dim"))
         text = Text()
         for part, learned in _runs(ids.tolist(), supervised.tolist(), tokenizer):
@@ -196,10 +210,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
-def tasks(console: Console, tasks: Sequence[Task], protocol: str) -> None:
-    """What will be evaluated when training is done."""
-    _section(console, f"Evaluated afterwards, by {protocol}")
-    table = [(task.name, _count(len(task.rows)), task.source) for task in tasks]
+def tasks(console: Console, tasks: Mapping[str, tuple[int, str]], recipe: Recipe) -> None:
+    """What will be evaluated when training is done: the rows of each, and where they are from."""
+    if not tasks:
+        return
+    _section(console, f"Evaluated afterwards, by {recipe.evaluated_by}")
+    table = [(name, _count(rows), source) for name, (rows, source) in tasks.items()]
     _print_table(console, ("task", "rows", "from"), table)
 
 

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from linchain_cli import console
+from linchain_cli.commands.eval_labels import (
+    LabelSettings,
+    label_names,
+    of_names,
+    refuse_other_kind,
+    refuse_settings,
+)
 from linchain_cli.commands.options import (
     AllowOtherBase,
     Base,
@@ -28,6 +35,7 @@ from linchain_cli.commands.subject import (
     find_subject,
     load_subject,
     locate_subject,
+    tells_labels,
 )
 from linchain_cli.errors import InputError
 
@@ -42,7 +50,8 @@ def run(
         str | None,
         typer.Option(
             help="Task names, such as boolq,piqa; the groups commonsense, arithmetic; a task's .yaml file; "
-            "lm_eval:NAME for one of lm-evaluation-harness; left out, those of the run's recipe.",
+            "lm_eval:NAME for one of lm-evaluation-harness; for a classifier labelled rows, as data.train "
+            "takes them (dev.tsv, glue/rte); left out, those of the run's recipe.",
             show_default=False,
         ),
     ] = None,
@@ -123,8 +132,20 @@ def run(
     for target in (place, other.results_dir if other is not None else place):
         results_directory(target)
     second = read_results(earlier) if earlier is not None else None
+    refuse_other_kind(subject, other)
     if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
         data_dir = Path(subject.recipe.evaluation.data_dir)
+    if tells_labels(subject):
+        refuse_settings(protocol, normalise, template)
+        labels = LabelSettings(label_names(tasks, subject), dtype, limit, data_dir, batch_tokens)
+        if second is not None:
+            second = of_names(second, labels.names, earlier)
+        firsts = [labels.evaluate(subject, place, like=other)]
+        seconds = [second]
+        if other is not None:
+            seconds = [labels.evaluate(other, other.results_dir, like=subject)]
+        _tell(firsts, seconds, json, references)
+        return
     own, foreign = split_names(_task_names(tasks, subject))
     if foreign:
         find_tasks(foreign)
@@ -138,6 +159,11 @@ def run(
     seconds = [second] * len(firsts)
     if other is not None:
         seconds = settings.evaluate(other, loaded_tasks, other.results_dir, like=subject)
+    _tell(firsts, seconds, json, references)
+
+
+def _tell(firsts: Sequence[Results], seconds: Sequence[Results | None], json: bool, references: bool) -> None:
+    """Prints results, each with what it is compared with."""
     if is_first_process():
         pairs = list(zip(firsts, seconds, strict=True))
         if json:
@@ -232,10 +258,10 @@ class _Settings:
 
 def _compared(first: Results, second: Results | None) -> dict[str, Any] | None:
     """The comparison of both, kept in the first one's file; None where there is nothing to compare."""
-    from linchain_cli.evaluation.results import compare
+    from linchain_cli.evaluation.results import compare, is_comparable
     from linchain_cli.evaluation.store import add_comparison
 
-    if second is None or all(score.accuracy is None for score in first.summary.tasks.values()):
+    if second is None or not any(map(is_comparable, first.summary.tasks.values())):
         return None
     comparison = compare(first, second)
     add_comparison(first.path, comparison)

@@ -19,7 +19,13 @@ from linchain_cli.commands.options import (
     Temperature,
     TopP,
 )
-from linchain_cli.commands.subject import choose_template, find_subject, is_model, load_subject
+from linchain_cli.commands.subject import (
+    choose_template,
+    find_subject,
+    is_model,
+    load_subject,
+    refuse_classifier,
+)
 from linchain_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -68,6 +74,7 @@ def run(
     sampling = Sampling(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, beams=beams, stop=stop or ()
     )
+    refuse_classifier(subject)
     loaded = load_subject(subject, dtype)
     asked = choose_template(subject, loaded.tokenizer, template)
     console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")

@@ -57,7 +57,7 @@ class NamedRun:
         """The files that say how the run's model is asked and where it stops, by name. Of an imported adapter
         that came without a record nothing of the kind is known.
         """
-        if self.imported and self._record_of_asking is None:
+        if self.imported and self._record_of_asking is None or self.recipe.task != "causal":
             return {}
         from linchain_cli.data.asking import template_of_asking, travelling_files
         from linchain_cli.model.loading import load_tokenizer

@@ -11,8 +11,10 @@ from linchain_cli.errors import InputError
 from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
 
 if TYPE_CHECKING:
+    from linchain_cli.chain import Adapter
     from linchain_cli.data.asking import Asking
     from linchain_cli.data.rows import Template
+    from linchain_cli.model.classifier import Outputs
     from linchain_cli.recipe import Recipe
 
 
@@ -54,12 +56,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A subject's model and tokenizer, and what tells it from others in a result."""
+    """A subject's model and tokenizer, and what tells it from others in a result; `outputs` are those of a
+    classifier."""
 
     model: Any
     tokenizer: Any
     base_sha256: str
     quantization: str
+    outputs: Outputs | None = None
+    adapter_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,25 @@ def locate_subject(subject: Subject, weights: bool = True) -> Path:
     return locate(subject.name, weights=weights)
 
 
+def tells_labels(subject: Subject) -> bool:
+    """Whether it is a classifier or a regression: a run of such a task, or a checkpoint of such a model."""
+    from linchain_cli.model.classifier import names_classifier
+    from linchain_cli.model.files import read_config
+
+    if subject.recipe is not None:
+        return subject.recipe.task != "causal"
+    return names_classifier(read_config(locate_subject(subject, weights=False)).get("architectures"))
+
+
+def refuse_classifier(subject: Subject) -> None:
+    """Raises InputError for a model that tells labels and writes no text."""
+    if tells_labels(subject):
+        raise InputError(
+            f"{subject.name} is a classifier (or a regression): it tells labels and writes no text. linchain"
+            " eval has it tell those of a file: --tasks FILE"
+        )
+
+
 def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     """Loads it onto the GPU, or the CPU without one; a run's adapter is attached to its base.
 
@@ -150,6 +174,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
         InputError: the model cannot be found or read, or a run's base is not the one it was trained on.
     """
     from linchain_cli.chain import attach
+    from linchain_cli.chain.files import adapter_hash
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.hashing import refuse_other_base
     from linchain_cli.model.loading import load_model, load_tokenizer
@@ -166,10 +191,23 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     wanted = adapter.base.get("hash") if adapter else None
     weights = refuse_other_base(directory, wanted, subject.name, allow=subject.allow_other_base)
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, dtype=dtype, device=device, **options)
+    outputs = _outputs(subject, adapter, directory)
+    model = load_model(directory, dtype=dtype, device=device, outputs=outputs, **options)
+    values = None
     if adapter is not None:
         attach(model, adapter)
-    return LoadedModel(model, tokenizer, weights, quantization)
+        values = adapter_hash(subject.named.opened.adapter_dir)
+    return LoadedModel(model, tokenizer, weights, quantization, outputs, values)
+
+
+def _outputs(subject: Subject, adapter: Adapter | None, directory: Path) -> Outputs | None:
+    """What the subject tells, if it is a classifier."""
+    from linchain_cli.model.classifier import Outputs
+    from linchain_cli.model.config import stored_outputs
+
+    if adapter is not None:
+        return Outputs(adapter.head.classes) if adapter.head else None
+    return stored_outputs(directory) if tells_labels(subject) else None
 
 
 def process_device():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,10 +15,14 @@ from linchain_cli.commands.options import Json, Overrides, RecipePath
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from linchain_cli.evaluation.labels import LabelledTask
+    from linchain_cli.evaluation.results import Results
     from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import EvaluationConfig, Recipe
     from linchain_cli.run import RunDirectory
     from linchain_cli.training.job import Job
+
+    OnProgress = Callable[[str, int, int], None]
 
 
 def run(
@@ -38,6 +43,7 @@ def run(
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
         raise InputError("--resume continues the run and --fresh replaces it: give one of them.")
+    from linchain_cli.evaluation.labels import find_labelled
     from linchain_cli.evaluation.tasks import recipe_tasks
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import RunDirectory
@@ -47,7 +53,9 @@ def run(
     if not (resume and directory.exists()):
         directory.check_free(replace=fresh)
     # A misspelt task should be told before hours of training, not after.
-    tasks = recipe_tasks(loaded.evaluation)
+    tasks = recipe_tasks(loaded.evaluation) if loaded.task == "causal" else []
+    if loaded.task != "causal":
+        find_labelled(loaded)
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
 
     if not launched() and (processes := wanted_processes(nproc)) > 1:
@@ -57,13 +65,22 @@ def run(
 
 
 def _train(
-    recipe: Recipe, directory: RunDirectory, tasks: list[Task], resume: bool, fresh: bool, json: bool
+    recipe: Recipe,
+    directory: RunDirectory,
+    tasks: Sequence[Task | LabelledTask],
+    resume: bool,
+    fresh: bool,
+    json: bool,
 ) -> None:
     from linchain_cli.training.processes import disconnect, is_first_process
     from linchain_cli.training.runner import finished_job, run_training
 
+    def check(job: Job) -> None:
+        nonlocal tasks
+        tasks = _checked_tasks(job, tasks)
+
     try:
-        job = run_training(recipe, resume=resume, fresh=fresh, ready=lambda job: _check_tasks(job, tasks))
+        job = run_training(recipe, resume=resume, fresh=fresh, ready=check)
     except InputError:
         raise
     except BaseException:
@@ -71,11 +88,12 @@ def _train(
         raise
     if job is not None:
         _plot(directory)
-    elif tasks and not _is_evaluated(directory, recipe, tasks):
+    elif recipe.evaluation.tasks and not _is_evaluated(directory, recipe, tasks):
         job = finished_job(directory)
+        check(job)
     if job is not None:
         if tasks:
-            _evaluate(job, recipe.evaluation, tasks, quiet=json)
+            _evaluate(job, recipe, tasks, quiet=json)
         if is_first_process() and not json:
             print(f"finished: {directory.path} (adapter in {directory.adapter_dir})")
     if json and is_first_process():
@@ -85,27 +103,36 @@ def _train(
     disconnect()
 
 
-def _check_tasks(job: Job, tasks: list[Task]) -> None:
-    """Tells what is wrong with the evaluation while nothing is spent."""
+def _checked_tasks(job: Job, tasks: Sequence[Task | LabelledTask]) -> Sequence[Task | LabelledTask]:
+    """Tells what is wrong with the evaluation while nothing is spent. Labelled rows are read here, where the
+    classes are known."""
+    from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions
     from linchain_cli.model.limits import limits
     from linchain_cli.training.processes import is_first_process
 
+    if job.base.outputs is not None:
+        return recipe_labelled(job.recipe, job.base.outputs, job.base.tokenizer)
     protocol = job.recipe.evaluation.protocol
     for warning in check_questions(job.base.tokenizer, job.data.template, tasks, protocol, limits(job.model)):
         if is_first_process():
             console.warn(f"evaluation.tasks: {warning}")
+    return tasks
 
 
-def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: list[Task]) -> bool:
+def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: Sequence[Task | LabelledTask]) -> bool:
     """Whether the run's adapter has been evaluated as the recipe says; the first process looks."""
-    from linchain_cli.evaluation.store import has_result
+    from linchain_cli.evaluation.store import has_result, run_result
     from linchain_cli.training.processes import connect, from_main
 
+    def look() -> bool:
+        section = recipe.evaluation
+        if recipe.task == "causal":
+            return has_result(directory, section, tasks)
+        return run_result(directory, section, section.tasks, recipe.evaluated_by) is not None
+
     accelerator = connect()
-    return from_main(
-        accelerator, accelerator.is_main_process and has_result(directory, recipe.evaluation, tasks)
-    )
+    return from_main(accelerator, accelerator.is_main_process and look())
 
 
 def _plot(directory: RunDirectory) -> None:
@@ -118,29 +145,57 @@ def _plot(directory: RunDirectory) -> None:
             loss_plot(directory)
 
 
-def _evaluate(job: Job, section: EvaluationConfig, tasks: list[Task], quiet: bool) -> None:
-    from linchain_cli.data.asking import straddle_mostly
-    from linchain_cli.evaluation.evaluate import evaluate
+def _evaluate(job: Job, recipe: Recipe, tasks: Sequence[Task | LabelledTask], quiet: bool) -> None:
     from linchain_cli.evaluation.show import print_results
     from linchain_cli.training.processes import is_first_process
     from linchain_cli.training.signals import stop_requests
 
     left = f"{job.run.path} is finished, its evaluation is not: --resume continues it"
     with stop_requests(left), console.Progress(quiet=not is_first_process()) as progress:
-        results = evaluate(
-            job.model,
-            job.base.tokenizer,
-            job.data.template,
-            tasks,
-            name=str(job.run.path),
-            protocol=section.protocol,
-            limit=section.limit,
-            straddles=straddle_mostly(job.data.report.counts()),
-            base_sha256=job.base.hash,
-            quantization=job.recipe.model.quantization,
-            out=job.run.eval_dir,
-            share=not job.base.sharded,
-            on_progress=lambda task, done, total: progress.show("evaluating", done, total, task),
-        )
+
+        def show(task: str, done: int, total: int) -> None:
+            progress.show("evaluating", done, total, task)
+
+        results = (_labels if recipe.task != "causal" else _answers)(job, recipe.evaluation, tasks, show)
     if is_first_process() and not quiet:
         print_results(results)
+
+
+def _answers(job: Job, section: EvaluationConfig, tasks: Sequence[Task], show: OnProgress) -> Results:
+    from linchain_cli.data.asking import straddle_mostly
+    from linchain_cli.evaluation.evaluate import evaluate
+
+    return evaluate(
+        job.model,
+        job.base.tokenizer,
+        job.data.template,
+        tasks,
+        name=str(job.run.path),
+        protocol=section.protocol,
+        limit=section.limit,
+        straddles=straddle_mostly(job.data.report.counts()),
+        base_sha256=job.base.hash,
+        quantization=job.recipe.model.quantization,
+        out=job.run.eval_dir,
+        share=not job.base.sharded,
+        on_progress=show,
+    )
+
+
+def _labels(job: Job, section: EvaluationConfig, tasks: Sequence[LabelledTask], show: OnProgress) -> Results:
+    from linchain_cli.chain.files import TENSORS_FILE, adapter_files
+    from linchain_cli.evaluation.labels import evaluate_labels
+    from linchain_cli.storage import sha256_bytes
+
+    return evaluate_labels(
+        job.model,
+        job.base.tokenizer,
+        job.base.outputs,
+        tasks,
+        name=str(job.run.path),
+        limit=section.limit,
+        base_sha256=job.base.hash,
+        adapter_sha256=sha256_bytes(adapter_files(job.adapter())[TENSORS_FILE]),
+        out=job.run.eval_dir,
+        on_progress=show,
+    )

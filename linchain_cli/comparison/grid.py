@@ -20,9 +20,11 @@ LINKS_RATE, SCALE = "training.lr_multiplier.links", "adapter.scale"
 # What decides rows, their order, the loss's meaning or how it is measured: arms that differ in it say nothing
 # about each other. Names of sections stand for all their keys.
 HELD = (
-    "name", "output_dir", "seed", "data", "evaluation", "model.path", "model.revision", "training.epochs",
+    "task", "name", "output_dir", "seed", "data", "evaluation", "model.path", "model.revision",
+    "training.epochs",
     "training.max_steps", "training.global_batch_size", "training.log_every", "training.eval_every",
-    "training.save_every", "training.keep_checkpoints", "training.keep", "training.early_stopping",
+    "training.save_every", "training.keep_checkpoints", "training.keep", "training.best_by",
+    "training.early_stopping",
     "training.trackers",
 )  # fmt: skip
 # What may change between the calls that make up one comparison: it touches no loss.

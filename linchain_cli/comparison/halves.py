@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import collate, micro_batches
+from linchain_cli.data.batches import micro_batches
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.records import read_record
 from linchain_cli.run import RunDirectory
-from linchain_cli.training.loss import summed_loss
+from linchain_cli.training.objective import Objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,12 @@ class HalfLosses:
 
 @torch.no_grad()
 def half_losses(
-    model: nn.Module, rows: EncodedRows, size: int | None, pad_id: int, tokens: int | None = None
+    model: nn.Module,
+    rows: EncodedRows,
+    size: int | None,
+    pad_id: int,
+    objective: Objective,
+    tokens: int | None = None,
 ) -> HalfLosses:
     """Every other row goes into the same half, so that both have their share of every source. `rows` are at
     least two; `size` and `tokens` as `micro_batches` takes them."""
@@ -43,7 +48,7 @@ def half_losses(
         total = torch.zeros((), dtype=torch.float64, device=device)
         with folded(model):
             for part in micro_batches(half, rows.lengths, size, tokens=tokens):
-                total += summed_loss(model, collate(rows, part, pad_id), device)
+                total += objective.summed_loss(model, objective.collate(rows, part, pad_id), device)
         found.append(total.item() / int(rows.supervised_counts[half].sum()))
     return HalfLosses(losses=(found[0], found[1]))
 

@@ -94,10 +94,15 @@ class Measurement:
 
 
 def measure(
-    run: RunDirectory, arm: str, seed: int, directory: str, evaluation: EvaluationConfig
+    run: RunDirectory,
+    arm: str,
+    seed: int,
+    directory: str,
+    evaluation: EvaluationConfig,
+    protocol: str | None = None,
 ) -> Measurement:
-    """Reads a run's files, and of its results the one that `evaluation` asked for; a run that was never
-    started has the status `missing`.
+    """Reads a run's files, and of its results the one that `evaluation` asked for (of labels that are told,
+    by the `protocol` of that name); a run that was never started has the status `missing`.
 
     Raises:
         InputError: run.json or metrics.jsonl is damaged.
@@ -122,7 +127,7 @@ def measure(
         status.tokens_per_second,
         # A peak that the process had reached in an earlier arm says nothing about this one.
         max(peaks) if peaks and status.own_peak_memory else None,
-        _accuracies(run, evaluation) if kept_step is None else {},
+        _accuracies(run, evaluation, protocol or evaluation.protocol) if kept_step is None else {},
         status.hashes,
         halves.losses if halves else None,
         kept_step,
@@ -145,11 +150,13 @@ def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]
     )
 
 
-def _accuracies(run: RunDirectory, section: EvaluationConfig) -> dict[str, float]:
+def _accuracies(run: RunDirectory, section: EvaluationConfig, protocol: str) -> dict[str, float]:
     # The name of a task of the user's own stands in its file, which need not be there any more.
     own = any(name.endswith((".yaml", ".yml")) for name in section.tasks)
-    wanted = None if own or not section.tasks else expand_tasks(section.tasks)
-    result = run_result(run, section, wanted or ())
+    wanted = None if own or not section.tasks else section.tasks
+    if wanted and protocol == section.protocol:
+        wanted = expand_tasks(wanted)
+    result = run_result(run, section, wanted or (), protocol)
     return {
         name: score.accuracy
         for name, score in (result.tasks.items() if result else ())

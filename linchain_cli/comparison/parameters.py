@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linchain_cli.chain import MatrixShape, carriers, match_modules, parameter_count
+from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.loading import empty_model, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 
@@ -27,7 +28,7 @@ def with_equal_parameters(recipes: Sequence[Recipe], base: Recipe, directory: Pa
     Args:
         directory: the base model's checkpoint; only its configuration is read.
     """
-    model = empty_model(directory)
+    model = empty_model(directory, Outputs.unknown(base.task))
     prefix = text_decoder_prefix(model)
     shape_at = carriers(dict(model.named_modules()))
 

@@ -33,12 +33,12 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
     Raises:
         InputError: runs were trained on other data or another base, so that they cannot be compared.
     """
-    measurements = []
+    base, measurements = definition.base, []
     for arm in definition.arms:
         for seed in definition.seeds[arm.name]:
             run = RunDirectory(arm_recipe(arm, seed, directory).run_path)
             place = str(run.path.relative_to(directory.path))
-            measurements.append(measure(run, arm.name, seed, place, definition.base.evaluation))
+            measurements.append(measure(run, arm.name, seed, place, base.evaluation, base.evaluated_by))
     _refuse_mixture(measurements)
     found = candidates(definition, measurements)
     rate = definition.base.training.learning_rate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from linchain_cli.chain import attach, detach, load_adapter
+from linchain_cli.chain.files import adapter_hash
 from linchain_cli.comparison.definition import (
     Definition,
     arm_recipe,
@@ -29,8 +30,9 @@ from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
+from linchain_cli.evaluation.labels import LabelledTask, evaluate_labels, find_labelled, recipe_labelled
 from linchain_cli.evaluation.questions import check_questions
-from linchain_cli.evaluation.store import has_result
+from linchain_cli.evaluation.store import has_result, run_result
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import release_memory
@@ -42,7 +44,9 @@ from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base
+from linchain_cli.training.job import settled
 from linchain_cli.training.metrics import reset_peak_memory
+from linchain_cli.training.objective import Objective, objective_of
 from linchain_cli.training.rate import with_rate
 from linchain_cli.training.runner import run_training
 from linchain_cli.training.schedule import total_steps
@@ -82,7 +86,11 @@ def run_comparison(
     directory = ComparisonDirectory(grid.base.run_path)
     grid = with_rates(grid)
     arms = _adjusted(grid) if equal_parameters else list(grid.arms)
-    tasks = recipe_tasks(grid.base.evaluation)
+    tasks: list[Task] = []
+    if grid.base.task == "causal":
+        tasks = recipe_tasks(grid.base.evaluation)
+    else:
+        find_labelled(grid.base)
     with locked(directory.path, _WAIT):
         if fresh:
             refuse_busy(directory)
@@ -153,13 +161,14 @@ class _Runner:
         self,
         directory: ComparisonDirectory,
         definition: Definition,
-        tasks: Sequence[Task],
+        tasks: Sequence[Task | LabelledTask],
         base: Base | None = None,
     ):
         self.directory, self.definition, self.tasks = directory, definition, tasks
         self.accelerator = Accelerator()
         self._base = base
         self._validation: EncodedRows | None = None
+        self._objective: Objective | None = None
         self._base_section: dict[str, Any] | None = None
         if base is not None:
             self._base_section = definition.base.model.model_dump()
@@ -218,10 +227,16 @@ class _Runner:
         if read_halves(run) is None and earlier_step(status) is None:
             with run.lock():
                 self._measure_halves(recipe, run, status)
-        if self.tasks and not has_result(run, self.definition.base.evaluation, self.tasks):
+        if self.definition.base.evaluation.tasks and not self._is_evaluated(run):
             with run.lock():
                 note(f"{title}: evaluating")
                 self._evaluate(recipe, run)
+
+    def _is_evaluated(self, run: RunDirectory) -> bool:
+        recipe, section = self.definition.base, self.definition.base.evaluation
+        if recipe.task == "causal":
+            return has_result(run, section, self.tasks)
+        return run_result(run, section, section.tasks, recipe.evaluated_by) is not None
 
     def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
         base = self._loaded(recipe)
@@ -251,7 +266,7 @@ class _Runner:
         attach(base.model, load_adapter(run.adapter_dir))
         try:
             size, tokens = status.micro_batch_size or 1, status.micro_batch_tokens
-            found = half_losses(base.model, rows, size, base.pad_id, tokens)
+            found = half_losses(base.model, rows, size, base.pad_id, self._objective, tokens)
             write_record(halves_path(run), found)
         finally:
             detach(base.model)
@@ -272,8 +287,10 @@ class _Runner:
 
     def _check(self, base: Base) -> PreparedData:
         """Refuses to add to runs that had other rows or another base."""
-        data = prepare_data(self.definition.base.data, base.tokenizer)
-        self._validation = data.validation
+        recipe = self.definition.base
+        classes = base.outputs and base.outputs.classes
+        data = prepare_data(recipe.data, base.tokenizer, task=recipe.task, classes=classes)
+        self._validation, self._objective = data.validation, objective_of(settled(recipe, data), data)
         now = {"data": data.report.fingerprint, "base": base.hash}
         for path in sorted(self.directory.arms_dir.iterdir()) if self.directory.arms_dir.is_dir() else ():
             run = RunDirectory(path)
@@ -287,7 +304,10 @@ class _Runner:
                     " be compared with it: put back what there was, give this comparison another name"
                     " (name=NEW), or use --fresh"
                 )
-        protocol = self.definition.base.evaluation.protocol
+        if base.outputs is not None:
+            self.tasks = recipe_labelled(recipe, base.outputs, base.tokenizer)
+            return data
+        protocol = recipe.evaluation.protocol
         check_questions(base.tokenizer, data.template, self.tasks, protocol, limits(base.model))
         return data
 
@@ -302,27 +322,51 @@ class _Runner:
             )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:
+        base = self._loaded(recipe)
+        attach(base.model, load_adapter(run.adapter_dir))
+        try:
+            with Progress() as progress:
+
+                def show(task: str, done: int, total: int) -> None:
+                    progress.show(recipe.name, done, total, task)
+
+                if base.outputs is None:
+                    self._evaluate_answers(recipe, run, base, show)
+                    return
+                evaluate_labels(
+                    base.model,
+                    base.tokenizer,
+                    base.outputs,
+                    self.tasks,
+                    name=str(run.path),
+                    limit=self.definition.base.evaluation.limit,
+                    base_sha256=base.hash,
+                    adapter_sha256=adapter_hash(run.adapter_dir),
+                    out=run.eval_dir,
+                    on_progress=show,
+                )
+        finally:
+            detach(base.model)
+
+    def _evaluate_answers(
+        self, recipe: Recipe, run: RunDirectory, base: Base, show: Callable[[str, int, int], None]
+    ) -> None:
         from linchain_cli.data.asking import straddle_mostly
         from linchain_cli.data.templates import template_of
         from linchain_cli.recipe import load_recipe
 
-        base, section = self._loaded(recipe), self.definition.base.evaluation
-        attach(base.model, load_adapter(run.adapter_dir))
-        try:
-            with Progress() as progress:
-                evaluate(
-                    base.model,
-                    base.tokenizer,
-                    template_of(load_recipe(run.recipe_path).data, base.tokenizer),
-                    self.tasks,
-                    name=str(run.path),
-                    protocol=section.protocol,
-                    limit=section.limit,
-                    straddles=straddle_mostly(run.read_status().rows),
-                    base_sha256=base.hash,
-                    quantization=recipe.model.quantization,
-                    out=run.eval_dir,
-                    on_progress=lambda task, done, total: progress.show(recipe.name, done, total, task),
-                )
-        finally:
-            detach(base.model)
+        section = self.definition.base.evaluation
+        evaluate(
+            base.model,
+            base.tokenizer,
+            template_of(load_recipe(run.recipe_path).data, base.tokenizer),
+            self.tasks,
+            name=str(run.path),
+            protocol=section.protocol,
+            limit=section.limit,
+            straddles=straddle_mostly(run.read_status().rows),
+            base_sha256=base.hash,
+            quantization=recipe.model.quantization,
+            out=run.eval_dir,
+            on_progress=show,
+        )

@@ -98,8 +98,8 @@ def evaluate(
     setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
     own = {task.name: task_template(task, template, tokenizer) for task in tasks}
     fingerprints = {task.name: fingerprint(setting, task, own[task.name].fingerprint) for task in tasks}
-    _refuse_unlike(fingerprints)
-    rank, world = _rank_and_world()
+    refuse_unlike(fingerprints)
+    rank, world = processes()
     turn_of, shares = (rank, world) if share else (0, 1)
     store = ResultStore(out, setting) if out is not None else None
     earlier = store.measured(fingerprints) if store else None
@@ -132,7 +132,7 @@ def evaluate(
             progress.close()
     if not missing:
         return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
-    results = summarise(missing, _gather(list(done.values()), shares), setting, fingerprints)
+    results = summarise(missing, gather(list(done.values()), shares), setting, fingerprints)
     path = earlier.path if earlier else None
     if store and rank == 0:
         path = store.add(results).path
@@ -222,19 +222,20 @@ def _adapter_hash(model) -> str | None:
     return sha256_bytes(tensor_bytes(chains)) if chains else None
 
 
-def _rank_and_world() -> tuple[int, int]:
+def processes() -> tuple[int, int]:
+    """This process's number and how many there are."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
-def _refuse_unlike(fingerprints: Mapping[str, str]) -> None:
+def refuse_unlike(fingerprints: Mapping[str, str]) -> None:
     """Of processes that would evaluate different things the first raises LinchainError, the others end."""
-    rank, world = _rank_and_world()
+    rank, world = processes()
     found: list[Any] = [None] * world
     if world > 1:
-        torch.distributed.all_gather_object(found, fingerprints)
+        torch.distributed.allgather_object(found, fingerprints)
     if all(each == found[0] for each in found):
         return
     error = LinchainError("the processes do not hold the same adapter, rows and settings to evaluate")
@@ -243,10 +244,10 @@ def _refuse_unlike(fingerprints: Mapping[str, str]) -> None:
     raise SystemExit(error.exit_code)
 
 
-def _gather(predictions: list[Prediction], world: int) -> list[Prediction]:
+def gather(predictions: list[Prediction], world: int) -> list[Prediction]:
     """The rows of all processes, on each of them."""
     if world == 1:
         return predictions
     parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, predictions)
+    torch.distributed.allgather_object(parts, predictions)
     return [prediction for part in parts for prediction in part]

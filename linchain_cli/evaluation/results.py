@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from linchain_cli import storage
+from linchain_cli.data.agreement import difference
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.statistics import (
     Paired,
@@ -23,9 +26,12 @@ from linchain_cli.evaluation.statistics import (
 )
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore, read_evaluation, template_label
+from linchain_cli.recipe.schema import METRICS
 from linchain_cli.run import now
 
 NEAR_TIE = 1e-4
+# What labelled rows are measured by, beside the accuracy.
+LABEL_METRICS = {name for names in METRICS.values() for name in names} - {"accuracy"}
 # In what two results that are compared may differ unnoticed.
 COMPARED = ("protocol", "beams", "normalise", "dtype", "quantization")
 
@@ -218,6 +224,12 @@ def setting_differences(first: Evaluation, second: Evaluation) -> list[str]:
     return differences
 
 
+def is_comparable(score: TaskScore) -> bool:
+    """Whether two models can be compared by a task: by right and wrong answers, or by labels that were
+    told."""
+    return score.accuracy is not None or not LABEL_METRICS.isdisjoint(score.metrics)
+
+
 def compare(first: Results, second: Results) -> dict[str, Any]:
     """The paired differences (first minus second) per task with right and wrong answers, over all their rows,
     and their macro average.
@@ -240,16 +252,23 @@ def compare(first: Results, second: Results) -> dict[str, Any]:
             continue
         keys = [key for key in answers[0] if key[0] == name]
         tasks[name] = pair([answers[0][key] for key in keys], [answers[1][key] for key in keys])
+    metrics = _metric_differences(first, second)
+    about = {
+        "model": second.summary.model,
+        "adapter_sha256": second.summary.adapter_sha256,
+        "base_sha256": second.summary.base_sha256,
+        "differences_in_settings": setting_differences(first.summary, second.summary),
+        **({"metrics": metrics} if metrics else {}),
+    }
+    if not tasks and metrics:
+        return {**about, "tasks": {}}
     if not tasks:
         raise InputError("no task of the two has right and wrong answers, so there is nothing to pair")
     average, error = macro_average([p.difference for p in tasks.values()], [p.error for p in tasks.values()])
     pooled = Paired(*(sum(getattr(p, part) for p in tasks.values()) for part in ("n", "gained", "lost")))
     adjusted = holm([paired.p_value for paired in tasks.values()])
     return {
-        "model": second.summary.model,
-        "adapter_sha256": second.summary.adapter_sha256,
-        "base_sha256": second.summary.base_sha256,
-        "differences_in_settings": setting_differences(first.summary, second.summary),
+        **about,
         "tasks": {
             name: _paired_entry(paired) | {"p_holm": p}
             for (name, paired), p in zip(tasks.items(), adjusted, strict=True)
@@ -258,6 +277,33 @@ def compare(first: Results, second: Results) -> dict[str, Any]:
         "average_difference": average,
         "average_interval": normal_interval(average, error, -1.0, 1.0),
     }
+
+
+def _metric_differences(first: Results, second: Results) -> dict[str, dict[str, Any]]:
+    """First minus second of what labelled rows were measured by beside the accuracy, by task and measure, on
+    the same rows in every resample."""
+    found: dict[str, dict[str, Any]] = {}
+    for task, score in first.summary.tasks.items():
+        names = [name for name in score.metrics if name in LABEL_METRICS]
+        if not names:
+            continue
+        ours, theirs = ([row for row in one.predictions if row["task"] == task] for one in (first, second))
+        scores = ours[0].get("scores", {})
+        targets, mine = label_arrays(tuple(scores), ours)
+        _, others = label_arrays(tuple(scores), theirs)
+        for name in names:
+            one = difference(name, targets, mine, others, len(scores))
+            found.setdefault(task, {})[name] = {"difference": one.value, "interval": one.interval}
+    return found
+
+
+def label_arrays(classes: Sequence[str], rows: Sequence[Prediction]) -> tuple[np.ndarray, np.ndarray]:
+    """(answers, predictions) of prediction rows, each (rows,): numbers, or the classes' numbers."""
+    columns = ([row[key] for row in rows] for key in ("answer", "prediction"))
+    if not classes:
+        return tuple(np.array(column, dtype=np.float64) for column in columns)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return tuple(np.array([numbers[name] for name in column]) for column in columns)
 
 
 def refuse_other_rows(result: Results, tasks: Sequence[Task], path: Path) -> None:

@@ -45,10 +45,14 @@ def print_results(results: Results, console: Console | None = None) -> None:
 
 
 def metric_text(metric: Metric | None) -> str:
-    """A number beside the accuracy: a share in per cent, a loss as it is."""
+    """A number beside the accuracy: a share in per cent, a loss or correlation as it is; beneath it its
+    interval, where it is no share."""
     if metric is None:
         return "–"
-    return percent(metric.value) if metric.is_share else f"{metric.value:.4g}"
+    if metric.is_share:
+        return percent(metric.value)
+    text = f"{metric.value:.4g}"
+    return f"{text}\n{span(metric.interval, lambda value: f'{value:.2f}')}" if metric.interval else text
 
 
 def count(value: int | None) -> str:
@@ -76,6 +80,23 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
         table.add_row("all rows", *_paired_cells(comparison["all_rows"]))
         difference, interval = comparison["average_difference"], comparison["average_interval"]
         table.add_row("average", "", points(difference), span(interval, points))
+    if comparison["tasks"]:
+        console.print(table)
+    print_metric_differences(comparison, console)
+
+
+def print_metric_differences(comparison: dict[str, Any], console: Console) -> None:
+    """Differences of what is measured beside the accuracy, if anything is, with their bootstrap intervals."""
+    if not comparison.get("metrics"):
+        return
+    title = f"the same minus {comparison['model']}, other measures" if comparison["tasks"] else None
+    table = Table(title=title, title_justify="left")
+    for column in ("task", "measure", "difference", "95 % interval"):
+        table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+    for task, measures in comparison["metrics"].items():
+        for name, found in measures.items():
+            value, interval = f"{found['difference']:+.3f}", span(found["interval"], lambda v: f"{v:+.3f}")
+            table.add_row(task, name, value, interval)
     console.print(table)
 
 

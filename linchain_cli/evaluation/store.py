@@ -130,11 +130,16 @@ def add_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
         replace(results, summary=summary).write(path)
 
 
-def run_result(run: RunDirectory, section: EvaluationConfig, tasks: Iterable[str] = ()) -> Evaluation | None:
-    """The result, of those below the run's eval/, that `section` asked for: of its adapter as it is now."""
+def run_result(
+    run: RunDirectory, section: EvaluationConfig, tasks: Iterable[str] = (), protocol: str | None = None
+) -> Evaluation | None:
+    """The result, of those below the run's eval/, that `section` asked for: of its adapter as it is now.
+    `protocol` stands in for the section's, of models that tell labels."""
     found, _ = find_evaluations(run.eval_dir)
     adapter = adapter_hash(run.adapter_dir)
-    return first_of(found, section.protocol, limit=section.limit, adapter_sha256=adapter, tasks=tasks)
+    return first_of(
+        found, protocol or section.protocol, limit=section.limit, adapter_sha256=adapter, tasks=tasks
+    )
 
 
 def has_result(run: RunDirectory, section: EvaluationConfig, tasks: Sequence[Task]) -> bool:

@@ -11,6 +11,7 @@ from linchain_cli.chain import Adapter, ChainTensors, MatrixShape, carriers, par
 from linchain_cli.chain.spectrum import condition_numbers, entropy_rank, spectrum, stable_rank, top_energy
 from linchain_cli.errors import LinchainError
 from linchain_cli.model.checkpoint import FLOAT_TYPES, Checkpoint, StoredTensor
+from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.loading import empty_model
 from linchain_cli.model.names import NameMap, map_names
 from linchain_cli.model.packed import open_weights
@@ -73,7 +74,8 @@ def layer_numbers(adapter: Adapter, base: Path | None = None) -> list[LayerNumbe
     Args:
         base: the base model's checkpoint directory, for ‖W0‖; its weights are read one at a time.
     """
-    norms = base_norms(base, adapter.tensors) if base is not None else {}
+    outputs = Outputs(adapter.head.classes) if adapter.head else None
+    norms = base_norms(base, adapter.tensors, outputs) if base is not None else {}
     scaling = adapter.config.scaling
     found = []
     for path, expert, chain in _chains(adapter):
@@ -108,7 +110,7 @@ def _of_expert(path: str, expert: int) -> str:
     return f"{holder}.{expert}.{name}"
 
 
-def base_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
+def base_norms(directory: Path, paths: Iterable[str], outputs: Outputs | None = None) -> dict[str, float]:
     """‖W0‖_F by module path, and by expert, for those whose weights lie in the checkpoint as the model holds
     them, or in pieces of single experts.
 
@@ -116,7 +118,7 @@ def base_norms(directory: Path, paths: Iterable[str]) -> dict[str, float]:
         InputError: the directory holds no usable checkpoint.
     """
     checkpoint = open_weights(directory)
-    model = empty_model(directory)
+    model = empty_model(directory, outputs)
     try:
         names = map_names(model, checkpoint.shapes)
     except LinchainError:

@@ -206,9 +206,9 @@ def test_wrong_input_is_one_message_and_leaves_no_run(linchain, recipe, run, ove
 
 
 def test_a_run_that_fails_says_why_and_exits_1(linchain, recipe, run, monkeypatch):
-    from linchain_cli.training import loop
+    from linchain_cli.training import loss
 
-    monkeypatch.setattr(loop.loss, "add_gradients", lambda model, batch, scale, device: scale * float("nan"))
+    monkeypatch.setattr(loss, "add_gradients", lambda model, batch, scale, device: scale * float("nan"))
     code, out, err = linchain("train", recipe)
     assert code == 1 and out == ""
     assert (

@@ -1,0 +1,246 @@
+"""Evaluating classifiers and regressions: labelled rows told by a model, counted, and with intervals."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from linchain_cli.data.agreement import Agreement, with_interval
+from linchain_cli.data.batches import micro_batches
+from linchain_cli.data.dataset import PreparedData, prepare_data
+from linchain_cli.data.formats import FormattedRows
+from linchain_cli.data.labelled import Labelled, labelled_source
+from linchain_cli.data.labelled_batches import collate_labelled
+from linchain_cli.data.rows import RowError
+from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
+from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
+from linchain_cli.evaluation.store import ResultStore
+from linchain_cli.evaluations import Metric, TaskScore
+from linchain_cli.model.classifier import Outputs, padding, predictions, row_logits
+from linchain_cli.recipe import DataConfig, Recipe, SourceConfig
+from linchain_cli.recipe.schema import METRICS
+from linchain_cli.run import now
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
+
+
+@dataclass(frozen=True)
+class LabelledTask:
+    """Labelled rows under the name that they were asked for by. `fingerprint` is of their texts and labels:
+    two results can be compared only where it is equal."""
+
+    name: str
+    data: PreparedData
+    fingerprint: str
+
+    @property
+    def source(self) -> str:
+        return self.data.report.sources[0].location
+
+
+def load_labelled(
+    names: Sequence[str],
+    outputs: Outputs,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    like: DataConfig | None = None,
+    limit: int | None = None,
+    data_dir: str | Path | None = None,
+) -> list[LabelledTask]:
+    """The rows that `names` are: what data.train may name, of data sets the split `validation`.
+
+    Args:
+        like: the data section of the model's recipe: how long rows may be, and of files that are not a task
+            of GLUE the columns and the labels' words.
+
+    Raises:
+        InputError: rows that cannot be found or used, or whose labels are none of the classes.
+    """
+    found = []
+    for name in dict.fromkeys(names):
+        source = _source(name, like, limit)
+        section = DataConfig(
+            train=[source],
+            validation=0,
+            max_length=like.max_length if like else "auto",
+            on_bad_row=like.on_bad_row if like else "error",
+        )
+        data = prepare_data(section, tokenizer, task=outputs.task, classes=outputs.classes, data_dir=data_dir)
+        found.append(LabelledTask(name, data, _fingerprint(section, data, data_dir)))
+    return found
+
+
+def _source(name: str, like: DataConfig | None, limit: int | None) -> SourceConfig:
+    """The source of that name; a colon and a split may stand behind it: `glue/mnli:validation_mismatched`."""
+    path, colon, split = name.rpartition(":")
+    if not colon or "/" in split or not split:
+        path, split = name, "validation"
+    plain = SourceConfig(path=path, split=split, max_rows=limit)
+    if like is None or path.startswith("glue/"):
+        return plain
+    first = like.sources[0]
+    return plain.model_copy(update={"columns": first.columns or None, "labels": first.labels or None})
+
+
+def _texts(section: DataConfig, data: PreparedData, data_dir: str | Path | None) -> Iterator[Labelled]:
+    (wanted,) = section.sources
+    source, _ = labelled_source(wanted, data.template.name, data_dir)
+    for row in FormattedRows(source, data.template.layouts):
+        try:
+            if not isinstance(row, RowError):
+                yield from data.template.render(row)
+        except RowError:
+            continue  # counted when it was encoded
+
+
+def _fingerprint(section: DataConfig, data: PreparedData, data_dir: str | Path | None) -> str:
+    digest = hashlib.sha256(json.dumps(data.template.classes).encode())
+    for row in _texts(section, data, data_dir):
+        digest.update(json.dumps([row.text, row.text_pair, row.target]).encode())
+    return digest.hexdigest()
+
+
+def find_labelled(recipe: Recipe) -> None:
+    """Raises InputError if rows that a recipe is evaluated on are not there; a look before training."""
+    for name in recipe.evaluation.tasks:
+        labelled_source(_source(name, recipe.data, None), recipe.task, recipe.evaluation.data_dir)
+
+
+def recipe_labelled(
+    recipe: Recipe, outputs: Outputs, tokenizer: PreTrainedTokenizerBase
+) -> list[LabelledTask]:
+    """The rows that a recipe is evaluated on; see `load_labelled`."""
+    section = recipe.evaluation
+    return load_labelled(
+        section.tasks, outputs, tokenizer, like=recipe.data, limit=section.limit, data_dir=section.data_dir
+    )
+
+
+def evaluate_labels(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    outputs: Outputs,
+    tasks: Sequence[LabelledTask],
+    *,
+    name: str,
+    limit: int | None = None,
+    batch_tokens: int | None = None,
+    base_sha256: str | None = None,
+    adapter_sha256: str | None = None,
+    out: Path | None = None,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> Results:
+    """Has a loaded classifier tell the rows of `tasks`; see evaluate.evaluate, whose results these are.
+
+    Under torch.distributed the processes share the batches, each returns all results, and the first one
+    writes.
+
+    Raises:
+        InputError: nothing can be written at `out`. LinchainError: the processes do not hold the same model
+        and rows.
+    """
+    setting = setting_of(
+        model, tasks[0].data.template, name, outputs.task, limit, base_sha256, "none"
+    ).model_copy(update={"template": None, "template_sha256": None, "adapter_sha256": adapter_sha256})
+    fingerprints = {task.name: fingerprint(setting, task, task.data.report.fingerprint) for task in tasks}
+    refuse_unlike(fingerprints)
+    rank, world = processes()
+    store = ResultStore(out, setting) if out is not None else None
+    earlier = store.measured(fingerprints) if store else None
+    missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
+    total = sum(len(task.data.train) for task in tasks)
+    done = total - sum(len(task.data.train) for task in missing)
+    if not missing:
+        return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
+    batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
+    pad_id, found = padding(model, tokenizer), []
+    with evaluating(model):
+        for task in missing:
+            rows = task.data.train
+            for part in _parts(rows.lengths, batch_tokens, rank, world):
+                logits = row_logits(model, collate_labelled(rows, part, pad_id).to(model.device))
+                found += _predicted(task, outputs, part, logits)
+                done += len(part)
+                if on_progress:
+                    on_progress(task.name, done, total)
+    found = gather(found, world)
+    by_task = {task.name: [row for row in found if row["task"] == task.name] for task in missing}
+    by_task = {each: sorted(rows, key=lambda row: row["index"]) for each, rows in by_task.items()}
+    scores = {
+        task.name: _score(task, outputs, by_task[task.name], fingerprints[task.name]) for task in missing
+    }
+    summary = averaged(setting.model_copy(update={"tasks": scores}))
+    results = Results(summary, [row for rows in by_task.values() for row in rows])
+    path = earlier.path if earlier else None
+    if store and rank == 0:
+        path = store.add(results).path
+    known = tuple(earlier.summary.tasks) if earlier else ()
+    results = results.with_tasks_of(earlier) if earlier else results
+    return replace(results.of_tasks(fingerprints), path=path, known=known)
+
+
+def _parts(lengths: np.ndarray, batch_tokens: int, rank: int, world: int) -> Iterator[np.ndarray]:
+    """This process's batches: rows of like length, as many as fit into so many tokens."""
+    size = max(1, batch_tokens // max(1, int(np.quantile(lengths, 0.9))))
+    for part in micro_batches(np.arange(len(lengths)), lengths, size, rank, world):
+        if len(part):
+            yield part
+
+
+def _predicted(
+    task: LabelledTask, outputs: Outputs, part: np.ndarray, logits: torch.Tensor
+) -> list[Prediction]:
+    targets = task.data.train.targets[part].tolist()
+    told = predictions(logits).tolist()
+    rows = []
+    for index, target, value, scores in zip(part.tolist(), targets, told, logits.tolist(), strict=True):
+        row: Prediction = {"index": index, "task": task.name}
+        if outputs.classes:
+            names = outputs.classes[int(value)], outputs.classes[int(target)]
+            row |= {"prediction": names[0], "answer": names[1], "correct": names[0] == names[1]}
+            row["scores"] = dict(zip(outputs.classes, scores, strict=True))
+        else:
+            row |= {"prediction": value, "answer": target}
+        rows.append(row)
+    return rows
+
+
+def _score(task: LabelledTask, outputs: Outputs, rows: Sequence[Prediction], fingerprint: str) -> TaskScore:
+    classes = len(outputs.classes)
+    targets, told = label_arrays(outputs.classes, rows)
+    names = METRICS[outputs.task]
+    found = {name: with_interval(name, targets, told, classes) for name in names}
+    accuracy = found.pop("accuracy", None)
+    own = {}
+    if accuracy is not None:
+        majority = max(Counter(targets.tolist()).values()) / len(targets)
+        own = {
+            "accuracy": accuracy.value,
+            "stderr": accuracy.stderr,
+            "interval": accuracy.interval,
+            "majority": majority,
+        }
+    return TaskScore(
+        **own,
+        n=len(rows),
+        metrics={name: _metric(name, value) for name, value in found.items()},
+        source=task.source,
+        rows_sha256=task.fingerprint,
+        fingerprint=fingerprint,
+        measured_at=now(),
+    )
+
+
+def _metric(name: str, found: Agreement) -> Metric:
+    return Metric(value=found.value, stderr=found.stderr, interval=found.interval, is_share=name == "f1")

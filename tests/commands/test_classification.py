@@ -1,0 +1,158 @@
+"""Commands on classifiers, as a user calls them: train, eval, merge, check, report, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from linchain_cli.chain.files import adapter_hash
+from linchain_cli.cli import main
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from classifiers import make_checkpoint, pair_rows, write_rows  # noqa: E402
+
+
+def linchain(*arguments) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code or 0
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A directory with a tiny BERT, labelled rows, a recipe, and the runs `one` and `two`."""
+    place, before = tmp_path_factory.mktemp("classifying"), os.getcwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LINCHAIN_CACHE", str(place / "cache"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        os.chdir(place)
+        make_checkpoint("bert", place / "bert")
+        write_rows(place / "train.jsonl", pair_rows(48))
+        write_rows(place / "dev.jsonl", pair_rows(30, first=101))
+        recipe = {
+            "task": "classification",
+            "name": "one",
+            "model": {"path": "bert", "dtype": "float32"},
+            "adapter": {"rank": 4, "depth": 1, "target_modules": ["query", "value"]},
+            "data": {"train": "train.jsonl", "validation": 8, "max_length": 32},
+            "training": {"max_steps": 12, "global_batch_size": 8, "learning_rate": 0.01, "eval_every": 6},
+            "evaluation": {"tasks": ["dev.jsonl"]},
+        }
+        (place / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        assert linchain("train", "recipe.yaml") == 0
+        assert linchain("train", "recipe.yaml", "name=two", "adapter.depth=0") == 0
+        yield place
+        os.chdir(before)
+
+
+def result_of(path: str) -> dict:
+    return json.loads(Path(path).read_text())
+
+
+def test_train_evaluates_on_labelled_rows_when_it_is_done(workplace):
+    result = result_of("runs/one/eval/classification.json")
+    score = result["tasks"]["dev.jsonl"]
+    assert (score["n"], result["protocol"], result["dtype"]) == (30, "classification", "float32")
+    assert score["interval"][0] <= score["accuracy"] <= score["interval"][1]
+    assert score["majority"] == pytest.approx(2 / 3)
+    assert set(score["metrics"]) == {"f1", "matthews"}
+    assert all(len(metric["interval"]) == 2 for metric in score["metrics"].values())
+    assert result["adapter_sha256"] == adapter_hash(Path("runs/one/adapter"))
+    rows = [json.loads(line) for line in Path("runs/one/eval/classification.predictions.jsonl").open()]
+    assert [row["index"] for row in rows] == list(range(30))
+    assert set(rows[0]) == {"task", "index", "prediction", "answer", "correct", "scores"}
+    assert max(rows[0]["scores"], key=rows[0]["scores"].get) == rows[0]["prediction"]
+
+
+def test_eval_finds_what_train_measured(workplace, capsys):
+    before = Path("runs/one/eval/classification.json").read_bytes()
+    assert linchain("eval", "runs/one", "--tasks", "dev.jsonl") == 0
+    assert "measured before" in capsys.readouterr().out
+    assert Path("runs/one/eval/classification.json").read_bytes() == before
+
+
+def test_two_runs_are_compared_row_by_row(workplace, capsys):
+    assert linchain("eval", "runs/one", "--tasks", "dev.jsonl", "--against", "runs/two") == 0
+    printed = capsys.readouterr().out
+    assert "McNemar" in printed and "matthews" in printed
+    (comparison,) = result_of("runs/one/eval/classification.json")["against"]
+    first, second = (result_of(f"runs/{name}/eval/classification.json") for name in ("one", "two"))
+    values = [result["tasks"]["dev.jsonl"]["metrics"]["f1"]["value"] for result in (first, second)]
+    found = comparison["metrics"]["dev.jsonl"]["f1"]
+    assert found["difference"] == pytest.approx(values[0] - values[1])
+    assert found["interval"][0] <= found["difference"] <= found["interval"][1]
+    earlier = "runs/two/eval/classification.json"
+    assert linchain("eval", "runs/one", "--against", earlier) == 0
+    assert linchain("eval", "runs/one", "--against", earlier, "--limit", 5, "--out", "few") == 2
+    assert "not of the same rows" in capsys.readouterr().err
+    assert linchain("eval", "runs/one", "--against", earlier, "--tasks", "train.jsonl", "--out", "few") == 2
+    assert "has no train.jsonl" in capsys.readouterr().err
+
+
+def test_a_merged_classifier_tells_the_same(workplace, capsys):
+    assert linchain("merge", "runs/one", "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert "logits, merged against adapted" in printed and "generate" not in printed
+    assert linchain("eval", "runs/one/merged", "--tasks", "dev.jsonl", "--out", "merged") == 0
+    merged, run = result_of("merged/classification.json"), result_of("runs/one/eval/classification.json")
+    assert merged["tasks"]["dev.jsonl"]["accuracy"] == run["tasks"]["dev.jsonl"]["accuracy"]
+    assert json.loads(Path("runs/one/merged/config.json").read_text())["id2label"] == {
+        "0": "bad",
+        "1": "good",
+    }
+
+
+def test_check_shows_labels_and_counts_the_head(workplace, capsys):
+    assert linchain("check", "recipe.yaml") == 0
+    printed = capsys.readouterr().out
+    assert "label good" in printed and "a head of" in printed and "dev.jsonl" in printed
+    assert linchain("check", "recipe.yaml", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["classes"] == ["bad", "good"] and found["tasks"] == {"dev.jsonl": 30}
+
+
+def test_reports_and_lists_know_such_runs(workplace, capsys):
+    assert linchain("report", "runs/one") == 0
+    assert linchain("inspect", "runs/one") == 0
+    assert linchain("runs") == 0
+    assert "one" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_makes_up_its_evaluation(workplace, capsys):
+    for file in Path("runs/two/eval").iterdir():
+        file.unlink()
+    assert linchain("train", "recipe.yaml", "name=two", "adapter.depth=0", "--resume") == 0
+    assert result_of("runs/two/eval/classification.json")["tasks"]["dev.jsonl"]["n"] == 30
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", "runs/one", "good?"], "tells labels and writes no text"),
+        (["export", "runs/one", "--format", "peft"], "linchain merge writes"),
+        (["eval", "runs/one", "--tasks", "gone.jsonl"], "there is no file gone.jsonl"),
+        (["eval", "runs/one", "--tasks", "glue/rtee"], "GLUE has no task"),
+        (["eval", "runs/one", "--protocol", "generate"], "tells labels: leave it out"),
+        (["train", "recipe.yaml", "name=x", "evaluation.tasks=[gone.jsonl]"], "no file gone.jsonl"),
+        (
+            ["train", "recipe.yaml", "name=x", "data.columns.label=lable"],
+            "no column 'lable'",
+        ),
+        (["train", "recipe.yaml", "name=x", "training.best_by=pearson"], "one of auto, loss, accuracy, f1"),
+        (["train", "recipe.yaml", "name=x", "data.template=alpaca"], "it is about answers"),
+        (["train", "recipe.yaml", "name=x", "model.quantization=nf4"], "unrounded base"),
+        (["train", "recipe.yaml", "name=x", "task=regression"], "'bad' is no number"),
+    ],
+)
+def test_what_does_not_go_is_told(workplace, capsys, arguments, message):
+    import re
+
+    assert linchain(*arguments) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, told), told
+    assert not Path("runs/x").exists()
