@@ -204,7 +204,8 @@ def full(recipe: Recipe, base: Base, choosing: bool) -> dict[str, Any]:
         return {"metrics": metrics(recipe, base, model), **told}
     held_out = np.arange(len(rows.validation))
     parts = micro_batches(held_out, rows.validation.lengths, 32)
-    found = objective.validate(Accelerator(), model, rows.validation, held_out, parts, pad_id)
+    read = objective.read(model, rows.validation, parts, pad_id, torch.device("cpu"))
+    found = objective.judge(Accelerator(), read, rows.validation, held_out)
     return {"loss": found["loss"], **told}
 
 

@@ -8,6 +8,7 @@ import typer
 
 from linchain_cli import console
 from linchain_cli.commands.options import Json, Overrides, RecipePath
+from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.comparison.tuning import Tuning
@@ -25,6 +26,11 @@ def run(
     from linchain_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    if loaded.task != "causal":
+        raise InputError(
+            f"linchain tune starts from rates of language models, not of task: {loaded.task}. Compare some"
+            f" with linchain compare {recipe} training.learning_rate=1e-4,3e-4,1e-3,3e-3"
+        )
     from linchain_cli.comparison.tuning import tune
 
     directory, found = tune(loaded, fresh=fresh)

@@ -133,6 +133,7 @@ def test_resuming_a_finished_run_makes_up_its_evaluation(workplace, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["tune", "recipe.yaml"], "rates of language models"),
         (["generate", "runs/one", "good?"], "tells labels and writes no text"),
         (["export", "runs/one", "--format", "peft"], "linchain merge writes"),
         (["eval", "runs/one", "--tasks", "gone.jsonl"], "there is no file gone.jsonl"),
