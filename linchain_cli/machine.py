@@ -16,6 +16,7 @@ from pathlib import Path
 
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def ensure_home() -> str | None:
@@ -171,6 +172,16 @@ def release_memory() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def return_large_memory() -> None:
+    """Has memory of a mebibyte and more go back to the system as soon as it is freed, from now on (glibc).
+
+    Without it glibc comes to keep what is smaller than 32 MiB, and aligned tensors often do not fit the gaps
+    that equal ones left: a process that gathers one block after another holds them all in the end.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _cpu_quotas() -> Iterator[float]:

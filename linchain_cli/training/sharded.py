@@ -23,6 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from linchain_cli.errors import InputError
+from linchain_cli.machine import return_large_memory
 from linchain_cli.model.checkpoint import StoredTensor
 from linchain_cli.model.head import backbone, decoder_blocks
 from linchain_cli.model.loading import (
@@ -66,6 +67,7 @@ def load_sharded(
     device, mesh = accelerator.device, _mesh(accelerator, per_machine)
     policy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     group = mesh.get_group(SHARD)
+    return_large_memory()
 
     def fill(model: nn.Module, settings: Any) -> Any:
         parts = _parts(model, directory)

@@ -182,14 +182,16 @@ def traits(model) -> dict[str, torch.Tensor]:
 
 
 def measure_spread_base(small: str, directory: str, path: str) -> None:
-    """Instead of the command: loads a base spread, and writes by how many bytes the process grew at most.
-    `small` is a base that is loaded first, for what every first time takes.
+    """Instead of the command: loads a base spread, has it read a few tokens, and writes by how many bytes the
+    process grew at most. `small` is a base that comes first, for what every first time takes.
     """
     accelerator = connect()
-    sharded.load_sharded(small, accelerator, dtype="bfloat16", attention="sdpa")
-    before = resident_bytes()
-    reset_peak_memory(accelerator.device)
-    sharded.load_sharded(directory, accelerator, dtype="bfloat16", attention="sdpa")
+    for each in (small, directory):
+        before = resident_bytes()
+        reset_peak_memory(accelerator.device)
+        model = sharded.load_sharded(each, accelerator, dtype="bfloat16", attention="sdpa")
+        with torch.no_grad():
+            hidden_states(model, torch.arange(1, 9)[None])
     with open(f"{path}-{accelerator.process_index}", "w") as file:
         file.write(str(peak_resident_bytes() - before))
     sys.exit()
