@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -108,10 +109,12 @@ def _mesh(accelerator: Accelerator, per_machine: bool) -> DeviceMesh:
     if not per_machine:
         return init_device_mesh(kind, (world,), mesh_dim_names=(SHARD,))
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    if world % local:
+    found = sorted(set(gather_object([local])))
+    if len(found) > 1 or world % local:
         raise InputError(
-            f"training.parallel: hybrid needs as many processes on every machine; {world} in all and {local}"
-            " on this one do not go together. Start as many on each, or set it to shard"
+            "training.parallel: hybrid needs as many processes on every machine; there are"
+            f" {' and '.join(map(str, found))} on one, {world} in all. Start as many on each, or set it to"
+            " shard"
         )
     return init_device_mesh(kind, (world // local, local), mesh_dim_names=(REPLICATE, SHARD))
 
