@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -41,8 +42,8 @@ def run(
         return
     print("\n".join(lines(found)))
     print(f"the curve: {directory.curve_path}; all numbers: {directory.tuning_path}")
-    words = " ".join([str(recipe), *(overrides or ()), f"training.learning_rate={found.rate:g}"])
-    print(f"Train with it: linchain train {words}")
+    words = [str(recipe), *(overrides or ()), f"training.learning_rate={found.rate:g}"]
+    print(f"Train with it: linchain train {shlex.join(words)}")
     print(f"Or with the copy of the recipe that has it: linchain train {directory.recipe_path}")
 
 
