@@ -56,10 +56,27 @@ def _epoch_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return order
 
 
-def step_rows(num_rows: int, seed: int, global_batch: int, step: int) -> np.ndarray:
-    """The rows of optimizer step `step` (0-based): (≤ global_batch,) int32; each row comes once per epoch."""
+def step_rows(
+    num_rows: int, seed: int, global_batch: int, step: int, starts: np.ndarray | None = None
+) -> np.ndarray:
+    """The rows of optimizer step `step` (0-based): (≤ global_batch,) int32; each row comes once per epoch.
+
+    Args:
+        starts: where each conversation's rows begin, ascending; they stay together and in order, so that what
+            they have in common can be computed once. None: every row is one.
+    """
     epoch, within = divmod(step, steps_per_epoch(num_rows, global_batch))
-    return _epoch_order(num_rows, seed, epoch)[within * global_batch : (within + 1) * global_batch]
+    first, last = within * global_batch, min((within + 1) * global_batch, num_rows)
+    if starts is None:
+        return _epoch_order(num_rows, seed, epoch)[first:last]
+    order = _epoch_order(len(starts), seed, epoch)
+    sizes = np.diff(starts, append=num_rows)[order]
+    ends = np.cumsum(sizes)
+    taken = slice(np.searchsorted(ends, first, side="right"), np.searchsorted(ends, last) + 1)
+    begins, counts = starts[order[taken]], sizes[taken]
+    rows = np.concatenate([np.arange(at, at + count) for at, count in zip(begins, counts, strict=True)])
+    skipped = first - int(ends[taken.start] - counts[0])
+    return rows[skipped : skipped + last - first].astype(np.int32)
 
 
 def micro_batches(
@@ -69,31 +86,61 @@ def micro_batches(
     rank: int = 0,
     world: int = 1,
     tokens: int | None = None,
+    starts: np.ndarray | None = None,
 ) -> list[np.ndarray]:
     """One rank's share of a step's rows as micro-batches of like length, largest first.
 
-    Rows are sorted by length and dealt out to the ranks in turn. Every rank gets the same number of
-    micro-batches, because all take part in each; where rows do not go round, one can be empty.
+    Rows are sorted by length, those of one conversation beside each other, and dealt out to the ranks in
+    turn. Every rank gets the same number of micro-batches, because all take part in each; where rows do not
+    go round, one can be empty.
 
     Args:
         size: rows in a micro-batch, at most.
         tokens: those that it has at most, padding included, if it has more than one row; in place of `size`.
+        starts: as for `step_rows`.
     """
-    ordered = rows[np.argsort(-lengths[rows].astype(np.int64), kind="stable")]
+    ordered = _by_length(rows, lengths[rows].astype(np.int64), starts)
     share = ordered[rank::world]
+    # Where ranks' rows differ in length, all cut as the longest of each turn asks for.
+    turns = np.array(
+        [lengths[ordered[at : at + world]].max() for at in range(0, len(ordered), world)], np.int64
+    )
     if tokens is None:
         count = math.ceil(math.ceil(len(rows) / world) / size)
-        return np.array_split(share, count)
-    # No rank has longer rows, or more of them, than the first, by whose share all are cut.
-    longest = lengths[ordered[::world]].astype(np.int64)
-    starts, found = [], 0
-    while found < len(longest):
-        starts.append(found)
-        found += max(1, tokens // int(longest[found]))
-    counts = np.diff([*starts, len(longest)])
-    largest = np.argsort(-counts * longest[starts], kind="stable")
-    parts = np.split(share, starts[1:])
-    return [parts[index] for index in largest]
+        parts = np.array_split(share, count)
+        sizes = [int(part.sum()) for part in np.array_split(turns, count)]
+    else:
+        cuts, sizes = _cuts(turns, tokens)
+        parts = np.split(share, cuts)
+    if tokens is None and starts is None:
+        return parts
+    return [parts[index] for index in np.argsort(-np.array(sizes), kind="stable")]
+
+
+def _by_length(rows: np.ndarray, lengths: np.ndarray, starts: np.ndarray | None) -> np.ndarray:
+    """The rows, longest first; a conversation's stand beside each other, at the place of its longest."""
+    if starts is None:
+        return rows[np.argsort(-lengths, kind="stable")]
+    conversations = np.searchsorted(starts, rows, side="right")
+    longest = np.zeros(len(starts) + 1, dtype=np.int64)
+    np.maximum.at(longest, conversations, lengths)
+    return rows[np.lexsort((-lengths, conversations, -longest[conversations]))]
+
+
+def _cuts(lengths: np.ndarray, tokens: int) -> tuple[list[int], list[int]]:
+    """Where rows of these lengths are cut so that a part has at most `tokens`, padding included (or one row),
+    and how many each part has."""
+    cuts, sizes, begin, longest = [], [], 0, 0
+    for place, length in enumerate(lengths.tolist()):
+        longest = max(longest, length)
+        if place > begin and longest * (place + 1 - begin) > tokens:
+            cuts.append(place)
+            begin, longest = place, length
+            sizes.append(0)
+        elif not sizes:
+            sizes.append(0)
+        sizes[-1] = longest * (place + 1 - begin)
+    return cuts, sizes
 
 
 def collate(encoded: Rows, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> Batch:

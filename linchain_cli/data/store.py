@@ -232,6 +232,17 @@ class EncodedRows:
         """Each row's class or number, (rows,) float32, where rows have one."""
         return self._column("targets")
 
+    @cached_property
+    def starts(self) -> np.ndarray | None:
+        """Where the rows of each conversation begin, ascending, (conversations,) int32; None where each row
+        of the sources became one row."""
+        groups = self.store.groups()
+        if groups is None:
+            return None
+        rows = self.store_rows()
+        goes_on = (np.diff(rows) == 1) & (np.diff(groups[rows]) == 0)
+        return np.flatnonzero(np.concatenate([[True], ~goes_on])).astype(np.int32)
+
     def repeated_in(self, others: EncodedRows, block: int = 1 << 16) -> int:
         """How many of these rows have the same tokens as one of `others`, looked at in blocks."""
         wanted = self._column("hashes")

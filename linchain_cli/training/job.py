@@ -112,7 +112,13 @@ class Job:
         state, processes = self.state, self.accelerator
         rank, world = processes.process_index, processes.num_processes
         return micro_batches(
-            rows, data.lengths, state.micro_batch_size, rank, world, tokens=state.micro_batch_tokens
+            rows,
+            data.lengths,
+            state.micro_batch_size,
+            rank,
+            world,
+            tokens=state.micro_batch_tokens,
+            starts=data.starts,
         )
 
     def adapter(self) -> Adapter:
@@ -260,7 +266,7 @@ def prepare(
     marks = fingerprints(
         recipe,
         held_out=None if data.validation_report else len(data.validation or ()),
-        data=data.report.fingerprint,
+        data=("" if data.train.starts is None else "conversations ") + data.report.fingerprint,
         validation=data.validation_report.fingerprint if data.validation_report else None,
         base=base.hash,
         dtype=_name(base.model.dtype),

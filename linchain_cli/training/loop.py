@@ -45,7 +45,9 @@ def train(job: Job, display: Display, stop: StopRequest, cpus: LoadedCpus) -> No
     stop.deferred = True
     while state.step < job.total_steps and not stops_early(job):
         started = time.perf_counter()
-        rows = step_rows(len(data), job.recipe.seed, training.global_batch_size, state.step)
+        rows = step_rows(
+            len(data), job.recipe.seed, training.global_batch_size, state.step, data.starts
+        )
         rate = learning_rate(
             state.step, job.total_steps, training.learning_rate, warmup, training.lr_scheduler
         )

@@ -139,8 +139,10 @@ def _run_heaviest(job: Job) -> None:
     def with_padding(part: np.ndarray) -> int:
         return len(part) * int(data.lengths[part].max(initial=0))
 
-    for step in heaviest_steps(data.lengths, job.recipe.seed, batch, size, ahead, world, tokens):
-        parts = job.micro_batches(step_rows(len(data), job.recipe.seed, batch, step), data)
+    for step in heaviest_steps(
+        data.lengths, job.recipe.seed, batch, size, ahead, world, tokens, data.starts
+    ):
+        parts = job.micro_batches(step_rows(len(data), job.recipe.seed, batch, step, data.starts), data)
         largest = [max(parts, key=in_all)]
         if tokens is not None:  # on every process, because all take part in each
             largest.append(max(parts, key=with_padding))
@@ -156,19 +158,21 @@ def heaviest_steps(
     ahead: range,
     world: int = 1,
     tokens: int | None = None,
+    starts: np.ndarray | None = None,
 ) -> list[int]:
     """The steps of `ahead` with the first process's largest micro-batches: that with most tokens, and that
     with most positions if short rows are padded (where it is another step).
 
     Args:
         lengths: each row's tokens, (rows,) int32.
-        micro_batch, tokens: as `micro_batches` takes them.
+        micro_batch, tokens, starts: as `micro_batches` takes them. Of conversations that became several rows
+            the micro-batches are taken for ones that are sorted by length alone.
     """
     count, per_epoch = len(lengths), steps_per_epoch(len(lengths), global_batch)
     last = min(ahead.stop, ahead.start + _EPOCHS_AHEAD * per_epoch)
     sizes = [np.empty((2, 0), dtype=np.int64)]
     for epoch in range(ahead.start // per_epoch, math.ceil(last / per_epoch)):
-        order = step_rows(count, seed, count, epoch)  # an epoch as one step: its whole order
+        order = step_rows(count, seed, count, epoch, starts)  # an epoch as one step: its whole order
         of_epoch = _largest_parts(lengths[order].astype(np.int64), global_batch, micro_batch, tokens, world)
         steps = np.arange(epoch * per_epoch, (epoch + 1) * per_epoch)
         sizes.append(of_epoch[:, (steps >= ahead.start) & (steps < last)])

@@ -138,3 +138,48 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_cut(world, micro):
     cut = [part for rank in range(world) for part in micro_batches(np.arange(8), lengths, micro, rank, world)]
     assert torch.allclose(gradient(cut), whole, rtol=0, atol=1e-14)
     assert whole.abs().max() > 1e-3
+
+
+@sizes
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(1, 9), st.integers(0, 3))
+def test_a_conversations_rows_stay_together(counts, batch, epoch):
+    starts = np.cumsum([0, *counts[:-1]]).astype(np.int32)
+    rows, steps = sum(counts), -(-sum(counts) // batch)
+    taken = [step_rows(rows, 5, batch, epoch * steps + step, starts) for step in range(steps)]
+    assert [len(part) for part in taken[:-1]] == [batch] * (steps - 1)
+    order = np.concatenate(taken)
+    assert np.array_equal(order, step_rows(rows, 5, rows, epoch, starts))
+    assert sorted(order) == list(range(rows))
+    begins = order.tolist().index
+    for start, count in zip(starts.tolist(), counts, strict=True):
+        place = begins(start)
+        assert order[place : place + count].tolist() == list(range(start, start + count))
+
+
+def test_conversations_are_drawn_anew_in_every_epoch():
+    starts = np.arange(0, 60, 3, dtype=np.int32)
+    one, two = (step_rows(60, 1, 60, epoch, starts).tolist() for epoch in (0, 1))
+    assert one != two and one[::3] != sorted(one[::3])
+
+
+@pytest.mark.parametrize("tokens", [None, 70])
+def test_a_conversations_rows_share_a_micro_batch(tokens):
+    """Sorted by length alone, rows of other conversations would come between them."""
+    lengths = np.array([10, 20, 30, 12, 21, 31, 14], dtype=np.int32)
+    starts = np.array([0, 3, 6], dtype=np.int32)
+    parts = micro_batches(np.arange(7), lengths, None if tokens else 3, tokens=tokens, starts=starts)
+    found = [part.tolist() for part in parts]
+    assert found == ([[5, 4, 3], [2, 1], [0, 6]] if tokens is None else [[5, 4], [3, 2], [1, 0, 6]])
+
+
+@sizes
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 900), st.integers(1, 4))
+def test_a_budget_holds_for_conversations_too(lengths, tokens, world):
+    lengths = np.array(lengths, dtype=np.int32)
+    starts = np.arange(0, len(lengths), 3, dtype=np.int32)
+    rows = np.arange(len(lengths), dtype=np.int32)
+    shares = [micro_batches(rows, lengths, None, rank, world, tokens, starts) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    parts = [part for share in shares for part in share]
+    assert sorted(np.concatenate(parts)) == list(range(len(lengths)))
+    assert all(len(part) <= 1 or len(part) * lengths[part].max() <= tokens for part in parts)
