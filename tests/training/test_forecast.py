@@ -182,6 +182,7 @@ def test_what_cannot_be_timed_is_said(forecast_of, tiny_llama_dir, monkeypatch):
 def test_auto_takes_the_whole_batch_at_most(make_recipe, tiny_llama_dir):
     class Rows:
         lengths = np.full(40, 10, np.int32)
+        starts = None
         supervised_counts = np.full(40, 3, np.int32)
 
     recipe = make_recipe(tiny_llama_dir, micro_batch_size="auto")
@@ -205,6 +206,7 @@ def test_the_time_counts_common_beginnings_once(make_recipe, tmp_path):
 
     class Encoded(list):
         lengths = np.full(4, 10, dtype=np.int32)
+        starts = None
 
     rows = Encoded((np.array([*range(8), 20 + 2 * i, 21 + 2 * i]), np.ones(10, dtype=bool)) for i in range(4))
     one_by_one = make_recipe(tmp_path, global_batch_size=4, micro_batch_size=1)

@@ -243,9 +243,9 @@ def test_no_budget_is_smaller_than_the_longest_row(run_tiny, monkeypatch):
 
 def test_a_validation_that_runs_out_of_memory_is_taken_in_smaller_parts(job_of, monkeypatch):
     job = job_of()
-    expected = loop.validation_loss(job)
+    expected = loop.validation(job)["loss"]
     job.state.micro_batch_size, job.state.micro_batch_tokens = None, 10_000
-    original = loop.loss.summed_loss
+    original = loss.summed_loss
 
     def small(model, batch, device):
         if len(batch.labels) > 2:
@@ -253,7 +253,7 @@ def test_a_validation_that_runs_out_of_memory_is_taken_in_smaller_parts(job_of, 
         return original(model, batch, device)
 
     monkeypatch.setattr(loss, "summed_loss", small)
-    assert loop.validation_loss(job) == pytest.approx(expected, rel=1e-6)
+    assert loop.validation(job)["loss"] == pytest.approx(expected, rel=1e-6)
     assert job.state.micro_batch_tokens < 1000
 
 

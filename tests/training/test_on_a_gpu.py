@@ -54,6 +54,7 @@ class Rows:
         ]
         self.lengths = lengths
         self.supervised_counts = np.full(ROWS, ANSWER)
+        self.starts = None
 
     def __len__(self) -> int:
         return ROWS
