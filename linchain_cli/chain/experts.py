@@ -164,6 +164,7 @@ class ChainExperts(nn.Module):
         """x (rows, d_in) by one of the matrices, its chain and its bias → (rows, d_out)."""
         weight = getattr(self.base, name)
         weight = weight.mT if is_transposed(self.base) else weight
+        x = x.to(weight.dtype)
         chain = self.chains.get(name)
         term = chain(x, groups) if chain is not None and chain.enabled else None
         if groups.ends is None:

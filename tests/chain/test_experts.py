@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.func import functional_call
 
@@ -254,3 +261,48 @@ def test_what_is_no_float_carries_no_chain():
     assert set(expert_matrices(experts)) == {"gate_up_proj", "down_proj"}
     experts.down_proj = nn.Parameter(experts.down_proj.to(torch.float8_e4m3fn), requires_grad=False)
     assert not expert_matrices(experts) and not expert_matrices(None) and not expert_matrices(nn.Linear(2, 2))
+
+
+class AnyConfig:
+    """Answers whatever a class of experts asks of its configuration, with small numbers."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        for part, value in {"eps": 1e-6, "limit": 7.0, "alpha": 1.7, "act": "silu", "bias": False}.items():
+            if part in name:
+                return value
+        if "expert" in name and name.startswith(("num", "n_")):
+            return 4
+        return 32 if "hidden_size" in name else 16
+
+
+@pytest.mark.skipif(
+    "LINCHAIN_TEST_SLOW" not in os.environ, reason="imports 60 models; LINCHAIN_TEST_SLOW=1 runs it"
+)
+def test_all_experts_of_the_interface_compute_what_their_own_loop_does():
+    root, found = Path(transformers.__file__).parent / "models", 0
+    for file in sorted(root.glob("*/modeling_*.py")):
+        for name in re.findall(r"@use_experts_implementation[^\n]*\nclass (\w+)", file.read_text()):
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            torch.manual_seed(0)
+            base = getattr(module, name)(AnyConfig()).double().requires_grad_(False)
+            for parameter in base.parameters():
+                parameter.data.normal_(std=0.2)
+            plain, ours = copy.deepcopy(base), ChainExperts(base)
+            d_in = next(iter(expert_matrices(base).values()))[0]
+            for matrix in expert_matrices(base):
+                chain = ours.adapt(matrix, rank=3, depth=2, alpha=6.0).double()
+                for parameter in chain.parameters():
+                    parameter.data.normal_(std=0.3)
+                delta = chain.delta_weight(torch.float64)
+                getattr(plain, matrix).data += delta.mT if is_transposed(base) else delta
+            index = torch.stack([torch.randperm(base.num_experts)[:2] for _ in range(10)])
+            inputs = torch.randn(10, d_in, dtype=torch.float64), index, torch.rand(10, 2, dtype=torch.float64)
+            # Three of them have a step in float32 between.
+            torch.testing.assert_close(ours(*inputs), plain(*inputs), rtol=0, atol=1e-5, msg=name)
+            assert float((plain(*inputs) - base(*inputs)).abs().max()) > 1e-3
+            found += 1
+    assert found >= 60

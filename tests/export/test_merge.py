@@ -379,8 +379,16 @@ def test_a_quantised_run_merges_into_the_original_weights(tmp_path, base_of, ada
     assert result.receipt.quantized.largest_difference > 1e-3
 
 
-def test_a_base_in_fewer_bits_merges_as_the_weights_that_it_stands_for(tmp_path, base_of, adapter_of_base):
-    plain, packed = (Path(shutil.copytree(base_of("llama"), tmp_path / name)) for name in ("plain", "packed"))
+@pytest.mark.parametrize(
+    ("architecture", "targets"),
+    [("llama", "all-linear"), ("deepseek_v3", ["all-linear", "experts"])],
+    ids=["llama", "deepseek_v3"],
+)
+def test_a_base_in_fewer_bits_merges_as_the_weights_that_it_stands_for(
+    tmp_path, base_of, adapter_of_base, architecture, targets
+):
+    base = base_of(architecture)
+    plain, packed = (Path(shutil.copytree(base, tmp_path / name)) for name in ("plain", "packed"))
     stored, exact = {}, {}
     for key, weight in tensors_of(plain).items():
         if weight.dim() < 2 or "layers" not in key:
@@ -394,8 +402,8 @@ def test_a_base_in_fewer_bits_merges_as_the_weights_that_it_stands_for(tmp_path,
     config = json.loads((packed / "config.json").read_text())
     quantization = {"quant_method": "fp8", "weight_block_size": None}
     (packed / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
-    result = merge(packed, adapter_of_base(packed), tmp_path / "out", prompts=PROMPTS)
-    merge(plain, adapter_of_base(plain), tmp_path / "expected")
+    result = merge(packed, adapter_of_base(packed, targets), tmp_path / "out", prompts=PROMPTS)
+    merge(plain, adapter_of_base(plain, targets), tmp_path / "expected")
     ours, expected = (tensors_of(tmp_path / name) for name in ("out", "expected"))
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[key], value) for key, value in expected.items())

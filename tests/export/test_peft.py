@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from linchain_cli.chain import attach, detach
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.export.gguf_lora import write_gguf
 from linchain_cli.export.peft import prove_peft, relative_error, write_peft
 from linchain_cli.importing.convert import import_adapter
 from linchain_cli.importing.foreign import read_foreign
@@ -261,3 +262,13 @@ def test_an_adapter_that_peft_refuses_is_refused(tmp_path, base_of, adapter_of_b
     base = base_of("llama")
     with pytest.raises(InputError, match=r"cannot load this adapter \(sizes differ\).*Merge instead"):
         export(base, adapter_of_base(base, targets=["q_proj"]), tmp_path)
+
+
+@pytest.mark.parametrize("write", [write_peft, write_gguf])
+def test_chains_on_experts_are_refused_before_anything_is_written(tmp_path, base_of, adapter_of_base, write):
+    base = base_of("mixtral")
+    with pytest.raises(InputError) as error:
+        write(adapter_of_base(base, ["q_proj", "experts"]), empty_model(base), tmp_path / "out")
+    assert "4 of the adapter's 6 modules are routed experts" in str(error.value)
+    assert "'model.layers.0.mlp.experts.gate_up_proj'" in str(error.value)
+    assert "Merge instead: linchain merge" in str(error.value) and not (tmp_path / "out").exists()

@@ -10,8 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from linchain_cli.chain import ChainConfig, adapter_of, delta_weight, inject
 from linchain_cli.errors import InputError
-from linchain_cli.model.loading import empty_model, load_config, load_model
+from linchain_cli.export.card import Origin
+from linchain_cli.export.merge import MergeOptions, merge_checkpoint
+from linchain_cli.model.loading import base_hash, empty_model, load_config, load_model
 from linchain_cli.model.packed import open_weights
 
 SIZES = {
@@ -283,6 +286,22 @@ def gpt_oss(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     write_config(directory, {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
     return directory, exact
+
+
+def test_chains_on_experts_of_mxfp4_are_merged_into_what_they_stand_for(gpt_oss, tmp_path):
+    directory, exact = gpt_oss
+    model = load_model(directory, dtype="float32", device="cpu")
+    config = ChainConfig(rank=2, depth=1, alpha=4.0, target_modules=["experts"])
+    for layer in inject(model, config).values():
+        layer.B.data.normal_(std=0.1)
+    adapter = adapter_of(model, config, {"hash": base_hash(directory)})
+    result = merge_checkpoint(directory, adapter, tmp_path / "out", MergeOptions(), Origin("test"))
+    assert result.receipt.largest_ulp <= 0.5 and set(result.receipt.changed) == set(adapter.tensors)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == exact.keys()
+    for path, chain in adapter.tensors.items():
+        wanted = exact[path].double() + delta_weight(*chain, config.scaling, torch.float64).mT
+        torch.testing.assert_close(merged[path].double(), wanted, rtol=2**-8, atol=1e-6)
 
 
 def test_mxfp4_is_what_transformers_restores(gpt_oss):
