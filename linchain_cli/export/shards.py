@@ -187,7 +187,7 @@ def _write_at(target: int, data, place: int) -> None:
 def _copy(tensor: StoredTensor, first: int, count: int, target: int, place: int) -> int:
     """Copies bytes of a stored tensor, inside the kernel where it can do that."""
     done = 0
-    if tensor.values is None and hasattr(os, "copy_file_range"):
+    if tensor.is_in_file and hasattr(os, "copy_file_range"):
         with open(tensor.path, "rb", buffering=0) as source:
             while done < count:
                 sent = _send(source.fileno(), tensor.start + first + done, count - done, target, place + done)

@@ -75,6 +75,11 @@ class StoredTensor:
     start: int = 0
     values: torch.Tensor | None = field(default=None, repr=False)
 
+    @property
+    def is_in_file(self) -> bool:
+        """Whether its bytes are those of `path` from `start` on."""
+        return self.values is None
+
     def read(self, first: int = 0, count: int | None = None) -> bytearray:
         """`count` bytes from byte `first` of the tensor on; all of them by default."""
         data = bytearray(self.nbytes - first if count is None else count)

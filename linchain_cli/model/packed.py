@@ -46,6 +46,10 @@ class PackedTensor(StoredTensor):
 
     restore: Restore | None = field(default=None, repr=False)
 
+    @property
+    def is_in_file(self) -> bool:
+        return False
+
     def read_into(self, target: memoryview, first: int = 0) -> None:
         """Fills `target` with the restored weight's bytes from byte `first` on."""
         row_bytes = self.nbytes // self.shape[0]

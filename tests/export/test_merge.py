@@ -394,7 +394,7 @@ def test_a_base_in_fewer_bits_merges_as_the_weights_that_it_stands_for(
         if weight.dim() < 2 or "layers" not in key:
             stored[key] = exact[key] = weight.bfloat16()
         else:
-            scale = weight.abs().amax(1, keepdim=True) / 448
+            scale = (weight.abs().amax(1, keepdim=True) / 448).clamp_min(1e-9)
             stored[key], stored[f"{key}_scale_inv"] = (weight / scale).to(torch.float8_e4m3fn), scale
             exact[key] = (stored[key].float() * scale).bfloat16()
     save_file(stored, packed / "model.safetensors", metadata={"format": "pt"})
