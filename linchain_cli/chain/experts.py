@@ -129,7 +129,7 @@ class ChainExperts(nn.Module):
         x = hidden_states[order // chosen]
         places = torch.arange(self.base.num_experts, device=experts.device)
         offsets = torch.searchsorted(experts, places, right=True).to(torch.int32)
-        y = self._experts(x, experts, _groups(offsets, x, len(experts)))
+        y = self._experts(x, experts, offsets)
         if getattr(self.base, "has_post_expert_norm", False):
             y = self.base.post_expert_norm(y)
         y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
@@ -143,11 +143,21 @@ class ChainExperts(nn.Module):
         count = self.base.num_experts
         each = len(x) // count
         places = torch.arange(count, device=x.device)
-        groups = _groups(((places + 1) * each).to(torch.int32), x, len(x))
-        return self._experts(x, places.repeat_interleave(each), groups)
+        return self._experts(x, places.repeat_interleave(each), ((places + 1) * each).to(torch.int32))
 
-    def _experts(self, x: Tensor, experts: Tensor, groups: Groups) -> Tensor:
-        """x (rows, d) through the expert of each row, `experts` (rows,) in rising order."""
+    def _experts(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+        """x (rows, d) through each row's expert, `experts` (rows,) in rising order; `offsets` as `Groups` has
+        them."""
+        if multiplies_groups(x):
+            return self._multiply_all(x, experts, Groups(offsets))
+        return self._one_by_one(x, experts, offsets)
+
+    @torch.compiler.disable  # or every batch, with rows for other experts, would be a program of its own
+    def _one_by_one(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
+        return self._multiply_all(x, experts, Groups(offsets, _ends(offsets, len(x))))
+
+    def _multiply_all(self, x: Tensor, experts: Tensor, groups: Groups) -> Tensor:
+        """`_experts`, with the groups found."""
         base = self.base
         if getattr(base, "has_gate", True):
             y = self._multiply("gate_up_proj", x, experts, groups)
@@ -178,14 +188,11 @@ class ChainExperts(nn.Module):
         return y
 
 
-def _groups(offsets: Tensor, x: Tensor, rows: int) -> Groups:
-    """The groups of x (rows, d): with their ends as numbers unless the device makes all products at once."""
-    if x.device.type == "meta":  # where nothing is known of them, and nothing is computed
-        count = len(offsets)
-        return Groups(offsets, tuple(rows * (e + 1) // count for e in range(count)))
-    if multiplies_groups(x):
-        return Groups(offsets)
-    return Groups(offsets, tuple(offsets.tolist()))
+def _ends(offsets: Tensor, rows: int) -> tuple[int, ...]:
+    """The offsets as numbers; on the meta device, where nothing is known of them, equal parts of the rows."""
+    if offsets.device.type != "meta":
+        return tuple(offsets.tolist())
+    return tuple(rows * (expert + 1) // len(offsets) for expert in range(len(offsets)))
 
 
 def multiplies_groups(x: Tensor) -> bool:
