@@ -100,7 +100,8 @@ def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
     placeholder = torch.zeros(1, hidden.shape[0], dtype=torch.long, device=hidden.device)
     undo = replace_forward(backbone(model), lambda _self, *args, **kwargs: _GivenHiddenStates(hidden[None]))
     try:
-        return model(input_ids=placeholder, use_cache=False).logits[0]
+        # Its gradient needs no copy, as that of an element of the batch would.
+        return model(input_ids=placeholder, use_cache=False).logits.squeeze(0)
     finally:
         undo()
 

@@ -1,5 +1,8 @@
 """The training loss: cross-entropy at labelled positions only, the vocabulary's logits a bounded piece at a
 time.
+
+Letters behind a name are a tensor's dimensions: n labelled positions, p those of one piece, d the hidden
+state's width, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,6 +25,8 @@ LOGITS_BUDGET = 2**25
 # On a CPU fewer positions at a time stay in its caches: 160 take 0.75 to 0.9 of the time of 640 with
 # vocabularies of 32,000 and 49,152, and 1.1 times that of 640 with 151,936, which the budget does not allow.
 _POSITIONS_ON_CPU = 160
+# On a GPU products are computed in tiles of up to so many rows: a part of one takes as long as all of it.
+_TILE = 256
 _MORE_THAN_ANY_VOCABULARY = 2**32
 
 
@@ -84,14 +89,16 @@ def _parts(model: nn.Module, batch: Batch) -> Iterator[Batch]:
 
 
 def positions_at_once(vocabulary: int, device: torch.device) -> int:
-    """How many positions have their logits computed together."""
-    most = max(1, LOGITS_BUDGET // vocabulary)
-    return min(most, _POSITIONS_ON_CPU) if device.type == "cpu" else most
+    """How many positions have their logits computed together: on a GPU in whole tiles, one at least."""
+    most = LOGITS_BUDGET // vocabulary
+    if device.type == "cpu":
+        return max(1, min(most, _POSITIONS_ON_CPU))
+    return max(1, most // _TILE) * _TILE
 
 
-def _pieces(model: nn.Module, hidden: Tensor) -> list[slice]:
-    size = positions_at_once(vocabulary_size(model), hidden.device)
-    return [slice(start, start + size) for start in range(0, len(hidden), size)]
+def _pieces(model: nn.Module, hidden_nd: Tensor) -> list[slice]:
+    size = positions_at_once(vocabulary_size(model), hidden_nd.device)
+    return [slice(start, start + size) for start in range(0, len(hidden_nd), size)]
 
 
 def add_gradients(model: nn.Module, batch: Batch, scale: float, device: torch.device) -> Tensor:
@@ -112,16 +119,17 @@ def add_gradients(model: nn.Module, batch: Batch, scale: float, device: torch.de
     """
     total = torch.zeros((), dtype=torch.float32, device=device)
     for part in _parts(model, batch):
-        hidden, read = _read(model, part, device)
-        leaf = hidden.detach().requires_grad_()
-        leaf.grad = torch.zeros_like(leaf)
-        for piece in _pieces(model, hidden):
-            loss = scale * _summed(model, leaf[piece], read, piece)
+        hidden_nd, read = _read(model, part, device)
+        gradient_nd = torch.empty_like(hidden_nd)
+        for piece in _pieces(model, hidden_nd):
+            leaf_pd = hidden_nd[piece].detach().requires_grad_()
+            loss = scale * _summed(model, leaf_pd, read, piece)
             loss.backward()
+            gradient_nd[piece] = leaf_pd.grad
             total += loss.detach()
-        if hidden.requires_grad:
+        if hidden_nd.requires_grad:
             # Also where there was no label: a sharded base expects every process in its backward pass.
-            hidden.backward(leaf.grad)
+            hidden_nd.backward(gradient_nd)
     return total
 
 
@@ -130,17 +138,17 @@ def summed_loss(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     """Summed cross-entropy over the labelled positions, without gradients: a float64 scalar on `device`."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for part in _parts(model, batch):
-        hidden, read = _read(model, part, device)
-        for piece in _pieces(model, hidden):
-            total += _summed(model, hidden[piece], read, piece)
+        hidden_nd, read = _read(model, part, device)
+        for piece in _pieces(model, hidden_nd):
+            total += _summed(model, hidden_nd[piece], read, piece)
     return total
 
 
-def _summed(model: nn.Module, hidden: Tensor, read: Labels, piece: slice) -> Tensor:
-    """Summed cross-entropy of a piece of the labels, of whose tokens `hidden` (n, d) are the states.
+def _summed(model: nn.Module, hidden_pd: Tensor, read: Labels, piece: slice) -> Tensor:
+    """Summed cross-entropy of a piece of the labels, of whose tokens `hidden_pd` are the states.
 
     At least in float32: a log-softmax over a vocabulary in half precision loses the loss's digits.
     """
-    logits = head_logits(model, hidden)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return (F.cross_entropy(logits, read.labels[piece], reduction="none") * read.counts[piece]).sum()
+    logits_pV = head_logits(model, hidden_pd)
+    logits_pV = logits_pV if logits_pV.dtype == torch.float64 else logits_pV.float()
+    return (F.cross_entropy(logits_pV, read.labels[piece], reduction="none") * read.counts[piece]).sum()

@@ -128,11 +128,12 @@ def test_on_a_cpu_the_head_sees_few_shapes(chained, monkeypatch, labelled):
     assert sum(seen) == count + -count % TOKEN_STEP and all(size % TOKEN_STEP == 0 for size in seen)
 
 
-def test_a_cpu_computes_fewer_positions_logits_at_once():
+def test_how_many_positions_logits_are_computed_at_once():
+    """Few on a CPU, whole tiles on a GPU."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert [loss.positions_at_once(size, cpu) for size in (32_000, 49_152, 262_144)] == [160, 160, 128]
-    assert [loss.positions_at_once(size, cuda) for size in (32_000, 49_152, 262_144)] == [1048, 682, 128]
-    assert loss.positions_at_once(2**26, cuda) == 1
+    assert [loss.positions_at_once(size, cuda) for size in (32_000, 49_152, 262_144)] == [1024, 512, 256]
+    assert [loss.positions_at_once(2**26, device) for device in (cpu, cuda)] == [1, 256]
 
 
 def test_rows_without_labels_take_part_and_change_nothing(chained):
