@@ -24,6 +24,7 @@ from linchain_cli.training import loop, norms
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.job import Job
 from linchain_cli.training.norms import make_norms_lean
+from linchain_cli.training.objective import CausalObjective
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.state import TrainingState
 
@@ -71,9 +72,9 @@ def take_steps(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
 
 
 def validate(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
-    loop.validation_loss(job)
+    loop.validation(job)
     gpu.clear()
-    loop.validation_loss(job)
+    loop.validation(job)
 
 
 @pytest.fixture
@@ -135,6 +136,7 @@ def step(small_model, tmp_path, monkeypatch):
                 optimizer=FlatAdamW(parameters),
                 store=None,
                 fingerprints={},
+                objective=CausalObjective(),
                 state=TrainingState(micro_batch_size=None if tokens else MICRO, micro_batch_tokens=tokens),
             )
             work(job, gpu)
@@ -178,7 +180,7 @@ def test_host_and_device_meet_once_per_step_whatever_is_asked_for(step, family, 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_a_validation_waits_for_the_device_once(step, family):
     gpu = step(family, work=validate)
-    assert len(gpu.reads) == 1 and "validation_loss" in gpu.reads[0], gpu.reads
+    assert len(gpu.reads) == 1 and "judge" in gpu.reads[0], gpu.reads
     large = [copy for copy in gpu.copies if copy.bytes > 8]
     assert len(large) == 2 * (ROWS // MICRO) and all(copy.asynchronous for copy in large)
 
