@@ -38,11 +38,10 @@ PRELOADED = [
     "scripts.bench.arms",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.tokenization_auto",
-    "transformers.trainer",
     "accelerate.utils",
-    "peft",
-    "trl.trainer.sft_trainer",
 ]
+# They bring bitsandbytes, which asks CUDA about the card when it is imported.
+PEERS_PRELOADED = ["transformers.trainer", "peft", "trl.trainer.sft_trainer"]
 NEEDED = ("pydantic", "typer", "torch", "transformers", "accelerate", "pyarrow", "matplotlib", "rich", "yaml")
 # The last seconds of the time given are for writing, and for what an arm takes to end.
 RESERVE = 8.0
@@ -96,7 +95,10 @@ def main() -> None:
 def _context(tiny: bool) -> BaseContext:
     """Processes that start with all imports done; fresh interpreters where CUDA does not allow that."""
     forked = multiprocessing.get_context("forkserver")
-    forked.set_forkserver_preload([name for name in PRELOADED if find_spec(name.partition(".")[0])])
+    peers = PEERS_PRELOADED if tiny or find_spec("bitsandbytes") is None else []
+    forked.set_forkserver_preload(
+        [name for name in (*PRELOADED, *peers) if find_spec(name.partition(".")[0])]
+    )
     if tiny:
         return forked
     probe = forked.Process(target=_touch_gpu)
