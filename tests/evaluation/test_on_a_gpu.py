@@ -15,6 +15,7 @@ from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import build_tree
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
 from linchain_cli.model.fast import record
+from linchain_cli.model.flat_rows import in_one_copy
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import pretend_gpu  # noqa: E402
@@ -95,3 +96,19 @@ def test_an_answer_waits_for_the_device_once_per_token(on_device, family, beams)
             assert len(gpu.reads) == ANSWER, gpu.reads
             assert all("generation.py" in read for read in gpu.reads), gpu.reads
             assert all(copy.asynchronous for copy in gpu.copies if copy.bytes > 8), gpu.copies
+
+
+def test_what_goes_over_in_one_copy_is_pinned_where_cuda_is(monkeypatch):
+    """A copy that the host does not wait for is one only out of pinned memory."""
+    asked = []
+
+    def to(tensor, device, non_blocking=False):
+        asked.append(("to", str(device), non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    value = {"ids": torch.arange(3), "mask": torch.tensor([[True, False]])}
+    found = in_one_copy(value, torch.device("cuda"))
+    assert asked == ["pinned", ("to", "cuda", True)]
+    assert all(torch.equal(found[name], tensor) for name, tensor in value.items())
