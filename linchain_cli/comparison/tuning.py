@@ -20,7 +20,7 @@ from linchain_cli.comparison.runner import refuse_busy, run_comparison
 from linchain_cli.console import Progress, note
 from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.machine import limit_threads
-from linchain_cli.recipe import EvaluationConfig, Recipe
+from linchain_cli.recipe import EvaluationConfig, Recipe, TrainingConfig
 from linchain_cli.records import read_record, write_record
 from linchain_cli.report.plots import rate_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, locked
@@ -113,7 +113,7 @@ def tune(recipe: Recipe, *, fresh: bool = False) -> tuple[TuningDirectory, Tunin
             remove(directory)
         tuning = read_record(directory.tuning_path, Tuning) if directory.tuning_path.exists() else None
         if tuning is not None:
-            refuse_other_base(_with(recipe, "auto"), Recipe.model_validate(tuning.recipe), directory.path)
+            refuse_other_base(_without_rate(recipe), Recipe.model_validate(tuning.recipe), directory.path)
             if tuning.rate is not None:
                 note(f"{directory.path} is finished already; --fresh tunes anew")
                 return directory, tuning
@@ -134,6 +134,11 @@ def tune(recipe: Recipe, *, fresh: bool = False) -> tuple[TuningDirectory, Tunin
 def _with(recipe: Recipe, rate: float | Literal["auto"]) -> Recipe:
     training = recipe.training.model_copy(update={"learning_rate": rate})
     return recipe.model_copy(update={"training": training})
+
+
+def _without_rate(recipe: Recipe) -> Recipe:
+    """The same of recipes that differ in their rate alone; a number, as every task takes one."""
+    return _with(recipe, TrainingConfig().learning_rate)
 
 
 def _trial_job(recipe: Recipe, base: Base, directory: TuningDirectory) -> Job:
@@ -185,7 +190,7 @@ def _range_test(recipe: Recipe, job: Job, stop: StopRequest, directory: TuningDi
     stop.message = "stopped during the range test, which is short and begins anew with the same command"
     with explained(job.recipe, job.device), Progress() as progress:
         points = range_test(job, rates, stop, lambda done: progress.show("range test", done, steps))
-    content = _with(recipe, "auto").model_dump(mode="json")
+    content = _without_rate(recipe).model_dump(mode="json")
     tuning = Tuning(recipe=content, hashes=_hashes(job), steps=steps, range_test=points)
     write_record(directory.tuning_path, tuning)
     return tuning

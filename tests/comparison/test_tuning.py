@@ -18,7 +18,7 @@ from linchain_cli.comparison.tuning import (
     tune,
 )
 from linchain_cli.errors import InputError, LinchainError, Stopped
-from linchain_cli.recipe import load_recipe
+from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training import loop
 from linchain_cli.training.range_test import RangePoint, rising_rates
@@ -69,6 +69,11 @@ def test_called_again_it_is_done(tuned, monkeypatch, capsys):
     _, again = tune(load_recipe(path, [*WORDS, "training.learning_rate=0.1"]))
     assert again == found
     assert "is finished already; --fresh tunes anew" in capsys.readouterr().err
+
+
+def test_what_was_tuned_is_kept_with_a_number(tuned):
+    """So that it can be read again whatever the task: a classifier's recipe cannot say `auto`."""
+    assert Recipe.model_validate(tuned[2].recipe).training.learning_rate == 3e-4
 
 
 def test_another_recipe_is_not_mixed_into_it(tuned):
