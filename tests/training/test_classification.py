@@ -254,3 +254,23 @@ def test_a_base_without_a_layer_is_still_refused(label_recipe, classifier_base, 
 def test_an_encoder_that_should_write_is_told_what_it_can(label_recipe):
     with pytest.raises(InputError, match="is an encoder.*task: classification"):
         job_of(label_recipe(changes={"task": "causal", "data.template": "plain"}))
+
+
+def test_two_processes_learn_what_one_does(label_recipe, starter, tmp_path):
+    """Every second row each; a validation of 21 rows does not go round."""
+    changes = {"training.max_steps": 2, "training.micro_batch_size": 3}
+    alone = run_training(label_recipe(changes={**changes, "name": "alone"}))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(label_recipe(changes={**changes, "name": "together"}).to_yaml())
+    for process in starter.ranks(2, "train", path):
+        assert process.wait() == 0, process.log
+    together = RunDirectory(alone.run.path.with_name("together"))
+    ours, theirs = (load_adapter(run.adapter_dir) for run in (alone.run, together))
+    for name, tensor in ours.head.tensors.items():
+        torch.testing.assert_close(theirs.head.tensors[name], tensor, atol=1e-3, rtol=0, msg=name)
+    rows = [
+        [row for row in read_jsonl(run.metrics_path) if "eval_loss" in row] for run in (alone.run, together)
+    ]
+    for one, two in zip(*rows, strict=True):
+        assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-4)
+        assert two["eval_accuracy"] == one["eval_accuracy"]
