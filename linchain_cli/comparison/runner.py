@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -276,7 +275,6 @@ class _Runner:
         section = recipe.model.model_dump()
         if self._base is None or section != self._base_section:
             self._base = None  # the old one must go before the new one comes
-            gc.collect()  # its replaced forwards hold it in circles
             if self.accelerator.device.type == "cuda":
                 torch.cuda.empty_cache()
             known = [RunDirectory(path) for path in runs_below(self.directory.arms_dir)]
