@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from linchain_cli import console
 from linchain_cli.errors import InputError, did_you_mean
@@ -103,7 +105,8 @@ class _Terminal:
 
     def _ask(self, text: str) -> None:
         try:
-            said = self._dialogue.ask(text, self._sampling, lambda piece: print(piece, end="", flush=True))
+            with _interrupted_between_pieces() as show:
+                said = self._dialogue.ask(text, self._sampling, show)
         except KeyboardInterrupt:
             if not self._interactive:
                 raise
@@ -165,6 +168,30 @@ class _Terminal:
             raise InputError(f"/temperature {text}: expected a number such as 0.7, or 0")
         top_p = self._sampling.top_p if number else 1.0
         self._sampling = replace(self._sampling, temperature=number, top_p=top_p)
+
+
+@contextlib.contextmanager
+def _interrupted_between_pieces() -> Iterator[Callable[[str], None]]:
+    """Gives what prints a piece of an answer, and raises KeyboardInterrupt there after Ctrl-C, which may come
+    while a library calls back, where Python cannot raise it and drops it. A second one is raised at once."""
+    asked = False
+
+    def remember(*_: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def show(piece: str) -> None:
+        print(piece, end="", flush=True)
+        if asked:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, remember)
+    try:
+        yield show
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _split(text: str) -> tuple[str, str]:

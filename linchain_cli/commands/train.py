@@ -43,7 +43,6 @@ def run(
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
         raise InputError("--resume continues the run and --fresh replaces it: give one of them.")
-    from linchain_cli.evaluation.labels import find_labelled
     from linchain_cli.evaluation.tasks import recipe_tasks
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import RunDirectory
@@ -55,6 +54,8 @@ def run(
     # A misspelt task should be told before hours of training, not after.
     tasks = recipe_tasks(loaded.evaluation) if loaded.task == "causal" else []
     if loaded.task != "causal":
+        from linchain_cli.evaluation.labels import find_labelled
+
         find_labelled(loaded)
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
 

@@ -235,7 +235,7 @@ def refuse_unlike(fingerprints: Mapping[str, str]) -> None:
     rank, world = processes()
     found: list[Any] = [None] * world
     if world > 1:
-        torch.distributed.allgather_object(found, fingerprints)
+        torch.distributed.all_gather_object(found, fingerprints)
     if all(each == found[0] for each in found):
         return
     error = LinchainError("the processes do not hold the same adapter, rows and settings to evaluate")
@@ -249,5 +249,5 @@ def gather(predictions: list[Prediction], world: int) -> list[Prediction]:
     if world == 1:
         return predictions
     parts: list[Any] = [None] * world
-    torch.distributed.allgather_object(parts, predictions)
+    torch.distributed.all_gather_object(parts, predictions)
     return [prediction for part in parts for prediction in part]

@@ -122,7 +122,7 @@ def test_tabs_part_cells_and_quotes_are_text(write, read, line, cells):
     [
         (b"a\tb\n1\n", r"the row has 1 cells where the header names 2"),
         (b"a\ta\n1\t2\n", r"x.tsv:1: the header names the column 'a' twice"),
-        (b"a\tb\n", "a header line and no row"),
+        (b"a\tb\n", "there is no row .behind the header line"),
         (b"", "is empty"),
         (b"a\tb\n\xff\t2\n", r"byte 4 \(0xff\) is not UTF-8"),
     ],
