@@ -14,7 +14,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: install quickstart test lint bench serve-check docs clean
+.PHONY: install quickstart test test-work test-rest lint bench serve-check docs clean
 
 install: $(VENV)/.installed
 
@@ -38,8 +38,21 @@ $(VENV)/.installed-bench: $(VENV)/.installed
 quickstart: $(VENV)/.installed
 	$(BIN)/python scripts/quickstart.py
 
+# Much of the tests' time goes to processes that are started and waited for: two halves at once take half as long.
+WORK := tests/training tests/chain tests/model tests/recipe
+
 test: $(VENV)/.installed
+ifeq ($(strip $(PYTEST_OPTIONS)),)
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 test-work test-rest
+else
 	$(BIN)/python -m pytest $(PYTEST_OPTIONS)
+endif
+
+test-work test-rest: export OMP_NUM_THREADS = 1
+test-work: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(WORK)
+test-rest: $(VENV)/.installed
+	$(BIN)/python -m pytest -q -p no:cacheprovider tests $(WORK:%=--ignore=%)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check linchain_cli tests scripts
