@@ -123,7 +123,8 @@ def test_wrong_input_is_one_message(workplace, chat, arguments, lines, reason):
 
 
 @pytest.mark.skipif(
-    "LINCHAIN_TEST_TERMINAL" not in os.environ, reason="depends on when Ctrl-C arrives: LINCHAIN_TEST_TERMINAL=1"
+    "LINCHAIN_TEST_TERMINAL" not in os.environ,
+    reason="depends on when Ctrl-C arrives: LINCHAIN_TEST_TERMINAL=1",
 )
 def test_at_a_terminal_an_answer_is_stopped_and_mistakes_are_told(workplace):
     master, slave = pty.openpty()
