@@ -190,6 +190,8 @@ def _interrupted_between_pieces() -> Iterator[Callable[[str], None]]:
     before = signal.signal(signal.SIGINT, remember)
     try:
         yield show
+        if asked:  # behind the last piece
+            raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
 
