@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pty
+import select
 import subprocess
 import sys
 import time
@@ -141,9 +142,12 @@ def test_at_a_terminal_an_answer_is_stopped_and_mistakes_are_told(workplace):
         nonlocal seen
         end = time.monotonic() + 60
         while text not in seen and time.monotonic() < end:
-            seen += os.read(master, 65536).decode(errors="replace")
+            if select.select([master], [], [], 1)[0]:
+                seen += os.read(master, 65536).decode(errors="replace")
         assert text in seen
         seen = seen.partition(text)[2]
+        if text == "> ":
+            time.sleep(0.5)  # the prompt stands before readline listens; keys until then are echoed twice
         os.write(master, typed)
 
     try:
