@@ -84,8 +84,8 @@ def _counted(model: str, length: int, activations: str) -> MemoryForecast:
 def _empty(model: str) -> torch.nn.Module:
     from transformers import LlamaConfig
 
+    from linchain_cli.training.chains import chain_config
     from linchain_cli.training.forecast.model import forecast_model
-    from linchain_cli.training.job import chain_config
 
     recipe = _recipe("none", 1, "kept")
     with tempfile.TemporaryDirectory() as folder:

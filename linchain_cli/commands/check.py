@@ -42,9 +42,9 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.model.limits import limits
     from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
     from linchain_cli.training.base import recipe_outputs
+    from linchain_cli.training.chains import chain_config
     from linchain_cli.training.display import counting_rows
     from linchain_cli.training.forecast import forecast, recipe_epoch
-    from linchain_cli.training.job import chain_config
     from linchain_cli.training.launch import wanted_processes
     from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import with_rate

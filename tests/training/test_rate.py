@@ -11,7 +11,7 @@ from torch import nn
 from linchain_cli.chain import ChainLinear, load_adapter
 from linchain_cli.chain.init import initialise
 from linchain_cli.recipe import AdapterConfig, load_recipe
-from linchain_cli.training.job import chain_config
+from linchain_cli.training.chains import chain_config
 from linchain_cli.training.rate import active_parameters, auto_rate
 
 

@@ -1,0 +1,70 @@
+"""What a recipe trains, put into a base: chains on its layers, and a classifier's head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from linchain_cli.chain import Chain, ChainConfig, initial_gain, inject, load_adapter, load_tensors
+from linchain_cli.chain.head import initialise_head, load_head, make_trainable
+from linchain_cli.errors import InputError
+from linchain_cli.model.classifier import drawn_names, head_names, initial_deviation
+from linchain_cli.model.fast import record
+from linchain_cli.model.loading import text_decoder_prefix
+from linchain_cli.recipe import Recipe
+from linchain_cli.training import state as states
+from linchain_cli.training.base import Base
+
+
+def chain_config(recipe: Recipe) -> ChainConfig:
+    """The adapter section as the chain package takes it, whose alpha is the one that is computed with."""
+    adapter = recipe.adapter
+    lost = initial_gain(adapter.init, adapter.depth) if adapter.scale == "match" else 1.0
+    return ChainConfig(
+        rank=adapter.rank,
+        depth=adapter.depth,
+        alpha=adapter.alpha / lost,
+        dropout=adapter.dropout,
+        init=adapter.init,
+        target_modules=adapter.target_modules,
+    )
+
+
+def put_in_chains(model: nn.Module, recipe: Recipe) -> dict[str, Chain]:
+    """Injects the recipe's chains, with the values of `adapter.init_from` if it names an adapter."""
+    config = chain_config(recipe)
+    source = recipe.adapter.init_from
+    adapter = load_adapter(Path(source)) if source else None
+    layers = inject(model, config, recipe.seed, text_decoder_prefix(model))
+    if adapter is None:
+        return layers
+    theirs, ours = ((c.rank, c.depth, c.alpha) for c in (adapter.config, config))
+    if theirs != ours:
+        found, wanted = ("rank {}, depth {} and alpha {:g}".format(*values) for values in (theirs, ours))
+        raise InputError(f"adapter.init_from: {source} has {found}; the recipe asks for {wanted}")
+    shapes = {path: [tensor.shape for tensor in chain] for path, chain in adapter.tensors.items()}
+    wanted = {path: [layer.A.shape, layer.links.shape, layer.B.shape] for path, layer in layers.items()}
+    different = sorted(path for path in shapes.keys() | wanted.keys() if shapes.get(path) != wanted.get(path))
+    if different:
+        raise InputError(
+            f"adapter.init_from: {source} adapts other modules than the recipe does (e.g. {different[0]})"
+        )
+    for path, layer in layers.items():
+        load_tensors(layer, adapter.tensors[path])
+    if adapter.head:
+        load_head(model, adapter.head)
+    return layers
+
+
+def put_on_head(base: Base, recipe: Recipe) -> dict[str, nn.Parameter]:
+    """A classifier's head as trained parameters; what the checkpoint has no values for begins by the recipe's
+    seed. Comes before the chains, which may bring a head."""
+    model = base.model
+    names, drawn = head_names(model), drawn_names(model)
+    stored = {name: model.get_parameter(name) for name in names if name not in drawn}
+    # The base may have served another run before, which trained these.
+    before = record(model).setdefault("head", states.snapshot(stored))
+    states.restore(stored, before)
+    initialise_head(model, drawn, recipe.seed, initial_deviation(model))
+    return make_trainable(model, names)
