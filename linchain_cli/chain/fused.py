@@ -62,8 +62,10 @@ class FusedChains(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         k = len(scales)
         weights, biases, bs_Or, trained_as, trained_bs = (operands[i * k : (i + 1) * k] for i in range(5))
-        x_TD = x.reshape(-1, x.shape[-1])
-        read_TD = x_TD if dropped is None else dropped.reshape(-1, x.shape[-1])
+        # Sizes are read off the parameters: torch 2.11's compiler cannot keep those of x that turn out fixed.
+        d_in = ready_a_RD.shape[1]
+        x_TD = x.reshape(-1, d_in)
+        read_TD = x_TD if dropped is None else dropped.reshape(-1, d_in)
         h_TR = read_TD @ ready_a_RD.T
         outputs = [
             _add_product(h_Tr @ b_Or.T, x_TD, matrix(weight, scale, x.dtype), bias)
@@ -74,10 +76,12 @@ class FusedChains(torch.autograd.Function):
         ctx.scales = scales
         ctx.save_for_backward(read_TD, ready_a_RD, h_TR, *weights, *bs_Or)
         ctx.types = trained_as[0].dtype, trained_bs[0].dtype
-        ctx.input_shape, ctx.is_dropped = x.shape, dropped is not None
+        ctx.leading, ctx.is_dropped = x.shape[:-1], dropped is not None
         # Not as views, which nobody might change in place: a model does what it likes with a layer's output.
-        shape = x.shape[:-1]
-        return tuple(torch.ops.aten._unsafe_view(y_TO, (*shape, y_TO.shape[-1])) for y_TO in outputs)
+        return tuple(
+            torch.ops.aten._unsafe_view(y_TO, (*ctx.leading, b_Or.shape[0]))
+            for y_TO, b_Or in zip(outputs, bs_Or, strict=True)
+        )
 
     @staticmethod
     @once_differentiable
@@ -91,20 +95,20 @@ class FusedChains(torch.autograd.Function):
             ctx.needs_input_grad[-2 * k : -k],
             ctx.needs_input_grad[-k:],
         )
-        grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grads = [grad.reshape(-1, b_Or.shape[0]) for grad, b_Or in zip(grads, bs_Or, strict=True)]
         grad_hs = [grad_TO @ b_Or for grad_TO, b_Or in zip(grads, bs_Or, strict=True)]
         grad_h_TR = grad_hs[0] if k == 1 else torch.cat(grad_hs, dim=1)
         grad_x = grad_dropped = None
         if needs_x:
             grad_read_TD = grad_h_TR @ a_RD
             if ctx.is_dropped:
-                grad_dropped = grad_read_TD.view(ctx.input_shape)
+                grad_dropped = grad_read_TD.view(*ctx.leading, a_RD.shape[1])
             else:
                 grad_x = grad_read_TD
             for grad_TO, weight, scale in zip(grads, weights, ctx.scales, strict=True):
                 w_OD = matrix(weight, scale, grad_TO.dtype)
                 grad_x = grad_TO @ w_OD if grad_x is None else grad_x.addmm_(grad_TO, w_OD)
-            grad_x = grad_x.view(ctx.input_shape)
+            grad_x = grad_x.view(*ctx.leading, a_RD.shape[1])
         ranks = [b_Or.shape[1] for b_Or in bs_Or]
         grad_as = [None] * k
         if any(needs_as):

@@ -81,9 +81,9 @@ def make_norms_lean(model: nn.Module) -> list[Callable[[], None]]:
 
 def _lean(gain: Callable, epsilon: float) -> Callable:
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        own = type(self).forward.__get__(self)
         if torch.compiler.is_compiling():
-            return own(x)
+            return type(self).forward(self, x)
+        own = type(self).forward.__get__(self)
         if x.device.type in FUSED_ON and x.dtype == self.weight.dtype:
             return fused_norm(x, self.weight, gain, epsilon)
         if not (torch.is_grad_enabled() and x.requires_grad):
