@@ -7,6 +7,9 @@ a matrix of 768 x 2048 with r = 16 and n = 3 the links are 1.7 %.)
 
 `ChainExperts` computes what transformers' experts interface defines: tokens sorted by expert, one product per
 expert and matrix. Only the experts that a batch routes tokens to are computed.
+
+Letters behind a name are a tensor's dimensions: T tokens, N rows of tokens sorted by expert, E experts, r
+rank, D d_in, O d_out.
 """
 
 from __future__ import annotations
@@ -76,19 +79,19 @@ class ExpertChain(Chain):
 
     compute_dtype: torch.dtype  # of the parameter, in which the products run
 
-    def forward(self, x: Tensor, groups: Groups) -> Tensor:
-        """The adapter's term: x (rows, d_in), sorted by expert → (rows, d_out)."""
-        x = F.dropout(x, self.dropout) if self.drops else x
+    def forward(self, x_ND: Tensor, groups: Groups) -> Tensor:
+        """The adapter's term, (N, O)."""
+        x_ND = F.dropout(x_ND, self.dropout) if self.drops else x_ND
         if groups.ends is None:
             # The kernel reads rows of whole 16 bytes.
-            spare = -self.rank % (16 // x.element_size())
-            a = F.pad(self.folded_a.to(x.dtype), (0, 0, 0, spare))
-            b = F.pad(self.B.to(x.dtype), (0, spare))
-            h = F.grouped_mm(x, a.mT, offs=groups.offsets)
-            return F.grouped_mm(h, b.mT, offs=groups.offsets)
-        factors = self.group.part(self) or Factors.of_one(self.folded_a, self.B, x.dtype)
-        h = MultiplyExperts.apply(x, factors.ready_a_RD, factors.as_rD[0], groups)
-        return MultiplyExperts.apply(h, factors.ready_bs_Or[0], self.B, groups)
+            spare = -self.rank % (16 // x_ND.element_size())
+            a_ErD = F.pad(self.folded_a.to(x_ND.dtype), (0, 0, 0, spare))
+            b_EOr = F.pad(self.B.to(x_ND.dtype), (0, spare))
+            h_Nr = F.grouped_mm(x_ND, a_ErD.mT, offs=groups.offsets)
+            return F.grouped_mm(h_Nr, b_EOr.mT, offs=groups.offsets)
+        factors = self.group.part(self) or Factors.of_one(self.folded_a, self.B, x_ND.dtype)
+        h_Nr = MultiplyExperts.apply(x_ND, factors.ready_a_RD, factors.as_rD[0], groups)
+        return MultiplyExperts.apply(h_Nr, factors.ready_bs_Or[0], self.B, groups)
 
 
 class ChainExperts(nn.Module):
@@ -123,69 +126,69 @@ class ChainExperts(nn.Module):
         return (self._sorted_before if _is_sorted_before(self.base) else self._routed)(*args, **kwargs)
 
     def _routed(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """hidden_states (tokens, d), each token's experts and their weights (tokens, k) → (tokens, d)."""
+        """hidden_states (T, D), each token's k experts and their weights (T, k) → (T, D)."""
         tokens, chosen = top_k_index.shape
-        experts, order = top_k_index.reshape(-1).sort(stable=True)
-        x = hidden_states[order // chosen]
-        places = torch.arange(self.base.num_experts, device=experts.device)
-        offsets = torch.searchsorted(experts, places, right=True).to(torch.int32)
-        y = self._experts(x, experts, offsets)
+        experts_N, order_N = top_k_index.reshape(-1).sort(stable=True)
+        x_ND = hidden_states[order_N // chosen]
+        places_E = torch.arange(self.base.num_experts, device=experts_N.device)
+        offsets_E = torch.searchsorted(experts_N, places_E, right=True).to(torch.int32)
+        y_ND = self._experts(x_ND, experts_N, offsets_E)
         if getattr(self.base, "has_post_expert_norm", False):
-            y = self.base.post_expert_norm(y)
-        y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(len(order), device=order.device)
-        return y[back].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
+            y_ND = self.base.post_expert_norm(y_ND)
+        y_ND = y_ND * top_k_weights.reshape(-1)[order_N].unsqueeze(-1)
+        back_N = torch.empty_like(order_N)
+        back_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+        return y_ND[back_N].view(tokens, chosen, -1).sum(1).to(hidden_states.dtype)
 
     def _sorted_before(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states (experts · n, d) → the same shape."""
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        """hidden_states (E · n, D) → the same shape."""
+        x_ND = hidden_states.reshape(-1, hidden_states.shape[-1])
         count = self.base.num_experts
-        each = len(x) // count
-        places = torch.arange(count, device=x.device)
-        return self._experts(x, places.repeat_interleave(each), ((places + 1) * each).to(torch.int32))
+        each = len(x_ND) // count
+        places_E = torch.arange(count, device=x_ND.device)
+        offsets_E = ((places_E + 1) * each).to(torch.int32)
+        return self._experts(x_ND, places_E.repeat_interleave(each), offsets_E)
 
-    def _experts(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-        """x (rows, d) through each row's expert, `experts` (rows,) in rising order; `offsets` as `Groups` has
-        them."""
-        if multiplies_groups(x):
-            return self._multiply_all(x, experts, Groups(offsets))
-        return self._one_by_one(x, experts, offsets)
+    def _experts(self, x_ND: Tensor, experts_N: Tensor, offsets_E: Tensor) -> Tensor:
+        """Each row through its expert, `experts_N` in rising order; `offsets_E` as `Groups` has them."""
+        if multiplies_groups(x_ND):
+            return self._multiply_all(x_ND, experts_N, Groups(offsets_E))
+        return self._one_by_one(x_ND, experts_N, offsets_E)
 
     @torch.compiler.disable  # or every batch, with rows for other experts, would be a program of its own
-    def _one_by_one(self, x: Tensor, experts: Tensor, offsets: Tensor) -> Tensor:
-        return self._multiply_all(x, experts, Groups(offsets, _ends(offsets, len(x))))
+    def _one_by_one(self, x_ND: Tensor, experts_N: Tensor, offsets_E: Tensor) -> Tensor:
+        return self._multiply_all(x_ND, experts_N, Groups(offsets_E, _ends(offsets_E, len(x_ND))))
 
-    def _multiply_all(self, x: Tensor, experts: Tensor, groups: Groups) -> Tensor:
+    def _multiply_all(self, x_ND: Tensor, experts_N: Tensor, groups: Groups) -> Tensor:
         """`_experts`, with the groups found."""
         base = self.base
         if getattr(base, "has_gate", True):
-            y = self._multiply("gate_up_proj", x, experts, groups)
+            y = self._multiply("gate_up_proj", x_ND, experts_N, groups)
             if hasattr(base, "_apply_gate"):
                 y = base._apply_gate(y)
             else:
                 gate, up = y.chunk(2, dim=-1)
                 y = up * base.act_fn(gate)
         else:
-            y = base.act_fn(self._multiply("up_proj", x, experts, groups))
-        return self._multiply("down_proj", y, experts, groups)
+            y = base.act_fn(self._multiply("up_proj", x_ND, experts_N, groups))
+        return self._multiply("down_proj", y, experts_N, groups)
 
-    def _multiply(self, name: str, x: Tensor, experts: Tensor, groups: Groups) -> Tensor:
-        """x (rows, d_in) by one of the matrices, its chain and its bias → (rows, d_out)."""
-        weight = getattr(self.base, name)
-        weight = weight.mT if is_transposed(self.base) else weight
-        x = x.to(weight.dtype)
+    def _multiply(self, name: str, x_ND: Tensor, experts_N: Tensor, groups: Groups) -> Tensor:
+        """The rows by one of the matrices, its chain and its bias: (N, O)."""
+        w_EOD = getattr(self.base, name)
+        w_EOD = w_EOD.mT if is_transposed(self.base) else w_EOD
+        x_ND = x_ND.to(w_EOD.dtype)
         chain = self.chains.get(name)
-        term = chain(x, groups) if chain is not None and chain.enabled else None
+        term_NO = chain(x_ND, groups) if chain is not None and chain.enabled else None
         if groups.ends is None:
-            y = F.grouped_mm(x, weight.mT, offs=groups.offsets)
-            y = y if term is None else y + term
+            y_NO = F.grouped_mm(x_ND, w_EOD.mT, offs=groups.offsets)
+            y_NO = y_NO if term_NO is None else y_NO + term_NO
         else:
-            term = x.new_zeros(len(x), weight.shape[1]) if term is None else term
-            y = AddExperts.apply(term, x, weight, groups)
+            term_NO = x_ND.new_zeros(len(x_ND), w_EOD.shape[1]) if term_NO is None else term_NO
+            y_NO = AddExperts.apply(term_NO, x_ND, w_EOD, groups)
         if getattr(self.base, "has_bias", False):
-            y = y + getattr(self.base, f"{name}_bias")[experts]
-        return y
+            y_NO = y_NO + getattr(self.base, f"{name}_bias")[experts_N]
+        return y_NO
 
 
 def _ends(offsets: Tensor, rows: int) -> tuple[int, ...]:
@@ -207,54 +210,53 @@ def multiplies_groups(x: Tensor) -> bool:
 
 
 class MultiplyExperts(torch.autograd.Function):
-    """y_e = x_e·M_eᵀ, expert by expert: x (rows, k) sorted by expert, M (experts, m, k) → (rows, m). M comes
-    twice: `ready` for the products, in x's type, and `trained`, which receives the gradient."""
+    """y_e = x_e·M_eᵀ, expert by expert, (N, O). M (E, O, D) comes twice: `ready` for the products, in x's
+    type, and `trained`, which receives the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, ready: Tensor, trained: Tensor, groups: Groups) -> Tensor:
-        y = x.new_empty(len(x), ready.shape[1])
+    def forward(ctx: Any, x_ND: Tensor, ready_EOD: Tensor, trained_EOD: Tensor, groups: Groups) -> Tensor:
+        y_NO = x_ND.new_empty(len(x_ND), ready_EOD.shape[1])
         for expert, first, end in groups.spans():
-            torch.mm(x[first:end], ready[expert].T, out=y[first:end])
-        ctx.groups, ctx.type = groups, trained.dtype
-        ctx.save_for_backward(x, ready)
-        return y
+            torch.mm(x_ND[first:end], ready_EOD[expert].T, out=y_NO[first:end])
+        ctx.groups, ctx.type = groups, trained_EOD.dtype
+        ctx.save_for_backward(x_ND, ready_EOD)
+        return y_NO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, ready = ctx.saved_tensors
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, ready_EOD = ctx.saved_tensors
         needs_x, _, needs_trained, _ = ctx.needs_input_grad
-        grad_x = torch.empty_like(x) if needs_x else None
-        grad_trained = torch.zeros(ready.shape, dtype=ctx.type, device=x.device) if needs_trained else None
+        grad_x_ND = torch.empty_like(x_ND) if needs_x else None
+        grad_EOD = torch.zeros_like(ready_EOD, dtype=ctx.type) if needs_trained else None
         for expert, first, end in ctx.groups.spans():
             if needs_x:
-                torch.mm(grad[first:end], ready[expert], out=grad_x[first:end])
+                torch.mm(grad_NO[first:end], ready_EOD[expert], out=grad_x_ND[first:end])
             if needs_trained:
-                grad_trained[expert] = grad[first:end].T @ x[first:end]
-        return grad_x, None, grad_trained, None
+                grad_EOD[expert] = grad_NO[first:end].T @ x_ND[first:end]
+        return grad_x_ND, None, grad_EOD, None
 
 
 class AddExperts(torch.autograd.Function):
-    """term_e + x_e·W_eᵀ in `term`'s place, expert by expert: term (rows, m), x (rows, k) sorted by expert, W
-    (experts, m, k) without gradient. So the chain's term takes part in the product's one rounding; see
-    chain/fused.py."""
+    """term_e + x_e·W_eᵀ in the term's place, expert by expert; W takes no gradient. So the chain's term takes
+    part in the product's one rounding; see chain/fused.py."""
 
     @staticmethod
-    def forward(ctx: Any, term: Tensor, x: Tensor, weight: Tensor, groups: Groups) -> Tensor:
-        ctx.mark_dirty(term)
+    def forward(ctx: Any, term_NO: Tensor, x_ND: Tensor, w_EOD: Tensor, groups: Groups) -> Tensor:
+        ctx.mark_dirty(term_NO)
         for expert, first, end in groups.spans():
-            term[first:end].addmm_(x[first:end], weight[expert].T)
+            term_NO[first:end].addmm_(x_ND[first:end], w_EOD[expert].T)
         ctx.groups = groups
-        ctx.save_for_backward(weight)
-        return term
+        ctx.save_for_backward(w_EOD)
+        return term_NO
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
-        grad_x = None
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        (w_EOD,) = ctx.saved_tensors
+        grad_ND = None
         if ctx.needs_input_grad[1]:
-            grad_x = grad.new_empty(len(grad), weight.shape[2])
+            grad_ND = grad_NO.new_empty(len(grad_NO), w_EOD.shape[2])
             for expert, first, end in ctx.groups.spans():
-                torch.mm(grad[first:end], weight[expert], out=grad_x[first:end])
-        return grad, grad_x, None, None
+                torch.mm(grad_NO[first:end], w_EOD[expert], out=grad_ND[first:end])
+        return grad_NO, grad_ND, None, None

@@ -1,8 +1,11 @@
 """The chain layer: a frozen linear map plus (α/r)·B·Wn…W1·A.
 
 Two ways lead to the same output. The plain one is the formula, written with torch's own operations;
-it serves anything unusual. The fused one (chain/fused.py) computes base
-and adapter in one autograd node, and is what training runs when nothing stands in its way.
+it serves anything unusual. The fused one (chain/fused.py) computes base and adapter in one autograd node, and
+is what training runs when nothing stands in its way.
+
+Letters behind a name are a tensor's dimensions: T tokens, n links, r rank, D d_in, O d_out. Of experts, E of
+them stand before the last ones: A_ErD, links_Enrr, B_EOr.
 """
 
 from __future__ import annotations
@@ -33,33 +36,26 @@ def collapse(links: Tensor) -> Tensor:
     return product
 
 
-def fold_into_a(A: Tensor, links: Tensor, scaling: float) -> Tensor:
-    """A' = (α/r)·Wn…W1·A, so that the adapter is B·A'; A alone where n = 0.
-
-    Args:
-        A: (..., r, d_in). links: (..., n, r, r). scaling: α/r.
-
-    Returns:
-        (..., r, d_in)
-    """
-    return scaling * A if links.shape[-3] == 0 else (scaling * collapse(links)) @ A
+def fold_into_a(A_rD: Tensor, links_nrr: Tensor, scaling: float) -> Tensor:
+    """A' (..., r, d_in) = (α/r)·Wn…W1·A, so that the adapter is B·A'; A alone where n = 0. `scaling` is α/r;
+    what stands in front of a tensor's dimensions is experts or layers."""
+    return scaling * A_rD if links_nrr.shape[-3] == 0 else (scaling * collapse(links_nrr)) @ A_rD
 
 
 def delta_weight(
-    A: Tensor, links: Tensor, B: Tensor, scaling: float, dtype: torch.dtype = torch.float32
+    A_rD: Tensor, links_nrr: Tensor, B_Or: Tensor, scaling: float, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """ΔW = (α/r)·B·Wn…W1·A, the one place that writes it out.
 
     Args:
-        A: (..., r, d_in). links: (..., n, r, r). B: (..., d_out, r); for the matrices of several experts with
-            a leading dimension.
+        A_rD, links_nrr, B_Or: for the matrices of several experts with a leading dimension.
         scaling: α/r.
         dtype: the precision of the arithmetic and of the result.
 
     Returns:
         (..., d_out, d_in), also for a Conv1D, whose stored weight is the transpose.
     """
-    return B.to(dtype) @ fold_into_a(A.to(dtype), links.to(dtype), scaling)
+    return B_Or.to(dtype) @ fold_into_a(A_rD.to(dtype), links_nrr.to(dtype), scaling)
 
 
 # bitsandbytes' layers compute W0·x, too, from weights that they have packed.
@@ -198,8 +194,8 @@ class ChainLinear(Chain):
         weight = self.base.weight
         if not self.enabled or is_quantised(self.base):
             return weight
-        delta = self.B @ self.folded_a
-        return (weight + (delta.T if isinstance(self.base, Conv1D) else delta)).to(weight.dtype)
+        delta_OD = self.B @ self.folded_a
+        return (weight + (delta_OD.T if isinstance(self.base, Conv1D) else delta_OD)).to(weight.dtype)
 
     @property
     def base_weight(self) -> Tensor:

@@ -3,6 +3,9 @@
 ΔW = (α/r)·B·M·A has rank r at most and is never formed. With B = Q_B·R_B and Aᵀ = Q_A·R_A, the r × r core
 (α/r)·R_B·M·R_Aᵀ has the same singular values, because Q_B and Q_A have orthonormal columns: O((d_in +
 d_out)·r²) instead of O(d_in·d_out·min(d_in, d_out)). Everything is computed in float64.
+
+Letters behind a name are a tensor's dimensions: n links, r rank, D d_in, O d_out, q and p the smaller of r
+and D, and of r and O.
 """
 
 from __future__ import annotations
@@ -13,18 +16,16 @@ from torch import Tensor
 from linchain_cli.chain.layer import collapse
 
 
-def spectrum(A: Tensor, links: Tensor, B: Tensor, scaling: float) -> Tensor:
-    """The singular values of ΔW, largest first: (min(r, d_in, d_out),) in float64; all further ones are zero.
+def spectrum(A_rD: Tensor, links_nrr: Tensor, B_Or: Tensor, scaling: float) -> Tensor:
+    """The singular values of ΔW, largest first: (min(p, q),) in float64; all further ones are zero.
 
-    Args:
-        A: (r, d_in). links: (n, r, r). B: (d_out, r).
-        scaling: α/r.
+    `scaling` is α/r.
     """
-    A, links, B = (tensor.detach().double() for tensor in (A, links, B))
-    triangle_a = torch.linalg.qr(A.T, mode="r").R
-    triangle_b = torch.linalg.qr(B, mode="r").R
-    middle = triangle_b @ collapse(links) if links.shape[0] else triangle_b
-    return torch.linalg.svdvals(scaling * middle @ triangle_a.T)
+    A_rD, links_nrr, B_Or = (tensor.detach().double() for tensor in (A_rD, links_nrr, B_Or))
+    R_A_qr = torch.linalg.qr(A_rD.T, mode="r").R
+    R_B_pr = torch.linalg.qr(B_Or, mode="r").R
+    middle_pr = R_B_pr @ collapse(links_nrr) if len(links_nrr) else R_B_pr
+    return torch.linalg.svdvals(scaling * middle_pr @ R_A_qr.T)
 
 
 def entropy_rank(singular_values: Tensor) -> float:

@@ -36,18 +36,13 @@ def onednn_is_faster() -> bool:
 def fast_products(model: nn.Module) -> Iterator[None]:
     """Inside, the model's float32 linear layers on a CPU run by oneDNN, where that is faster. For passes
     without gradients; one with gradients runs as always."""
-    undo = []
-    if onednn_is_faster():
-        for module in model.modules():
+    with contextlib.ExitStack() as undo:
+        for module in model.modules() if onednn_is_faster() else ():
             # A module whose forward is somebody else's already is theirs. A chain layer leaves its base to
             # itself then, and adds its own term.
             if type(module) is nn.Linear and not is_replaced(module) and _suits(module.weight):
-                undo.append(replace_forward(module, _forward))
-    try:
+                undo.callback(replace_forward(module, _forward))
         yield
-    finally:
-        for put_back in undo:
-            put_back()
 
 
 def _forward(self: nn.Linear, x: Tensor) -> Tensor:

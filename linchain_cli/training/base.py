@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,19 +145,15 @@ def suit_to_training(model: nn.Module) -> Callable[[], None]:
     Raises:
         InputError: it cannot be split into backbone and head, or changes its own weights.
     """
+    undo = contextlib.ExitStack()
     with changing_nothing(model):
         if not is_classifier(model):
             check_split(model)
-        norms = make_norms_lean(model)
+        undo.callback(make_norms_lean(model))
         if not is_classifier(model):
             allow_flat_rows(model)
-
-    def undo() -> None:
-        for put_back in norms:
-            put_back()
-        forbid_flat_rows(model)
-
-    return undo
+            undo.callback(forbid_flat_rows, model)
+    return undo.close
 
 
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from linchain_cli.model.fast import record, replace_forward
 from linchain_cli.model.head import decoder_blocks
 
-_UNDO = "blocks"  # what undoes the last `set_up_blocks`, in the model's record
+_UNDO = "blocks"  # undoes the last `set_up_blocks`, in the model's record
 
 
 def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool, offload: bool = False) -> None:
@@ -22,19 +23,19 @@ def set_up_blocks(model: nn.Module, *, recompute: bool, compiled: bool, offload:
     stays in eval mode, which transformers' own recomputation does not allow for. Calling it again replaces
     what an earlier call did.
     """
-    undo = record(model).setdefault(_UNDO, [])
-    while undo:
-        undo.pop()()
+    undo = record(model).setdefault(_UNDO, contextlib.ExitStack())
+    undo.close()
     if not (recompute or compiled):
         return
     if compiled:
-        undo.append(_allow_all_shapes())
+        undo.callback(_allow_all_shapes())
     for block in decoder_blocks(model):
         forward = block.forward
         if compiled:
             # Rows have all lengths: one program with a symbolic length instead of one for each.
             forward = torch.compile(forward, dynamic=True)
-        undo.append(replace_forward(block, _recomputed(forward, offload) if recompute else _unbound(forward)))
+        forward = _recomputed(forward, offload) if recompute else _unbound(forward)
+        undo.callback(replace_forward(block, forward))
 
 
 def _allow_all_shapes() -> Callable[[], None]:

@@ -1,4 +1,7 @@
-"""Learning labels: cross-entropy over classes, or the squared error of a number, a row at a time."""
+"""Learning labels: cross-entropy over classes, or the squared error of a number, a row at a time.
+
+Letters behind a name are a tensor's dimensions: R rows, C classes, or 1 where the head gives a number.
+"""
 
 from __future__ import annotations
 
@@ -44,13 +47,13 @@ class LabelObjective:
         batch = batch.to(device)
         return self.losses(row_logits(model, batch), batch).double().sum()
 
-    def losses(self, logits: Tensor, batch: LabelledBatch) -> Tensor:
-        """Each row's loss, (batch,), zero for rows that count nothing. logits: (batch, classes or 1)."""
+    def losses(self, logits_RC: Tensor, batch: LabelledBatch) -> Tensor:
+        """Each row's loss, (R,), zero for rows that count nothing."""
         if self.classes:
-            each = F.cross_entropy(logits, batch.targets.long(), reduction="none")
+            each_R = F.cross_entropy(logits_RC, batch.targets.long(), reduction="none")
         else:
-            each = (logits[:, 0] - batch.targets).square()
-        return each * batch.counts
+            each_R = (logits_RC[:, 0] - batch.targets).square()
+        return each_R * batch.counts
 
     @torch.no_grad()
     def read(
@@ -66,9 +69,9 @@ class LabelObjective:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part in parts:
             batch = self.collate(data, part, pad_id).to(device)
-            logits = row_logits(model, batch)
-            total += self.losses(logits, batch).double().sum()
-            found.append((np.asarray(part), predictions(logits).cpu().numpy()[: len(part)]))
+            logits_RC = row_logits(model, batch)
+            total += self.losses(logits_RC, batch).double().sum()
+            found.append((np.asarray(part), predictions(logits_RC).cpu().numpy()[: len(part)]))
         return total, found
 
     def judge(

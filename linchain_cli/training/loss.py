@@ -1,8 +1,8 @@
 """The training loss: cross-entropy at labelled positions only, the vocabulary's logits a bounded piece at a
 time.
 
-Letters behind a name are a tensor's dimensions: n labelled positions, p those of one piece, d the hidden
-state's width, V the vocabulary.
+Letters behind a name are a tensor's dimensions: T tokens, n labelled positions, p those of one piece, d the
+hidden state's width, V the vocabulary.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def _read(model: nn.Module, batch: Batch, device: torch.device) -> tuple[Tensor,
     # On a CPU each new shape of a product costs time, see `TOKEN_STEP`.
     labels = Labels.of(batch, flat, step=TOKEN_STEP if device.type == "cpu" else 1).to(device)
     if flat is not None:
-        hidden = flat_hidden_states(model, flat.to(device))
+        hidden_Td = flat_hidden_states(model, flat.to(device))
     else:
-        hidden = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
-    return hidden.index_select(0, labels.positions), labels
+        hidden_Td = hidden_states(model, batch.input_ids.to(device, non_blocking=True)).flatten(0, 1)
+    return hidden_Td.index_select(0, labels.positions), labels
 
 
 def _parts(model: nn.Module, batch: Batch) -> Iterator[Batch]:

@@ -5,10 +5,13 @@ about six times the input. A frozen norm needs its input alone: with n = x / rms
 gain g, the gradient of y = g·n is s·(g·dy − n·mean(g·dy·n)) (Zhang and Sennrich, arXiv 1910.07467, by the
 chain rule). torch's own kernel for all of it is faster on a GPU, and rounds once where some models round
 twice; on a CPU it is slower than the operations one by one.
+
+Letters behind a name are a tensor's dimensions: T what stands before the last one, tokens, and d the width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -35,35 +38,35 @@ class LeanRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, forward: Callable, weight: Tensor, gain: Callable, epsilon: float
+        ctx: Any, x_Td: Tensor, forward: Callable, weight_d: Tensor, gain: Callable, epsilon: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x_Td, weight_d)
         ctx.gain, ctx.epsilon = gain, epsilon
-        return forward(x)
+        return forward(x_Td)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        wide = x.to(torch.float32, copy=True)
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = scale.square_().div_(x.shape[-1]).add_(ctx.epsilon).rsqrt_()
-        normed = wide.mul_(scale)
-        grad = grad.to(torch.float32, copy=True).mul_(ctx.gain(weight))
-        along = (grad * normed).mean(-1, keepdim=True)
-        grad = grad.addcmul_(normed, along, value=-1).mul_(scale)
-        return grad.to(x.dtype), None, None, None, None
+    def backward(ctx: Any, grad_Td: Tensor) -> tuple[Tensor | None, ...]:
+        x_Td, weight_d = ctx.saved_tensors
+        wide_Td = x_Td.to(torch.float32, copy=True)
+        scale_T1 = torch.linalg.vector_norm(wide_Td, dim=-1, keepdim=True)
+        scale_T1 = scale_T1.square_().div_(x_Td.shape[-1]).add_(ctx.epsilon).rsqrt_()
+        normed_Td = wide_Td.mul_(scale_T1)
+        grad_Td = grad_Td.to(torch.float32, copy=True).mul_(ctx.gain(weight_d))
+        along_T1 = (grad_Td * normed_Td).mean(-1, keepdim=True)
+        grad_Td = grad_Td.addcmul_(normed_Td, along_T1, value=-1).mul_(scale_T1)
+        return grad_Td.to(x_Td.dtype), None, None, None, None
 
 
-def make_norms_lean(model: nn.Module) -> list[Callable[[], None]]:
-    """Makes the frozen RMS norms of `model` keep only their input; returns, for each, what undoes it.
+def make_norms_lean(model: nn.Module) -> Callable[[], None]:
+    """Makes the frozen RMS norms of `model` keep only their input; returns what undoes it.
 
     On a CPU their outputs stay the same bit for bit, on a GPU to a rounding. A module is taken for an RMS
     norm by its class's name, and changed only if its values and its gradient prove to be those above.
     Compiled code is left alone: the compiler knows what to keep.
     """
     proven: dict[tuple, Callable | None] = {}
-    undo = []
+    undo = contextlib.ExitStack()
     for module in model.modules():
         if not type(module).__name__.endswith("RMSNorm"):
             continue
@@ -75,8 +78,8 @@ def make_norms_lean(model: nn.Module) -> list[Callable[[], None]]:
         if key not in proven:
             proven[key] = _gain(module, epsilon)
         if proven[key] is not None:
-            undo.append(replace_forward(module, _lean(proven[key], epsilon)))
-    return undo
+            undo.callback(replace_forward(module, _lean(proven[key], epsilon)))
+    return undo.close
 
 
 def _lean(gain: Callable, epsilon: float) -> Callable:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from linchain_cli.chain import ChainConfig, inject
+from linchain_cli.model.fast import is_replaced
 from linchain_cli.model.head import hidden_states
 from linchain_cli.training import norms
 from linchain_cli.training.forecast.memory import saved_bytes
@@ -37,13 +38,19 @@ WITHOUT |= {
 }  # layer norms, which torch keeps lean by itself
 
 
+def made_lean(model: nn.Module) -> int:
+    """How many norms of the model it changes."""
+    make_norms_lean(model)
+    return sum(map(is_replaced, model.modules()))
+
+
 def test_values_are_the_same_and_gradients_agree(architecture, small_model, hidden_and_gradient):
     model = small_model(architecture)
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             nn.init.uniform_(module.weight, -0.5, 1.5)
     hidden, gradient = hidden_and_gradient(model, lambda: hidden_states(model, IDS))
-    count = len(make_norms_lean(model))
+    count = made_lean(model)
     expected = sum(type(module).__name__.endswith("RMSNorm") for module in model.modules())
     assert count == expected and (count == 0) == (architecture in WITHOUT)
     ours, our_gradient = hidden_and_gradient(model, lambda: hidden_states(model, IDS))
@@ -62,7 +69,7 @@ def test_bfloat16_gradients_are_closer_to_float32s_than_the_modules_own(small_mo
         return torch.autograd.grad(norm.to(dtype)(own), own, grad.to(dtype))[0].float()
 
     exact, theirs = gradient(torch.float32), gradient(torch.bfloat16)
-    assert len(make_norms_lean(nn.Sequential(norm))) == 1
+    assert made_lean(nn.Sequential(norm)) == 1
     ours = gradient(torch.bfloat16)
     assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
 
@@ -72,7 +79,7 @@ def test_less_is_kept_for_the_backward_pass(small_model):
     model.set_attn_implementation("eager")
     inject(model, ChainConfig(rank=2, depth=0, target_modules=["q_proj"]))
     before = saved_bytes(model, 2, 16)
-    assert len(make_norms_lean(model)) == 5
+    assert made_lean(model) == 5
     assert saved_bytes(model, 2, 16) < 0.9 * before
 
 
@@ -106,7 +113,7 @@ def test_what_is_something_else_is_left_alone(change):
             power = 3 if change == "another formula" else 2
             return self.weight * x / (x.abs().pow(power).mean(-1, keepdim=True) + self.eps).pow(1 / power)
 
-    assert make_norms_lean(nn.Sequential(OddRMSNorm())) == []
+    assert made_lean(nn.Sequential(OddRMSNorm())) == 0
 
 
 def test_a_copy_computes_with_its_own_weight(small_model):
@@ -121,7 +128,13 @@ def test_a_copy_computes_with_its_own_weight(small_model):
 
 def test_doing_it_twice_is_doing_it_once(small_model):
     model = small_model("llama")
-    assert len(make_norms_lean(model)) == len(make_norms_lean(model)) == 5
+    assert made_lean(model) == made_lean(model) == 5
+
+
+def test_it_is_undone(small_model):
+    model = small_model("llama")
+    make_norms_lean(model)()
+    assert not any(map(is_replaced, model.modules()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -134,7 +147,7 @@ def test_one_kernel_computes_what_each_family_does(architecture, small_model, mo
     for norm in found.values():
         nn.init.uniform_(norm.weight, -0.5, 1.5)
         own, values = copy.deepcopy(norm), []
-        assert len(make_norms_lean(nn.Sequential(norm))) == 1
+        assert made_lean(nn.Sequential(norm)) == 1
         x, grad = torch.randn(2, 64, norm.weight.shape[0], generator=torch.Generator().manual_seed(0))
         for module, kind in ((own, torch.float32), (own, dtype), (norm, dtype)):
             there = x.to(kind).requires_grad_()
