@@ -246,6 +246,8 @@ def _plainly(job: Job) -> Iterator[None]:
         ) from error
     except RuntimeError as error:
         if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            if stopped := _stop_behind(error):
+                raise stopped from None
             reason = " ".join(str(error).split())[:200]
             raise LinchainError(
                 f"training.compile: torch cannot compile the blocks here ({reason}); set it to false"
@@ -253,6 +255,13 @@ def _plainly(job: Job) -> Iterator[None]:
         if job.accelerator.num_processes > 1 and (told := lost_connection(error)):
             raise LinchainError(told) from error
         raise
+
+
+def _stop_behind(error: BaseException | None) -> Stopped | None:
+    """The stop that a signal asked for while torch was compiling, which wraps whatever is raised then."""
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.model.flat_rows import reads_flat
 from linchain_cli.model.head import decoder_blocks
 from linchain_cli.training import blocks, loop, loss
@@ -217,6 +217,21 @@ def test_blocks_that_cannot_be_compiled_are_told_in_a_sentence(run_tiny, monkeyp
         LinchainError, match="training.compile: torch cannot compile the blocks here .*no C.. compiler.*false"
     ):
         run_tiny({"training.compile": True})
+
+
+def test_a_signal_while_torch_compiles_stops_the_run(run_tiny, monkeypatch):
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    def interrupted(*args):
+        try:
+            raise Stopped("stopped before the first step", 15)
+        except Stopped as stop:
+            raise InternalTorchDynamoError(str(stop)) from stop
+
+    monkeypatch.setattr(loop, "optimizer_step", interrupted)
+    with pytest.raises(Stopped, match="^stopped before the first step$") as caught:
+        run_tiny({"training.compile": True})
+    assert caught.value.exit_code == 143
 
 
 def test_models_without_blocks_are_told_apart():
