@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +86,18 @@ def test_an_arm_that_fails_is_told_and_does_not_end_the_check(tmp_path):
     settings = {"device": "cpu", "rounds": 1, "model": "/nowhere"}
     assert "failed: KeyError" in gpu_check._measure("linchain-3", settings, tmp_path, context, 60.0)
     assert gpu_check._measure("linchain-3", settings, tmp_path, context, 0.0) == "cut when the time was over"
+
+
+def test_the_logs_of_a_check_that_failed_are_kept(tmp_path):
+    report = Report(tmp_path, tiny=True, minutes=0)
+    report.left_out("linchain-3", "failed: KeyError")
+    scratch = tmp_path / "scratch"
+    (scratch / "resume").mkdir(parents=True)
+    (scratch / "resume" / "killed.log").write_text("a traceback")
+    assert report.has_failures
+    report.keep_logs(scratch)
+    with zipfile.ZipFile(report.logs_path) as packed:
+        assert packed.read("resume/killed.log") == b"a traceback"
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")

@@ -86,6 +86,8 @@ def main() -> None:
         context = _context(options.tiny)
         report = Report(options.out, tiny=options.tiny, minutes=options.minutes)
         check(options, report, Path(scratch), context, deadline)
+        if report.has_failures:
+            report.keep_logs(Path(scratch))
     report.write(seconds=time.monotonic() - began)
     print(report.markdown())
     print(f"written: {report.json_path} and {report.markdown_path}", file=sys.stderr)

@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -36,6 +37,7 @@ class Report:
         card = re.sub(r"[^A-Za-z0-9]+", "-", self.machine["device"]).strip("-")
         stem = f"gpu-check-{card}-{time.strftime('%Y%m%d-%H%M%S')}"
         self.json_path, self.markdown_path = out / f"{stem}.json", out / f"{stem}.md"
+        self.logs_path = out / f"{stem}-logs.zip"
         self._seconds: float | None = None
 
     @property
@@ -46,6 +48,18 @@ class Report:
     @property
     def failed(self) -> bool:
         return not all(check["passed"] for check in self._checks) or not self._arms
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether a check, or an arm that had time and memory, did not come to its end as it must."""
+        return self.failed or any(each["why"].startswith("failed") for each in self._left_out)
+
+    def keep_logs(self, scratch: Path) -> None:
+        """Packs what all processes printed into a file beside the results, for whoever looks for a fault."""
+        with zipfile.ZipFile(self.logs_path, "w", zipfile.ZIP_DEFLATED) as packed:
+            for log in sorted(scratch.rglob("*.log")):
+                packed.write(log, log.relative_to(scratch))
+        self._told(f"logs: {self.logs_path}")
 
     def check(self, name: str, run: Callable[[], str]) -> None:
         """Notes what `run` found, or why it failed."""
