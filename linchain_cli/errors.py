@@ -1,4 +1,4 @@
-"""The few exception types that end a command, and how a message names the nearest valid word.
+"""The few exception types that end a command, and how a message names words and reasons.
 
 LinchainError        exit code 1: the work failed, the message says why
 ├── InputError       exit code 2: the input is wrong; the message names the place and the remedy
@@ -9,7 +9,7 @@ LinchainError        exit code 1: the work failed, the message says why
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class LinchainError(Exception):
@@ -51,6 +51,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A sentence to put behind a message: ` Did you mean 'rank'?`, or nothing."""
     found = nearest(name, names)
     return f" Did you mean '{found}'?" if found else ""
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """The first of `names`, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def first_line(error: BaseException) -> str:

@@ -34,7 +34,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Model, then data, tasks and cost: what is cheap to find wrong comes first. Shows each as soon as it is
     known, and returns all of it, as JSON holds it, but for the example rows. Memory is in bytes."""
     from linchain_cli.commands import check_view
-    from linchain_cli.data import prepare_data
+    from linchain_cli.data.dataset import prepare_data
     from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions
     from linchain_cli.evaluation.tasks import recipe_tasks
@@ -83,7 +83,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     if outputs is not None:
         tasks = recipe_labelled(recipe, outputs, tokenizer)
         check_view.tasks(console, {task.name: (len(task.data.train), task.source) for task in tasks}, recipe)
-    elif tasks := recipe_tasks(recipe.evaluation):
+    elif tasks := recipe_tasks(recipe):
         protocol = recipe.evaluation.protocol
         warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
         check_view.tasks(console, {task.name: (len(task.rows), task.source) for task in tasks}, recipe)

@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from linchain_cli.chain import Coverage, Matches, MatrixShape
-    from linchain_cli.data import EncodedRows, EpochPlan, PreparedData
+    from linchain_cli.data.dataset import PreparedData
+    from linchain_cli.data.report import EpochPlan
+    from linchain_cli.data.store import EncodedRows
     from linchain_cli.recipe import Recipe
     from linchain_cli.training.forecast import Forecast
     from linchain_cli.training.rate import AutoRate
@@ -123,7 +125,7 @@ def sources(console: Console, data: PreparedData) -> None:
 
 def lengths(console: Console, data: PreparedData, max_length: int) -> None:
     """How long rows are, what was cut off, and what is supervised."""
-    from linchain_cli.data import length_histogram
+    from linchain_cli.data.report import length_histogram
 
     report = data.report
     _section(console, "Lengths")

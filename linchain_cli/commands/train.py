@@ -52,11 +52,7 @@ def run(
     if not (resume and directory.exists()):
         directory.check_free(replace=fresh)
     # A misspelt task should be told before hours of training, not after.
-    tasks = recipe_tasks(loaded.evaluation) if loaded.task == "causal" else []
-    if loaded.task != "causal":
-        from linchain_cli.evaluation.labels import find_labelled
-
-        find_labelled(loaded)
+    tasks = recipe_tasks(loaded)
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
 
     if not launched() and (processes := wanted_processes(nproc)) > 1:
@@ -123,17 +119,11 @@ def _checked_tasks(job: Job, tasks: Sequence[Task | LabelledTask]) -> Sequence[T
 
 def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: Sequence[Task | LabelledTask]) -> bool:
     """Whether the run's adapter has been evaluated as the recipe says; the first process looks."""
-    from linchain_cli.evaluation.store import has_result, run_result
+    from linchain_cli.evaluation.store import has_result
     from linchain_cli.training.processes import connect, from_main
 
-    def look() -> bool:
-        section = recipe.evaluation
-        if recipe.task == "causal":
-            return has_result(directory, section, tasks)
-        return run_result(directory, section, section.tasks, recipe.evaluated_by) is not None
-
     accelerator = connect()
-    return from_main(accelerator, accelerator.is_main_process and look())
+    return from_main(accelerator, accelerator.is_main_process and has_result(directory, recipe, tasks))
 
 
 def _plot(directory: RunDirectory) -> None:

@@ -29,9 +29,9 @@ from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
 from linchain_cli.evaluation.evaluate import evaluate
-from linchain_cli.evaluation.labels import LabelledTask, evaluate_labels, find_labelled, recipe_labelled
+from linchain_cli.evaluation.labels import LabelledTask, evaluate_labels, recipe_labelled
 from linchain_cli.evaluation.questions import check_questions
-from linchain_cli.evaluation.store import has_result, run_result
+from linchain_cli.evaluation.store import has_result
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import release_memory
@@ -85,11 +85,7 @@ def run_comparison(
     directory = ComparisonDirectory(grid.base.run_path)
     grid = with_rates(grid)
     arms = _adjusted(grid) if equal_parameters else list(grid.arms)
-    tasks: list[Task] = []
-    if grid.base.task == "causal":
-        tasks = recipe_tasks(grid.base.evaluation)
-    else:
-        find_labelled(grid.base)
+    tasks = recipe_tasks(grid.base)
     with locked(directory.path, _WAIT):
         if fresh:
             refuse_busy(directory)
@@ -226,16 +222,11 @@ class _Runner:
         if read_halves(run) is None and earlier_step(status) is None:
             with run.lock():
                 self._measure_halves(recipe, run, status)
-        if self.definition.base.evaluation.tasks and not self._is_evaluated(run):
+        asked = self.definition.base
+        if asked.evaluation.tasks and not has_result(run, asked, self.tasks):
             with run.lock():
                 note(f"{title}: evaluating")
                 self._evaluate(recipe, run)
-
-    def _is_evaluated(self, run: RunDirectory) -> bool:
-        recipe, section = self.definition.base, self.definition.base.evaluation
-        if recipe.task == "causal":
-            return has_result(run, section, self.tasks)
-        return run_result(run, section, section.tasks, recipe.evaluated_by) is not None
 
     def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
         base = self._loaded(recipe)

@@ -10,31 +10,41 @@ import hashlib
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError, Template
 
 
-class DocumentTemplate:
-    """`text`: all of a document is learned."""
+class _AsWritten:
+    """A row of its own kind, which has the layout's first column, is asked with what stands there."""
 
-    name = "text"
-    layouts = (Layout(("text",), answer=()),)
+    name: str
+    layouts: tuple[Layout, ...]
     adds_bos = True
 
     def __init__(self, instructions: Template):
         self._instructions = instructions
+        self._asked = self.layouts[0].required[0]
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(b"text 1").hexdigest()
+        return hashlib.sha256(f"{self.name} 1".encode()).hexdigest()
 
     def prompt(self, row: Row) -> str:
-        return row["text"] if "text" in row else self._instructions.prompt(row)
+        return row[self._asked] if self._asked in row else self._instructions.prompt(row)
 
     def response(self, row: Row) -> str | None:
-        return None if "text" in row else self._instructions.response(row)
+        if self._asked not in row:
+            return self._instructions.response(row)
+        return next((row.get(name) for name in self.layouts[0].answer), None)
 
     def complete(self, row: Row, response: str) -> Rendered:
-        return _answered(self.prompt(row), response)
+        return Rendered.answered(self.prompt(row), response)
 
     def end_marks(self) -> list[str]:
         return []
+
+
+class DocumentTemplate(_AsWritten):
+    """`text`: all of a document is learned."""
+
+    name = "text"
+    layouts = (Layout(("text",), answer=()),)
 
     def render(self, row: Row) -> list[Rendered]:
         text = row["text"]
@@ -43,37 +53,13 @@ class DocumentTemplate:
         return [Rendered(text, [(0, len(text))])]
 
 
-class CompletionTemplate:
+class CompletionTemplate(_AsWritten):
     """`prompt-completion`: the completion directly behind the prompt, of which it alone is learned."""
 
     name = "prompt-completion"
     layouts = (Layout(("prompt", "completion"), answer=("completion",)),)
-    adds_bos = True
-
-    def __init__(self, instructions: Template):
-        self._instructions = instructions
-
-    @property
-    def fingerprint(self) -> str:
-        return hashlib.sha256(b"prompt-completion 1").hexdigest()
-
-    def prompt(self, row: Row) -> str:
-        return row["prompt"] if "prompt" in row else self._instructions.prompt(row)
-
-    def response(self, row: Row) -> str | None:
-        return row.get("completion") if "prompt" in row else self._instructions.response(row)
-
-    def complete(self, row: Row, response: str) -> Rendered:
-        return _answered(self.prompt(row), response)
-
-    def end_marks(self) -> list[str]:
-        return []
 
     def render(self, row: Row) -> list[Rendered]:
         if not row["completion"].strip():
             raise RowError("'completion' is empty: there is nothing to learn from this row")
         return [self.complete(row, row["completion"])]
-
-
-def _answered(prompt: str, response: str) -> Rendered:
-    return Rendered(prompt + response, [(len(prompt), len(prompt) + len(response))])

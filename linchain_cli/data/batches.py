@@ -143,17 +143,24 @@ def _cuts(lengths: np.ndarray, tokens: int) -> tuple[list[int], list[int]]:
     return cuts, sizes
 
 
+def padded(items: Sequence[np.ndarray], pad_token_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and attention mask, (rows, longest) int64; no items give one row of one padding token."""
+    shape = (max(1, len(items)), max(map(len, items), default=1))
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64) if items else np.ones(shape, dtype=np.int64)
+    for i, ids in enumerate(items):
+        input_ids[i, : len(ids)] = ids
+        attention_mask[i, : len(ids)] = 1
+    return input_ids, attention_mask
+
+
 def collate(encoded: Rows, rows: Sequence[int] | np.ndarray, pad_token_id: int) -> Batch:
     """Pads the rows on the right to the longest of them. No rows give one row of padding without labels."""
     import torch
 
     items = [encoded[int(row)] for row in rows]
-    shape = (max(1, len(items)), max((len(ids) for ids, _ in items), default=1))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64) if items else np.ones(shape, dtype=np.int64)
-    labels = np.full(shape, IGNORED, dtype=np.int64)
+    input_ids, attention_mask = padded([ids for ids, _ in items], pad_token_id)
+    labels = np.full_like(input_ids, IGNORED)
     for i, (ids, supervised) in enumerate(items):
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
         labels[i, : len(ids)] = np.where(supervised, ids, IGNORED)
     return Batch(*map(torch.from_numpy, (input_ids, attention_mask, labels)))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from linchain_cli.data.conversation import Message
 from linchain_cli.data.rows import RowError
+from linchain_cli.errors import first_line
 
 if TYPE_CHECKING:
     import jinja2
@@ -70,7 +71,7 @@ class ChatProgram:
                 **self._variables,
             )
         except Exception as error:  # a template is anybody's program and fails in any way
-            raise RowError(f"the chat template refuses the conversation: {_reason(error)}") from None
+            raise RowError(f"the chat template refuses the conversation: {first_line(error)}") from None
 
     def _as_read(self, message: Message) -> dict[str, Any]:
         """A message as templates expect it: reasoning under either name, calls' arguments in their form."""
@@ -123,7 +124,3 @@ def _with_text_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     function = call["function"]
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -20,7 +20,7 @@ from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source, resolve_source
 from linchain_cli.data.store import EncodedRows, EncodedStore
 from linchain_cli.data.templates import get_template
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, some
 from linchain_cli.model.gguf import cache_root
 
 if TYPE_CHECKING:
@@ -229,8 +229,7 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
             notes.append(f"{name}: nothing reads the columns {', '.join(map(str, counts.unread[:20]))}")
         if files and files.left_out:
             names = [Path(file).name for file in files.left_out]
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            notes.append(f"{name}: not read are {', '.join(names[:5])}{more}")
+            notes.append(f"{name}: not read are {some(names, 5)}")
     if report.truncated and isinstance(found[0].template, Labelling):
         told.append(
             f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length ({max_length:,}"

@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from linchain_cli.data.readers import CsvReader, JsonLinesReader, JsonReader, Reader, TsvReader, starts_list
 from linchain_cli.data.streams import COMPRESSIONS, ending
 from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.errors import InputError, did_you_mean, first_line, some
 from linchain_cli.model.gguf import cache_root
 from linchain_cli.storage import expand, sha256_bytes
 
@@ -114,7 +114,7 @@ def _matching(pattern: str) -> FoundFiles:
     matches = sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match))
     files = [match for match in matches if is_data_file(match)]
     if not files:
-        what = f"no data file (it matches {_few(matches)})" if matches else "nothing"
+        what = f"no data file (it matches {some(matches)})" if matches else "nothing"
         raise InputError(f"data: the pattern {pattern} matches {what}. A data file ends in {ENDINGS}.")
     return _found(os.path.commonpath([os.path.dirname(file) for file in files]), {"train": files}, matches)
 
@@ -130,7 +130,7 @@ def _in_directory(path: Path) -> FoundFiles:
     )
     files = [file for file in everything if is_data_file(file)]
     if not files:
-        beside = f" (it holds {_few([os.path.basename(file) for file in everything])})" if everything else ""
+        beside = f" (it holds {some([os.path.basename(file) for file in everything])})" if everything else ""
         raise InputError(f"data: the directory {path} holds no data file{beside}; one ends in {ENDINGS}.")
     splits: dict[str, list[str]] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -163,10 +163,6 @@ def _found(
 
 
 _ABOUT = ("README.md", "LICENSE", "dataset_infos.json", "dataset_info.json")  # nobody takes them for rows
-
-
-def _few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _at_address(address: str) -> FoundFiles:
@@ -225,9 +221,8 @@ def _address_problems(address: str) -> Iterator[None]:
             "of a copy on this machine."
         ) from None
     except Exception as error:  # each file system has errors of its own
-        text = str(error).strip().partition("\n")[0]
         what = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise InputError(
-            f"data: {address} {what}: {type(error).__name__}: {text}. Check the address and your "
-            "access to it, or give the path of a copy on this machine."
+            f"data: {address} {what}: {type(error).__name__}: {first_line(error)}. Check the address and "
+            "your access to it, or give the path of a copy on this machine."
         ) from error

@@ -22,8 +22,9 @@ from linchain_cli.data import messages, readers
 from linchain_cli.data.readers import MAX_CELL
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.rows import Layout, Row, RowError, Template
-from linchain_cli.data.sources import Source, SourceLike, resolve_source
+from linchain_cli.data.sources import Source, resolve_source
 from linchain_cli.errors import InputError, did_you_mean, nearest
+from linchain_cli.recipe import SourceConfig
 
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 _LOOKED_AT = 100  # rows from which `template: auto` tells the format
@@ -387,7 +388,9 @@ def check_text(text: str, row: Row) -> None:
         raise RowError(f"'{column}' holds half a character (\\u{ord(broken.group()):04x}, a lone surrogate)")
 
 
-def load_rows(source: SourceLike, template: Template, *, data_dir: str | Path | None = None) -> Iterator[Row]:
+def load_rows(
+    source: SourceConfig, template: Template, *, data_dir: str | Path | None = None
+) -> Iterator[Row]:
     """The usable rows of a recipe's source in the template's form."""
     rows = FormattedRows(resolve_source(source, data_dir), template.layouts)
     return (row for row in rows if not isinstance(row, RowError))

@@ -28,7 +28,7 @@ class GlueTask:
     directory: what its files' directory is called
     columns, local_columns: `text`, `text_pair` and `label` on the hub, and in the files where they differ
     classes: in the order of the hub's numbers; none for a regression
-    metric: what its leaderboard goes by, of those in evaluation/metrics.py
+    metric: what its leaderboard goes by, of those in recipe/schema.py's METRICS
     validation: the split that runs are judged on, on the hub and as a file
     header: the files' columns, where they have no header line
     """
@@ -109,10 +109,6 @@ class GlueSource:
     @property
     def task(self) -> GlueTask:
         return TASKS[self.name]
-
-    @property
-    def columns(self) -> Mapping[str, str]:
-        return self.task.columns if self.files is None else self.task.local_columns
 
 
 def find_glue(path: str, folders: Iterable[Path]) -> GlueSource | None:

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.errors import InputError, did_you_mean, first_line
 from linchain_cli.model.hub import DATA_SET, hub_problems, unknown_on_hub
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def load_saved(directory: str) -> dict[str, datasets.Dataset]:
     except Exception as error:  # pyarrow's, and those of damaged or foreign JSON
         raise InputError(
             f"data: {directory} cannot be read as a data set that `save_to_disk` wrote: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     if isinstance(found, datasets.DatasetDict):
         return dict(found)
@@ -108,7 +108,7 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
     except InputError:
         raise
     except Exception as error:
-        text, otherwise = _first_line(error), DATA_SET.otherwise
+        text, otherwise = first_line(error), DATA_SET.otherwise
         if isinstance(error, datasets.exceptions.DatasetNotFoundError):
             raise InputError(unknown_on_hub(DATA_SET, name)) from error
         if isinstance(error, ValueError) and text.startswith("Unknown split"):
@@ -128,7 +128,3 @@ def _hub_problems(name: str, split: str, revision: str | None) -> Iterator[None]
                 f"refs/convert/parquet, {otherwise}."
             ) from error
         raise InputError(f"The data set '{name}' cannot be loaded: {type(error).__name__}: {text}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -23,8 +23,9 @@ from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.glue import TASKS
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.rows import Layout, Row, RowError, Template
-from linchain_cli.data.sources import Source, SourceLike, resolve_source
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.data.sources import Source, resolve_source
+from linchain_cli.errors import InputError, did_you_mean, some
+from linchain_cli.recipe import SourceConfig
 
 if TYPE_CHECKING:
     import tokenizers
@@ -108,7 +109,7 @@ class Labelling:
         name = class_name(label)
         if name not in self.classes:
             hint = did_you_mean(name, self.classes)
-            raise RowError(f"the label {label!r} is none of the classes ({_few(self.classes)}).{hint}")
+            raise RowError(f"the label {label!r} is none of the classes ({some(self.classes, 10)}).{hint}")
         return float(self.classes.index(name))
 
 
@@ -127,12 +128,8 @@ def class_name(label: str) -> str:
     return str(int(float(label))) if re.fullmatch(r"-?\d{1,15}\.0+", label) else label
 
 
-def _few(names: Sequence[str], most: int = 10) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def labelled_source(
-    wanted: SourceLike, task: LabelledTask, data_dir: str | Path | None = None
+    wanted: SourceConfig, task: LabelledTask, data_dir: str | Path | None = None
 ) -> tuple[Source, bool]:
     """A recipe's source with its columns, and whether they were chosen here: GLUE's are known, others' by
     what such columns are usually called.

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from linchain_cli.data.batches import padded
+
 if TYPE_CHECKING:
     import torch
 
@@ -52,19 +54,14 @@ def collate_labelled(
     """Pads the rows on the right to the longest of them. No rows give one row of padding that counts zero."""
     import torch
 
-    items = [(encoded[int(row)][0], encoded.segments(int(row))) for row in rows]
-    shape = (max(1, len(items)), max((len(ids) for ids, _ in items), default=1))
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64) if items else np.ones(shape, dtype=np.int64)
-    segments = np.zeros(shape, dtype=np.int64)
-    targets, counts = np.zeros(shape[0], dtype=np.float32), np.zeros(shape[0], dtype=np.float32)
-    for i, (ids, kinds) in enumerate(items):
-        input_ids[i, : len(ids)] = ids
-        attention_mask[i, : len(ids)] = 1
-        if kinds is not None:
-            segments[i, : len(ids)] = kinds
-    targets[: len(items)] = encoded.targets[np.asarray(rows, dtype=np.int64)]
-    counts[: len(items)] = 1
+    input_ids, attention_mask = padded([encoded[int(row)][0] for row in rows], pad_token_id)
+    segments = np.zeros_like(input_ids)
+    targets, counts = np.zeros((2, len(input_ids)), dtype=np.float32)
+    for i, row in enumerate(rows):
+        if (kinds := encoded.segments(int(row))) is not None:
+            segments[i, : len(kinds)] = kinds
+    targets[: len(rows)] = encoded.targets[np.asarray(rows, dtype=np.int64)]
+    counts[: len(rows)] = 1
     told = torch.from_numpy(segments) if encoded.store.has_segments else None
     return LabelledBatch(
         *map(torch.from_numpy, (input_ids, attention_mask)), told, *map(torch.from_numpy, (targets, counts))

@@ -105,11 +105,8 @@ class JsonLinesReader(_LineReader):
         except UnicodeDecodeError as error:
             return RowError(_not_utf8(error, offset))
         except json.JSONDecodeError as error:
-            cut = (
-                ""
-                if raw.endswith(b"\n")
-                else "; the file ends here without a line break, as if it had been cut off"
-            )
+            cut = "; the file ends here without a line break, as if it had been cut off"
+            cut = "" if raw.endswith(b"\n") else cut
             return RowError(f"not JSON: {error.msg} at column {error.colno}{cut}")
         except (ValueError, RecursionError) as error:
             return RowError(_unreadable_json(error))
@@ -135,9 +132,8 @@ def _kind(value: Any) -> str:
 
 
 def _unreadable_json(error: Exception) -> str:
-    return "not JSON that can be read: " + (
-        "nested too deeply" if isinstance(error, RecursionError) else str(error)
-    )
+    reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return f"not JSON that can be read: {reason}"
 
 
 class JsonReader(Reader):
@@ -148,11 +144,8 @@ class JsonReader(Reader):
         self._decoder = json.JSONDecoder()
         self._text, self._at = "", 0  # a window of the file's text, and where in it we are
         self._dropped = 0  # characters before the window
-        self._counted, self._line_breaks, self._line_start = (
-            0,
-            0,
-            0,
-        )  # line breaks up to a position of the window
+        # Line breaks up to a position of the window.
+        self._counted, self._line_breaks, self._line_start = 0, 0, 0
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
         with open_bytes(self.path, self.name) as handle:

@@ -27,6 +27,11 @@ class Rendered:
     ends: bool = True
     remarks: tuple[str, ...] = ()
 
+    @classmethod
+    def answered(cls, prompt: str, response: str) -> Rendered:
+        """The response behind the prompt, of which it alone is supervised."""
+        return cls(prompt + response, [(len(prompt), len(prompt) + len(response))])
+
     @property
     def parts(self) -> tuple[str, ...]:
         """The texts that it is made of, as a labelled row may have two."""

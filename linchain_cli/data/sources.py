@@ -10,44 +10,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from linchain_cli.data.files import ENDINGS, DataFile, FoundFiles, find_files
 from linchain_cli.data.glue import HUB_ID, GlueSource, find_glue
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.files import looks_local
+from linchain_cli.recipe import SourceConfig
 from linchain_cli.storage import expand
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+){1,2}")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` writes
-
-
-class SourceLike(Protocol):
-    """The fields of a recipe's SourceConfig that say where rows are."""
-
-    path: str
-    config: str | None
-    data_files: Any
-    split: str | None
-    revision: str | None
-    columns: Mapping[str, str] | None
-    labels: Mapping[str, str] | None
-    max_rows: int | None
-
-
-@dataclass(frozen=True)
-class SourceRequest:
-    """A source as a recipe writes it."""
-
-    path: str
-    split: str | None = None
-    revision: str | None = None
-    columns: Mapping[str, str] | None = None
-    labels: Mapping[str, str] | None = None
-    config: str | None = None
-    data_files: Any = None
-    max_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +70,7 @@ _REGISTERED = {
 DATASET_NAMES = tuple(_REGISTERED)
 
 
-def resolve_source(source: SourceLike, data_dir: str | Path | None = None) -> Source:
+def resolve_source(source: SourceConfig, data_dir: str | Path | None = None) -> Source:
     """Finds a source; registered files in `data_dir`, $LINCHAIN_DATA_DIR and the current directory.
 
     Raises InputError for a file that is missing or of an unknown kind, and for what is neither a file, a
@@ -182,10 +156,3 @@ def _data_folders(data_dir: str | Path | None) -> list[Path]:
         for root in roots
         for folder in (root, root / "ft-training_set", root.parent / "ft-training_set")
     ] + [Path(".")]
-
-
-def generated_rows(source: Source) -> dict[str, list[dict[str, Any]]]:
-    """The rows of a data set that the project makes itself, by split."""
-    from linchain_cli.data.everyday import everyday_rows
-
-    return {split: everyday_rows(split) for split in ("train", "test")}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, first_line
 
 
 def _open_zstd(path: Path) -> BinaryIO:
@@ -59,7 +59,7 @@ def open_bytes(path: Path, name: str) -> Iterator[BinaryIO]:
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # it is about the file, not about what is in it
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"{name}: not a {compression} file that can be decompressed: {reason}. Get or write it again."
+            f"{name}: not a {compression} file that can be decompressed: {first_line(error)}. "
+            "Get or write it again."
         ) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from linchain_cli.data.readers import Reader
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, first_line
 
 _BATCH = 1024  # rows that are Python objects at once
 
@@ -51,9 +51,9 @@ class TableReader(Reader):
         try:
             yield
         except (pyarrow.ArrowException, OSError, ValueError, MemoryError) as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise InputError(
-                f"{self.name}: not {self.kind} file that can be read: {reason}. Get or write it again."
+                f"{self.name}: not {self.kind} file that can be read: {first_line(error)}. "
+                "Get or write it again."
             ) from None
 
 

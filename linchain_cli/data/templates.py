@@ -104,8 +104,7 @@ class PromptTemplate:
         return self._response.format_map(row)
 
     def complete(self, row: Row, response: str) -> Rendered:
-        prompt = self.prompt(row)
-        return Rendered(prompt + response, [(len(prompt), len(prompt) + len(response))])
+        return Rendered.answered(self.prompt(row), response)
 
     def end_marks(self) -> list[str]:
         return []

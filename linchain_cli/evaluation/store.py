@@ -19,7 +19,7 @@ from linchain_cli.evaluation.results import Results, predictions_path, read_resu
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluations import Evaluation, describe, find_evaluations, first_of, read_evaluation
 from linchain_cli.locks import locked
-from linchain_cli.recipe import EvaluationConfig
+from linchain_cli.recipe import EvaluationConfig, Recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.storage import make_directory
 
@@ -142,8 +142,12 @@ def run_result(
     )
 
 
-def has_result(run: RunDirectory, section: EvaluationConfig, tasks: Sequence[Task]) -> bool:
-    """Whether the run's adapter has a result of exactly these tasks' rows."""
+def has_result(run: RunDirectory, recipe: Recipe, tasks: Sequence[Task]) -> bool:
+    """Whether the run's adapter has a result of exactly these tasks' rows; a classifier's, of rows of the
+    recipe's names."""
+    section = recipe.evaluation
+    if recipe.task != "causal":
+        return run_result(run, section, section.tasks, recipe.evaluated_by) is not None
     result = run_result(run, section, [task.name for task in tasks])
     return result is not None and all(
         result.tasks[task.name].rows_sha256 == task.fingerprint for task in tasks

@@ -19,7 +19,7 @@ from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import RAW_SOURCES
 from linchain_cli.evaluation.task import Task, check_protocol, read_row
-from linchain_cli.recipe import EvaluationConfig
+from linchain_cli.recipe import Recipe
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
 
@@ -90,13 +90,19 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
     return list(expanded)
 
 
-def recipe_tasks(section: EvaluationConfig) -> list[Task]:
-    """The tasks of a recipe's evaluation section, none where it names none.
+def recipe_tasks(recipe: Recipe) -> list[Task]:
+    """The tasks that a recipe's run is evaluated on. A classifier's labelled rows are none of them: they are
+    read when its classes are known, and here only looked for.
 
     Raises:
         InputError: as `load_tasks`.
     """
-    if not section.tasks:
+    section = recipe.evaluation
+    if recipe.task != "causal":
+        from linchain_cli.evaluation.labels import find_labelled
+
+        find_labelled(recipe)
+    if recipe.task != "causal" or not section.tasks:
         return []
     for name in expand_tasks(section.tasks):
         if spec := SPECS.get(name):  # before its rows are asked for, which may take a while

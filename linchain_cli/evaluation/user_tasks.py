@@ -195,13 +195,12 @@ def _placeholders(pattern: str) -> list[str]:
 def _raw_rows(file: TaskFile, path: Path, source_path: str, split: str) -> Iterator[Any]:
     from linchain_cli.data.reading import RawRows
     from linchain_cli.data.rows import RowError
-    from linchain_cli.data.sources import SourceRequest, resolve_source
+    from linchain_cli.data.sources import resolve_source
+    from linchain_cli.recipe import SourceConfig
 
     beside = path.parent / source_path
-    source = resolve_source(
-        SourceRequest(str(beside) if beside.is_file() else source_path, split, file.revision)
-    )
-    rows = RawRows(source, set())
+    place = str(beside) if beside.is_file() else source_path
+    rows = RawRows(resolve_source(SourceConfig(path=place, split=split, revision=file.revision)), set())
     for row in rows:
         if isinstance(row, RowError):
             raise InputError(f"{rows.place()}: {row}")

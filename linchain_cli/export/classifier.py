@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.chain.head import Head
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, some
 from linchain_cli.model.checkpoint import Checkpoint
 from linchain_cli.model.classifier import Outputs, padding
 from linchain_cli.model.config import empty_model
@@ -81,6 +81,5 @@ def changes(config: Mapping[str, Any], left_out: list[str]) -> list[str]:
     """What a merge has changed beside the weights, in sentences for people."""
     found = [f"config.json names {config['architectures'][0]} and its labels"]
     if left_out:
-        some = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
-        found.append(f"tensors of the base that a classifier does not have are left out: {some}")
+        found.append(f"tensors of the base that a classifier does not have are left out: {some(left_out)}")
     return found

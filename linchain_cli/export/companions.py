@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from linchain_cli import storage
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, first_line
 from linchain_cli.export.output import copy_files
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
@@ -162,7 +162,7 @@ def _refusal(content: dict[str, Any], vocabulary: int) -> str | None:
             model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=vocabulary)).eval()
             model.generate(torch.zeros(1, 2, dtype=torch.long), settings, max_new_tokens=2)
     except Exception as error:  # settings of a wrong type make it raise anything
-        return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        return first_line(error)
     return None
 
 

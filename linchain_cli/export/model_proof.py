@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linchain_cli.chain import Adapter, attach, disabled
-from linchain_cli.errors import LinchainError
+from linchain_cli.errors import LinchainError, first_line
 from linchain_cli.export.classifier import outputs_of
 from linchain_cli.export.comparison import LogitProof, compare_logits
 from linchain_cli.machine import available_memory
@@ -114,7 +114,7 @@ def _prove_on(
         if _is_out_of_memory(error):
             raise
         # What is wrong with the base is not wrong with the merge, which has its tensors proven.
-        reason = f"logits and generation: the base model does not run here ({_in_a_line(error)})"
+        reason = f"logits and generation: the base model does not run here ({first_line(error)})"
         return ModelProof(not_proven=(reason,))
     progress(1, total)
     outputs = outputs_of(adapter.head)
@@ -130,8 +130,8 @@ def _prove_on(
             generated = _generate(model, prompts[0], settings)
     except Exception as error:
         if _is_out_of_memory(error) or adapted.generates:
-            raise LinchainError(f"transformers cannot generate with it: {_in_a_line(error)}") from error
-        missing.append(f"generation: the base model cannot generate either ({_in_a_line(error)})")
+            raise LinchainError(f"transformers cannot generate with it: {first_line(error)}") from error
+        missing.append(f"generation: the base model cannot generate either ({first_line(error)})")
     del model
     progress(2, total)
     quantized = None
@@ -140,7 +140,7 @@ def _prove_on(
             rounded = _read_adapted(base.directory, adapter, prompts, dtype, quantization, device, None)
             quantized = compare_logits(rounded.logits, ours, rounded.bare, dtype)
         except Exception as error:
-            missing.append(f"logits on the {quantization} base: {_in_a_line(error)}")
+            missing.append(f"logits on the {quantization} base: {first_line(error)}")
         progress(3, total)
     return ModelProof(logits=logits, quantized=quantized, generated=generated, not_proven=tuple(missing))
 
@@ -220,7 +220,3 @@ def _give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _in_a_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from linchain_cli import storage
 from linchain_cli.chain import Adapter, ChainTensors, delta_weight, misfit, with_depth
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import InputError, LinchainError, first_line
 from linchain_cli.export.output import check_factors
 from linchain_cli.model.quiet import quiet
 
@@ -149,8 +149,7 @@ def load_with_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) ->
             weights = load_file(directory / WEIGHTS_FILE)
             taken = peft.set_peft_model_state_dict(loaded, weights, low_cpu_mem_usage=True)
     except Exception as error:  # a converter of PEFT may raise anything
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(instead.format(f"cannot load this adapter ({reason})")) from error
+        raise InputError(instead.format(f"cannot load this adapter ({first_line(error)})")) from error
     modules = dict(loaded.base_model.model.named_modules())
     scaling = adapter.config.scaling
     absent = {*taken.missing_keys}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from linchain_cli import __version__, storage
 from linchain_cli.chain import Adapter, adapter_files
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, some
 from linchain_cli.export.comparison import LogitProof
 from linchain_cli.records import read_record
 
@@ -185,8 +185,4 @@ def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
     others = sorted(name for name in found if name not in known and not name.startswith(_PASSING))
     if others:
         verb = "is" if len(others) == 1 else "are"
-        raise InputError(f"{refused}, and {_listed(others)} {verb} not of it. {elsewhere}")
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        raise InputError(f"{refused}, and {some(others)} {verb} not of it. {elsewhere}")

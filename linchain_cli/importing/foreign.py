@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, first_line
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -184,9 +184,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{path} cannot be read as plain weights, and code in it is never run ({reason})"
+            f"{path} cannot be read as plain weights, and code in it is never run ({first_line(error)})"
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise InputError(f"{path} holds something else than tensors by name")

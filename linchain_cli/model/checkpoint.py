@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import InputError, LinchainError, first_line
 from linchain_cli.model.buffers import buffers
 from linchain_cli.model.files import weight_files
 
@@ -243,8 +243,7 @@ def _read_pickled(path: Path) -> dict[str, StoredTensor]:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise InputError(
-            f"{path} cannot be read as plain weights, and code in it is never run"
-            f" ({str(error).splitlines()[0]})."
+            f"{path} cannot be read as plain weights, and code in it is never run ({first_line(error)})."
             " Convert it to safetensors where it came from, or use a safetensors version of the model."
         ) from error
     tensors = {}

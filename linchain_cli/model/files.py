@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn, Protocol
 
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.errors import InputError, did_you_mean, some
 from linchain_cli.model.gguf import converted_gguf
 from linchain_cli.model.hub import MODEL, cached_ids, hub_problems
 from linchain_cli.storage import expand
@@ -219,7 +219,7 @@ def _contents(directory: Path) -> str:
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in directory.iterdir())
     if not names:
         return "The directory is empty."
-    return f"Found: {', '.join(names[:8])}{f' and {len(names) - 8} more' if len(names) > 8 else ''}."
+    return f"Found: {some(names, 8)}."
 
 
 def looks_local(path: str) -> bool:

@@ -12,21 +12,3 @@ from linchain_cli.recipe.schema import (
     json_schema,
     within,
 )
-from linchain_cli.shipped import shipped_recipes
-
-__all__ = [
-    "AdapterConfig",
-    "ChatConfig",
-    "DataConfig",
-    "EvaluationConfig",
-    "LearningRateFactors",
-    "ModelConfig",
-    "Recipe",
-    "SourceConfig",
-    "TemplateConfig",
-    "TrainingConfig",
-    "json_schema",
-    "load_recipe",
-    "shipped_recipes",
-    "within",
-]

@@ -19,28 +19,3 @@ from linchain_cli.run.status import (
     Timings,
     now,
 )
-
-__all__ = [
-    "ComparisonDirectory",
-    "KeptAdapter",
-    "Machine",
-    "Opened",
-    "RunBase",
-    "RunDirectory",
-    "RunStatus",
-    "Status",
-    "Timings",
-    "append_jsonl",
-    "cut_jsonl",
-    "find_adapter",
-    "find_run",
-    "in_use",
-    "is_adapter",
-    "is_run",
-    "jsonl_bytes",
-    "locked",
-    "newest_finished_run",
-    "now",
-    "runs_below",
-    "read_jsonl",
-]

@@ -79,7 +79,7 @@ def limit_arm(settings: dict) -> None:
     transformers' own modules, with the fastest attention of the machine, which on a CPU is linchain's.
     """
     from linchain_cli.chain import detach
-    from linchain_cli.data import collate, micro_batches
+    from linchain_cli.data.batches import collate, micro_batches
 
     job = make_job(settings, 0)
     detach(job.model)

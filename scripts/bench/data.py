@@ -23,7 +23,9 @@ CHILD = """
 import json, sys, time
 started = time.perf_counter()
 from pathlib import Path
-from linchain_cli.data import collate, epoch_plan, micro_batches, prepare_data, step_rows
+from linchain_cli.data.batches import collate, micro_batches, step_rows
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.report import epoch_plan
 from linchain_cli.machine import peak_resident_bytes
 from linchain_cli.model.loading import load_tokenizer
 from linchain_cli.recipe import DataConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import nn
 
-from linchain_cli.data import step_rows
+from linchain_cli.data.batches import step_rows
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training.job import Job, prepare

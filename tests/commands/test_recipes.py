@@ -8,8 +8,8 @@ import pytest
 
 from linchain_cli import storage
 from linchain_cli.cli import main
-from linchain_cli.recipe import load_recipe, shipped_recipes
-from linchain_cli.shipped import recipe_purposes
+from linchain_cli.recipe import load_recipe
+from linchain_cli.shipped import recipe_purposes, shipped_recipes
 
 
 @pytest.fixture(autouse=True)

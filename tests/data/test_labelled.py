@@ -199,12 +199,13 @@ def test_the_validation_split_of_mnli_is_the_matched_one(monkeypatch):
     header = "sentence1\tsentence2\tgold_label\n"
     glue_files("MNLI", header + "a\tb\tneutral\n", header + "c\td\tneutral\n", "dev_matched.tsv")
     monkeypatch.setenv("LINCHAIN_DATA_DIR", "files")
-    from linchain_cli.data.sources import SourceRequest, resolve_source
+    from linchain_cli.data.sources import resolve_source
+    from linchain_cli.recipe import SourceConfig
 
-    local = resolve_source(SourceRequest("glue/mnli", split="validation"))
+    local = resolve_source(SourceConfig(path="glue/mnli", split="validation"))
     assert [file.path.name for file in local.files.splits["validation"]] == ["dev_matched.tsv"]
     monkeypatch.delenv("LINCHAIN_DATA_DIR")
-    on_hub = resolve_source(SourceRequest("glue/mnli", split="validation"))
+    on_hub = resolve_source(SourceConfig(path="glue/mnli", split="validation"))
     assert (on_hub.location, on_hub.config, on_hub.split) == ("nyu-mll/glue", "mnli", "validation_matched")
 
 

@@ -18,9 +18,10 @@ from linchain_cli.data import readers
 from linchain_cli.data.formats import load_rows
 from linchain_cli.data.pipeline import EncodingSettings, rendered_rows
 from linchain_cli.data.report import DataReport, SourceReport
-from linchain_cli.data.sources import SourceRequest, resolve_source
+from linchain_cli.data.sources import resolve_source
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
+from linchain_cli.recipe import SourceConfig
 
 FILES = int(os.environ.get("LINCHAIN_TEST_MUTATIONS", "300"))
 HOSTILE = [
@@ -114,7 +115,7 @@ def test_a_broken_file_loads_or_is_refused(originals, tmp_path_factory, seed, sk
         good = 0
         try:
             for row in rendered_rows(
-                resolve_source(SourceRequest(str(path))), template, settings, counts, report
+                resolve_source(SourceConfig(path=str(path))), template, settings, counts, report
             ):
                 assert row.place.startswith(str(path)) and row.texts[0].text.startswith("Below")
                 good += 1
@@ -129,5 +130,5 @@ def test_a_broken_file_loads_or_is_refused(originals, tmp_path_factory, seed, sk
 def test_unbroken_files_load_whole(originals, tmp_path):
     for name, data in originals.items():
         (tmp_path / name).write_bytes(data)
-        rows = load_rows(SourceRequest(str(tmp_path / name)), get_template("alpaca", None))
+        rows = load_rows(SourceConfig(path=str(tmp_path / name)), get_template("alpaca", None))
         assert len(list(rows)) == 12

@@ -11,9 +11,10 @@ import pytest
 from linchain_cli.data import hub
 from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.rows import RowError
-from linchain_cli.data.sources import SourceRequest, resolve_source
+from linchain_cli.data.sources import resolve_source
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
+from linchain_cli.recipe import SourceConfig
 
 GOOD = {"instruction": "q", "input": "", "output": "a", "answer": 3}
 
@@ -355,5 +356,5 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
     with pytest.raises(InputError, match=f"{name}, and it looks like a path"):
-        resolve_source(SourceRequest(name))
-    assert resolve_source(SourceRequest("owner/rows")).kind == "hub"
+        resolve_source(SourceConfig(path=name))
+    assert resolve_source(SourceConfig(path="owner/rows")).kind == "hub"

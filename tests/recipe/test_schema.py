@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import Recipe, TrainingConfig, json_schema, load_recipe, shipped_recipes, strict_yaml
+from linchain_cli.recipe import Recipe, TrainingConfig, json_schema, load_recipe, strict_yaml
 from linchain_cli.recipe.validation import check
+from linchain_cli.shipped import shipped_recipes
 
 ROOT = Path(__file__).resolve().parents[2]
 MINIMAL = {"name": "r", "model": {"path": "m"}, "data": {"train": "d.json"}}

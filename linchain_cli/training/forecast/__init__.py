@@ -21,8 +21,6 @@ from linchain_cli.training.forecast.model import forecast_model, recipe_epoch
 from linchain_cli.training.forecast.time import TimeForecast, forecast_time
 from linchain_cli.training.schedule import total_steps
 
-__all__ = ["Forecast", "MemoryForecast", "TimeForecast", "forecast", "recipe_epoch"]
-
 
 @dataclass(frozen=True)
 class Forecast:
