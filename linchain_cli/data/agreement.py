@@ -64,7 +64,7 @@ def with_interval(
 ) -> Agreement:
     """A number with its bootstrap interval; the arguments are those of `agreement`."""
     value = agreement(metric, targets, predictions, classes)
-    (drawn,) = _resampled(metric, [targets, predictions], classes, seed)
+    (drawn,) = resampled(metric, [targets, predictions], classes, seed)
     return _summary(value, drawn)
 
 
@@ -78,7 +78,7 @@ def difference(
 ) -> Agreement:
     """The first model's number less the second one's, on the same rows in every draw."""
     value = agreement(metric, targets, first, classes) - agreement(metric, targets, second, classes)
-    ours, theirs = _resampled(metric, [targets, first, second], classes, seed)
+    ours, theirs = resampled(metric, [targets, first, second], classes, seed)
     return _summary(value, ours - theirs)
 
 
@@ -87,7 +87,7 @@ def _summary(value: float, drawn: np.ndarray) -> Agreement:
     return Agreement(value, float(np.std(drawn, ddof=1)), (float(low), float(high)))
 
 
-def _resampled(metric: str, columns: Sequence[np.ndarray], classes: int, seed: int) -> list[np.ndarray]:
+def resampled(metric: str, columns: Sequence[np.ndarray], classes: int, seed: int) -> list[np.ndarray]:
     """The metric of each column after the first, the targets, in RESAMPLES draws of as many rows."""
     targets, *told = (np.asarray(column) for column in columns)
     # RandomState's streams are frozen: the same intervals in every NumPy version.
