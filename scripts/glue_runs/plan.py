@@ -37,8 +37,8 @@ ALL_ROWS = {
     "full fine-tuning": Arm((1e-5, 3e-5, 1e-4, 3e-4, 1e-3), full=True),
 }
 # Deep LoRA's three factors begin at 1e-3. Five of that size have gradients far below AdamW's epsilon; at this
-# one their product begins as large as that of three.
-SMALL, SMALL_OF_FIVE = 1e-3, 1e-9 ** (1 / 5)
+# one they have gradients as large as those of three.
+SMALL, SMALL_OF_FIVE = 1e-3, 1e-6 ** (1 / 4)
 FEW_ROWS = {
     "depth 0": Arm(FEW_RATES, {"adapter.depth": 0}),
     "depth 1": Arm(FEW_RATES, {"adapter.depth": 1}),
@@ -168,8 +168,9 @@ class Plan:
         return max(found, key=found.__getitem__) if found else None
 
     def possible(self, done: Mapping[str, Mapping[str, Any]]) -> list[Run]:
-        """The runs that can begin now, in their order: study by study, rates before what is reported, which
-        goes seed by seed so that an early end leaves a table of fewer seeds; else the longest first."""
+        """The runs that can begin now, in their order: study by study and size by size, rates before what is
+        reported, which goes seed by seed, so that an early end leaves a smaller table; else the longest
+        first."""
         runs = []
         for cell in self.cells():
             runs += self.choosing_runs(cell)
@@ -177,8 +178,9 @@ class Plan:
                 runs += self.final_runs(cell, rate)
 
         def order(run: Run) -> tuple:
+            size = self.few_rows.index(run.cell.rows) if run.cell.rows else 0
             stage = 0 if run.choosing else run.seed
-            return self.studies.index(run.cell.study), stage, -self.steps(run), run.name
+            return self.studies.index(run.cell.study), size, stage, -self.steps(run), run.name
 
         return sorted((run for run in runs if run.name not in done), key=order)
 
