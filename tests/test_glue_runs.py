@@ -7,12 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT), str(ROOT / "tests")]
 
+import pretend_gpu  # noqa: E402
 from classifiers import make_checkpoint, pair_rows  # noqa: E402
 
 from scripts.glue_runs import __main__ as glue_runs  # noqa: E402
@@ -125,6 +127,20 @@ def test_factors_begin_small_and_orthogonal(place, monkeypatch):
     assert len(seen["factors"]) == 5
     for factor in seen["factors"]:
         torch.testing.assert_close(factor @ factor.mT, SMALL_OF_FIVE**2 * torch.eye(8), rtol=1e-4, atol=1e-9)
+
+
+def test_nothing_stays_on_the_host_where_there_is_a_gpu(place, monkeypatch):
+    from scripts.glue_runs import learn
+    from scripts.glue_runs.plan import Run
+
+    alone = {"num_processes": 1, "process_index": 0, "is_main_process": True}
+    gpu = SimpleNamespace(device=pretend_gpu.DEVICE, reduce=lambda tensor, reduction: tensor, **alone)
+    monkeypatch.setattr(learn, "connect", lambda: gpu)
+    learner = learn.Learner(str(place / "bert"), place / "out")
+    for cell in (Cell("few", "rte", 16, "depth 3, small"), Cell("all", "rte", 0, "full fine-tuning")):
+        with pretend_gpu.PretendGpu() as seen:
+            row = learner.do(Run(cell, False, 1e-3, 1), 2)
+        assert seen.launched > 100 and row["device"] == pretend_gpu.DEVICE.type
 
 
 WORKER = """
