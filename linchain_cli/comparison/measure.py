@@ -150,12 +150,16 @@ def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]
     )
 
 
-def _accuracies(run: RunDirectory, section: EvaluationConfig, protocol: str) -> dict[str, float]:
+def asked_tasks(section: EvaluationConfig) -> list[str] | None:
+    """The names of the tasks that an evaluation of answers asks for; None where only files have them."""
     # The name of a task of the user's own stands in its file, which need not be there any more.
-    own = any(name.endswith((".yaml", ".yml")) for name in section.tasks)
-    wanted = None if own or not section.tasks else section.tasks
-    if wanted and protocol == section.protocol:
-        wanted = expand_tasks(wanted)
+    if not section.tasks or any(name.endswith((".yaml", ".yml")) for name in section.tasks):
+        return None
+    return expand_tasks(section.tasks)
+
+
+def _accuracies(run: RunDirectory, section: EvaluationConfig, protocol: str) -> dict[str, float]:
+    wanted = asked_tasks(section) if protocol == section.protocol else section.tasks or None
     result = run_result(run, section, wanted or (), protocol)
     return {
         name: score.accuracy

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from linchain_cli import storage
+from linchain_cli.comparison.accuracy import accuracy_table
 from linchain_cli.comparison.definition import Definition, arm_recipe
 from linchain_cli.comparison.measure import Measurement, measure
 from linchain_cli.comparison.statistics import smallest_telling
@@ -20,7 +21,7 @@ from linchain_cli.comparison.tables import (
     has_halves,
 )
 from linchain_cli.errors import InputError
-from linchain_cli.report.wording import Row, table_cells, table_titles
+from linchain_cli.report.wording import Row, accuracy_cells, accuracy_title, table_cells, table_titles
 from linchain_cli.run import ComparisonDirectory, RunDirectory
 
 FORMAT_VERSION = 1
@@ -43,6 +44,7 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
     found = candidates(definition, measurements)
     rate = definition.base.training.learning_rate
     by_name = {one.arm.name: one for one in found}
+    best = at_best_rate(found)
     return {
         "format": FORMAT_VERSION,
         "name": directory.path.name,
@@ -53,7 +55,8 @@ def collect(directory: ComparisonDirectory, definition: Definition) -> dict[str,
         "hashes": {
             kind: value for one in measurements[:1] for kind, value in one.hashes.items() if kind in SHARED
         },
-        "tables": {"recipe_rate": at_recipe_rate(found, rate), "best_rate": at_best_rate(found)},
+        "tables": {"recipe_rate": at_recipe_rate(found, rate), "best_rate": best},
+        "accuracies": accuracy_table(directory, base, [by_name[row["arm"]] for row in best]),
         "runs": [_run_entry(one, by_name[one.arm]) for one in measurements],
         "notes": notes(definition, measurements, found),
     }
@@ -144,6 +147,13 @@ def notes(
             f" linchain did ({kept[0].directory}: step {kept[0].kept_step}). Their losses are the last one's,"
             " so their accuracies are left out."
         )
+    if base.task == "causal" and base.evaluation.tasks:
+        found.append(
+            "Accuracies by task have 95 % intervals for other seeds and other rows (crossed random effects,"
+            " Student's t with Satterthwaite's degrees of freedom; with one seed, for other rows alone). Each"
+            " stands alone. Differences are paired by row and seed. The average counts all tasks alike and"
+            " holds for these tasks. majority is what always giving the most frequent answer gets."
+        )
     found += [
         f"{one.directory}: {one.status}{f' ({one.reason})' if one.reason else ''}"
         for one in measurements
@@ -217,6 +227,8 @@ def lines(results: Mapping[str, Any], width: int = 100) -> list[str]:
     found = []
     for title, rows, rates in table_titles(results):
         found += [title, "", *_in_blocks(table_cells(rows, rates), width), ""]
+    if cells := accuracy_cells(results):
+        found += [accuracy_title(results), "", *_in_blocks(cells, width), ""]
     return found + [f"- {note}" for note in results["notes"]]
 
 

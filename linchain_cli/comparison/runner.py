@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,6 @@ import torch
 from accelerate import Accelerator
 
 from linchain_cli.chain import attach, detach, load_adapter
-from linchain_cli.chain.files import adapter_hash
 from linchain_cli.comparison.definition import (
     Definition,
     arm_recipe,
@@ -19,19 +18,20 @@ from linchain_cli.comparison.definition import (
     read_definition,
     remove,
 )
+from linchain_cli.comparison.evaluating import evaluate_base, evaluate_run
 from linchain_cli.comparison.grid import Arm, Grid
 from linchain_cli.comparison.halves import half_losses, halves_path, read_halves
 from linchain_cli.comparison.measure import earlier_step
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.comparison.results import collect, write
-from linchain_cli.console import Progress, note
+from linchain_cli.console import note
+from linchain_cli.data.asking import straddle_mostly
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
-from linchain_cli.evaluation.evaluate import evaluate
-from linchain_cli.evaluation.labels import LabelledTask, evaluate_labels, recipe_labelled
+from linchain_cli.evaluation.labels import LabelledTask, recipe_labelled
 from linchain_cli.evaluation.questions import check_questions
-from linchain_cli.evaluation.store import has_result
+from linchain_cli.evaluation.store import covers, has_result, stored_result
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import release_memory
@@ -94,13 +94,12 @@ def run_comparison(
         wanted = definition.add(arms, seeds, _command(grid, seeds, equal_parameters))
         definition.write(directory)
     try:
-        failures = _Runner(directory, definition, tasks, base).run(
-            [(arm, seed) for seed in seeds for arm in wanted]
-        )
+        runner = _Runner(directory, definition, tasks, base)
+        failures = runner.run([(arm, seed) for seed in seeds for arm in wanted])
     except (Stopped, KeyboardInterrupt):
         _write(directory)
         raise
-    results = _write(directory)
+    results = _write(directory, drawn=not runner.others_go_on)
     if failures:
         raise LinchainError(f"{len(failures)} of {len(results['runs'])} runs failed:\n" + "\n".join(failures))
     return results
@@ -140,12 +139,14 @@ def _adjusted(grid: Grid) -> list[Arm]:
     return [replace(arm, recipe=recipe) for arm, recipe in zip(grid.arms, recipes, strict=True)]
 
 
-def _write(directory: ComparisonDirectory) -> dict[str, Any]:
-    """Writes what there is now, also of arms that another process added in the meantime."""
+def _write(directory: ComparisonDirectory, drawn: bool = True) -> dict[str, Any]:
+    """Writes what there is now, also of arms that another process added in the meantime. The picture takes
+    longer than all else: whoever leaves runs to others leaves it to the last of them, too."""
     with locked(directory.path, _WAIT):
         results = collect(directory, read_definition(directory))
         write(directory, results)
-        comparison_plot(directory, results)
+        if drawn:
+            comparison_plot(directory, results)
     return results
 
 
@@ -164,6 +165,8 @@ class _Runner:
         self._base = base
         self._validation: EncodedRows | None = None
         self._objective: Objective | None = None
+        self._straddles: bool | None = None
+        self.others_go_on = False  # after `run`: what is left is done by another process
         self._base_section: dict[str, Any] | None = None
         if base is not None:
             self._base_section = definition.base.model.model_dump()
@@ -176,14 +179,17 @@ class _Runner:
                 "a comparison runs in one process: start it without torchrun or accelerate launch"
             )
         failures: list[str] = []
-        left = list(enumerate(wanted, 1))
-        while left:
-            busy = [one for one in left if not self._attempt(*one, len(wanted), failures)]
-            if len(busy) == len(left):
-                names = ", ".join(arm_recipe(*one, self.directory).name for _, one in busy)
-                note(f"left to other processes that are at them: {names}")
+        left, base_left = list(enumerate(wanted, 1)), True
+        while left or base_left:
+            before = len(left), base_left
+            left = [one for one in left if not self._attempt(*one, len(wanted), failures)]
+            base_left = base_left and not self._attempt_base(failures)
+            if (len(left), base_left) == before:
+                names = [arm_recipe(*one, self.directory).name for _, one in left]
+                names += ["the base's evaluation"] if base_left else []
+                note(f"left to other processes that are at them: {', '.join(names)}")
+                self.others_go_on = True
                 break
-            left = busy
         return failures
 
     def _attempt(self, number: int, one: tuple[Arm, int], count: int, failures: list[str]) -> bool:
@@ -280,6 +286,7 @@ class _Runner:
         classes = base.outputs and base.outputs.classes
         data = prepare_data(recipe.data, base.tokenizer, task=recipe.task, classes=classes)
         self._validation, self._objective = data.validation, objective_of(settled(recipe, data), data)
+        self._straddles = straddle_mostly(data.report.counts())
         now = {"data": data.report.fingerprint, "base": base.hash}
         for path in sorted(self.directory.arms_dir.iterdir()) if self.directory.arms_dir.is_dir() else ():
             run = RunDirectory(path)
@@ -314,48 +321,28 @@ class _Runner:
         base = self._loaded(recipe)
         attach(base.model, load_adapter(run.adapter_dir))
         try:
-            with Progress() as progress:
-
-                def show(task: str, done: int, total: int) -> None:
-                    progress.show(recipe.name, done, total, task)
-
-                if base.outputs is None:
-                    self._evaluate_answers(recipe, run, base, show)
-                    return
-                evaluate_labels(
-                    base.model,
-                    base.tokenizer,
-                    base.outputs,
-                    self.tasks,
-                    name=str(run.path),
-                    limit=self.definition.base.evaluation.limit,
-                    base_sha256=base.hash,
-                    adapter_sha256=adapter_hash(run.adapter_dir),
-                    out=run.eval_dir,
-                    on_progress=show,
-                )
+            evaluate_run(self.definition.base, run, base, self.tasks)
         finally:
             detach(base.model)
 
-    def _evaluate_answers(
-        self, recipe: Recipe, run: RunDirectory, base: Base, show: Callable[[str, int, int], None]
-    ) -> None:
-        from linchain_cli.data.asking import straddle_mostly
-        from linchain_cli.data.templates import template_of
-        from linchain_cli.recipe import load_recipe
-
-        section = self.definition.base.evaluation
-        evaluate(
-            base.model,
-            base.tokenizer,
-            template_of(load_recipe(run.recipe_path).data, base.tokenizer),
-            self.tasks,
-            name=str(run.path),
-            protocol=section.protocol,
-            limit=section.limit,
-            straddles=straddle_mostly(run.read_status().rows),
-            base_sha256=base.hash,
-            quantization=recipe.model.quantization,
-            out=run.eval_dir,
-            on_progress=show,
-        )
+    def _attempt_base(self, failures: list[str]) -> bool:
+        """Evaluates the base without an adapter, which tells what training has brought, unless that was done;
+        False if another process is at it."""
+        recipe, place = self.definition.base, self.directory.base_dir
+        if recipe.task != "causal" or not self.tasks:
+            return True
+        names = [task.name for task in self.tasks]
+        try:
+            with locked(place):
+                if not covers(stored_result(place, None, recipe.evaluation, names), self.tasks):
+                    note(f"evaluating the base without an adapter: {recipe.model.path}")
+                    base = self._loaded(recipe)
+                    evaluate_base(recipe, base, self.tasks, place, self._straddles)
+        except InUse:
+            return False
+        except InputError:
+            raise
+        except LinchainError as error:
+            failures.append(f"the base: {error}")
+            note(failures[-1])
+        return True

@@ -68,7 +68,7 @@ def candidates(definition: Definition, measurements: Sequence[Measurement]) -> l
 def at_recipe_rate(all_arms: Sequence[Candidate], rate: float) -> list[dict[str, Any]]:
     """Rows for the arms that were trained at the recipe's learning rate."""
     chosen = [one for one in all_arms if one.rate == rate and one.runs]
-    return _judged([_row(one, _reference_of(one, chosen), _final_loss) for one in chosen])
+    return _judged([_row(one, reference_of(one, chosen), _final_loss) for one in chosen])
 
 
 def at_best_rate(all_arms: Sequence[Candidate]) -> list[dict[str, Any]]:
@@ -97,7 +97,7 @@ def at_best_rate(all_arms: Sequence[Candidate]) -> list[dict[str, Any]]:
     return _judged(
         [
             {
-                **_row(one, _reference_of(one, best), reported),
+                **_row(one, reference_of(one, best), reported),
                 "edge": edges[one.arm.name],
                 "rates_tried": counts[one.arm.name],
             }
@@ -123,7 +123,7 @@ def _second_half(run: Measurement) -> float:
     return run.halves[1]
 
 
-def _reference_of(one: Candidate, table: Sequence[Candidate]) -> Candidate:
+def reference_of(one: Candidate, table: Sequence[Candidate]) -> Candidate:
     """The LoRA arm that is like `one` in all but depth (and learning rate); else the table's first LoRA arm,
     else its first arm."""
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 Z = 1.959963984540054  # the standard normal's 97.5 % quantile: two-sided 95 % intervals
 
 
@@ -41,6 +43,51 @@ def normal_interval(
 ) -> tuple[float, float] | None:
     """`value` ± 1.96 standard errors, cut to what the value can be."""
     return None if error is None else (max(lowest, value - Z * error), min(highest, value + Z * error))
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """A mean over seeds and rows, its standard error, and the degrees of freedom that a t interval takes it
+    with; both None where a task has one row."""
+
+    mean: float
+    error: float | None
+    df: float | None
+
+
+def crossed(tables: Sequence[np.ndarray]) -> Crossed:
+    """The unweighted mean over tasks of what every seed's run scored on every row, as an estimate of what
+    other seeds would score on other rows.
+
+    Seeds and rows are crossed random effects: the mean's variance is that of the seeds' means plus that of
+    the rows' means, less their interaction, which both hold (Brennan, Generalizability Theory, 2001), and
+    never less than the rows' part. Degrees of freedom are Satterthwaite's, as Hillis uses them (Statistics in
+    Medicine 26, 2007). One seed says nothing of others: its error is the rows' alone.
+
+    Args:
+        tables: one per task, (seeds, rows) each with the same seeds: 0 and 1, or differences of them.
+    """
+    share, seeds = 1 / len(tables), tables[0].shape[0]
+    mean = share * sum(float(table.mean()) for table in tables)
+    if any(table.shape[1] < 2 for table in tables):
+        return Crossed(mean, None, None)
+    of_rows = [share**2 * table.mean(axis=0).var(ddof=1) / table.shape[1] for table in tables]
+    freedoms = [table.shape[1] - 1 for table in tables]
+    of_seeds = common = 0.0
+    if seeds > 1:
+        of_seeds = float(np.mean([table.mean(axis=1) for table in tables], axis=0).var(ddof=1)) / seeds
+        common = sum(share**2 * _interaction(table) / table.size for table in tables)
+    variance = sum(of_rows) + max(of_seeds - common, 0.0)
+    squares = sum(part**2 / df for part, df in zip(of_rows, freedoms, strict=True))
+    squares += of_seeds**2 / (seeds - 1) if seeds > 1 else 0.0
+    return Crossed(mean, math.sqrt(variance), variance**2 / squares if squares else float(min(freedoms)))
+
+
+def _interaction(table: np.ndarray) -> float:
+    """The mean square of what is left of (seeds, rows) beside the means of both."""
+    seeds, rows = table.shape
+    rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+    return float((rest**2).sum()) / ((seeds - 1) * (rows - 1))
 
 
 def mcnemar(gained: int, lost: int) -> float:

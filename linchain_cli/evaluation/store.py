@@ -17,7 +17,7 @@ from linchain_cli.chain.files import adapter_hash
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import Results, predictions_path, read_results
 from linchain_cli.evaluation.task import Task
-from linchain_cli.evaluations import Evaluation, describe, find_evaluations, first_of, read_evaluation
+from linchain_cli.evaluations import Evaluation, Found, describe, find_evaluations, first_of, read_evaluation
 from linchain_cli.locks import locked
 from linchain_cli.recipe import EvaluationConfig, Recipe
 from linchain_cli.run import RunDirectory
@@ -130,16 +130,28 @@ def add_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
         replace(results, summary=summary).write(path)
 
 
+def stored_result(
+    directory: Path,
+    adapter_sha256: str | None,
+    section: EvaluationConfig,
+    tasks: Iterable[str] = (),
+    protocol: str | None = None,
+) -> Found | None:
+    """The result, of those in a directory, that `section` asked for: of that adapter, or of a model without
+    one. `protocol` stands in for the section's, of models that tell labels."""
+    found, _ = find_evaluations(directory)
+    best = first_of(
+        found, protocol or section.protocol, limit=section.limit, adapter_sha256=adapter_sha256, tasks=tasks
+    )
+    return next((one for one in found if one.evaluation is best), None)
+
+
 def run_result(
     run: RunDirectory, section: EvaluationConfig, tasks: Iterable[str] = (), protocol: str | None = None
 ) -> Evaluation | None:
-    """The result, of those below the run's eval/, that `section` asked for: of its adapter as it is now.
-    `protocol` stands in for the section's, of models that tell labels."""
-    found, _ = find_evaluations(run.eval_dir)
-    adapter = adapter_hash(run.adapter_dir)
-    return first_of(
-        found, protocol or section.protocol, limit=section.limit, adapter_sha256=adapter, tasks=tasks
-    )
+    """`stored_result` of those below the run's eval/: of its adapter as it is now."""
+    found = stored_result(run.eval_dir, adapter_hash(run.adapter_dir), section, tasks, protocol)
+    return found and found.evaluation
 
 
 def has_result(run: RunDirectory, recipe: Recipe, tasks: Sequence[Task]) -> bool:
@@ -148,10 +160,16 @@ def has_result(run: RunDirectory, recipe: Recipe, tasks: Sequence[Task]) -> bool
     section = recipe.evaluation
     if recipe.task != "causal":
         return run_result(run, section, section.tasks, recipe.evaluated_by) is not None
-    result = run_result(run, section, [task.name for task in tasks])
-    return result is not None and all(
-        result.tasks[task.name].rows_sha256 == task.fingerprint for task in tasks
-    )
+    names = [task.name for task in tasks]
+    return covers(stored_result(run.eval_dir, adapter_hash(run.adapter_dir), section, names), tasks)
+
+
+def covers(found: Found | None, tasks: Sequence[Task]) -> bool:
+    """Whether a result is there and is of exactly these tasks' rows."""
+    if found is None:
+        return False
+    scores = found.evaluation.tasks
+    return all(task.name in scores and scores[task.name].rows_sha256 == task.fingerprint for task in tasks)
 
 
 def results_directory(out: Path) -> Path:

@@ -21,7 +21,13 @@ from linchain_cli.report.html import Markup, facts, figure, page, section, table
 from linchain_cli.report.layers import layer_numbers
 from linchain_cli.report.parts import origin_section, recipe_section, samples_section
 from linchain_cli.report.run_page import FILE
-from linchain_cli.report.wording import FIRST_COLUMN, table_cells, table_titles
+from linchain_cli.report.wording import (
+    FIRST_COLUMN,
+    accuracy_cells,
+    accuracy_title,
+    table_cells,
+    table_titles,
+)
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus
 
 
@@ -41,6 +47,8 @@ def write_comparison_report(directory: ComparisonDirectory) -> Path:
         drawn = [figure(one) for one in comparison_pictures(results, rows)]
         shown = tag("div", drawn, class_="figures")
         parts.append(section(title, _tables(table_cells(rows, rates)), shown))
+    if cells := accuracy_cells(results):
+        parts.append(section("Accuracy by task", table(cells, accuracy_title(results))))
     document = page(
         f"{results['name']}: a comparison on {recipe.model.path}",
         _summary(results, finished, status),

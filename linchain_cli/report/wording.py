@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -109,3 +109,48 @@ def table_titles(results: Mapping[str, Any]) -> list[tuple[str, list[Row], bool]
     if tables["best_rate"] and len({run["learning_rate"] for run in results["runs"]}) > 1:
         found.append(("Each arm at its best learning rate", tables["best_rate"], True))
     return found
+
+
+def accuracy_title(results: Mapping[str, Any]) -> str:
+    """What stands above `accuracy_cells`."""
+    section = results["recipe"]["evaluation"]
+    limit = f", first {section['limit']:,} rows of each task" if section["limit"] else ""
+    return f"Accuracy by task, each arm at its best learning rate ({section['protocol']}{limit})"
+
+
+def accuracy_cells(results: Mapping[str, Any]) -> list[dict[str, str]]:
+    """A comparison's accuracies by task and arm as texts by column, in per cent and points; columns that are
+    empty in every line are left out."""
+    rows = results.get("accuracies", ())  # earlier versions had none
+    lines = [
+        {
+            "task": row["task"],
+            FIRST_COLUMN: row["label"],
+            "rows": f"{row['rows']:,}",
+            "seeds": str(len(row["seeds"])),
+            "majority": _percent(row["majority"]),
+            "base": _percent(row["base"]),
+            "accuracy, % [95 %]": _with_interval(row["accuracy"], lambda value: f"{100 * value:.1f}"),
+            "minus base [95 %]": _with_interval(row["minus_base"], _points),
+            "reference": row["reference"] if row["minus_reference"] else "",
+            "minus reference [95 %]": _with_interval(row["minus_reference"], _points),
+            "without an answer": f"{row['without_answer']:,.0f}" if row["without_answer"] else "",
+        }
+        for row in rows
+    ]
+    return [{name: line[name] for name in line if any(one[name] for one in lines)} for line in lines]
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
+
+
+def _points(value: float) -> str:
+    return _signed(100 * value, 1)
+
+
+def _with_interval(found: Row | None, number: Callable[[float], str]) -> str:
+    if not found:
+        return ""
+    bounds = found["interval"]
+    return number(found["mean"]) + (f" [{number(bounds[0])}, {number(bounds[1])}]" if bounds else "")

@@ -126,6 +126,7 @@ class ComparisonDirectory:
         self.runs_table_path = self.path / "runs.csv"
         self.plot_path = self.path / "loss.png"
         self.arms_dir = self.path / "arms"
+        self.base_dir = self.path / "base"
 
     def exists(self) -> bool:
         """Whether this is a comparison's directory."""

@@ -18,6 +18,7 @@ from linchain_cli.commands.compare import parse_seeds
 from linchain_cli.comparison import runner
 from linchain_cli.comparison.grid import expand
 from linchain_cli.comparison.halves import halves_path, read_halves
+from linchain_cli.comparison.results import lines
 from linchain_cli.comparison.runner import run_comparison, with_rates
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
@@ -373,6 +374,19 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
         assert found["tasks"]["boolq"]["n"] == 6
     assert all(row["accuracy"]["n"] == 1 for row in results["tables"]["recipe_rate"])
     assert "accuracy.boolq" in (tmp_path / "tiny" / "runs.csv").read_text()
+    base = json.loads((tmp_path / "tiny" / "base" / "likelihood.json").read_bytes())
+    assert base.get("adapter_sha256") is None and base["template"] == found["template"]
+    for row, run in zip(results["accuracies"], results["runs"], strict=True):
+        assert (row["task"], row["rows"], row["base"]) == ("boolq", 6, base["tasks"]["boolq"]["accuracy"])
+        assert row["accuracy"]["mean"] == run["accuracy"]
+        assert row["minus_base"]["mean"] == pytest.approx(run["accuracy"] - row["base"])
+    lora, chain = results["accuracies"]
+    assert lora["minus_reference"] is None
+    assert chain["minus_reference"]["mean"] == pytest.approx(
+        chain["accuracy"]["mean"] - lora["accuracy"]["mean"]
+    )
+    title = "Accuracy by task, each arm at its best learning rate (likelihood, first 6 rows of each task)"
+    assert title in lines(results)
     # Other rows of the task: evaluated again, not trained again.
     before = metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"]))
     results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=8"]), [1])
@@ -380,6 +394,7 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
     found = json.loads((eval_dir / "likelihood-limit8.json").read_bytes())
     assert found["tasks"]["boolq"]["n"] == 8
     assert results["runs"][0]["accuracies"] == {"boolq": found["tasks"]["boolq"]["accuracy"]}
+    assert [row["rows"] for row in results["accuracies"]] == [8, 8]
     assert json.loads((eval_dir / "likelihood.json").read_bytes())["tasks"]["boolq"]["n"] == 6
     assert metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"])) == before
     assert len(loads) == 2
@@ -395,10 +410,12 @@ def test_runs_that_another_process_is_at_are_left_to_it(recipe_path, tmp_path, c
     directory = ComparisonDirectory(tmp_path / "tiny")
     run_comparison(expand(recipe_path, ["adapter.depth=0,3"]), [1])
     grid = expand(recipe_path, ["adapter.depth=0,1,3"])
+    drawn = directory.plot_path.stat().st_mtime_ns
     with locked(directory.arms_dir / "depth-1-kaiming_seed-1"):
         results = run_comparison(grid, [1])
         assert [row["label"] for row in results["tables"]["recipe_rate"]] == ["LoRA", "depth 3, kaiming"]
         assert "left to other processes that are at them: depth-1-kaiming_seed-1" in capsys.readouterr().err
+        assert directory.plot_path.stat().st_mtime_ns == drawn, "whoever is last draws"
         with pytest.raises(InUse, match=r"depth-1-kaiming_seed-1 is being trained .* before --fresh"):
             run_comparison(grid, [1], fresh=True)
     assert len(loads) == 1, "nothing to load a base for"

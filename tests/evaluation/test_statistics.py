@@ -7,10 +7,13 @@ import math
 import random
 import statistics
 
+import numpy as np
 import pytest
 
+from linchain_cli.comparison.statistics import t_quantile
 from linchain_cli.evaluation.statistics import (
     Paired,
+    crossed,
     holm,
     macro_average,
     mcnemar,
@@ -101,3 +104,38 @@ def test_holm_rejects_a_true_null_in_one_family_of_twenty():
     families = [[rng.random() for _ in range(8)] for _ in range(4000)]
     wrong = [sum(min(adjust(family)) < 0.05 for family in families) / 4000 for adjust in (list, holm)]
     assert wrong[0] > 0.3 and wrong[1] == pytest.approx(0.05, abs=0.01)
+
+
+def test_of_one_seed_the_error_is_that_of_the_rows():
+    found = crossed([np.array([[1.0, 0, 0, 1, 1, 0, 1, 1]])])
+    assert (found.mean, found.df) == (5 / 8, 7)
+    assert found.error == pytest.approx(standard_error(5, 8))
+
+
+def test_where_seeds_alone_differ_the_error_is_that_of_their_means():
+    found = crossed([np.repeat([[0.2], [0.3], [0.7]], 50, axis=1)])
+    assert found.mean == pytest.approx(0.4)
+    assert (found.error, found.df) == (pytest.approx(math.sqrt(0.07 / 3)), pytest.approx(2))
+
+
+def test_seeds_that_agree_on_every_row_are_no_more_rows():
+    one = np.array([[1.0, 0, 0, 1, 1, 0, 1, 1]])
+    assert crossed([np.repeat(one, 3, axis=0)]).error == pytest.approx(crossed([one]).error)
+
+
+def test_an_average_counts_every_task_alike():
+    tasks = [np.array([[1.0, 1, 0, 1]] * 2), np.array([[0.0, 1, 0, 0, 0, 0, 0, 0]] * 2)]
+    found = crossed(tasks)
+    assert found.mean == (3 / 4 + 1 / 8) / 2
+    assert found.error == pytest.approx(math.hypot(standard_error(3, 4), standard_error(1, 8)) / 2)
+    assert crossed([tasks[0], np.zeros((2, 1))]).error is None
+
+
+@pytest.mark.parametrize(("of_seeds", "of_rows", "rest"), [(0.1, 0.1, 1.0), (0.3, 1.0, 1.0), (0.0, 1.0, 0.2)])
+def test_intervals_for_other_seeds_and_rows_hold_the_truth(of_seeds, of_rows, rest):
+    rng, inside, count = np.random.default_rng(1), 0, 400
+    for _ in range(count):
+        effects = rng.normal(size=(3, 1)) * of_seeds + rng.normal(size=(1, 60)) * of_rows
+        found = crossed([effects + rng.normal(size=(3, 60)) * rest])
+        inside += abs(found.mean) <= t_quantile(max(1, int(found.df))) * found.error
+    assert 0.93 <= inside / count  # exact where one effect is large, else somewhat wide
