@@ -128,7 +128,8 @@ def _estimate(
     bounds = None
     if found.error is not None:
         half = t_quantile(max(1, min(int(found.df), _MOST_FREEDOM))) * found.error
-        bounds = [found.mean - half, found.mean + half]
+        lowest = -1.0 if others else 0.0
+        bounds = [max(lowest, found.mean - half), min(1.0, found.mean + half)]
     return {"mean": found.mean, "interval": bounds, "n": len(seeds)}
 
 
