@@ -63,7 +63,7 @@ start() {  # COUNT LOG RECIPE WORD...: processes that share a comparison's runs;
         if ((SECONDS >= TIMEOUT)); then
             echo "evidence.sh: no time is left for $log" >&2
             failed=1
-            return
+            return 1
         fi
         limit=(timeout --kill-after=30 "$((TIMEOUT - SECONDS))")
     fi
@@ -78,7 +78,19 @@ start() {  # COUNT LOG RECIPE WORD...: processes that share a comparison's runs;
     done
 }
 
-finish() {  # WHAT: waits for those started; one that failed is told, and the others go on
+tables='import json, sys
+from linchain_cli.comparison.definition import read_definition
+from linchain_cli.comparison.results import collect, lines, write
+from linchain_cli.run import ComparisonDirectory
+
+directory = ComparisonDirectory(sys.argv[1])
+results = collect(directory, read_definition(directory))
+write(directory, results)
+with open(directory.path / f"results-{sys.argv[2]}.json", "w") as file:
+    json.dump(results, file)
+print("\n".join(lines(results, 160)))'
+
+finish() {  # NAME STAGE: waits for those started (one that failed is told, the others go on) and keeps what there is
     local place
     for place in "${!children[@]}"; do
         wait "${children[place]}" && continue
@@ -86,13 +98,9 @@ finish() {  # WHAT: waits for those started; one that failed is told, and the ot
         tail -n 4 "${logs[place]}" >&2
         failed=1
     done
-    [ "${#logs[@]}" = 0 ] || cat "$(ls -t "${logs[@]}" | head -n 1)" # whoever ended last has the whole tables
     children=() logs=()
-    echo "evidence.sh: $1 done after $SECONDS s"
-}
-
-keep() {  # NAME WHAT: this stage's results, which the next one's replace
-    [ ! -f "$out/$1/results.json" ] || ((failed)) || cp "$out/$1/results.json" "$out/$1/results-$2.json"
+    "$python" -c "$tables" "$out/$1" "$2" || failed=1
+    echo "evidence.sh: $2 done after $SECONDS s, $out/$1/results-$2.json"
 }
 
 whole() { compare figure2 adapter.dropout=0 "$@"; }
@@ -139,9 +147,8 @@ accuracy)
     measure() {  # STAGE WORD...
         local stage=$1
         shift
-        start "${PROCESSES:-1}" "accuracy.$stage" "${trained[@]}" "$@"
-        finish "$stage"
-        keep accuracy "$stage"
+        start "${PROCESSES:-1}" "accuracy.$stage" "${trained[@]}" "$@" || return 0
+        finish accuracy "$stage"
     }
     PROCESSES=$((${PROCESSES:-1} < 7 ? ${PROCESSES:-1} : 7)) # six runs and the base
     measure likelihood "$asked" evaluation.protocol=likelihood ${ROWS:+"evaluation.limit=$ROWS"}
@@ -168,8 +175,7 @@ defaults)
     for arm in "${order[@]}"; do whole+=",${arms[$arm]}"; done
     start "${PROCESSES:-1}" defaults.rates "${trained[@]}" "adapter=${whole#,}" \
         training.learning_rate=1e-3,2e-3,4e-3,8e-3 --seeds 0
-    finish rates
-    keep defaults rates
+    finish defaults rates
     best='import json, sys
 for row in json.load(open(sys.argv[1]))["tables"]["best_rate"]:
     print(row["rank"], format(row["alpha"], "g"), row["learning_rate"])'
@@ -182,9 +188,9 @@ for row in json.load(open(sys.argv[1]))["tables"]["best_rate"]:
         these=${at[$rate]#,}
         [ "${count[$rate]}" != 1 ] || these+=",$these"
         start $(((${PROCESSES:-1} * ${count[$rate]} + 5) / 6)) "defaults.seeds-$rate" "${trained[@]}" "adapter=$these" \
-            "training.learning_rate=$rate,$rate" --seeds 1,2,3
+            "training.learning_rate=$rate,$rate" --seeds 1,2,3 || break
     done
-    finish seeds
+    finish defaults seeds
     ;;
 *)
     echo "scripts/evidence.sh: no part is named '$part'" >&2
