@@ -27,6 +27,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", help="checkpoint directory of a BERT")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dtype", default="float32", help="of a frozen base; full fine-tuning is in float32")
     parser.add_argument("--studies", default="all,few", help="in this order")
     parser.add_argument("--tasks", default="rte,cola")
     parser.add_argument("--arms", default="", help="names separated by semicolons; all, if left out")
@@ -73,7 +74,7 @@ def train_some(arguments: argparse.Namespace, plan: Plan, results: Results, unti
     from .learn import Learner
 
     limit_threads()
-    learner = Learner(arguments.model, arguments.out)
+    learner = Learner(arguments.model, arguments.dtype, arguments.out)
 
     def do(run: Run) -> dict:
         return learner.do(run, plan.steps(run))

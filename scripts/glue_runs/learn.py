@@ -36,17 +36,18 @@ from linchain_cli.training.signals import StopRequest
 from .plan import MAIN, TASKS, Run
 
 _READ_AT_ONCE = 128  # rows of a batch that is only told
+_TRAINED_AT_ONCE = 8  # and at most so many of a batch that a CPU learns from, which more make slower
 
 
-def recipe_of(model: str, out: Path, run: Run, steps: int) -> Recipe:
-    """The recipe of a run, by dotted key."""
+def recipe_of(model: str, dtype: str, out: Path, run: Run, steps: int, at_once: int) -> Recipe:
+    """The recipe of a run, by dotted key; `at_once` are the most rows of a micro-batch."""
     values: dict[str, Any] = {
         "task": "classification",
         "name": run.name,
         "output_dir": str(out / "runs"),
         "seed": run.seed,
         "model.path": model,
-        "model.dtype": "float32",
+        "model.dtype": dtype,
         "adapter.rank": 8,
         "adapter.alpha": 32,
         "adapter.target_modules": ["query", "key", "value", "intermediate.dense"],
@@ -57,7 +58,7 @@ def recipe_of(model: str, out: Path, run: Run, steps: int) -> Recipe:
         "training.max_steps": steps,
         "training.epochs": None,
         "training.global_batch_size": run.batch,
-        "training.micro_batch_size": run.batch,
+        "training.micro_batch_size": min(run.batch, at_once),
         "training.learning_rate": run.rate,
         "training.warmup_steps": 0.06,
         **run.cell.settings.changes,
@@ -99,8 +100,8 @@ class Loaded:
 class Learner:
     """Trains runs one after another, each task's base loaded once; on the GPU, if there is one."""
 
-    def __init__(self, model: str, out: Path):
-        self._model, self._out = model, out
+    def __init__(self, model: str, dtype: str, out: Path):
+        self._model, self._dtype, self._out = model, dtype, out
         self._accelerator = connect()
         self._loaded: dict[str, Loaded] = {}
         if self._accelerator.device.type == "cuda":
@@ -108,11 +109,13 @@ class Learner:
 
     def do(self, run: Run, steps: int) -> dict[str, Any]:
         """The line that results.jsonl gets of a run."""
-        recipe = recipe_of(self._model, self._out, run, steps)
+        at_once = _TRAINED_AT_ONCE if self._accelerator.device.type == "cpu" else run.batch
+        recipe = recipe_of(self._model, self._dtype, self._out, run, steps, at_once)
         loaded = self._load(run.cell.task, recipe)
         rows, told = loaded.rows_of(run)
         device = self._accelerator.device.type
         row = run.as_row() | {"steps": steps, "train_rows": len(rows), "device": device}
+        row["dtype"] = "float32" if run.cell.settings.full else self._dtype
         learn = self._full if run.cell.settings.full else self._chains
         try:
             row |= learn(run, recipe, loaded.base, rows, told)
