@@ -121,7 +121,7 @@ def test_factors_begin_small_and_orthogonal(place, monkeypatch):
         ]
 
     monkeypatch.setattr(learn, "optimizer_step", look)
-    learner = learn.Learner(str(place / "bert"), place / "out")
+    learner = learn.Learner(str(place / "bert"), "float32", place / "out")
     run = Run(Cell("few", "rte", 16, "depth 3, small"), True, 1e-3, 101)
     assert "failed" not in learner.do(run, 1)
     assert len(seen["factors"]) == 5
@@ -136,7 +136,7 @@ def test_nothing_stays_on_the_host_where_there_is_a_gpu(place, monkeypatch):
     alone = {"num_processes": 1, "process_index": 0, "is_main_process": True}
     gpu = SimpleNamespace(device=pretend_gpu.DEVICE, reduce=lambda tensor, reduction: tensor, **alone)
     monkeypatch.setattr(learn, "connect", lambda: gpu)
-    learner = learn.Learner(str(place / "bert"), place / "out")
+    learner = learn.Learner(str(place / "bert"), "float32", place / "out")
     for cell in (Cell("few", "rte", 16, "depth 3, small"), Cell("all", "rte", 0, "full fine-tuning")):
         with pretend_gpu.PretendGpu() as seen:
             row = learner.do(Run(cell, False, 1e-3, 1), 2)
