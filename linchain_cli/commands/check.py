@@ -47,7 +47,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.forecast import forecast, recipe_epoch
     from linchain_cli.training.launch import wanted_processes
     from linchain_cli.training.optimizer import refuse_optimizer
-    from linchain_cli.training.rate import with_rate
+    from linchain_cli.training.rate import far_from_auto, with_rate
     from linchain_cli.training.schedule import total_steps, unreachable
 
     limit_threads()
@@ -57,8 +57,10 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     outputs = recipe_outputs(recipe)
     model = empty_model(directory, outputs)
     modules = _modules(recipe, model, console)
+    far = [note] if (note := far_from_auto(recipe, model)) else []
     recipe, auto = with_rate(recipe, model)
     check_view.learning_rate(console, auto)
+    check_view.notes(console, far)
 
     readable = limits(model)
     with counting_rows() as progress:
@@ -107,7 +109,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         "total_steps": steps,
         "classes": outputs and list(outputs.classes),
         "tasks": {task.name: len(task.data.train if outputs else task.rows) for task in tasks},
-        "notes": [*told, *short, *warnings, *cost.notes],
+        "notes": [*far, *told, *short, *warnings, *cost.notes],
         "forecast": {
             "device": cost.device,
             "memory": {**asdict(cost.memory), "total": cost.memory.total},

@@ -9,7 +9,6 @@ import typer
 
 from linchain_cli import console
 from linchain_cli.commands.options import Json, Overrides, RecipePath
-from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.comparison.tuning import Tuning
@@ -27,11 +26,6 @@ def run(
     from linchain_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
-    if loaded.task != "causal":
-        raise InputError(
-            f"linchain tune starts from rates of language models, not of task: {loaded.task}. Compare some"
-            f" with linchain compare {recipe} training.learning_rate=1e-4,3e-4,1e-3,3e-3"
-        )
     from linchain_cli.comparison.tuning import tune
 
     directory, found = tune(loaded, fresh=fresh)
@@ -48,10 +42,10 @@ def run(
 
 
 def lines(found: Tuning) -> list[str]:
-    """The range test, thinned out, and the rates that were tried, as a table with bars."""
+    """The range test, thinned out, and the rates that were tried."""
     lowest = min(point.loss for point in found.range_test)
     every = max(1, len(found.range_test) // 12)
-    shown = [f"Range test, {len(found.range_test)} steps: validation loss after a step at the rate"]
+    shown = ["Range test: loss of some validation rows after a step at the rate"]
     for point in found.range_test[::every]:
         shown.append(f"  {point.rate:<9.2g}{point.loss:>9.4f}{'  lowest' if point.loss == lowest else ''}")
     shown += ["", f"Runs of {found.steps} steps: validation loss at the end"]

@@ -42,7 +42,7 @@ from linchain_cli.recipe import Recipe
 from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
-from linchain_cli.training.base import Base, load_base
+from linchain_cli.training.base import Base, load_base, recipe_outputs
 from linchain_cli.training.job import settled
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.objective import Objective, objective_of
@@ -125,7 +125,8 @@ def with_rates(grid: Grid) -> Grid:
     recipes = [grid.base, *(arm.recipe for arm in grid.arms)]
     if all(recipe.training.learning_rate != "auto" for recipe in recipes):
         return grid
-    model = empty_model(locate(grid.base.model.path, grid.base.model.revision, weights=False))
+    directory = locate(grid.base.model.path, grid.base.model.revision, weights=False)
+    model = empty_model(directory, recipe_outputs(grid.base))
     arms = tuple(replace(arm, recipe=with_rate(arm.recipe, model)[0]) for arm in grid.arms)
     return replace(grid, base=with_rate(grid.base, model)[0], arms=arms)
 

@@ -6,6 +6,7 @@ fifth for each of three or four rates.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -38,10 +39,9 @@ from linchain_cli.training.signals import StopRequest, stop_requests
 PARTS = 5  # of a run: what the range test and each of the rates take
 FEWEST_STEPS, MOST_STEPS = 12, 200  # of each of them
 SPAN = 100.0  # the range test rises from the published rate over this to it times this
-# The range test speaks for the first rate behind which the loss had fallen by nearly all that it fell by, and
-# that one is halved: steps before it had learnt from smaller ones, where a run begins with it.
-NEARLY_ALL, BACKED_OFF = 0.9, 2.0
-HARDLY_ANY = 0.01  # of the loss: a range test that took off no more has seen noise
+# The range test speaks for the last rate before the loss rose again, by so much of what it had fallen by or,
+# where it had hardly fallen, of itself; and that rate is halved, as a run stays with it for long.
+RISEN, RISEN_OF_ITSELF, BACKED_OFF = 0.1, 0.01, 2.0
 MOST_RATES = 4
 
 
@@ -197,12 +197,20 @@ def _range_test(recipe: Recipe, job: Job, stop: StopRequest, directory: TuningDi
 
 
 def centre(points: Sequence[RangePoint], published: float) -> float:
-    """The rate that a range test speaks for; the published one where hardly anything was learnt at any."""
-    start, lowest = points[0].loss, min(point.loss for point in points)
-    if start - lowest < HARDLY_ANY * start:
-        return published
-    enough = start - NEARLY_ALL * (start - lowest)
-    return next(point.rate for point in points if point.loss <= enough) / BACKED_OFF
+    """The rate that a range test speaks for; the published one where the loss neither fell nor rose.
+
+    What counts is where the loss leaves what it had come to, not how low that was or where it fell fastest:
+    a long test learns all at lower rates than a short one, and what a classifier learns in so few steps can
+    drown in the noise of its rows, while a rate that is too high shows in every test.
+    """
+    start = lowest = points[0].loss
+    for before, point in itertools.pairwise(points):
+        lowest = min(lowest, before.loss)
+        bearable = max(RISEN * (start - lowest), RISEN_OF_ITSELF * start)
+        if not point.loss <= lowest + bearable:  # or is no number
+            return before.rate / BACKED_OFF
+    fallen = start - min(lowest, points[-1].loss)
+    return points[-1].rate / BACKED_OFF if fallen > RISEN_OF_ITSELF * start else published
 
 
 def place_of(rate: float) -> int:

@@ -156,8 +156,9 @@ class TrainingConfig(StrictModel):
     rows or few long ones, and takes half as many if memory runs out later. null is auto on a GPU, and 4 rows
     on a CPU. The step's gradient does not depend on it, and it need not divide global_batch_size."""
     learning_rate: LearningRate = 3.0e-4
-    """Peak learning rate. auto takes a published one for models of this family and size, changed for alpha
-    and for what links lose at their start; check shows it. `linchain tune` finds one by training."""
+    """Peak learning rate. auto takes a published one for the task and models of this family and size,
+    changed for alpha and for what links lose at their start; check shows it. `linchain tune` finds one by
+    training."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
     """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or
     constant."""
@@ -331,9 +332,6 @@ class Recipe(StrictModel):
         if self.model.quantization != "none":
             keys = ("model.quantization", "task")
             yield Conflict(keys, f"task: {self.task} needs an unrounded base: set quantization to none.")
-        if self.training.learning_rate == "auto":
-            keys = ("training.learning_rate", "task")
-            yield Conflict(keys, f"auto knows language models' rates, not those of task: {self.task}.")
         if self.training.parallel in ("shard", "hybrid"):
             keys = ("training.parallel", "task")
             yield Conflict(keys, f"task: {self.task} needs the base whole on every process: set it to auto.")

@@ -139,7 +139,7 @@ def rate_figure(tested: Points, tried: Points, chosen: float) -> Figure:
     )
     axes.axvline(chosen, color=COLORS[2], linestyle="--", linewidth=1, label=f"chosen: {chosen:g}")
     losses = [loss for _, loss in (*tested, *tried)]
-    _finish(axes, losses, xlabel="learning rate", ylabel="validation loss per supervised token")
+    _finish(axes, losses, xlabel="learning rate", ylabel="validation loss")
     axes.set_xscale("log")
     axes.legend(frameon=False, fontsize="small")
     return figure

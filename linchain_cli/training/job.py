@@ -27,7 +27,7 @@ from linchain_cli.chain import (
 )
 from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.chain.head import head_of
-from linchain_cli.data.batches import micro_batches, steps_per_epoch
+from linchain_cli.data.batches import micro_batches, step_rows, steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
@@ -90,6 +90,13 @@ class Job:
     @property
     def total_steps(self) -> int:
         return schedule.total_steps(self.recipe.training, len(self.data.train))
+
+    def next_rows(self) -> np.ndarray:
+        """Indices of the training rows of the step that comes next, over all processes."""
+        data, recipe = self.data.train, self.recipe
+        return step_rows(
+            len(data), recipe.seed, recipe.training.global_batch_size, self.state.step, data.starts
+        )
 
     @contextlib.contextmanager
     def dropping_out(self) -> Iterator[None]:

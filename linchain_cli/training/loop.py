@@ -15,7 +15,6 @@ from torch import Tensor
 from linchain_cli import run as runs
 from linchain_cli import storage
 from linchain_cli.chain import folded
-from linchain_cli.data.batches import step_rows
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.machine import release_memory
 from linchain_cli.training import state as states
@@ -45,9 +44,7 @@ def train(job: Job, display: Display, stop: StopRequest, cpus: LoadedCpus) -> No
     stop.deferred = True
     while state.step < job.total_steps and not stops_early(job):
         started = time.perf_counter()
-        rows = step_rows(
-            len(data), job.recipe.seed, training.global_batch_size, state.step, data.starts
-        )
+        rows = job.next_rows()
         rate = learning_rate(
             state.step, job.total_steps, training.learning_rate, warmup, training.lr_scheduler
         )

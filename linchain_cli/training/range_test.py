@@ -1,5 +1,5 @@
-"""A range test of the learning rate: one short run whose rate rises from step to step, and the loss of a few
-held-out rows after each (Smith, arXiv 1506.01186).
+"""A range test of the learning rate: one short run whose rate rises from step to step, and the loss of some
+held-out rows on the way (Smith, arXiv 1506.01186).
 
 The loss falls as soon as steps are long enough to get somewhere, and rises again where they are too long.
 """
@@ -12,21 +12,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from linchain_cli.data.batches import step_rows
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.training.job import Job
 from linchain_cli.training.loop import optimizer_step, validation
 from linchain_cli.training.signals import StopRequest
 
-# Held-out rows that are read after every step, at most: they cost a third of what training rows cost.
+# Held-out rows that are read for every step, at most: they cost a third of what training rows cost. In a long
+# test they are read at so many points, where they are as many more.
 WATCHED_ROWS = 32
+POINTS = 20
 # Ends the test: the loss is so many times the lowest one, as far as nothing was learnt before.
 _LOST = 2.0
 
 
 @dataclass(frozen=True)
 class RangePoint:
-    """One step at `rate`: the loss of its training rows before it, and of the watched rows after it."""
+    """The test after a step at `rate`: the loss of the watched rows, and of the training rows of the steps
+    since the point before, each before its step."""
 
     rate: float
     training_loss: float
@@ -38,16 +40,18 @@ def rising_rates(lowest: float, highest: float, steps: int) -> list[float]:
     return np.geomspace(lowest, highest, steps).tolist()
 
 
-def watched_rows(job: Job) -> np.ndarray:
-    """Indices of validation rows, spread over all of them."""
+def watched_rows(job: Job, steps: int) -> np.ndarray:
+    """Indices of validation rows, spread over all of them, for a test that looks at them every `steps`."""
     held_out, most = len(job.data.validation), min(WATCHED_ROWS, job.recipe.training.global_batch_size)
-    return np.unique(np.linspace(0, held_out - 1, min(most, held_out)).round().astype(np.int64))
+    rows = min(most * steps, held_out)
+    return np.unique(np.linspace(0, held_out - 1, rows).round().astype(np.int64))
 
 
 def range_test(
     job: Job, rates: Sequence[float], stop: StopRequest, show: Callable[[int], None]
 ) -> list[RangePoint]:
-    """Takes one step at each of the rates, until the loss has left what was learnt, or all are taken.
+    """Takes one step at each of the rates, until the loss has left what was learnt, or all are taken, and
+    looks at the watched rows `POINTS` times on the way.
 
     The job's chains and optimizer are worn out by it; nothing is written.
 
@@ -58,24 +62,26 @@ def range_test(
         Stopped: a signal asked for it.
         LinchainError: not even the first step was finite.
     """
-    watched, points = watched_rows(job), []
+    every = math.ceil(len(rates) / POINTS)
+    watched, points, losses = watched_rows(job, every), [], []
     lowest = start = validation(job, watched)["loss"]
     stop.deferred = True
     for number, rate in enumerate(rates, 1):
-        rows = step_rows(
-            len(job.data.train), job.recipe.seed, job.recipe.training.global_batch_size, job.state.step
-        )
         try:
-            step = optimizer_step(job, rows, rate, stop)
+            step = optimizer_step(job, job.next_rows(), rate, stop)
         except LinchainError:
             if not points:
                 raise
             break  # the rate before was too high already
         job.state.step += 1
-        points.append(RangePoint(rate, step.loss, validation(job, watched)["loss"]))
+        losses.append(step.loss)
         show(number)
         if step.signum:
             raise Stopped(stop.message, step.signum)
+        if number % every and number < len(rates):
+            continue
+        points.append(RangePoint(rate, float(np.mean(losses)), validation(job, watched)["loss"]))
+        losses = []
         lowest = min(lowest, points[-1].loss)
         if not math.isfinite(points[-1].loss) or points[-1].loss > max(start, _LOST * lowest):
             break

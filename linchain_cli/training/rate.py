@@ -2,7 +2,8 @@
 
 The table is that of thinking-machines' tinker-cookbook (tinker_cookbook/hyperparam_utils.py, `get_lr`, and
 recipes/chat_sl/results/sft_sweep.md): the best of a grid of about half decades for LoRA on Tulu 3, 780 steps
-of 128 rows. Its alpha is 32 ("LoRA Without Regret", Schulman et al. 2025).
+of 128 rows. Its alpha is 32 ("LoRA Without Regret", Schulman et al. 2025). That of classifiers is what LoRA's
+authors train on GLUE with (github.com/microsoft/LoRA, examples/NLU), at an alpha of 32.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from linchain_cli.chain import initial_gain, linear_shape
 from linchain_cli.chain.layer import is_quantised
 from linchain_cli.recipe import AdapterConfig, Recipe
+from linchain_cli.recipe.schema import Task
 
 TABLE_ALPHA = 32.0
 # By transformers' model type: up to so many parameters (in a mixture of experts those that a token meets),
@@ -31,6 +33,9 @@ _BY_SIZE = {
 }
 # Most of the table's models beyond five billion parameters have 3e-4; of smaller ones it has Llama and Qwen.
 _OTHERS = _BY_SIZE["llama"]
+# RoBERTa base 4e-4 to 5e-4 and large 3e-4 to 4e-4, both with alpha 16; DeBERTa-v2 XXL, of 1.5 billion,
+# 1e-4 to 2e-4 with alpha 32. The head is trained at the chains' rate.
+_CLASSIFIERS = ((2e8, 2.5e-4), (1e9, 1.5e-4), (math.inf, 1e-4))
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,23 @@ def with_rate(recipe: Recipe, model: nn.Module) -> tuple[Recipe, AutoRate | None
     """
     if recipe.training.learning_rate != "auto":
         return recipe, None
-    found = auto_rate(model, recipe.adapter)
+    found = auto_rate(model, recipe.adapter, recipe.task)
     training = recipe.training.model_copy(update={"learning_rate": found.rate})
     return recipe.model_copy(update={"training": training}), found
 
 
-def auto_rate(model: nn.Module, adapter: AdapterConfig) -> AutoRate:
+def far_from_auto(recipe: Recipe, model: nn.Module) -> str | None:
+    """What is to be said of a recipe's own rate that is at least twice as high or as low as `auto`'s."""
+    own, found = recipe.training.learning_rate, auto_rate(model, recipe.adapter, recipe.task)
+    if own == "auto" or 0.5 < own / found.rate < 2:
+        return None
+    return (
+        f"training.learning_rate: {own:g}, where auto would be {found.rate:g}: {found.reason}. linchain tune"
+        " finds a rate by training"
+    )
+
+
+def auto_rate(model: nn.Module, adapter: AdapterConfig, task: Task = "causal") -> AutoRate:
     """The table's rate times 32 / alpha, and √3 for each kaiming link whose scale is not given back.
 
     With Adam a tensor's step has the length of its rate, whatever its gradient's is. So while B is small, ΔW
@@ -66,8 +82,13 @@ def auto_rate(model: nn.Module, adapter: AdapterConfig) -> AutoRate:
     where alpha is the same is also what was measured ("LoRA Without Regret").
     """
     kind, size = model.config.model_type, active_parameters(model)
-    rate = next(rate for limit, rate in _BY_SIZE.get(kind, _OTHERS) if size < limit)
-    whose = kind if kind in _BY_SIZE else f"{kind}, which the table lacks, as of llama"
+    if task == "causal":
+        table, whose = _BY_SIZE.get(kind, _OTHERS), kind
+        if kind not in _BY_SIZE:
+            whose += ", which the table lacks, as of llama"
+    else:
+        table, whose = _CLASSIFIERS, "a classifier" if task == "classification" else "a regression"
+    rate = next(rate for limit, rate in table if size < limit)
     reason = f"{rate:g} for {size / 1e9:.2g} billion parameters of {whose}"
     if adapter.alpha != TABLE_ALPHA:
         rate *= TABLE_ALPHA / adapter.alpha

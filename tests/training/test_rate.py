@@ -11,6 +11,7 @@ from torch import nn
 from linchain_cli.chain import ChainLinear, load_adapter
 from linchain_cli.chain.init import initialise
 from linchain_cli.recipe import AdapterConfig, load_recipe
+from linchain_cli.training import rate as rates
 from linchain_cli.training.chains import chain_config
 from linchain_cli.training.rate import active_parameters, auto_rate
 
@@ -91,6 +92,27 @@ class OfKind(nn.Module):
 def test_what_alpha_and_links_take_away_the_rate_gives_back(adapter, factor):
     found = auto_rate(OfKind("llama"), AdapterConfig(**adapter))
     assert found.rate == pytest.approx(1e-3 * factor, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "rate"), [(2.3e7, 2.5e-4), (1.84e8, 2.5e-4), (3.55e8, 1.5e-4), (1.5e9, 1e-4), (8e9, 1e-4)]
+)
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_classifiers_have_the_rates_of_loras_authors(monkeypatch, parameters, rate, task):
+    """At alpha 16, theirs of RoBERTa, twice as much."""
+    monkeypatch.setattr(rates, "active_parameters", lambda model: parameters)
+    assert auto_rate(OfKind("llama"), AdapterConfig(), task).rate == rate
+    found = auto_rate(OfKind("bert"), AdapterConfig(alpha=16), task)
+    assert found.rate == 2 * rate and "times 32 / alpha" in found.describe()
+
+
+def test_a_number_far_from_auto_is_told(recipe_of):
+    model = OfKind("llama")
+    note = rates.far_from_auto(recipe_of({"training.learning_rate": 1e-3}), model)
+    assert note.startswith("training.learning_rate: 0.001, where auto would be 0.004: 0.001 for")
+    assert rates.far_from_auto(recipe_of({"training.learning_rate": 3e-3}), model) is None
+    assert rates.far_from_auto(recipe_of({"training.learning_rate": "auto"}), model) is None
+    assert "0.01, where" in rates.far_from_auto(recipe_of({"training.learning_rate": 1e-2}), model)
 
 
 def test_a_family_that_the_table_lacks_is_told():
