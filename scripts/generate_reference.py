@@ -23,11 +23,10 @@ INTRODUCTION = """\
 Generated from `linchain_cli/recipe/` by `make docs`; `linchain recipes schema` prints the same as
 JSON schema.
 
-A recipe is a YAML file. Keys given twice, unknown keys, anchors, aliases and tags are errors. A value is
-read by the
-type its key has, so `1e-5` is a number where a number is expected. On the command line `key=value` replaces
-a value of the file:
-`linchain train recipe.yaml adapter.depth=1 training.max_steps=50`. A key without a default must be given.
+A recipe is a YAML file. Keys given twice, unknown keys, anchors, aliases and tags are errors. A value is read
+by the type its key has, so `1e-5` is a number where a number is expected. On the command line `key=value`
+replaces a value of the file: `linchain train recipe.yaml adapter.depth=1 training.max_steps=50`. A key
+without a default must be given.
 """
 
 

@@ -110,8 +110,7 @@ def _show(layers: list[LayerNumbers], rank: int, depth: int) -> None:
     middle = statistics.median(layer.entropy_rank for layer in layers)
     print(
         f"{len(layers)} modules. Every ΔW has rank {rank} at most, whatever the depth; the median entropy"
-        " rank is"
-        f" {middle:.2f}. Compare adapters at equal loss only."
+        f" rank is {middle:.2f}. Compare adapters at equal loss only."
     )
 
 

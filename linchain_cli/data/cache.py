@@ -59,9 +59,8 @@ def _parts(settings: EncodingSettings) -> dict[str, object]:
     if settings.on_long_row == "cut":
         del parts["on_long_row"]
     if settings.skip_bad or settings.train_on_inputs:
-        parts["counted"] = (
-            2  # null in an optional column is not bad; an answer that is cut off is not learned from
-        )
+        # Null in an optional column is not bad; an answer that is cut off is not learned from.
+        parts["counted"] = 2
     return parts
 
 

@@ -237,11 +237,9 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
         )
     elif report.truncated:
         told.append(
-            f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length "
-            f"({max_length:,} tokens; "
-            f"the longest has {report.longest:,}) and lose their end, the end-of-sequence token with "
-            "it. Raise "
-            "data.max_length, or leave them out with data.on_long_row: drop"
+            f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length ({max_length:,}"
+            f" tokens; the longest has {report.longest:,}) and lose their end, the end-of-sequence token"
+            " with it. Raise data.max_length, or leave them out with data.on_long_row: drop"
         )
     if report.answers_cut_away:
         told.append(f"{report.answers_cut_away:,} answers of conversations lie wholly behind data.max_length")

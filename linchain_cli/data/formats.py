@@ -235,8 +235,7 @@ class FormattedRows:
         if other:
             return (
                 f"there is no column '{theirs}' (columns: {shown}). The rows hold {other.holds}: "
-                "data.template: "
-                f"{other.name} takes them"
+                f"data.template: {other.name} takes them"
             )
         return (
             f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has "
@@ -250,8 +249,7 @@ class FormattedRows:
             if ours not in known:
                 raise InputError(
                     f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It "
-                    "uses: "
-                    f"{', '.join(known)}."
+                    f"uses: {', '.join(known)}."
                 )
 
 
@@ -370,8 +368,7 @@ def _no_format(found: list[str], columns: Mapping[str, str]) -> str:
     )
     return (
         f"the columns ({', '.join(list(names)[:20]) or 'none'}) are those of no format: {_FORMATS}. Map "
-        "them with "
-        f"data.columns: {{{example}}}, or write a data.template of your own."
+        f"them with data.columns: {{{example}}}, or write a data.template of your own."
     )
 
 

@@ -196,8 +196,7 @@ def _keep(row: RenderedRow, settings: EncodingSettings, counts: SourceReport, re
     if long and settings.on_long_row == "error":
         raise InputError(
             f"{row.place}: the row has {long:,} tokens, data.max_length is {settings.max_length:,}. "
-            "Raise it, "
-            "shorten the row, or set data.on_long_row: cut or drop."
+            "Raise it, shorten the row, or set data.on_long_row: cut or drop."
         )
     if kept:
         counts.kept += 1

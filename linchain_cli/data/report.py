@@ -48,9 +48,7 @@ class DataReport:
     straddling_rows: int = 0
     straddling_tokens: int = 0
     answers_cut_away: int = 0  # of conversations, of which earlier answers are left
-    remarks: dict[str, int] = field(
-        default_factory=dict
-    )  # a template's, with the training rows they are about
+    remarks: dict[str, int] = field(default_factory=dict)  # a template's, with how many rows they are about
     bad_examples: list[str] = field(default_factory=list)
     unsupervised_examples: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -96,9 +96,8 @@ def mcnemar(gained: int, lost: int) -> float:
     if n == 0:
         return 1.0
     tail = term = 1
-    for i in range(
-        k
-    ):  # binomial coefficients, each from the one before; whole numbers, so nothing is rounded
+    # Binomial coefficients, each from the one before; whole numbers, so that nothing is rounded.
+    for i in range(k):
         term = term * (n - i) // (i + 1)
         tail += term
     return min(1.0, 2 * tail / (1 << n))

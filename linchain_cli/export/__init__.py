@@ -1,2 +1,1 @@
-"""What a trained chain can become: a merged checkpoint, a plain LoRA, a model card; and what can become a
-chain."""
+"""What a trained chain can become: a merged checkpoint, a plain LoRA, a model card, a place on the hub."""

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
-LARGEST_ERROR = (
-    1e-6  # ‖written − trained‖ / ‖trained‖ of a module's ΔW; float32 rounding of A' gives some 3e-8
-)
+# ‖written − trained‖ / ‖trained‖ of a module's ΔW; float32 rounding of A' gives some 3e-8.
+LARGEST_ERROR = 1e-6
 
 
 @dataclass(frozen=True)

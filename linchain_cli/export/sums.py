@@ -184,8 +184,7 @@ def _with_pieces(base: Checkpoint, group: ConvertedTargets) -> ConvertedTargets:
     except LinchainError as error:
         raise InputError(
             f"'{group.targets[0].path}' cannot be merged: {error}. Train without this target, or serve the"
-            " adapter"
-            " unmerged ('linchain export --format peft')."
+            " adapter unmerged ('linchain export --format peft')."
         ) from error
 
 

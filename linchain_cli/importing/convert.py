@@ -156,6 +156,5 @@ def describe_losses(losses: tuple[BiasLoss, ...]) -> str:
     )
     return (
         f"{len(losses)} modules carry trained biases, which no weight can hold. Without them each loses a"
-        " constant from its output;"
-        f" the largest has norm {worst.norm:.3g} ({worst.path}).{middle}"
+        f" constant from its output; the largest has norm {worst.norm:.3g} ({worst.path}).{middle}"
     )

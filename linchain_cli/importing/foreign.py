@@ -150,8 +150,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise InputError(
             f"{path}: init_lora_weights is '{start}', which also changes the base's weights. Save the"
-            " adapter converted to a"
-            " plain LoRA (PEFT: path_initial_model_for_weight_conversion) and import that."
+            " adapter converted to a plain LoRA (PEFT: path_initial_model_for_weight_conversion) and import"
+            " that."
         )
     return config
 
@@ -248,8 +248,7 @@ def _check_modules(weights: Path, config: dict[str, Any], modules: dict[str, For
         if module.A.dim() != 2 or module.B.dim() != 2 or module.B.shape[1] != rank:
             raise InputError(
                 f"{weights}: module '{path}' has lora_A {tuple(module.A.shape)} and lora_B"
-                f" {tuple(module.B.shape)}, which do not"
-                " fit each other (only linear modules can be imported)"
+                f" {tuple(module.B.shape)}, which do not fit each other (only linear modules can be imported)"
             )
         if sorted(module.mixers) != list(range(len(module.mixers))):
             raise InputError(

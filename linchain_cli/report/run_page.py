@@ -107,21 +107,24 @@ def _evaluations(run: RunDirectory) -> Markup:
     found, problems = find_evaluations(run.eval_dir)
     rows = [_line(line) for line in evaluations.table(found, adapter_hash(run.adapter_dir))]
     averages = [
-        tag("p", f"Average of {len(one.evaluation.tasks)} tasks ({evaluations.describe(one.evaluation)}): ",
-            f"{one.evaluation.average:.1%}, 95 % interval {_interval(one.evaluation.average_interval)}")
+        tag(
+            "p",
+            f"Average of {len(one.evaluation.tasks)} tasks ({evaluations.describe(one.evaluation)}): ",
+            f"{one.evaluation.average:.1%}, 95 % interval {_interval(one.evaluation.average_interval)}",
+        )
         for one in found
         if one.evaluation.average is not None and len(one.evaluation.tasks) > 1
-    ]  # fmt: skip
+    ]
     notes = [tag("p", f"Not shown: {problem}") for problem in problems]
     return section("Evaluation", table(rows, "Accuracy by task and setting"), averages, notes)
 
 
 def _line(line: evaluations.Line) -> dict[str, Any]:
     score = line.score
-    others = (f"{evaluations.heading(name)} {metric.value:.1%}"
-        if metric.is_share
-        else f"{evaluations.heading(name)} {metric.value:.4g}"
-              for name, metric in score.metrics.items())  # fmt: skip
+    others = (
+        f"{evaluations.heading(name)} {metric.value:{'.1%' if metric.is_share else '.4g'}}"
+        for name, metric in score.metrics.items()
+    )
     earlier = " · of an earlier adapter" if line.age == "earlier" else ""
     return {
         "task": line.task,

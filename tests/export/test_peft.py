@@ -113,8 +113,8 @@ def test_an_alpha_that_is_not_whole_stays_what_it_is(tmp_path, base_of, adapter_
 
 
 # What vLLM's loader accepts (vllm/lora/peft_helper.py and lora_model.py): it parses every tensor's name,
-# wants the last
-# part of each module's name among the model's linear layers, and reads these fields of the configuration.
+# wants the last part of each module's name among the model's linear layers, and reads these fields of the
+# configuration.
 VLLM_RANKS = {1, 8, 16, 32, 64, 128, 256, 320, 512}
 
 
