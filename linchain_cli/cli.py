@@ -34,7 +34,7 @@ from linchain_cli.commands import (
     tune,
 )
 from linchain_cli.errors import LinchainError
-from linchain_cli.machine import ask_for_expandable_segments, ensure_home
+from linchain_cli.machine import ask_for_expandable_segments, ensure_home, is_out_of_memory
 
 INTERRUPTED = 128 + signal.SIGINT
 # What the system says of a place that the user should name otherwise; a full or broken disk is none.
@@ -165,17 +165,10 @@ def _run(arguments: list[str], debug: bool) -> int:
             place = _one_line(error).removeprefix("Symlink loop from ")
             print(f"error: {place}: a link that leads back to itself", file=sys.stderr)
             return 2
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             print(f"error: the memory is not enough ({_one_line(error)})", file=sys.stderr)
             return 1
         return _unexpected(error)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of Python, of a GPU, or of torch on a CPU, which has no type of its own for it."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 _REMEDIES = {

@@ -6,6 +6,7 @@ A result goes to stdout, in words or with `--json` as one JSON value, and nothin
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
 SECONDS_BETWEEN_LINES = 30.0
 
 _quiet = False
+
+
+def is_first_process() -> bool:
+    """Whether this is the one of several processes that writes and speaks; it need not know the others."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def set_quiet(quiet: bool) -> None:

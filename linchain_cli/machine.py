@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import resource
 import stat
 import sys
@@ -125,12 +126,25 @@ def _cpu_seconds() -> tuple[float, float, float] | None:
     return time.monotonic(), sum(ticks) / os.sysconf("SC_CLK_TCK"), own.user + own.system
 
 
-def cpu_vendor() -> str:
-    """The processor's maker as it names itself: GenuineIntel, AuthenticAMD; empty where that is not told."""
+def cpu_info(field: str) -> str:
+    """What /proc/cpuinfo says of the first processor: `vendor_id` (GenuineIntel, AuthenticAMD), `model name`.
+    Empty where that is not told."""
     with contextlib.suppress(OSError, StopIteration):
         lines = (PROC / "cpuinfo").read_text().splitlines()
-        return next(line for line in lines if line.startswith("vendor_id")).partition(":")[2].strip()
+        return next(line for line in lines if line.startswith(field)).partition(":")[2].strip()
     return ""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Of Python, of a GPU, or of torch on a CPU, which has no type of its own for it; also where another
+    error was raised from that."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if re.search(r"can't allocate memory|not enough memory|CUDA out of memory", str(error)):
+            return True
+        error = error.__cause__
+    return False
 
 
 def available_memory() -> int:

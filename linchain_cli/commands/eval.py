@@ -26,7 +26,6 @@ from linchain_cli.commands.options import (
     ModelName,
     PromptTemplate,
 )
-from linchain_cli.commands.origin import is_first_process
 from linchain_cli.commands.subject import (
     Asked,
     LoadedModel,
@@ -37,6 +36,7 @@ from linchain_cli.commands.subject import (
     locate_subject,
     tells_labels,
 )
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:

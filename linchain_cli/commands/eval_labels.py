@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linchain_cli import console
-from linchain_cli.commands.origin import is_first_process
 from linchain_cli.commands.subject import Subject, load_subject, tells_labels
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:

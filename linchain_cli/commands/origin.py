@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linchain_cli import console
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 from linchain_cli.run import Opened, RunDirectory, find_adapter
 
@@ -166,8 +166,3 @@ def open_run(path: Path | None) -> AdaptedRun:
 
     limit_threads()
     return AdaptedRun(named.opened, named.recipe, named.load_adapter())
-
-
-def is_first_process() -> bool:
-    """Whether this is the one of several processes that speaks."""
-    return os.environ.get("RANK", "0") == "0"

@@ -11,7 +11,8 @@ import typer
 
 from linchain_cli import console
 from linchain_cli.commands.options import Base, Json
-from linchain_cli.commands.origin import NamedRun, is_first_process
+from linchain_cli.commands.origin import NamedRun
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:

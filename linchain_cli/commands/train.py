@@ -12,6 +12,7 @@ import typer
 
 from linchain_cli import console
 from linchain_cli.commands.options import Json, Overrides, RecipePath
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def _train(
     fresh: bool,
     json: bool,
 ) -> None:
-    from linchain_cli.training.processes import disconnect, is_first_process
+    from linchain_cli.training.processes import disconnect
     from linchain_cli.training.runner import finished_job, run_training
 
     def check(job: Job) -> None:
@@ -106,7 +107,6 @@ def _checked_tasks(job: Job, tasks: Sequence[Task | LabelledTask]) -> Sequence[T
     from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions
     from linchain_cli.model.limits import limits
-    from linchain_cli.training.processes import is_first_process
 
     if job.base.outputs is not None:
         return recipe_labelled(job.recipe, job.base.outputs, job.base.tokenizer)
@@ -129,7 +129,6 @@ def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: Sequence[Task 
 def _plot(directory: RunDirectory) -> None:
     """Draws what was logged. A disk that is full fails the run, if at all, elsewhere."""
     from linchain_cli.report.plots import loss_plot
-    from linchain_cli.training.processes import is_first_process
 
     if is_first_process() and directory.exists():
         with contextlib.suppress(OSError):
@@ -138,7 +137,6 @@ def _plot(directory: RunDirectory) -> None:
 
 def _evaluate(job: Job, recipe: Recipe, tasks: Sequence[Task | LabelledTask], quiet: bool) -> None:
     from linchain_cli.evaluation.show import print_results
-    from linchain_cli.training.processes import is_first_process
     from linchain_cli.training.signals import stop_requests
 
     left = f"{job.run.path} is finished, its evaluation is not: --resume continues it"

@@ -8,7 +8,7 @@ in "not"), in its own case only, and for a letter the first capital A to E anywh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,7 +25,6 @@ _STATED_LETTER = re.compile(
 )
 
 RuleKind = Literal["options", "pattern", "number", "letter", "loss"]
-Reader = Callable[[str], str | None]
 
 
 @dataclass(frozen=True)

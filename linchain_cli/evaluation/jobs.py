@@ -21,7 +21,6 @@ from linchain_cli.evaluation.task import Task, TaskRow
 
 ProtocolName = Literal["likelihood", "generate"]
 NormaliseName = Literal["none", "bytes", "tokens"]
-NORMALISATIONS: tuple[NormaliseName, ...] = ("none", "bytes", "tokens")
 
 
 @dataclass(frozen=True)

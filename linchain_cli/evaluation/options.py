@@ -78,6 +78,25 @@ def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     return min(len(first), len(last))
 
 
+class _GrowingTree:
+    """Tokens behind tokens; those of `stem` follow each other."""
+
+    def __init__(self, stem: Sequence[int] = ()):
+        self._tokens, self._parents = list(stem), list(range(-1, len(stem) - 1))
+        self._children: dict[tuple[int, int], int] = {}
+
+    def follow(self, at: int, token: int) -> int:
+        """Where `token` behind `at` is; it is put there if it was not."""
+        if (at, token) not in self._children:
+            self._children[at, token] = len(self._tokens)
+            self._tokens.append(token)
+            self._parents.append(at)
+        return self._children[at, token]
+
+    def grown(self, options: Sequence[tuple[tuple[int, int], ...]]) -> OptionTree:
+        return OptionTree(tuple(self._tokens), tuple(self._parents), tuple(options))
+
+
 def build_tree(
     sequences: Sequence[Sequence[int]], end_token: int | None = None, start: int | None = None
 ) -> OptionTree:
@@ -105,22 +124,15 @@ def build_tree(
         shared = min(shared, start)
     if shared == 0:
         raise ValueError("its prompt is empty: there is no token to condition on")
-    tokens = list(sequences[0][:shared])
-    parents = list(range(-1, shared - 1))
-    children: dict[tuple[int, int], int] = {}
+    tree = _GrowingTree(sequences[0][:shared])
     options = []
     for sequence in sequences:
         at, steps = shared - 1, []
         for token in sequence[shared:-1]:
             steps.append((at, token))
-            if (at, token) not in children:
-                children[at, token] = len(tokens)
-                tokens.append(token)
-                parents.append(at)
-            at = children[at, token]
-        steps.append((at, sequence[-1]))
-        options.append(tuple(steps))
-    return OptionTree(tuple(tokens), tuple(parents), tuple(options))
+            at = tree.follow(at, token)
+        options.append((*steps, (at, sequence[-1])))
+    return tree.grown(options)
 
 
 def loss_tree(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> OptionTree:
@@ -129,10 +141,7 @@ def loss_tree(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> OptionTre
     Raises:
         ValueError: a text has no supervised token.
     """
-    tokens: list[int] = []
-    parents: list[int] = []
-    children: dict[tuple[int, int], int] = {}
-    options = []
+    tree, options = _GrowingTree(), []
     for sequence, supervised in rows:
         at, steps = -1, []
         for position, (token, counts) in enumerate(zip(sequence, supervised, strict=True)):
@@ -140,15 +149,11 @@ def loss_tree(rows: Sequence[tuple[Sequence[int], Sequence[bool]]]) -> OptionTre
                 steps.append((at, token))
             if position == len(sequence) - 1:
                 break  # only predicted
-            if (at, token) not in children:
-                children[at, token] = len(tokens)
-                tokens.append(token)
-                parents.append(at)
-            at = children[at, token]
+            at = tree.follow(at, token)
         if not steps:
             raise ValueError("no token of its answer is supervised")
         options.append(tuple(steps))
-    return OptionTree(tuple(tokens), tuple(parents), tuple(options))
+    return tree.grown(options)
 
 
 def _begins(one: Sequence[int], other: Sequence[int]) -> bool:

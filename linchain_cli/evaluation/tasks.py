@@ -15,13 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from linchain_cli.data.sources import DATA_DIR_VARIABLE
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import RAW_SOURCES
 from linchain_cli.evaluation.task import Task, check_protocol, read_row
 from linchain_cli.recipe import Recipe
-
-DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
 
 COMMONSENSE_TOKENS = 32
 ARITHMETIC_TOKENS = 256

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from linchain_cli import storage
+from linchain_cli.data.asking import GENERATION_FILE
 from linchain_cli.errors import InputError, first_line
 from linchain_cli.export.output import copy_files
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
 
 CONFIG_FILE = "config.json"
-GENERATION_FILE = "generation_config.json"
 # Keys that say where a base was when it was saved.
 _PLACES = {CONFIG_FILE: "_name_or_path", "tokenizer_config.json": "name_or_path"}
 # Settings of GPTQ's and AWQ's tools, which repeat what config.json says.

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from linchain_cli.chain import Adapter, ChainTensors, with_depth
+from linchain_cli.chain import Adapter, with_depth
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export.output import check_factors
-from linchain_cli.export.peft import LARGEST_ERROR, FactorProof, check_modules, relative_error
+from linchain_cli.export.peft import FactorProof, check_modules, factor_proof
 from linchain_cli.model.loading import text_decoder_prefix
 
 if TYPE_CHECKING:
@@ -177,19 +177,11 @@ def prove_gguf(adapter: Adapter, model: PreTrainedModel, directory: Path) -> Fac
             f"{ADAPTER_FILE} holds {len(tensors)} tensors where {2 * len(adapter.tensors)} were written"
         )
     layout, names = _layout(model), tensor_names(adapter, model)
-    alpha = reader.fields["adapter.lora.alpha"].contents()
-    errors = {}
-    for path, chain in adapter.tensors.items():
+
+    def read(path: str) -> tuple[Tensor, Tensor]:
         A, stored = tensors[f"{names[path]}.lora_a"], tensors[f"{names[path]}.lora_b"]
         B = torch.empty_like(stored)
         B[_row_order(layout, path, model, len(stored))] = stored
-        read = ChainTensors(A, chain.links[:0], B)
-        scaling = adapter.config.scaling
-        errors[path] = relative_error(chain, read, scaling, alpha / A.shape[0])
-        if not errors[path] <= LARGEST_ERROR:
-            raise LinchainError(
-                f"{path}: the exported ΔW is off by {errors[path]:.3g} of its norm, at most"
-                f" {LARGEST_ERROR:g} is allowed"
-            )
-    worst = max(errors, key=errors.__getitem__)
-    return FactorProof(len(errors), errors[worst], worst)
+        return A, B
+
+    return factor_proof(adapter, read, reader.fields["adapter.lora.alpha"].contents())

@@ -16,7 +16,7 @@ from linchain_cli.chain import Adapter, attach, disabled
 from linchain_cli.errors import LinchainError, first_line
 from linchain_cli.export.classifier import outputs_of
 from linchain_cli.export.comparison import LogitProof, compare_logits
-from linchain_cli.machine import available_memory
+from linchain_cli.machine import available_memory, is_out_of_memory
 from linchain_cli.model.checkpoint import Checkpoint
 from linchain_cli.model.classifier import drawn_names, is_classifier
 from linchain_cli.model.loading import default_device, load_model
@@ -89,7 +89,7 @@ def prove_model(
         try:
             return _prove_on(device, dtype, base, adapter, merged, prompts, quantization, progress)
         except Exception as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reasons.append(f"out of memory ({device.type})")
         _give_memory_back()
@@ -111,7 +111,7 @@ def _prove_on(
     try:
         adapted = _read_adapted(base.directory, adapter, prompts, dtype, "none", device, settings)
     except Exception as error:
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         # What is wrong with the base is not wrong with the merge, which has its tensors proven.
         reason = f"logits and generation: the base model does not run here ({first_line(error)})"
@@ -129,7 +129,7 @@ def _prove_on(
         if outputs is None:
             generated = _generate(model, prompts[0], settings)
     except Exception as error:
-        if _is_out_of_memory(error) or adapted.generates:
+        if is_out_of_memory(error) or adapted.generates:
             raise LinchainError(f"transformers cannot generate with it: {first_line(error)}") from error
         missing.append(f"generation: the base model cannot generate either ({first_line(error)})")
     del model
@@ -172,7 +172,7 @@ def _read_adapted(
         try:
             generates = adapter.head is None and bool(_generate(model, prompts[0], settings))
         except Exception as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise
             generates = False
     return _Adapted(logits, bare, generates)
@@ -205,15 +205,6 @@ def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
         if parameters * width <= 0.8 * free:
             return name
     return None
-
-
-def _is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was what lacked, on a GPU or in main memory, also where another error says so."""
-    while error is not None:
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            return True
-        error = error.__cause__
-    return False
 
 
 def _give_memory_back() -> None:

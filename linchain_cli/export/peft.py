@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,11 +177,26 @@ def prove_peft(adapter: Adapter, directory: Path) -> FactorProof:
         raise LinchainError(
             f"{WEIGHTS_FILE} holds {len(tensors)} tensors where {2 * len(adapter.tensors)} were written"
         )
-    scaling = adapter.config.scaling
+    return factor_proof(
+        adapter, lambda path: [tensors[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB"]
+    )
+
+
+def factor_proof(
+    adapter: Adapter, read: Callable[[str], Sequence[Tensor]], alpha: float | None = None
+) -> FactorProof:
+    """Compares the A and B that `read` gives of each module with what was trained, in float64. `alpha` is
+    that of the file, where it holds one.
+
+    Raises:
+        LinchainError: a module is off; the message names it.
+    """
     errors = {}
     for path, chain in adapter.tensors.items():
-        A, B = (tensors[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB")
-        errors[path] = relative_error(chain, ChainTensors(A, chain.links[:0], B), scaling)
+        A, B = read(path)
+        scaling = None if alpha is None else alpha / A.shape[0]
+        written = ChainTensors(A, chain.links[:0], B)
+        errors[path] = relative_error(chain, written, adapter.config.scaling, scaling)
         if not errors[path] <= LARGEST_ERROR:
             raise LinchainError(
                 f"{path}: the exported ΔW is off by {errors[path]:.3g} of its norm, at most"

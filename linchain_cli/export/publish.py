@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -14,13 +14,14 @@ from linchain_cli import storage
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export.card import PLACE
 from linchain_cli.export.receipts import CARD_FILE, ExportReceipt, MergeReceipt
+from linchain_cli.model.files import HUB_TIMEOUT
+from linchain_cli.model.hub import causes_of
 from linchain_cli.records import read_record
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 TOKENS = "https://huggingface.co/settings/tokens"
-HUB_TIMEOUT = 10.0  # seconds until an unresponsive hub counts as unreachable
 _CONFIG = "adapter_config.json"
 # Long lists of pieces of text, some of which look like the beginning of a path.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt")
@@ -249,7 +250,7 @@ def _explain(error: Exception, repo: str) -> NoReturn:
     """What the hub's refusal means, with the way out."""
     from huggingface_hub import constants, errors
 
-    causes = list(_causes(error))
+    causes = list(causes_of(error))
     refusals = [one.response for one in causes if isinstance(one, errors.HfHubHTTPError)]
     status = next((response.status_code for response in refusals if response is not None), None)
     owner = repo.partition("/")[0]
@@ -279,9 +280,3 @@ def _explain(error: Exception, repo: str) -> NoReturn:
     if isinstance(error, ValueError):  # what its client finds wrong with a card or a name
         raise InputError(f"{repo}: {' '.join(str(error).split())[:400]}") from error
     raise error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

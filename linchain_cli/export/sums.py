@@ -85,11 +85,6 @@ class MergePlan:
         """The checkpoint keys that a conversion takes, by which adapted modules' weights come about."""
         return {key: group for group in self.converted for key in group.conversion.keys}
 
-    @property
-    def touched_keys(self) -> frozenset[str]:
-        """The checkpoint keys whose bytes may change."""
-        return frozenset(self.plain) | frozenset(self.converted_keys)
-
 
 def plan_merge(base: Checkpoint, adapter: Adapter, model: PreTrainedModel) -> MergePlan:
     """Finds each adapted module's weight in the base's files. `model` is the base's, on the meta device.

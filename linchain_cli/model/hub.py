@@ -46,7 +46,7 @@ def hub_problems(kind: HubKind, name: str, revision: str | None) -> Iterator[Non
     except InputError:
         raise
     except Exception as error:
-        message = _explained(kind, name, revision, list(_causes(error)))
+        message = _explained(kind, name, revision, list(causes_of(error)))
         if message is None:
             raise
         raise InputError(message) from error
@@ -112,7 +112,7 @@ def cached_ids(kind: HubKind, name: str | None = None) -> list[str]:
     return [found for found in ids if name is None or found == name]
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes_of(error: BaseException | None) -> Iterator[BaseException]:
     """The error and what it was raised from."""
     while error is not None:
         yield error

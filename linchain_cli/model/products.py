@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from linchain_cli.machine import cpu_vendor
+from linchain_cli.machine import cpu_info
 from linchain_cli.model.fast import is_replaced, replace_forward
 
 # oneDNN takes 1 to 2 ms to write a program for each new number of rows. With few rows it is faster, too (1.1
@@ -26,7 +26,7 @@ def onednn_is_faster() -> bool:
     """Whether this machine's float32 products are better left to oneDNN. By its maker and not by a trial: all
     processes of an evaluation must compute alike."""
     return (
-        cpu_vendor() == "AuthenticAMD"
+        cpu_info("vendor_id") == "AuthenticAMD"
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )

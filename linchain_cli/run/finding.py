@@ -14,7 +14,7 @@ from linchain_cli.run.status import RunStatus
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINT = re.compile(r"step-(\d{6,})")
+CHECKPOINT_NAME = re.compile(r"step-(\d{6,})")
 _ADAPTER_FILE = "chain.json"
 
 
@@ -122,7 +122,7 @@ def _named_part(path: Path) -> Opened | None:
     if not is_adapter(path):
         return None
     place = path.resolve()
-    match = _CHECKPOINT.fullmatch(place.name)
+    match = CHECKPOINT_NAME.fullmatch(place.name)
     below = place.parents[1] if match and place.parent.name == "checkpoints" else place.parent
     try:
         # As it was written, where that can be: messages then name what the user typed.
@@ -141,7 +141,7 @@ def _named_part(path: Path) -> Opened | None:
 
 
 def _checkpoints(run: RunDirectory) -> dict[int, Path]:
-    matches = {path: _CHECKPOINT.fullmatch(path.name) for path in run.checkpoints_dir.glob("step-*")}
+    matches = {path: CHECKPOINT_NAME.fullmatch(path.name) for path in run.checkpoints_dir.glob("step-*")}
     return {int(match[1]): path for path, match in matches.items() if match and is_adapter(path)}
 
 

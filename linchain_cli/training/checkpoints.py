@@ -14,15 +14,14 @@ any instant leaves the earlier ones as they were. Nothing is pickled.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from linchain_cli import storage
 from linchain_cli.errors import InputError
+from linchain_cli.run.finding import CHECKPOINT_NAME
 
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 class CheckpointStore:
@@ -39,7 +38,9 @@ class CheckpointStore:
         """Steps that have a checkpoint directory, ascending."""
         if not self.directory.is_dir():
             return []
-        matches = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir())
+        matches = (
+            CHECKPOINT_NAME.fullmatch(entry.name) for entry in self.directory.iterdir() if entry.is_dir()
+        )
         return sorted(int(match[1]) for match in matches if match)
 
     def save(self, step: int, files: Mapping[str, bytes]) -> Path:

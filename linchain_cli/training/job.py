@@ -31,6 +31,7 @@ from linchain_cli.data.batches import micro_batches, step_rows, steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
+from linchain_cli.machine import cpu_info
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.limits import limits
@@ -399,8 +400,4 @@ def _name(dtype: torch.dtype) -> str:
 def _processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    return cpu_info("model name") or platform.processor() or platform.machine()

@@ -63,7 +63,7 @@ def run_processes(
         "WORLD_SIZE": str(nproc),
         "LOCAL_WORLD_SIZE": str(nproc),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port()),
         PARENT: str(os.getpid()),
     }
     if "OMP_NUM_THREADS" not in os.environ:
@@ -142,7 +142,8 @@ def _first_failure(codes: list[int | None]) -> tuple[int, int] | None:
     return next(((rank, code) for rank, code in enumerate(codes) if code), None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from linchain_cli.chain import folded
 from linchain_cli.data.batches import step_rows, steps_per_epoch
 from linchain_cli.errors import LinchainError
-from linchain_cli.machine import available_memory, resident_bytes
+from linchain_cli.machine import available_memory, is_out_of_memory, resident_bytes
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.job import Job
 
@@ -82,7 +82,7 @@ def within_budget(job: Job, run: Callable[[], _T]) -> _T:
         try:
             return run()
         except (RuntimeError, MemoryError) as error:
-            if not (_is_out_of_memory(error) and _halve(job)):
+            if not (is_out_of_memory(error) and _halve(job)):
                 raise
         # Behind the handler, because what it caught holds all that was computed.
         job.optimizer.zero_grad()
@@ -139,9 +139,7 @@ def _run_heaviest(job: Job) -> None:
     def with_padding(part: np.ndarray) -> int:
         return len(part) * int(data.lengths[part].max(initial=0))
 
-    for step in heaviest_steps(
-        data.lengths, job.recipe.seed, batch, size, ahead, world, tokens, data.starts
-    ):
+    for step in heaviest_steps(data.lengths, job.recipe.seed, batch, size, ahead, world, tokens, data.starts):
         parts = job.micro_batches(step_rows(len(data), job.recipe.seed, batch, step, data.starts), data)
         largest = [max(parts, key=in_all)]
         if tokens is not None:  # on every process, because all take part in each
@@ -273,15 +271,9 @@ def explained(recipe: Recipe, device: torch.device) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise LinchainError(f"out of memory: {_numbers(str(error), device)} {_remedies(recipe)}") from error
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return bool(re.search(r"can't allocate memory|not enough memory|CUDA out of memory", str(error)))
 
 
 def _numbers(message: str, device: torch.device) -> str:

@@ -23,6 +23,7 @@ from accelerate.utils import (
 )
 from torch import Tensor
 
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.training import peers
 from linchain_cli.training.launch import launched
@@ -111,11 +112,6 @@ def disconnect() -> None:
     """Leaves the other processes in good order."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def is_first_process() -> bool:
-    """Whether this process is the one that writes and speaks; it need not be connected to the others."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:

@@ -8,8 +8,8 @@ import signal
 import sys
 from collections.abc import Iterator
 
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import LinchainError, Stopped
-from linchain_cli.training.processes import is_first_process
 
 
 class StopRequest:

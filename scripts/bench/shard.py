@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import threading
 import time
 from pathlib import Path
 
+from linchain_cli.training.launch import free_port
 from scripts.bench import options
 from scripts.bench.merge import make_base
 
@@ -83,10 +83,7 @@ def worker(args: argparse.Namespace) -> None:
 
 def measure(base: Path, scratch: Path, processes: int, quantization: str, parallel: str) -> dict[str, float]:
     """What the worst of the processes took."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    fixed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
+    fixed = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HF_HUB_OFFLINE": "1"}
     fixed |= {"WORLD_SIZE": str(processes), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "scripts.bench", "shard", "--report", str(scratch / "found")]
     command += ["--dir", str(base), "--quantization", quantization, "--parallel", parallel]

@@ -14,7 +14,7 @@ from linchain_cli.model.products import MIN_ROWS, fast_products
 @pytest.fixture
 def calls(monkeypatch):
     """As on a processor of AMD's; the shapes that went to oneDNN."""
-    monkeypatch.setattr(products, "cpu_vendor", lambda: "AuthenticAMD")
+    monkeypatch.setattr(products, "cpu_info", lambda field: "AuthenticAMD")
     if not products.onednn_is_faster():
         pytest.skip("this torch has no oneDNN")
     found, operator = [], torch.ops.mkldnn._linear_pointwise
@@ -86,7 +86,7 @@ def test_chains_on_bfloat16_keep_their_own_way(calls, monkeypatch):
 
 
 def test_other_makers_processors_keep_mkl(calls, monkeypatch):
-    monkeypatch.setattr(products, "cpu_vendor", lambda: "GenuineIntel")
+    monkeypatch.setattr(products, "cpu_info", lambda field: "GenuineIntel")
     model = make_model()
     with torch.inference_mode(), fast_products(model):
         model(torch.randn(MIN_ROWS, 24))

@@ -106,9 +106,7 @@ def computed_share(recipe: Recipe, rows: EncodedRows, device: torch.device) -> f
     tokens = computed = 0
     for step in range(min(_SAMPLED_STEPS, steps_per_epoch(len(rows), size))):
         chosen = step_rows(len(rows), recipe.seed, size, step, rows.starts)
-        for part in micro_batches(
-            chosen, rows.lengths, micro_batch_size(recipe, device), starts=rows.starts
-        ):
+        for part in micro_batches(chosen, rows.lengths, micro_batch_size(recipe, device), starts=rows.starts):
             batch = collate(rows, part, 0)
             tokens += int(batch.attention_mask.sum())
             flat = FlatRows.of(batch.input_ids, batch.attention_mask)
