@@ -18,6 +18,8 @@ from pathlib import Path
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 _M_MMAP_THRESHOLD = -3  # of malloc.h
+# Of torch's messages.
+_LACKING = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory|CUDA out of memory")
 
 
 def ensure_home() -> str | None:
@@ -141,7 +143,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return True
-        if re.search(r"can't allocate memory|not enough memory|CUDA out of memory", str(error)):
+        if _LACKING.search(str(error)):
             return True
         error = error.__cause__
     return False

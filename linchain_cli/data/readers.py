@@ -68,6 +68,21 @@ class _LineReader(Reader):
                 whole, offset = None, offset + len(raw)
             yield whole, start
 
+    def _texts(self, handle: BinaryIO) -> Iterator[str | RowError]:
+        """The lines that are not blank, each with its number, or why one cannot be read."""
+        for raw, offset in self._lines(handle):
+            if raw is None:
+                yield RowError(f"the line has more than {MAX_LINE:,} bytes")
+            elif raw.strip():
+                try:
+                    yield raw.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    yield RowError(_not_utf8(error, offset))
+
+    def _check_header(self, header: list[str], line: int) -> None:
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise self.problem(f"the header names the column '{shown(twice[0])}' twice.", line)
+
 
 def _skip_byte_order_mark(handle: BinaryIO, reader: Reader) -> int:
     """Reads over a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
@@ -90,23 +105,17 @@ class JsonLinesReader(_LineReader):
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
         with open_bytes(self.path, self.name) as handle:
-            for raw, offset in self._lines(handle):
-                if raw is not None and not raw.strip():
-                    continue
+            for text in self._texts(handle):
                 self.row += 1
                 self.line = self._line
-                yield self._parse(raw, offset)
+                yield text if isinstance(text, RowError) else self._parse(text)
 
-    def _parse(self, raw: bytes | None, offset: int) -> dict[str, Any] | RowError:
-        if raw is None:
-            return RowError(f"the line has more than {MAX_LINE:,} bytes")
+    def _parse(self, text: str) -> dict[str, Any] | RowError:
         try:
-            value = json.loads(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            return RowError(_not_utf8(error, offset))
+            value = json.loads(text)
         except json.JSONDecodeError as error:
             cut = "; the file ends here without a line break, as if it had been cut off"
-            cut = "" if raw.endswith(b"\n") else cut
+            cut = "" if text.endswith("\n") else cut
             return RowError(f"not JSON: {error.msg} at column {error.colno}{cut}")
         except (ValueError, RecursionError) as error:
             return RowError(_unreadable_json(error))
@@ -287,9 +296,7 @@ class CsvReader(_LineReader):
         self.header = self._next(rows)
         if not self.header:
             raise self.problem("there is no header line that names the columns.")
-        twice = [name for name in self.header if self.header.count(name) > 1]
-        if twice:
-            raise self.problem(f"the header names the column '{shown(twice[0])}' twice.", 1)
+        self._check_header(self.header, 1)
         while (cells := self._next(rows)) is not None:
             self.line = self._begin
             if not cells:  # a blank line
@@ -331,43 +338,30 @@ class TsvReader(_LineReader):
 
     def __iter__(self) -> Iterator[dict[str, Any] | RowError]:
         with open_bytes(self.path, self.name) as handle:
-            for raw, offset in self._lines(handle):
-                if raw is not None and not raw.strip():
-                    continue
+            for text in self._texts(handle):
                 if self.header is None:
-                    self.header = self._header(raw, offset)
+                    if isinstance(text, RowError):
+                        raise self.problem(f"{text}.", self._line)
+                    self.header = _cells(text)
+                    self._check_header(self.header, self._line)
                     continue
                 self.row += 1
                 self.line = self._line
-                yield self._parse(raw, offset)
+                yield text if isinstance(text, RowError) else self._parse(_cells(text))
         if not self.row:
             raise self.problem("there is no row (behind the header line).")
 
-    def _header(self, raw: bytes | None, offset: int) -> list[str]:
-        cells = self._cells(raw, offset)
-        if isinstance(cells, RowError):
-            raise self.problem(f"{cells}.", self._line)
-        if twice := [name for name in cells if cells.count(name) > 1]:
-            raise self.problem(f"the header names the column '{shown(twice[0])}' twice.", self._line)
-        return cells
-
-    def _parse(self, raw: bytes | None, offset: int) -> dict[str, Any] | RowError:
-        cells = self._cells(raw, offset)
-        if isinstance(cells, RowError) or len(cells) == len(self.header):
-            return cells if isinstance(cells, RowError) else dict(zip(self.header, cells, strict=True))
+    def _parse(self, cells: list[str]) -> dict[str, Any] | RowError:
+        if len(cells) == len(self.header):
+            return dict(zip(self.header, cells, strict=True))
         return RowError(
             f"the row has {len(cells)} cells where the header names {len(self.header)} columns; a .tsv file "
             "cannot hold tabs or line breaks inside a cell (.csv and .jsonl can)"
         )
 
-    def _cells(self, raw: bytes | None, offset: int) -> list[str] | RowError:
-        if raw is None:
-            return RowError(f"the line has more than {MAX_LINE:,} bytes")
-        try:
-            line = raw.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return RowError(_not_utf8(error, offset))
-        return [_unquoted(cell) if '""' in cell else cell for cell in line.rstrip("\r\n").split("\t")]
+
+def _cells(line: str) -> list[str]:
+    return [_unquoted(cell) if '""' in cell else cell for cell in line.rstrip("\r\n").split("\t")]
 
 
 def _unquoted(cell: str) -> str:

@@ -27,7 +27,7 @@ from linchain_cli.evaluation.jobs import (
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
-from linchain_cli.evaluation.store import ResultStore
+from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluation.task import Task, check_protocol
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
 from linchain_cli.model.limits import limits
@@ -133,14 +133,10 @@ def evaluate(
     if not missing:
         return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
     results = summarise(missing, gather(list(done.values()), shares), setting, fingerprints)
-    path = earlier.path if earlier else None
-    if store and rank == 0:
-        path = store.add(results).path
-        if progress:
-            progress.remove()
-    known_tasks = tuple(earlier.summary.tasks) if earlier else ()
-    results = results.with_tasks_of(earlier) if earlier else results
-    return replace(results.of_tasks(fingerprints), path=path, known=known_tasks)
+    results = keep(results, store if rank == 0 else None, earlier, fingerprints)
+    if progress and rank == 0:
+        progress.remove()
+    return results
 
 
 def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from linchain_cli.data.labelled_batches import collate_labelled
 from linchain_cli.data.rows import RowError
 from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
-from linchain_cli.evaluation.store import ResultStore
+from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Metric, TaskScore
 from linchain_cli.model.classifier import Outputs, padding, predictions, row_logits
 from linchain_cli.recipe import DataConfig, Recipe, SourceConfig
@@ -182,12 +182,7 @@ def evaluate_labels(
     }
     summary = averaged(setting.model_copy(update={"tasks": scores}))
     results = Results(summary, [row for rows in by_task.values() for row in rows])
-    path = earlier.path if earlier else None
-    if store and rank == 0:
-        path = store.add(results).path
-    known = tuple(earlier.summary.tasks) if earlier else ()
-    results = results.with_tasks_of(earlier) if earlier else results
-    return replace(results.of_tasks(fingerprints), path=path, known=known)
+    return keep(results, store if rank == 0 else None, earlier, fingerprints)
 
 
 def _parts(lengths: np.ndarray, batch_tokens: int, rank: int, world: int) -> Iterator[np.ndarray]:
