@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 
+from linchain_cli.errors import LinchainError
+
 NAMES = ("train", "busy", "parts", "scaling", "start", "data", "merge", "eval", "shard")
 
 
@@ -17,7 +19,10 @@ def main() -> None:
             print(f"  {each:8} {' '.join(summary.split(chr(10) * 2)[0].split())}")
         sys.exit(2 if name.strip("-") not in ("", "h", "help") else 0)
     sys.argv[:2] = [f"python -m scripts.bench {name}"]
-    importlib.import_module(f"scripts.bench.{name}").main()
+    try:
+        importlib.import_module(f"scripts.bench.{name}").main()
+    except LinchainError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
