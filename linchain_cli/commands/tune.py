@@ -43,6 +43,8 @@ def run(
 
 def lines(found: Tuning) -> list[str]:
     """The range test, thinned out, and the rates that were tried."""
+    from linchain_cli.comparison.tuning import alike
+
     lowest = min(point.loss for point in found.range_test)
     every = max(1, len(found.range_test) // 12)
     shown = ["Range test: loss of some validation rows after a step at the rate"]
@@ -51,5 +53,11 @@ def lines(found: Tuning) -> list[str]:
     shown += ["", f"Runs of {found.steps} steps: validation loss at the end"]
     for rate, loss in zip(found.rates, found.losses, strict=True):
         shown.append(f"  {rate:<9.2g}" + ("   failed" if loss is None else f"{loss:>9.4f}"))
+    if alike(found.tried):
+        shown += [
+            "",
+            f"These losses lie within 1 % of each other: in {found.steps} steps the rates can hardly be told"
+            " apart. Tune a longer recipe, or take training.learning_rate=auto.",
+        ]
     end = " (the end of what was tried: a better one may lie beyond)" if found.edge else ""
     return [*shown, "", f"learning rate: {found.rate:g}{end}"]

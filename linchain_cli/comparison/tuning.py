@@ -39,9 +39,10 @@ from linchain_cli.training.signals import StopRequest, stop_requests
 PARTS = 5  # of a run: what the range test and each of the rates take
 FEWEST_STEPS, MOST_STEPS = 12, 200  # of each of them
 SPAN = 100.0  # the range test rises from the published rate over this to it times this
-# The range test speaks for the last rate before the loss rose again, by so much of what it had fallen by or,
-# where it had hardly fallen, of itself; and that rate is halved, as a run stays with it for long.
-RISEN, RISEN_OF_ITSELF, BACKED_OFF = 0.1, 0.01, 2.0
+# The range test speaks for the last rate before the loss rose again, by so much of what it had fallen by and
+# more than noise; and that rate is halved, as a run stays with it for long.
+RISEN, BACKED_OFF = 0.1, 2.0
+NOISE = 0.01  # of a loss
 MOST_RATES = 4
 
 
@@ -206,11 +207,11 @@ def centre(points: Sequence[RangePoint], published: float) -> float:
     start = lowest = points[0].loss
     for before, point in itertools.pairwise(points):
         lowest = min(lowest, before.loss)
-        bearable = max(RISEN * (start - lowest), RISEN_OF_ITSELF * start)
+        bearable = max(RISEN * (start - lowest), NOISE * start)
         if not point.loss <= lowest + bearable:  # or is no number
             return before.rate / BACKED_OFF
     fallen = start - min(lowest, points[-1].loss)
-    return points[-1].rate / BACKED_OFF if fallen > RISEN_OF_ITSELF * start else published
+    return points[-1].rate / BACKED_OFF if fallen > NOISE * start else published
 
 
 def place_of(rate: float) -> int:
@@ -263,6 +264,12 @@ def _tried(
 def best_rate(tried: Sequence[tuple[float, float]]) -> float:
     """The rate with the lowest loss, of (rate, loss)."""
     return min(tried, key=lambda one: one[1])[0]
+
+
+def alike(tried: Sequence[tuple[float, float]]) -> bool:
+    """Whether the losses of all rates lie so near each other that they hardly tell them apart."""
+    losses = [loss for _, loss in tried]
+    return len(losses) > 1 and max(losses) - min(losses) < NOISE * min(losses)
 
 
 def refined_rate(tried: Sequence[tuple[float, float]]) -> float:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from linchain_cli.cli import main
+from linchain_cli.commands.tune import lines
 from linchain_cli.comparison import tuning
 from linchain_cli.comparison.tuning import (
     TuningDirectory,
@@ -150,6 +152,13 @@ def test_what_it_shows(tuned, capsys):
         else:
             assert f"learning rate: {found.rate:g}" in shown and str(directory.curve_path) in shown
             assert f"training.learning_rate={found.rate:g}" in shown
+
+
+def test_rates_that_the_runs_cannot_tell_apart_are_said_to_be_alike(tuned):
+    found = replace(tuned[2], rates=[1e-3, 3e-3, 1e-2], losses=[0.6931, 0.6925, 0.6950], rate=2e-3)
+    assert "in 12 steps the rates can hardly be told apart" in "\n".join(lines(found))
+    found = replace(found, losses=[0.6931, 0.6825, None])
+    assert "told apart" not in "\n".join(lines(found))
 
 
 def test_rates_come_from_a_series_of_half_decades():
