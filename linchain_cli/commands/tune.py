@@ -56,7 +56,7 @@ def lines(found: Tuning) -> list[str]:
     if alike(found.tried):
         shown += [
             "",
-            f"These losses lie within 1 % of each other: in {found.steps} steps the rates can hardly be told"
+            f"These losses lie within 2 % of each other: in {found.steps} steps the rates can hardly be told"
             " apart. Tune a longer recipe, or take training.learning_rate=auto.",
         ]
     end = " (the end of what was tried: a better one may lie beyond)" if found.edge else ""

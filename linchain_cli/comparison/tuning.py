@@ -42,7 +42,8 @@ SPAN = 100.0  # the range test rises from the published rate over this to it tim
 # The range test speaks for the last rate before the loss rose again, by so much of what it had fallen by and
 # more than noise; and that rate is halved, as a run stays with it for long.
 RISEN, BACKED_OFF = 0.1, 2.0
-NOISE = 0.01  # of a loss
+NOISE = 0.02  # of a loss
+FURTHEST = 10.0  # times the published rate, up or down, is where runs may begin
 MOST_RATES = 4
 
 
@@ -202,16 +203,24 @@ def centre(points: Sequence[RangePoint], published: float) -> float:
 
     What counts is where the loss leaves what it had come to, not how low that was or where it fell fastest:
     a long test learns all at lower rates than a short one, and what a classifier learns in so few steps can
-    drown in the noise of its rows, while a rate that is too high shows in every test.
+    drown in the noise of its rows, while a rate that is too high shows in most tests.
     """
+    held = _held(points)
+    if held is None:
+        return published
+    return min(max(held / BACKED_OFF, published / FURTHEST), published * FURTHEST)
+
+
+def _held(points: Sequence[RangePoint]) -> float | None:
+    """The last rate before the loss rose; the last one of all where it fell to the end, None where it did
+    neither."""
     start = lowest = points[0].loss
     for before, point in itertools.pairwise(points):
         lowest = min(lowest, before.loss)
         bearable = max(RISEN * (start - lowest), NOISE * start)
         if not point.loss <= lowest + bearable:  # or is no number
-            return before.rate / BACKED_OFF
-    fallen = start - min(lowest, points[-1].loss)
-    return points[-1].rate / BACKED_OFF if fallen > NOISE * start else published
+            return before.rate
+    return points[-1].rate if min(lowest, points[-1].loss) < (1 - NOISE) * start else None
 
 
 def place_of(rate: float) -> int:

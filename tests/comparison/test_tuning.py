@@ -157,7 +157,7 @@ def test_what_it_shows(tuned, capsys):
 def test_rates_that_the_runs_cannot_tell_apart_are_said_to_be_alike(tuned):
     found = replace(tuned[2], rates=[1e-3, 3e-3, 1e-2], losses=[0.6931, 0.6925, 0.6950], rate=2e-3)
     assert "in 12 steps the rates can hardly be told apart" in "\n".join(lines(found))
-    found = replace(found, losses=[0.6931, 0.6825, None])
+    found = replace(found, losses=[0.6931, 0.6725, None])
     assert "told apart" not in "\n".join(lines(found))
 
 
@@ -182,23 +182,26 @@ def test_the_rate_lies_at_the_parabolas_lowest_point():
     [
         ((3.0, 2.5, 1.0, 5.0, 9.0), 1e-2),
         # Where nearly all is learnt, a little up and down is noise.
-        ((3.0, 1.1, 1.2, 1.0, 9.0), 1e-1),
+        ((3.0, 2.5, 1.0, 1.15, 9.0), 1e-1),
         # Behind a rate that was too high anything may come, a lower loss, too.
-        ((0.69, 0.68, 0.71, 0.95, 0.6), 1e-3),
+        ((0.69, 0.66, 0.71, 0.95, 0.6), 1e-3),
         # Nothing was learnt, and still some rate is too high.
-        ((0.69, 0.69, 0.692, 0.70, 0.69), 1e-2),
+        ((0.69, 0.69, 0.692, 0.71, 0.69), 1e-2),
         ((3.0, 2.0, float("nan")), 1e-3),
         # It fell to the end, which was the highest rate or the last one with a finite loss.
-        ((3.0, 2.5, 2.0, 1.5), 1e-1),
+        ((3.0, 2.5, 2.0), 1e-2),
         # It neither fell nor rose: twice the published rate, halved.
-        ((0.69, 0.689, 0.691, 0.69, 0.69), 6e-3),
+        ((0.69, 0.685, 0.695, 0.69, 0.69), 1e-2),
+        # Never further than ten times from the published rate.
+        ((3.0, 3.5, 4.0), 1e-3),
+        ((3.0, 2.0, 1.0, 0.5, 0.2), 1e-1),
     ],
 )
 def test_the_centre_is_half_the_last_rate_that_the_loss_could_bear(losses, held):
     points = [
         RangePoint(rate, 0.0, loss) for rate, loss in zip(rising_rates(1e-4, 1, 5), losses, strict=False)
     ]
-    assert centre(points, published=3e-3) == pytest.approx(held / 2)
+    assert centre(points, published=5e-3) == pytest.approx(held / 2)
 
 
 @pytest.mark.parametrize("task", ["classification", "regression"])
