@@ -18,14 +18,7 @@ from linchain_cli.commands.eval_labels import (
     refuse_other_kind,
     refuse_settings,
 )
-from linchain_cli.commands.options import (
-    AllowOtherBase,
-    Base,
-    Json,
-    ModelDtype,
-    ModelName,
-    PromptTemplate,
-)
+from linchain_cli.commands.options import AllowOtherBase, Base, Json, ModelDtype, ModelName, PromptTemplate
 from linchain_cli.commands.subject import (
     Asked,
     LoadedModel,

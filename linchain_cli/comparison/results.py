@@ -13,13 +13,7 @@ from linchain_cli.comparison.accuracy import accuracy_table
 from linchain_cli.comparison.definition import Definition, arm_recipe
 from linchain_cli.comparison.measure import Measurement, measure
 from linchain_cli.comparison.statistics import smallest_telling
-from linchain_cli.comparison.tables import (
-    Candidate,
-    at_best_rate,
-    at_recipe_rate,
-    candidates,
-    has_halves,
-)
+from linchain_cli.comparison.tables import Candidate, at_best_rate, at_recipe_rate, candidates, has_halves
 from linchain_cli.errors import InputError
 from linchain_cli.report.wording import Row, accuracy_cells, accuracy_title, table_cells, table_titles
 from linchain_cli.run import ComparisonDirectory, RunDirectory

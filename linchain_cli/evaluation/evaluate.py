@@ -16,14 +16,7 @@ from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import LinchainError
-from linchain_cli.evaluation.jobs import (
-    Job,
-    NormaliseName,
-    ProtocolName,
-    Setup,
-    halved,
-    make_job,
-)
+from linchain_cli.evaluation.jobs import Job, NormaliseName, ProtocolName, Setup, halved, make_job
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise

@@ -10,12 +10,4 @@ from linchain_cli.run.finding import (
     runs_below,
 )
 from linchain_cli.run.jsonl import append_jsonl, cut_jsonl, jsonl_bytes, read_jsonl
-from linchain_cli.run.status import (
-    KeptAdapter,
-    Machine,
-    RunBase,
-    RunStatus,
-    Status,
-    Timings,
-    now,
-)
+from linchain_cli.run.status import KeptAdapter, Machine, RunBase, RunStatus, Status, Timings, now

@@ -209,12 +209,7 @@ def trainer_arguments(settings: dict) -> dict:
 
 
 def run_trainer(settings: dict, model: nn.Module, job, rows: Rows, unpadded: bool = False) -> None:
-    from transformers import (
-        DataCollatorForSeq2Seq,
-        DataCollatorWithFlattening,
-        Trainer,
-        TrainingArguments,
-    )
+    from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
     job.base.tokenizer.pad_token_id = rows.pad_id

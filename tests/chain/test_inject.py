@@ -7,16 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from linchain_cli.chain import (
-    ChainConfig,
-    chain_layers,
-    detach,
-    disabled,
-    folded,
-    inject,
-    merge,
-    set_enabled,
-)
+from linchain_cli.chain import ChainConfig, chain_layers, detach, disabled, folded, inject, merge, set_enabled
 from linchain_cli.chain.inject import inject_at
 from linchain_cli.errors import InputError
 

@@ -11,11 +11,7 @@ import torch
 from linchain_cli.evaluation import tryout
 from linchain_cli.evaluation.likelihood import OptionScorer, plan_batches
 from linchain_cli.evaluation.options import build_tree, tree_mask
-from linchain_cli.evaluation.tryout import (
-    continues_from_cache,
-    ignores_padding,
-    reads_tree_masks,
-)
+from linchain_cli.evaluation.tryout import continues_from_cache, ignores_padding, reads_tree_masks
 from linchain_cli.model.attention import attention_window
 from linchain_cli.model.fast import record
 
