@@ -63,9 +63,8 @@ def test_plain_and_fused_way_agree():
     layer = make_layer()
     x = torch.randn(4, 12)
     fused = layer(x)
-    handle = layer.base.register_forward_hook(
-        lambda *_: None
-    )  # a hook must run, so the fused way is not taken
+    # A hook must run, so the fused way is not taken.
+    handle = layer.base.register_forward_hook(lambda *_: None)
     plain = layer(x)
     handle.remove()
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)

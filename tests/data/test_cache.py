@@ -72,9 +72,8 @@ def test_any_change_is_noticed(prepare, train, byte_level, write, rows):
 
 def test_what_changes_no_row_needs_no_new_encoding(prepare, train, byte_level, tmp_path):
     prepare(train)
-    byte_level(
-        ["a", "b c"], padding="max_length", max_length=4, truncation=True
-    )  # leaves its settings in the tokenizer
+    # Leaves its settings in the tokenizer.
+    byte_level(["a", "b c"], padding="max_length", max_length=4, truncation=True)
     moved = tmp_path / "moved.json"
     os.rename(train, moved)
     for fields in (

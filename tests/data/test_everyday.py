@@ -213,9 +213,8 @@ def test_a_property_or_a_kind_alone_does_not_tell_true_from_false(rows):
 
 @pytest.mark.parametrize("name", ["piqa", "answers3", "answers5"])
 def test_the_options_alone_do_not_tell_the_right_one(name):
-    chosen = _Writer("train").rows(
-        name, 500
-    )  # more than a split has, so that chance does not blur the shares
+    # More than a split has, so that chance does not blur the shares.
+    chosen = _Writer("train").rows(name, 500)
     chance = sum(1 / len(options(row)) for row in chosen) / len(chosen)
     right, shown = Counter(), Counter()
     for row in chosen:

@@ -136,9 +136,8 @@ def answer(error_class, status: int):
     """A function that raises what huggingface_hub raises for an HTTP status."""
     from huggingface_hub import errors
 
-    http = importlib.import_module(
-        errors.Response.__module__.partition(".")[0]
-    )  # httpx or httpx2, by version
+    # httpx or httpx2, by version.
+    http = importlib.import_module(errors.Response.__module__.partition(".")[0])
 
     def refuse(*args, **kwargs):
         response = http.Response(

@@ -44,9 +44,8 @@ def test_a_run_on_one_page(check_page, run_page, finished_run):
         assert title in page.text
     assert f"{status['trainable_parameters']:,}" in page.text
     assert status["versions"]["torch"] in page.text and status["hashes"]["base"] in page.text
-    assert (
-        "41.0% to 80.0%" in page.text and "50.0% to 75.0%" in page.text
-    )  # intervals of a task and of the average
+    # Intervals of a task and of the average.
+    assert "41.0% to 80.0%" in page.text and "50.0% to 75.0%" in page.text
     assert "lr_scheduler: linear" in page.text  # the recipe with its defaults
     # loss, ‖ΔW‖/‖W0‖, entropy rank, first direction, spectra
     assert len(page.all("img")) == 5

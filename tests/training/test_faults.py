@@ -58,9 +58,8 @@ class Disk:
                 args = (handle, data[len(data) // 2 :])
             self.operations.append(name)
             if len(self.operations) - 1 == self.fail_at:
-                named = (
-                    [str(args[0])] if isinstance(args[0], Path) else []
-                )  # the system names paths, not open files
+                # The system names paths, not open files.
+                named = [str(args[0])] if isinstance(args[0], Path) else []
                 raise OSError(self.error, os.strerror(self.error), *named)
             result = original(*args)
             if name == "_fsync":

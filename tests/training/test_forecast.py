@@ -137,9 +137,8 @@ def test_recomputing_and_fused_attention_keep_less(make_recipe, tiny_llama_dir):
         return memory._activations(recipe, forecast_model(recipe, CHAINS, tiny_llama_dir, CPU), 2, 100, CPU)
 
     eager, fused = activations("eager"), activations("sdpa")
-    weights = (
-        2 * 2 * 4 * 100 * 100 * 4
-    )  # layers, batch, heads, length², bytes: one copy of the attention weights
+    # Layers, batch, heads, length², bytes: one copy of the attention weights.
+    weights = 2 * 2 * 4 * 100 * 100 * 4
     assert eager - fused >= weights
     recomputed = activations("sdpa", gradient_checkpointing=True)
     assert recomputed < fused

@@ -77,9 +77,8 @@ def test_killed_runs_end_as_untouched_ones(starter, recipe_of, recipe_file):
             struck[kind] += 1
             if run.exists():
                 json.loads(run.status_path.read_bytes())
-                CheckpointStore(run.checkpoints_dir, 2).read_latest(
-                    lambda problem: None
-                )  # all that is there is whole
+                # All that is there is whole.
+                CheckpointStore(run.checkpoints_dir, 2).read_latest(lambda problem: None)
             continue
         assert code == 0, process.log
         assert run.read_status().status == "finished"

@@ -10,9 +10,8 @@ from linchain_cli.training.loss import Labels
 
 MASK = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
 IDS = torch.tensor([[7, 8, 9, 4, 0], [7, 8, 9, 5, 6], [7, 8, 9, 4, 0]])
-LABELS = torch.tensor(
-    [[-100, -100, 9, 4, -100], [-100, -100, 9, 5, 6], [-100, -100, -100, 4, -100]]
-)  # one less in the last row
+# One less in the last row.
+LABELS = torch.tensor([[-100, -100, 9, 4, -100], [-100, -100, 9, 5, 6], [-100, -100, -100, 4, -100]])
 
 
 def listed(labels: Labels) -> list[tuple[int, int, int]]:

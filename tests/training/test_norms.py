@@ -29,13 +29,8 @@ WITHOUT = {
     "bloom",
     "mpt",
 }
-WITHOUT |= {
-    "codegen",
-    "nemotron",
-    "cohere",
-    "cohere2",
-    "olmo",
-}  # layer norms, which torch keeps lean by itself
+# Layer norms, which torch keeps lean by itself.
+WITHOUT |= {"codegen", "nemotron", "cohere", "cohere2", "olmo"}
 
 
 def made_lean(model: nn.Module) -> int:

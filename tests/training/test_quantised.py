@@ -71,9 +71,8 @@ def test_gradients_go_through_a_4_bit_base_exactly(tiny_llama_dir):
     batch = Batch(ids, torch.ones_like(ids), ids)
     found = []
     for model in (plain, rounded):
-        check_split(
-            model
-        )  # a forward pass without gradients, after which everything must still be differentiable
+        # A forward pass without gradients, after which everything must still be differentiable.
+        check_split(model)
         layers = inject(model, ChainConfig(rank=4, depth=1, alpha=4, target_modules=["q_proj", "down_proj"]))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -106,6 +105,5 @@ def test_a_quantised_step_goes_the_way_of_the_unrounded_one(recipe_of, run_tiny,
         )
         for job in (exact, rounded)
     )
-    assert (
-        torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.6
-    )  # of signs, after Adam's first step
+    # Of signs, after Adam's first step.
+    assert torch.nn.functional.cosine_similarity(first, second, dim=0) > 0.6
