@@ -31,11 +31,6 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises bare Exception for a damaged tokenizer.json
-        if not (directory / "tokenizer.json").is_file() and _lacks_sentencepiece(directory):
-            raise InputError(
-                f"{directory} holds a SentencePiece model and no tokenizer.json; reading it takes two more"
-                " packages: pip install sentencepiece protobuf"
-            ) from error
         raise InputError(f"{directory}: the tokenizer cannot be loaded: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise InputError(
@@ -45,11 +40,3 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     if len(tokenizer) == 0:
         raise InputError(f"{directory}: the tokenizer is empty. Copy the model's tokenizer files again.")
     return tokenizer
-
-
-def _lacks_sentencepiece(directory: Path) -> bool:
-    """Whether the tokenizer is a SentencePiece model, and the packages that transformers reads it with are
-    not there."""
-    from transformers.utils import is_protobuf_available, is_sentencepiece_available
-
-    return any(directory.glob("*.model")) and not (is_sentencepiece_available() and is_protobuf_available())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
-from linchain_cli.errors import InputError
 from linchain_cli.model.tokenizer import load_tokenizer
 
 
@@ -18,7 +18,7 @@ def directory(tmp_path):
 
 
 def test_pairs_are_encoded_with_segments(directory):
-    proto = pytest.importorskip("sentencepiece.sentencepiece_model_pb2").ModelProto()
+    proto = ModelProto()
     pieces = {"[PAD]": 3, "[CLS]": 3, "[SEP]": 3, "[UNK]": 2}  # 3: control tokens, 2: the unknown one
     for score, (piece, kind) in enumerate((pieces | dict.fromkeys(["▁the", "▁cat", "▁a", "▁"], 1)).items()):
         added = proto.pieces.add()
@@ -30,12 +30,3 @@ def test_pairs_are_encoded_with_segments(directory):
     tokens = tokenizer.convert_ids_to_tokens(found["input_ids"])
     assert tokens == ["[CLS]", "▁the", "▁cat", "[SEP]", "▁a", "▁cat", "[SEP]"]
     assert found["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
-
-
-def test_the_packages_that_reading_it_takes_are_named(directory, monkeypatch):
-    import transformers.utils
-
-    (directory / "spm.model").write_bytes(b"no model")
-    monkeypatch.setattr(transformers.utils, "is_sentencepiece_available", lambda: False)
-    with pytest.raises(InputError, match="SentencePiece model.*pip install sentencepiece protobuf"):
-        load_tokenizer(directory)
