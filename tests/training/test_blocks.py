@@ -90,7 +90,8 @@ def test_offloaded_blocks_leave_nothing_behind_but_their_hidden_states(job_of, m
     ids = torch.arange(3, 103)[None].repeat(4, 1)
     with folded(job.model):
         job.model.base_model(input_ids=ids, use_cache=False)
-    assert offloaded == [(4, 100, 64)] * 2, "the input of each block, and no mask or angle"
+    kept = [shape for shape in offloaded if shape.numel()]
+    assert kept == [(4, 100, 64)] * 2, "the input of each block, and no mask or angle"
     blocks.set_up_blocks(job.model, recompute=False, compiled=False)
 
 
