@@ -72,17 +72,17 @@ def export_run(
     overwrite: bool = False,
 ) -> ExportReceipt:
     """Exports a run's adapter; `base` is what its base was named by on the command line."""
-    if subject.adapter.head:
+    if subject.adapter.head and format == "gguf":
         raise InputError(
-            f"{subject.opened.name} is a classifier, whose head these formats do not hold: linchain merge"
-            " writes a checkpoint that transformers loads"
+            f"{subject.opened.name} is a classifier, whose head a GGUF adapter does not hold: linchain merge"
+            " writes a checkpoint that transformers loads, linchain export an adapter for PEFT"
         )
     from linchain_cli.export.adapters import export_adapter
-    from linchain_cli.model.loading import empty_model
+    from linchain_cli.export.classifier import empty_base
 
     return export_adapter(
         subject.adapter,
-        empty_model(found.directory),
+        empty_base(found.directory, subject.adapter.head),
         out,
         format,
         subject.origin(found, base),

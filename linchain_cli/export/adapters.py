@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from linchain_cli import storage
 from linchain_cli.chain import Adapter
 from linchain_cli.export.card import Origin, model_card
+from linchain_cli.export.classifier import outputs_of
 from linchain_cli.export.gguf_lora import ADAPTER_FILE, write_gguf
 from linchain_cli.export.modelfile import MODEL_FILE, modelfile
 from linchain_cli.export.output import check_output, staged_output
@@ -75,7 +76,8 @@ def export_adapter(
         )
         found = f"within {proof.largest_error:.2g} of the chain's (relative, Frobenius)"
         facts = {"ΔW of every module, read back": found}
-        card = model_card(kind, adapter, origin, facts, auto_class(model.config).__name__)
+        loaded_by = auto_class(model.config, outputs_of(adapter.head)).__name__
+        card = model_card(kind, adapter, origin, facts, loaded_by)
         storage.write_durable(staging / CARD_FILE, card.encode())
         storage.write_durable(staging / receipt.FILE, record_bytes(receipt))
     return receipt

@@ -107,7 +107,7 @@ def model_card(
         "## What was verified when it was written" if facts else "",
         "\n".join(f"- {caption}: {value}" for caption, value in facts.items()),
         "## How to load it",
-        _use(kind, base, auto_class),
+        _use(kind, base, auto_class, adapter.head),
         "" if origin.recipe is None else f"## Recipe\n\n```yaml\n{_published_recipe(origin.recipe)}```",
         f"Written by linchain {__version__}.",
     ]
@@ -157,7 +157,7 @@ def _has_images(auto_class: str) -> bool:
     return "ImageText" in auto_class
 
 
-def _use(kind: Kind, base: PublishedBase, auto_class: str) -> str:
+def _use(kind: Kind, base: PublishedBase, auto_class: str, head: Head | None) -> str:
     """Commands that load it."""
     if kind == "gguf":
         return (
@@ -181,11 +181,12 @@ def _use(kind: Kind, base: PublishedBase, auto_class: str) -> str:
             place += f', revision="{base.revision}"'
         if base.is_gguf:
             place = f'"path/of/its/directory", gguf_file="{base.name}"'
+        labels = f", num_labels={len(head.classes) or 1}" if head else ""
         lines = [
             "from peft import PeftModel",
             imports,
             "",
-            f"base = {auto_class}.from_pretrained({place})",
+            f"base = {auto_class}.from_pretrained({place}{labels})",
             f'model = PeftModel.from_pretrained(base, "{PLACE}")',
             f"{name} = {reader}.from_pretrained({place})",
         ]

@@ -1,7 +1,8 @@
 """A chain as a plain LoRA of the same rank, in PEFT's file format, which vLLM and others read as well.
 
 The links disappear into A: A' = Wn…W1·A, in float64 and rounded once to float32, so that B·A' is the chain's
-ΔW to rounding, and a chain of depth 0 is written bit for bit. α and r stay what they were.
+ΔW to rounding, and a chain of depth 0 is written bit for bit. α and r stay what they were. A classifier's
+head goes along as modules that PEFT saves whole (`modules_to_save`).
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class FactorProof:
 
 def peft_tensors(adapter: Adapter) -> dict[str, Tensor]:
     """The LoRA's tensors as PEFT names them: lora_A.weight (r, d_in) and lora_B.weight (d_out, r),
-    float32."""
-    tensors = {}
+    float32; and a classifier's head by its own names."""
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in _head_tensors(adapter).items()}
     for path, chain in with_depth(adapter, 0).tensors.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = chain.A
         tensors[f"{PREFIX}{path}.lora_B.weight"] = chain.B
@@ -67,7 +68,7 @@ def peft_config(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
     alpha = adapter.config.alpha
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if adapter.head else "CAUSAL_LM",
         "base_model_name_or_path": adapter.base.get("path"),
         "revision": adapter.base.get("revision"),
         "inference_mode": True,
@@ -77,10 +78,36 @@ def peft_config(adapter: Adapter, model: PreTrainedModel) -> dict[str, Any]:
         "target_modules": sorted(adapter.tensors),
         "fan_in_fan_out": any(isinstance(modules[path], Conv1D) for path in adapter.tensors),
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": head_modules(adapter, model),
         "use_rslora": False,
         "use_dora": False,
     }
+
+
+def _head_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    return adapter.head.tensors if adapter.head else {}
+
+
+def head_modules(adapter: Adapter, model: nn.Module) -> list[str] | None:
+    """The largest modules that a classifier's head is made of, which PEFT keeps whole; None without a head.
+
+    Raises:
+        InputError: `model` (on the meta device will do) has a part of the head in no module of its own.
+    """
+    if not adapter.head:
+        return None
+    whole, left = [], set(adapter.head.tensors)
+    for path, module in model.named_modules():  # parents first
+        names = {f"{path}.{name}" for name, _ in module.named_parameters()}
+        if path and names and names <= left:
+            whole.append(path)
+            left -= names
+    if left:
+        raise InputError(
+            f"'{min(left)}' of the head is no module of its own in {type(model).__name__}, and PEFT saves"
+            " whole modules. Merge instead: linchain merge."
+        )
+    return whole
 
 
 def check_modules(adapter: Adapter, model: PreTrainedModel, format_name: str) -> dict[str, nn.Module]:
@@ -141,6 +168,7 @@ def load_with_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) ->
     import peft
     from safetensors.torch import load_file
 
+    head = head_modules(adapter, model)
     instead = f"PEFT {peft.__version__} {{}} for {type(model).__name__}. Merge instead: linchain merge."
     try:
         with quiet(), warnings.catch_warnings():
@@ -153,7 +181,15 @@ def load_with_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) ->
     modules = dict(loaded.base_model.model.named_modules())
     scaling = adapter.config.scaling
     absent = {*taken.missing_keys}
+    kept = dict(loaded.base_model.model.named_parameters())
     lost = [
+        name
+        for whole in head or ()
+        for name, tensor in _head_tensors(adapter).items()
+        if name.startswith(f"{whole}.")
+        and not _holds(kept.get(f"{whole}.modules_to_save.default{name.removeprefix(whole)}"), tensor)
+    ]
+    lost += [
         path
         for path in adapter.tensors
         if "default" not in getattr(modules.get(path), "lora_A", ())
@@ -167,16 +203,22 @@ def load_with_peft(adapter: Adapter, model: PreTrainedModel, directory: Path) ->
         )
 
 
+def _holds(parameter: nn.Parameter | None, tensor: Tensor) -> bool:
+    return parameter is not None and not parameter.is_meta and torch.equal(parameter, tensor)
+
+
 def prove_peft(adapter: Adapter, directory: Path) -> FactorProof:
     """Compares the files in `directory` with the adapter they were made from, module by module, in
     float64."""
     from safetensors.torch import load_file
 
-    tensors = load_file(directory / WEIGHTS_FILE)
-    if len(tensors) != 2 * len(adapter.tensors):
-        raise LinchainError(
-            f"{WEIGHTS_FILE} holds {len(tensors)} tensors where {2 * len(adapter.tensors)} were written"
-        )
+    tensors, head = load_file(directory / WEIGHTS_FILE), _head_tensors(adapter)
+    count = 2 * len(adapter.tensors) + len(head)
+    if len(tensors) != count:
+        raise LinchainError(f"{WEIGHTS_FILE} holds {len(tensors)} tensors where {count} were written")
+    for name, tensor in head.items():
+        if not torch.equal(tensors[f"{PREFIX}{name}"], tensor):
+            raise LinchainError(f"{name}: the exported head is not what was trained")
     return factor_proof(
         adapter, lambda path: [tensors[f"{PREFIX}{path}.lora_{factor}.weight"] for factor in "AB"]
     )

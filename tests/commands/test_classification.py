@@ -107,6 +107,15 @@ def test_a_merged_classifier_tells_the_same(workplace, capsys):
     }
 
 
+def test_an_exported_classifier_is_a_lora_with_its_head(workplace, capsys):
+    assert linchain("export", "runs/one", "--overwrite") == 0
+    assert "read back: every ΔW within" in capsys.readouterr().out
+    config = json.loads(Path("runs/one/peft/adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and "classifier" in config["modules_to_save"]
+    card = Path("runs/one/peft/README.md").read_text()
+    assert "AutoModelForSequenceClassification.from_pretrained" in card and ", num_labels=2)" in card
+
+
 def test_check_shows_labels_and_counts_the_head(workplace, capsys):
     assert linchain("check", "recipe.yaml") == 0
     printed = capsys.readouterr().out
@@ -133,9 +142,8 @@ def test_resuming_a_finished_run_makes_up_its_evaluation(workplace, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tune", "recipe.yaml"], "rates of language models"),
         (["generate", "runs/one", "good?"], "tells labels and writes no text"),
-        (["export", "runs/one", "--format", "peft"], "linchain merge writes"),
+        (["export", "runs/one", "--format", "gguf"], "linchain merge writes"),
         (["eval", "runs/one", "--tasks", "gone.jsonl"], "there is no file gone.jsonl"),
         (["eval", "runs/one", "--tasks", "glue/rtee"], "GLUE has no task"),
         (["eval", "runs/one", "--protocol", "generate"], "tells labels: leave it out"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from linchain_cli.chain.head import head_of, initialise_head
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.errors import InputError
 from linchain_cli.export.card import Origin
+from linchain_cli.export.classifier import empty_base
 from linchain_cli.export.merge import MergeOptions, merge_checkpoint
+from linchain_cli.export.peft import write_peft
 from linchain_cli.model.checkpoint import open_checkpoint
 from linchain_cli.model.classifier import Outputs, drawn_names, head_names
 from linchain_cli.model.config import text_decoder_prefix
@@ -66,6 +69,43 @@ def test_a_merged_classifier_is_what_was_trained(tmp_path, kind, dtype):
     own = json.loads((tmp_path / "merged/config.json").read_text())
     assert own["architectures"] == [type(model).__name__] and own["pad_token_id"] == 0
     assert not (tmp_path / "merged/generation_config.json").exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_loads_chains_and_head(tmp_path, kind):
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    base = make_checkpoint(kind, tmp_path / "base")
+    adapter, model = trained(base, kind)
+    proof = write_peft(adapter, empty_base(base, adapter.head), tmp_path / "peft")
+    assert proof.modules == len(adapter.tensors) and not proof.not_proven
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS"
+    assert {name.split(".")[0] for name in config["modules_to_save"]} <= {
+        "bert",
+        "pooler",
+        "classifier",
+        "head",
+        "score",
+    }
+    bare = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(CLASSES), dtype="float32")
+    loaded = PeftModel.from_pretrained(bare, tmp_path / "peft").eval()
+    ids = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
+        )
+
+
+def test_a_head_that_is_no_module_of_its_own_is_refused(tmp_path):
+    base = make_checkpoint("bert", tmp_path / "base")
+    adapter, _ = trained(base, "bert")
+    part = replace(adapter, head=replace(adapter.head, tensors={"classifier.bias": torch.zeros(3)}))
+    with pytest.raises(
+        InputError, match="'classifier.bias' of the head is no module of its own.*linchain merge"
+    ):
+        write_peft(part, empty_base(base, adapter.head), tmp_path / "peft")
 
 
 def test_a_bare_encoder_gets_the_classifiers_names(tmp_path):
