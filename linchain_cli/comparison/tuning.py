@@ -172,13 +172,29 @@ def _trial_recipe(whole: Job, directory: TuningDirectory) -> Recipe:
         "keep": "last",
         "trackers": [],
     }
+    data, rows = whole.recipe.data, len(whole.data.train)
+    share = share_of_rows(steps, whole.total_steps, rows, training.global_batch_size)
+    fewer = [one.model_copy(update={"weight": round(one.weight * share, 4)}) for one in data.train]
     return whole.recipe.model_copy(
         update={
             "name": directory.path.name,
+            "data": data.model_copy(update={"train": fewer}),
             "training": training.model_copy(update=changed),
             "evaluation": EvaluationConfig(),
         }
     )
+
+
+def share_of_rows(steps: int, total: int, rows: int, batch: int) -> float:
+    """The share of the training rows that a run of `steps` has, so that it goes over them as often as one of
+    `total` steps goes over all: what is learnt by heart then costs a high rate as much as there.
+
+    All where no row comes twice; at least as many as a step takes, and no smaller a share than a run's
+    usual one, as fewer rows say little of the others.
+    """
+    if total * batch <= rows:
+        return 1.0
+    return min(1.0, max(steps / total, 1 / PARTS, batch / rows))
 
 
 def _hashes(job: Job) -> dict[str, str]:

@@ -20,11 +20,12 @@ from linchain_cli.comparison.tuning import (
     place_of,
     rate_at,
     refined_rate,
+    share_of_rows,
     tune,
 )
 from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.recipe import load_recipe
-from linchain_cli.run import RunDirectory
+from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import loop, range_test
 from linchain_cli.training.range_test import RangePoint, rising_rates
 
@@ -57,6 +58,9 @@ def test_a_range_test_and_a_few_runs_lead_to_a_rate(tuned):
     assert sorted(one.training.learning_rate for one in trained) == found.rates
     assert {one.training.max_steps for one in trained} == {12}
     assert len({run.rows_path.read_text() for run in runs}) == 1
+    # 60 steps of 4 rows go five times over 48, 12 steps as often over a fifth of them.
+    assert {one.data.train[0].weight for one in trained} == {0.2}
+    assert all(read_jsonl(run.metrics_path)[-1]["epoch"] >= 4 for run in runs)
     kept = load_recipe(path, WORDS).adapter
     assert all(one.adapter == kept for one in trained)
 
@@ -152,6 +156,15 @@ def test_what_it_shows(tuned, capsys):
         else:
             assert f"learning rate: {found.rate:g}" in shown and str(directory.curve_path) in shown
             assert f"training.learning_rate={found.rate:g}" in shown
+
+
+def test_a_short_run_goes_over_its_rows_as_often_as_the_whole_one():
+    assert share_of_rows(steps=60, total=300, rows=1727, batch=16) == 0.2
+    assert share_of_rows(steps=16, total=80, rows=1280, batch=16) == 1  # no row comes twice
+    assert share_of_rows(steps=200, total=3900, rows=2490, batch=32) == 0.2
+    assert share_of_rows(steps=12, total=20, rows=40, batch=4) == 0.6
+    assert share_of_rows(steps=12, total=60, rows=40, batch=32) == 0.8
+    assert share_of_rows(steps=12, total=10, rows=40, batch=8) == 1
 
 
 def test_rates_that_the_runs_cannot_tell_apart_are_said_to_be_alike(tuned):
