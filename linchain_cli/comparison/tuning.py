@@ -43,6 +43,7 @@ SPAN = 100.0  # the range test rises from the published rate over this to it tim
 # more than noise; and that rate is halved, as a run stays with it for long.
 RISEN, BACKED_OFF = 0.1, 2.0
 NOISE = 0.02  # of a loss
+ALIKE = 0.01  # of what was learnt: rates that differ by less have learnt as much
 FURTHEST = 10.0  # times the published rate, up or down, is where runs may begin
 MOST_RATES = 4
 
@@ -251,16 +252,17 @@ def rate_at(place: int) -> float:
 
 def _compare_rates(trial: Recipe, base: Base, directory: TuningDirectory, tuning: Tuning) -> Tuning:
     """Three rates, and one more beyond the best of them where that one is an end."""
+    start = tuning.range_test[0].loss
     middle = min(-1, place_of(centre(tuning.range_test, trial.training.learning_rate)))
     wanted = [middle - 1, middle, middle + 1]
     while True:
         tuning = _tried(trial, base, directory, tuning, [rate_at(place) for place in wanted])
-        best = place_of(best_rate(tuning.tried))
+        best = place_of(best_rate(tuning.tried, start))
         beyond = {wanted[0]: wanted[0] - 1, wanted[-1]: wanted[-1] + 1}.get(best)
         if beyond is None or beyond > 0 or len(wanted) == MOST_RATES:
             break
         wanted = sorted([*wanted, beyond])
-    return replace(tuning, rate=refined_rate(tuning.tried), edge=best in (wanted[0], wanted[-1]))
+    return replace(tuning, rate=refined_rate(tuning.tried, start), edge=best in (wanted[0], wanted[-1]))
 
 
 def _tried(
@@ -286,9 +288,17 @@ def _tried(
     return tuning
 
 
-def best_rate(tried: Sequence[tuple[float, float]]) -> float:
-    """The rate with the lowest loss, of (rate, loss)."""
-    return min(tried, key=lambda one: one[1])[0]
+def best_rate(tried: Sequence[tuple[float, float]], start: float) -> float:
+    """The lowest rate that has learnt as much as any, of (rate, loss) with rates ascending.
+
+    A short run reaches by a high rate what the whole one has the steps for at a lower one, and where there is
+    little to learn even a rate that destroys a lot comes to the same loss in the end.
+
+    Args:
+        start: the loss before anything was learnt.
+    """
+    lowest = min(loss for _, loss in tried)
+    return next(rate for rate, loss in tried if loss <= lowest + ALIKE * max(0.0, start - lowest))
 
 
 def alike(tried: Sequence[tuple[float, float]]) -> bool:
@@ -297,19 +307,20 @@ def alike(tried: Sequence[tuple[float, float]]) -> bool:
     return len(losses) > 1 and max(losses) - min(losses) < NOISE * min(losses)
 
 
-def refined_rate(tried: Sequence[tuple[float, float]]) -> float:
+def refined_rate(tried: Sequence[tuple[float, float]], start: float) -> float:
     """Where the parabola through the best rate and its neighbours is lowest, over the rates' logarithm, with
-    two digits; the best rate itself where it is an end.
+    two digits; the best rate itself where it is an end, or no lower than its neighbours.
 
     Args:
         tried: (rate, loss), with rates ascending and about as far from each other.
+        start: see `best_rate`.
     """
-    best = best_rate(tried)
+    best = best_rate(tried, start)
     at = [rate for rate, _ in tried].index(best)
     if not 0 < at < len(tried) - 1:
         return best
     (low, below), (_, lowest), (high, above) = tried[at - 1 : at + 2]
-    if below + above == 2 * lowest:
+    if above < lowest or below + above == 2 * lowest:
         return best
     shift = (below - above) / (below + above - 2 * lowest) / 2  # of a distance between rates, at most half
     return float(f"{best * math.exp(shift * math.log(high / low) / 2):.2g}")

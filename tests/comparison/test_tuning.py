@@ -181,13 +181,22 @@ def test_rates_come_from_a_series_of_half_decades():
 
 
 def test_the_rate_lies_at_the_parabolas_lowest_point():
-    rates = (1e-3, 3e-3, 1e-2)
-    assert refined_rate(list(zip(rates, (2.0, 1.0, 2.0), strict=True))) == pytest.approx(3e-3, rel=0.1)
-    assert 1.5e-3 < refined_rate(list(zip(rates, (1.1, 1.0, 2.0), strict=True))) < 3e-3
-    assert 3e-3 < refined_rate(list(zip(rates, (2.0, 1.0, 1.1), strict=True))) < 6e-3
+    def refined(*losses, rates=(1e-3, 3e-3, 1e-2)):
+        return refined_rate(list(zip(rates, losses, strict=False)), start=3.0)
+
+    assert refined(2.0, 1.0, 2.0) == pytest.approx(3e-3, rel=0.1)
+    assert 1.5e-3 < refined(1.1, 1.0, 2.0) < 3e-3
+    assert 3e-3 < refined(2.0, 1.0, 1.1) < 6e-3
     # Of an end nothing is known beyond it; equal losses have no lowest point.
-    assert refined_rate(list(zip(rates, (1.0, 2.0, 3.0), strict=True))) == 1e-3
-    assert refined_rate([(1e-3, 1.0), (3e-3, 1.0), (1e-2, 1.0)]) == best_rate([(1e-3, 1.0), (3e-3, 1.0)])
+    assert refined(1.0, 2.0, 3.0) == refined(1.0, 1.0, 1.0) == 1e-3
+
+
+def test_of_rates_that_learn_as_much_the_lowest_is_taken():
+    """By a loss over responses, say, in which every rate comes to what guessing costs."""
+    tried = list(zip((3e-4, 1e-3, 3e-3, 1e-2), (0.1882, 0.1617, 0.1564, 0.1510), strict=True))
+    assert best_rate(tried, start=2.75) == refined_rate(tried, start=2.75) == 1e-3
+    assert best_rate(tried, start=0.2) == 1e-2  # where so little is learnt that it is a difference
+    assert best_rate(tried, start=0.1) == 1e-2  # nothing is learnt
 
 
 @pytest.mark.parametrize(
