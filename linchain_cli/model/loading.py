@@ -26,7 +26,7 @@ from linchain_cli.model.config import (
     text_decoder,
     text_decoder_prefix,
 )
-from linchain_cli.model.fast import changing_nothing
+from linchain_cli.model.fast import REFUSALS, changing_nothing, probe_ids
 from linchain_cli.model.files import find_base, locate, read_config, weight_files
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.int8 import store_only
@@ -138,6 +138,8 @@ def load_model(
         attention=attention,
         outputs=outputs,
     )
+    if quantization != "none":
+        _refuse_weights_read_apart(model, quantization)
     choose_attention(model, attention)
     return model
 
@@ -319,6 +321,19 @@ def _refuse_rounded_head(model: PreTrainedModel, quantization: str) -> None:
     head = model.get_output_embeddings()
     if quantization != "none" and head is not None and not head.weight.is_floating_point():
         raise LinchainError("the output head was quantised; it must keep its precision")
+
+
+@torch.no_grad()
+def _refuse_weights_read_apart(model: PreTrainedModel, quantization: str) -> None:
+    """Mamba multiplies by a layer's weight itself, without asking the layer, which alone can restore it."""
+    try:
+        with quiet():
+            model(input_ids=probe_ids(model, 1, 3))
+    except REFUSALS as error:
+        raise InputError(
+            f"model.quantization: {type(model).__name__} cannot compute with weights in {quantization}"
+            f" ({first_line(error).rstrip('.')}). Leave model.quantization out."
+        ) from error
 
 
 @contextlib.contextmanager

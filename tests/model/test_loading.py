@@ -166,6 +166,13 @@ def test_quantised_models_keep_their_head_and_pass_gradients(tiny_tied_dir, quan
     assert 0 < (logits - expected).norm() / expected.norm() < 0.2
 
 
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_model_that_reads_weights_apart_from_their_layers_is_refused(tmp_path, small_model, quantization):
+    small_model("mamba").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"MambaForCausalLM cannot compute with weights in {quantization}"):
+        load_model(tmp_path, quantization=quantization, dtype="float32", device="cpu")
+
+
 def test_an_empty_model_has_the_shapes_and_no_values(tiny_tied_dir, tiny_llama_dir):
     model, loaded = empty_model(tiny_llama_dir), load_model(tiny_llama_dir)
     assert all(parameter.is_meta and not parameter.requires_grad for parameter in model.parameters())
