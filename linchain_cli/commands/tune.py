@@ -36,7 +36,9 @@ def run(
         return
     print("\n".join(lines(found)))
     print(f"the curve: {directory.curve_path}; all numbers: {directory.tuning_path}")
-    words = [str(recipe), *(overrides or ()), f"training.learning_rate={found.rate:g}"]
+    key = "training.learning_rate="
+    others = [word for word in overrides or () if not word.startswith(key)]
+    words = [str(recipe), *others, f"{key}{found.rate:g}"]
     print(f"Train with it: linchain train {shlex.join(words)}")
     print(f"Or with the copy of the recipe that has it: linchain train {directory.recipe_path}")
 

@@ -155,7 +155,7 @@ def test_what_it_shows(tuned, capsys):
             assert json.loads(shown)["rate"] == found.rate
         else:
             assert f"learning rate: {found.rate:g}" in shown and str(directory.curve_path) in shown
-            assert f"training.learning_rate={found.rate:g}" in shown
+            assert f"training.max_steps=60 training.learning_rate={found.rate:g}\n" in shown
 
 
 def test_a_short_run_goes_over_its_rows_as_often_as_the_whole_one():
