@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,12 +14,16 @@ import torch
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.dataset import prepare_data
-from linchain_cli.model.loading import load_model, load_tokenizer
+from linchain_cli.model.classifier import Outputs, head_names
+from linchain_cli.model.loading import empty_model, load_model, load_tokenizer, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast import Forecast, forecast, memory, recipe_epoch, time
 from linchain_cli.training.forecast.memory import saved_bytes
 from linchain_cli.training.forecast.model import forecast_model
 from linchain_cli.training.forecast.time import computed_share
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from classifiers import KINDS, make_checkpoint  # noqa: E402
 
 CPU = torch.device("cpu")
 CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])
@@ -56,6 +61,24 @@ def forecast_of(make_recipe, tmp_path):
     return make
 
 
+def kept_bytes(model: torch.nn.Module, batch: int, length: int) -> int:
+    """What a real forward pass keeps for the backward pass, but parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(batch, length, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
+        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        assert output.last_hidden_state.requires_grad
+    return sum(kept.values())
+
+
 @pytest.mark.parametrize(
     "kind, targets", [("tiny_llama_dir", ["q_proj", "down_proj"]), ("tiny_gpt2_dir", ["c_attn", "c_proj"])]
 )
@@ -69,20 +92,28 @@ def test_the_count_is_what_a_real_forward_keeps(request, make_recipe, kind, targ
 
     model = load_model(directory, dtype="float32", device=CPU, attention="eager")
     inject(model, config)
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept = {}
+    assert counted == kept_bytes(model, 3, 17) > 0
 
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
-    ids = torch.zeros(3, 17, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
-        output = model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        assert output.last_hidden_state.requires_grad
-    assert counted == sum(kept.values()) > 0
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifiers_are_counted_with_their_head(tmp_path, kind):
+    directory, config = make_checkpoint(kind, tmp_path), ChainConfig(rank=4, target_modules=KINDS[kind][1])
+    empty = empty_model(directory, Outputs(("bad", "good")))
+    model = load_model(
+        directory, dtype="float32", device=CPU, attention="eager", outputs=Outputs(("bad", "good"))
+    )
+    for each in (empty, model):
+        inject(each, config, 1, text_decoder_prefix(model))
+    empty.set_attn_implementation("eager")
+    # DeBERTa keeps the mask itself, which is counted with wider numbers, or narrower ones.
+    assert saved_bytes(empty, 3, 17) == pytest.approx(kept_bytes(model, 3, 17), rel=0.03)
+    chains = sum(p.numel() for layer in chain_layers(empty).values() for p in (layer.A, layer.links, layer.B))
+    _, trained = memory._parameters(empty)
+    assert (
+        sum(p.numel() for p in trained) - chains
+        == sum(empty.get_parameter(n).numel() for n in head_names(empty))
+        > 0
+    )
 
 
 def test_parts_of_the_memory(forecast_of, tiny_llama_dir):

@@ -12,7 +12,7 @@ from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.machine import resident_bytes
 from linchain_cli.model.attention import GROUPED
-from linchain_cli.model.classifier import is_classifier
+from linchain_cli.model.classifier import head_names, is_classifier
 from linchain_cli.model.head import decoder_blocks
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast.model import UNSUPPORTED, attention_of, micro_batch_size, recipe_epoch
@@ -92,8 +92,10 @@ def count_memory(
 
 
 def _parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(the base's, the chains'), shared ones once."""
+    """(the base's, what is trained: chains, and a classifier's head), shared ones once."""
     trained = [p for layer in chain_layers(model).values() for p in (layer.A, layer.links, layer.B)]
+    if is_classifier(model):
+        trained += [model.get_parameter(name) for name in head_names(model)]
     ours = {id(p) for p in trained}
     return [p for p in model.parameters() if id(p) not in ours], trained
 
@@ -173,7 +175,9 @@ def saved_bytes(model: nn.Module, batch: int, length: int) -> int:
         return tensor
 
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    # transformers makes no mask of one that has four dimensions, for which it would look into the (absent)
+    # values: a decoder's without any for packed sequences, an encoder's for padding.
+    mask = torch.zeros(batch, 1, 1, length, dtype=model.dtype, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), folded(model):
-        # With a mask transformers does not look into the (absent) values for packed sequences.
-        model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
