@@ -111,7 +111,8 @@ def _answered(place: Path, adapter_sha256: str | None, recipe: Recipe) -> _Answe
 def _estimate(
     by_seed: Mapping[int, _Answered], others: Mapping[int, _Answered], tasks: Sequence[str]
 ) -> dict[str, Any] | None:
-    """Mean and interval of the accuracies, less those of `others` of the same seed where there are others."""
+    """Mean and interval of the accuracies, less those of `others` of the same seed where there are others. Of
+    rows that all scored the same there is no interval: they do not say how others would vary."""
     first = next(iter(by_seed.values()))
     seeds = [seed for seed, one in by_seed.items() if _same_rows(first, one, tasks)]
     if others:
@@ -126,7 +127,7 @@ def _estimate(
     tables = [table(task) for task in tasks]
     found = crossed(tables)
     bounds = None
-    if found.error is not None:
+    if found.error:
         half = t_quantile(max(1, min(int(found.df), _MOST_FREEDOM))) * found.error
         lowest = -1.0 if others else 0.0
         bounds = [max(lowest, found.mean - half), min(1.0, found.mean + half)]
