@@ -87,6 +87,11 @@ def _window(points: int) -> int:
     return max(1, points // 20) | 1
 
 
+def _dot(points: Sequence[Any]) -> str | None:
+    """The marker of a line: one point alone is none, and would not be seen."""
+    return "o" if len(points) == 1 else None
+
+
 def _ends(points: Points) -> str:
     (first, start), (last, end) = points[0], points[-1]
     return f"{start:.4g} at step {first} to {end:.4g} at step {last}"
@@ -98,7 +103,12 @@ def loss_figure(training: Points, validation: Points) -> Figure:
     if training:
         window = _window(len(training))
         axes.plot(
-            *zip(*training, strict=True), color=COLORS[0], linewidth=0.8, alpha=0.4 if window > 1 else 1
+            *zip(*training, strict=True),
+            color=COLORS[0],
+            linewidth=0.8,
+            alpha=0.4 if window > 1 else 1,
+            marker=_dot(training),
+            markersize=3,
         )
         if window > 1:
             smooth = running_mean(training, window)
@@ -202,7 +212,7 @@ def _draw(axes: Axes, curves: Sequence[Curve], ylabel: str, marker: str | None) 
             style,
             color=color,
             linewidth=1.2,
-            marker=marker,
+            marker=marker or _dot(curve.steps),
             markersize=3,
             label=_plain(curve.label),
         )

@@ -11,6 +11,7 @@ from linchain_cli.report.figures import (
     comparison_figure,
     layer_map,
     loss_curves,
+    loss_figure,
     png,
     running_mean,
     seed_curve,
@@ -59,6 +60,16 @@ def test_a_figure_says_what_it_shows():
     assert loss_curves([], []) is None
     found = layer_map(LAYERS, lambda one: one.norm, "size")
     assert "lowest 1.118 in layer 0" in found.alt and "in layer 2" in found.alt
+
+
+def test_a_point_alone_is_a_dot():
+    line = loss_figure([(6, 2.0)], []).axes[0].lines[0]
+    assert line.get_marker() == "o"
+    assert loss_figure([(6, 2.0), (7, 1.0)], []).axes[0].lines[0].get_marker() == "None"
+    row = {"arm": "a", "label": "a", "learning_rate": 1e-3, "seeds": [1]}
+    run = {"arm": "a", "seed": 1, "training": [[6, 2.0]], "validation": [[6, 10.0, 1.0]]}
+    axes = comparison_figure({"runs": [run]}, [row]).axes
+    assert [each.lines[0].get_marker() for each in axes if each.lines] == ["o", "o"]
 
 
 def test_a_map_of_what_is_not_there_is_none():
