@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from linchain_cli.recipe import Recipe
+from typing import Any
 
 WORDS = (
     "the cat dog sat ran on under a mat tree and saw no bird near it while rain fell it was good bad".split()
@@ -92,20 +89,6 @@ def pair_rows(count: int, first: int = 0) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def nested_recipe(values: dict[str, Any]) -> Recipe:
-    """A recipe of values by dotted key."""
-    from linchain_cli.recipe import Recipe
-
-    content: dict[str, Any] = {}
-    for dotted, value in values.items():
-        *sections, key = dotted.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return Recipe.model_validate(content)
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -350,6 +350,22 @@ class Recipe(StrictModel):
         """Its values as JSON has them, by dotted key; an empty mapping is a value."""
         return dict(_flat(self.model_dump(mode="json")))
 
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> Recipe:
+        """The recipe that values by dotted key make: what `flat` gives, or a part of it.
+
+        Raises:
+            ValidationError: pydantic's, for what is no recipe.
+        """
+        content: dict[str, Any] = {}
+        for dotted, value in values.items():
+            *sections, key = dotted.split(".")
+            place = content
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+        return cls.model_validate(content)
+
     def to_yaml(self) -> str:
         """The recipe with every default written out. Reading it again gives an equal recipe."""
         return yaml.dump(

@@ -63,14 +63,7 @@ def recipe_of(model: str, dtype: str, out: Path, run: Run, steps: int, at_once: 
         "training.warmup_steps": 0.06,
         **run.cell.settings.changes,
     }
-    content: dict[str, Any] = {}
-    for dotted, value in values.items():
-        *sections, key = dotted.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return Recipe.model_validate(content)
+    return Recipe.from_flat(values)
 
 
 @dataclass(frozen=True)

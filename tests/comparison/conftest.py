@@ -54,3 +54,19 @@ def write_recipe(tiny_llama_dir: Path, rows_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def recipe_path(write_recipe, tmp_path: Path) -> Path:
     return write_recipe(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(write_recipe, tmp_path_factory):
+    """(recipe file, comparison, results) of two arms with two seeds; tests only read it."""
+    from linchain_cli.comparison.grid import expand
+    from linchain_cli.comparison.runner import run_comparison
+    from linchain_cli.run import ComparisonDirectory
+
+    root = tmp_path_factory.mktemp("comparison")
+    path = write_recipe(root)
+    return (
+        path,
+        ComparisonDirectory(root / "tiny"),
+        run_comparison(expand(path, ["adapter.depth=0,3"]), [1, 2]),
+    )

@@ -39,14 +39,6 @@ WORDS = ["adapter.depth=0,3"]
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
 
 
-@pytest.fixture(scope="session")
-def finished(write_recipe, tmp_path_factory):
-    """(recipe file, comparison, results) of two arms with two seeds; tests only read it."""
-    root = tmp_path_factory.mktemp("comparison")
-    path = write_recipe(root)
-    return path, ComparisonDirectory(root / "tiny"), run_comparison(expand(path, WORDS), [1, 2])
-
-
 @pytest.fixture
 def loads(monkeypatch):
     """The recipes a base model was loaded for."""
@@ -281,48 +273,6 @@ def test_a_signal_ends_the_comparison_also_if_its_run_then_fails(recipe_path, tm
     assert set(runs_of(ComparisonDirectory(tmp_path / "tiny"))) == {"depth-0_seed-1"}
 
 
-def test_other_rows_are_no_continuation(recipe_path, rows_path, tmp_path):
-    own = tmp_path / "rows.json"
-    own.write_bytes(rows_path.read_bytes())
-    words = [*WORDS, f"data.train={own}", "training.max_steps=1"]
-    run_comparison(expand(recipe_path, words), [1])
-    own.write_text(json.dumps(json.loads(own.read_text())[:-1]))
-    with pytest.raises(InputError, match="data changed since depth-0_seed-1 was trained"):
-        run_comparison(expand(recipe_path, words), [1, 2])
-
-
-@pytest.mark.parametrize(
-    ("words", "options", "message"),
-    [
-        (
-            ["adapter.depth=0,3", "training.warmup_steps=2"],
-            {},
-            "another recipe; it differs in training.warmup_steps",
-        ),
-        (WORDS, {"equal_parameters": True}, "a comparison without --equal-parameters"),
-        (["adapter.depth=0,3", "adapter.rank=2,4"], {"equal_parameters": True}, "do not vary adapter.rank"),
-    ],
-)
-def test_another_comparison_is_not_mixed_in(finished, words, options, message):
-    path, directory, results = finished
-    with pytest.raises(InputError, match=message):
-        run_comparison(expand(path, words), [1], **options)
-    assert results == json.loads(directory.results_path.read_bytes())
-
-
-def test_what_is_no_comparison_is_left_alone(recipe_path, tmp_path):
-    grid = expand(recipe_path, WORDS)
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny" / "thesis.txt").write_text("mine")
-    for fresh in (False, True):
-        with pytest.raises(InputError, match="is no comparison; it is left alone"):
-            run_comparison(grid, [1], fresh=fresh)
-    (tmp_path / "tiny" / "run.json").write_text('{"status": "finished"}')
-    with pytest.raises(InputError, match="holds a run, not a comparison"):
-        run_comparison(grid, [1], fresh=True)
-    assert (tmp_path / "tiny" / "thesis.txt").read_text() == "mine"
-
-
 def test_fresh_starts_over(recipe_path, tmp_path, loads):
     grid = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"])
     run_comparison(grid, [1])
@@ -330,15 +280,6 @@ def test_fresh_starts_over(recipe_path, tmp_path, loads):
     assert len(loads) == 2
     runs = runs_of(ComparisonDirectory(tmp_path / "tiny"))
     assert {run.read_status().step for run in runs.values()} == {2}
-
-
-def test_a_damaged_definition_is_told(recipe_path, tmp_path):
-    directory = ComparisonDirectory(tmp_path / "tiny")
-    directory.path.mkdir()
-    for text in ("{", "[]", '{"format": 1}', '{"format": 99}'):
-        directory.definition_path.write_text(text)
-        with pytest.raises(InputError, match="damaged|format 99"):
-            run_comparison(expand(recipe_path, WORDS), [1])
 
 
 def test_equal_parameters(recipe_path):

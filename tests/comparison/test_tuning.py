@@ -24,13 +24,13 @@ from linchain_cli.comparison.tuning import (
     tune,
 )
 from linchain_cli.errors import InputError, LinchainError, Stopped
-from linchain_cli.recipe import load_recipe
+from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import loop, range_test
 from linchain_cli.training.range_test import RangePoint, rising_rates
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import KINDS, make_checkpoint, nested_recipe, pair_rows, write_rows  # noqa: E402
+from classifiers import KINDS, make_checkpoint, pair_rows, write_rows  # noqa: E402
 
 # Of 60 steps each part takes 12: the tiny model learns something, and a rate of 0.3 is too high for it.
 WORDS = ["training.max_steps=60", "training.learning_rate=auto"]
@@ -254,7 +254,7 @@ def test_a_classifiers_rate_is_found_with_its_heads_own(tmp_path, monkeypatch, t
 
     for module in (loop, range_test):
         monkeypatch.setattr(module, "optimizer_step", seen)
-    recipe = nested_recipe(values)
+    recipe = Recipe.from_flat(values)
     directory, found = tune(recipe)
     # A hundredth of what LoRA's authors take and up; half of it for the head, in every part.
     assert found.range_test[0].rate == pytest.approx(2.5e-6) and found.steps == 12

@@ -251,3 +251,10 @@ def test_micro_batches_without_a_number_are_small_on_a_cpu_and_as_large_as_fits_
 
     assert [rows(size, "cpu") for size in (None, "auto", 7)] == [4, None, 7]
     assert [rows(size, "cuda") for size in (None, "auto", 7)] == [None, None, 7]
+
+
+def test_a_recipe_by_dotted_keys_is_the_one_that_it_came_from():
+    recipe = Recipe.model_validate({**MINIMAL, "training": {"lr_multiplier": {"B": 4.0}}})
+    assert Recipe.from_flat(recipe.flat()) == recipe
+    few = {"name": "r", "model.path": "m", "data.train": "d.json", "training.lr_multiplier": {"B": 4.0}}
+    assert Recipe.from_flat(few) == recipe

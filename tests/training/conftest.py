@@ -78,20 +78,9 @@ def recipe_of(tmp_path: Path, tiny_llama_dir: Path, rows_file: Path) -> Callable
             "model.path": str(tiny_llama_dir),
             "data.train": str(rows_file),
         }
-        return Recipe.model_validate(_nested({**DEFAULTS, **places, **(changes or {})}))
+        return Recipe.from_flat({**DEFAULTS, **places, **(changes or {})})
 
     return build
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for dotted, value in values.items():
-        *sections, key = dotted.split(".")
-        place = result
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return result
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from linchain_cli.training.runner import run_training
 from linchain_cli.training.signals import stop_requests
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import KINDS, make_checkpoint, nested_recipe, pair_rows, write_rows  # noqa: E402
+from classifiers import KINDS, make_checkpoint, pair_rows, write_rows  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,7 @@ def label_recipe(tmp_path, classifier_base):
             "training.eval_every": 2,
             "training.save_every": 2,
         }
-        return nested_recipe({**values, **(changes or {})})
+        return Recipe.from_flat({**values, **(changes or {})})
 
     return build
 
