@@ -16,7 +16,7 @@ from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import LinchainError
-from linchain_cli.evaluation.jobs import Job, NormaliseName, ProtocolName, Setup, halved, make_job
+from linchain_cli.evaluation.jobs import EvaluationJob, NormaliseName, ProtocolName, Setup, halved, make_job
 from linchain_cli.evaluation.progress import Progress
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
@@ -151,7 +151,7 @@ def evaluating(model) -> Iterator[None]:
 
 def _batches(
     setup: Setup, templates: Mapping[str, Template], tasks: Sequence[Task], protocol: ProtocolName
-) -> Iterator[tuple[int, Job, list[int]]]:
+) -> Iterator[tuple[int, EvaluationJob, list[int]]]:
     """All batches in order, numbered over all tasks. The same on every process, whatever is done already."""
     number = 0
     for task in tasks:

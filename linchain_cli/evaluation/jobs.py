@@ -36,7 +36,7 @@ class Setup:
     straddles: bool | None = None
 
 
-class Job(Protocol):
+class EvaluationJob(Protocol):
     """The rows of one task under one protocol: batches of row positions, and the predictions of one batch."""
 
     task: Task
@@ -46,7 +46,7 @@ class Job(Protocol):
         """The predictions of one of `batches`."""
 
 
-def make_job(setup: Setup, task: Task, protocol: ProtocolName) -> Job:
+def make_job(setup: Setup, task: Task, protocol: ProtocolName) -> EvaluationJob:
     """The task's rows under the protocol; a task of losses has one of its own."""
     setup = replace(setup, template=with_examples(setup.template, task))
     if task.rule.kind == "loss":

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from linchain_cli.training.metrics import peak_memory_bytes, reset_peak_memory
-from scripts.bench.job import ALPHA_PER_RANK, BATCH, RATE, TARGETS, Rows, make_job, restore_norms
+from scripts.bench.job import ALPHA_PER_RANK, BATCH, RATE, TARGETS, BenchRows, make_job, restore_norms
 
 
 def announce(**values) -> None:
@@ -34,7 +34,7 @@ def peak_memory_mb(settings: dict) -> float:
     return peak_memory_bytes(torch.device(settings["device"])) / 2**20
 
 
-def serve(settings: dict, job, rows: Rows, step) -> None:
+def serve(settings: dict, job, rows: BenchRows, step) -> None:
     """Runs `settings["steps"]` calls of `step(number) -> loss` for each `go`."""
     announce(ready=True)
     reset_peak_memory(torch.device(settings["device"]))
@@ -62,7 +62,7 @@ def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
     if compiled and (backend := settings.get("compile_backend")):
         torch.compile = partial(torch.compile, backend=backend)
     job = make_job(settings, depth, compiled)
-    rows, stop = Rows(job), StopRequest()
+    rows, stop = BenchRows(job), StopRequest()
     cpus = LoadedCpus(job, SharedCpus(torch.get_num_threads()), lambda message: None)
 
     def step(index: int) -> float:
@@ -84,7 +84,7 @@ def limit_arm(settings: dict) -> None:
     job = make_job(settings, 0)
     detach(job.model)
     restore_norms(job.model)
-    rows = Rows(job)
+    rows = BenchRows(job)
     embed, device = job.model.get_input_embeddings(), job.device
 
     def step(index: int) -> float:
@@ -127,7 +127,7 @@ def hugging_face_arm(settings: dict, adapter: str, trainer: str) -> None:
 
     eager = trainer.startswith("sft") and settings["device"] == "cpu"
     job = make_job(settings, 3 if adapter == "uncollapsed" else 0, attention="eager" if eager else "sdpa")
-    rows, model = Rows(job), job.model
+    rows, model = BenchRows(job), job.model
     layers = chain_layers(model)
     detach(model)
     restore_norms(model)
@@ -208,7 +208,7 @@ def trainer_arguments(settings: dict) -> dict:
     }  # fmt: skip
 
 
-def run_trainer(settings: dict, model: nn.Module, job, rows: Rows, unpadded: bool = False) -> None:
+def run_trainer(settings: dict, model: nn.Module, job, rows: BenchRows, unpadded: bool = False) -> None:
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback
 
@@ -225,7 +225,7 @@ def run_trainer(settings: dict, model: nn.Module, job, rows: Rows, unpadded: boo
     trainer.train()
 
 
-def run_sft(settings: dict, model: nn.Module, job, rows: Rows, unpadded: bool = False) -> None:
+def run_sft(settings: dict, model: nn.Module, job, rows: BenchRows, unpadded: bool = False) -> None:
     from datasets import Dataset
     from transformers.trainer_callback import PrinterCallback
     from trl import SFTConfig, SFTTrainer

@@ -17,7 +17,7 @@ ALPHA_PER_RANK = 2
 BATCH = 16  # rows per optimizer step
 
 
-class Rows:
+class BenchRows:
     """The rows of step after step, encoded once by linchain's own data room and shared by every arm."""
 
     def __init__(self, job: Job):

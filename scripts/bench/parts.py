@@ -28,7 +28,7 @@ from linchain_cli.training.loop import optimizer_step
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.signals import StopRequest
 from scripts.bench import options
-from scripts.bench.job import RATE, Rows, make_job, restore_norms
+from scripts.bench.job import RATE, BenchRows, make_job, restore_norms
 
 
 def parts(model: torch.nn.Module) -> dict[str, tuple[Callable, Callable]]:
@@ -67,7 +67,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         settings["scratch"] = scratch
         job = make_job(settings, depth=3)
-        rows, stop = Rows(job), StopRequest()
+        rows, stop = BenchRows(job), StopRequest()
         available = parts(job.model)
         if unknown := set(arguments.parts or ()) - set(available):
             made.error(f"unknown part {', '.join(sorted(unknown))}; there are {', '.join(available)}")

@@ -21,7 +21,7 @@ from pathlib import Path
 from linchain_cli.training.loop import optimizer_step
 from linchain_cli.training.signals import StopRequest
 from scripts.bench import options
-from scripts.bench.job import RATE, Rows, make_job
+from scripts.bench.job import RATE, BenchRows, make_job
 
 RANKS, DEPTHS, LENGTHS = (8, 32, 128), (0, 1, 2, 4, 8), (64, 128, 256, 512, 1024)
 RANK, DEPTH, LENGTH = 16, 3, 128
@@ -84,7 +84,7 @@ def point(arguments: argparse.Namespace, scratch: Path, rank: int, depth: int, l
         "scratch": str(scratch / f"{rank}-{depth}-{length}"),
     }
     job = make_job(settings, depth)
-    steps, stop = Rows(job), StopRequest()
+    steps, stop = BenchRows(job), StopRequest()
 
     def step(number: int) -> float:
         started = time.perf_counter()

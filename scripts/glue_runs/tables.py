@@ -13,11 +13,11 @@ from linchain_cli.data.agreement import resampled
 
 from .plan import ARMS, MAIN, REFERENCE, Cell, Plan
 
-Rows = Mapping[str, Mapping[str, Any]]
+Done = Mapping[str, Mapping[str, Any]]
 _PERCENT = (2.5, 97.5)
 
 
-def tables(plan: Plan, done: Rows) -> list[str]:
+def tables(plan: Plan, done: Done) -> list[str]:
     lines: list[str] = []
     for study in plan.studies:
         for task in plan.tasks:
@@ -25,7 +25,7 @@ def tables(plan: Plan, done: Rows) -> list[str]:
     return lines
 
 
-def _final(plan: Plan, cell: Cell, done: Rows) -> tuple[float | None, list[Mapping[str, Any]]]:
+def _final(plan: Plan, cell: Cell, done: Done) -> tuple[float | None, list[Mapping[str, Any]]]:
     """A cell's rate and its reported runs that ended well, by seed."""
     rate = plan.best_rate(cell, done)
     if rate is None:
@@ -52,7 +52,7 @@ def _interval(low: float, high: float) -> str:
     return f"{low:+.1f} to {high:+.1f}"
 
 
-def _all(plan: Plan, task: str, done: Rows) -> list[str]:
+def _all(plan: Plan, task: str, done: Done) -> list[str]:
     """The arms on all rows: mean and spread over seeds, and the bootstrap's interval of the difference from
     the first arm, over the development set's rows, the same for both."""
     lines = [
@@ -91,7 +91,7 @@ def _drawn(
     return np.mean(own, axis=0), np.mean(theirs, axis=0) if theirs else None
 
 
-def _few(plan: Plan, task: str, done: Rows) -> list[str]:
+def _few(plan: Plan, task: str, done: Done) -> list[str]:
     """The arms on few rows: mean, spread and rate, and below that the difference from depth 0 on the same
     rows, seed by seed, with Student's interval."""
     sizes = list(plan.few_rows)
