@@ -17,7 +17,7 @@
 #                        rates with one seed, then three seeds at each arm's best: 42 runs
 # MODEL  a checkpoint directory or hub id (models/SmolLM2-135M-Instruct)
 # DATA   LLM-Adapters' folder dataset/, with boolq/train.json and the like (data/llm_adapters)
-# KEY=VALUE   changes the recipe of every run, such as data.validation=60
+# KEY=VALUE   changes the recipe of every run, whatever the part says, such as data.validation=60
 #
 # A value that stands twice, as in key=3,3, is one arm and leaves the comparison's own recipe as it is.
 #
@@ -25,6 +25,7 @@
 #   PROCESSES   how many share the runs (1), such as 12 on a GPU; they write to $OUT/NAME.STAGE-NUMBER.log
 #   TIMEOUT     seconds after which they stop: what is finished counts, and the same command goes on (none)
 #   STEPS       of a run, in place of those above
+#   RATES       of `defaults`, in place of its four; those of a comparison that is begun are joined by these
 #   ROWS        of each task that likelihood is measured on (all); WRITTEN, that answers are written to (1000);
 #               SUMS, of the arithmetic tasks, which nothing here is trained for (50; 0 leaves them out)
 #   LINCHAIN    the command, such as "python3 -m linchain_cli" (.venv/bin/linchain)
@@ -46,12 +47,13 @@ python=$(dirname "${linchain[0]}")/python
 
 rows=()
 for task in boolq openbookqa ARC-Easy ARC-Challenge; do rows+=("$data/$task/train.json"); done
-common=("model.path=$model" "data.train=[$(IFS=,; echo "${rows[*]}")]" "output_dir=$out" "${@:4}")
+common=("model.path=$model" "data.train=[$(IFS=,; echo "${rows[*]}")]" "output_dir=$out")
+own=("${@:4}")
 
 compare() {  # RECIPE WORD...
     local recipe=$root/configs/$1.yaml
     shift
-    ${limit[@]+"${limit[@]}"} "${linchain[@]}" compare "$recipe" "${common[@]}" "$@"
+    ${limit[@]+"${limit[@]}"} "${linchain[@]}" compare "$recipe" "${common[@]}" "$@" ${own[@]+"${own[@]}"}
 }
 
 limit=() children=() logs=() failed=0
@@ -130,7 +132,8 @@ search)
     whole adapter.depth=0,0 training.lr_multiplier.A=3,3 --seeds 1
     for mode in links balance; do
         "$python" "$root/scripts/try_refactoring.py" $mode 10 "$root/configs/figure2.yaml" \
-            "${common[@]}" adapter.dropout=0 adapter.init=orthogonal training.learning_rate=3e-3 seed=1 name=$mode-10
+            "${common[@]}" adapter.dropout=0 adapter.init=orthogonal training.learning_rate=3e-3 seed=1 name=$mode-10 \
+            ${own[@]+"${own[@]}"}
     done
     ;;
 grid)
@@ -174,7 +177,7 @@ defaults)
     whole=""
     for arm in "${order[@]}"; do whole+=",${arms[$arm]}"; done
     start "${PROCESSES:-1}" defaults.rates "${trained[@]}" "adapter=${whole#,}" \
-        training.learning_rate=1e-3,2e-3,4e-3,8e-3 --seeds 0
+        "training.learning_rate=${RATES:-1e-3,2e-3,4e-3,8e-3}" --seeds 0
     finish defaults rates
     best='import json, sys
 for row in json.load(open(sys.argv[1]))["tables"]["best_rate"]:
