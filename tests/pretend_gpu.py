@@ -50,7 +50,8 @@ class PretendGpu(TorchDispatchMode):
     """Records what a GPU would be asked for.
 
     `launches` counts kernels by their operator, `places` by operator and source line. `reads` names operator
-    and source line of each wait of the host for the device, `copies` are those to the device.
+    and source line of each wait of the host for the device, `copies` are those to the device. `behind` is,
+    for each event that the host waits for, how many kernels the device then still has to run.
     """
 
     scalar: float = 1.0
@@ -58,6 +59,7 @@ class PretendGpu(TorchDispatchMode):
     places: Counter[tuple[str, str]] = field(default_factory=Counter)
     reads: list[str] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    behind: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -73,6 +75,8 @@ class PretendGpu(TorchDispatchMode):
         self._assumed.__enter__()
         devices = [*self._fused(), DEVICE.type]
         _optimizers._get_fused_kernels_supported_devices = lambda: devices
+        self._event = torch.cuda.Event
+        torch.cuda.Event = lambda: _Event(self)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -81,10 +85,11 @@ class PretendGpu(TorchDispatchMode):
         torch.nn.functional.scaled_dot_product_attention = self._sdpa
         torch.nn.functional.rms_norm = self._norm
         _optimizers._get_fused_kernels_supported_devices = self._fused
+        torch.cuda.Event = self._event
 
     def clear(self) -> None:
         """Forgets what was recorded so far."""
-        for records in (self.launches, self.places, self.reads, self.copies):
+        for records in (self.launches, self.places, self.reads, self.copies, self.behind):
             records.clear()
 
     @property
@@ -150,16 +155,31 @@ class PretendGpu(TorchDispatchMode):
             super().__exit__(None, None, None)
 
     def _copy(self, func, name: str, args: tuple, kwargs: dict) -> torch.Tensor:
+        asynchronous = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         if name == "copy_" and args[0].device != DEVICE:
-            self.reads.append(f"copy to the host at {_place()}")
+            if not asynchronous:
+                self.reads.append(f"copy to the host at {_place()}")
             return args[0].fill_(self.scalar)
         source = args[1] if name == "copy_" else args[0]
-        asynchronous = kwargs.get("non_blocking", args[2] if name == "copy_" and len(args) > 2 else False)
         self.copies.append(Copy(source.numel() * source.element_size(), bool(asynchronous), _place()))
         if name == "copy_":
             return args[0]
         dtype = kwargs.get("dtype") or source.dtype
         return torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=DEVICE)
+
+
+@dataclass
+class _Event:
+    """torch.cuda.Event: a place in the device's queue that the host can wait for."""
+
+    gpu: PretendGpu
+
+    def record(self) -> None:
+        self.at = self.gpu.launched
+
+    def synchronize(self) -> None:
+        self.gpu.reads.append(f"event at {_place()}")
+        self.gpu.behind.append(self.gpu.launched - self.at)
 
 
 class _FusedNorm(torch.autograd.Function):

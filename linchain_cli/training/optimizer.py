@@ -56,6 +56,8 @@ class FlatAdamW(torch.optim.AdamW):
     Attributes:
         sums: float32, the gradients and behind them `extras`: what processes sum.
         extras: (EXTRAS,), room for a few numbers that travel with the gradients.
+        found_inf: a scalar, 1 from a step on whose gradients were not finite: torch's kernel leaves such
+            steps out.
 
     Args:
         parameters: by the adapter file's names, of which `kind_of` tells the kind.
@@ -85,6 +87,7 @@ class FlatAdamW(torch.optim.AdamW):
                 groups.append({"params": [whole], "rate_scale": (multipliers or {}).get(kind, 1.0)})
                 self._lay_out(members, whole)
                 start += size
+        self.found_inf = values.new_zeros(())
         super().__init__(groups, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
 
     def _lay_out(self, members: Mapping[str, nn.Parameter], whole: nn.Parameter) -> None:
@@ -99,6 +102,16 @@ class FlatAdamW(torch.optim.AdamW):
         """Sets every group's rate to `rate` times its kind's factor."""
         for group in self.param_groups:
             group["lr"] = rate * group["rate_scale"]
+
+    def step_if(self, finite: Tensor) -> None:
+        """A step, left out by the device if `finite`, a scalar, is false, with all that follow until `go_on`:
+        the host need not know."""
+        self.found_inf = torch.maximum(self.found_inf, finite.logical_not().to(self.found_inf))
+        self.step()
+
+    def go_on(self) -> None:
+        """Has steps taken again after one that was left out."""
+        self.found_inf = torch.zeros_like(self.found_inf)
 
     def zero_grad(self, set_to_none: bool = False) -> None:
         """Sets all gradients to zero in place, whatever `set_to_none` says."""

@@ -14,8 +14,9 @@ import numpy as np
 
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.training.job import Job
-from linchain_cli.training.loop import optimizer_step, validation
+from linchain_cli.training.loop import validation
 from linchain_cli.training.signals import StopRequest
+from linchain_cli.training.step import optimizer_step
 
 # Held-out rows that are read for every step, at most: they cost a third of what training rows cost. In a long
 # test they are read at so many points, where they are as many more.
@@ -68,7 +69,7 @@ def range_test(
     stop.deferred = True
     for number, rate in enumerate(rates, 1):
         try:
-            step = optimizer_step(job, job.next_rows(), rate, stop)
+            step = optimizer_step(job, job.next_rows(), rate, stop).result()
         except LinchainError:
             if not points:
                 raise

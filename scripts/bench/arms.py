@@ -11,6 +11,8 @@ import json
 import math
 import sys
 import time
+from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -35,7 +37,7 @@ def peak_memory_mb(settings: dict) -> float:
 
 
 def serve(settings: dict, job, rows: BenchRows, step) -> None:
-    """Runs `settings["steps"]` calls of `step(number) -> loss` for each `go`."""
+    """Runs `settings["steps"]` calls of `step(number)` for each `go`; it gives the loss, or what does."""
     announce(ready=True)
     reset_peak_memory(torch.device(settings["device"]))
     for number in range(settings["rounds"]):
@@ -48,6 +50,7 @@ def serve(settings: dict, job, rows: BenchRows, step) -> None:
         if settings["device"] == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
+        losses = [loss() if callable(loss) else loss for loss in losses]
         tokens = sum(rows.tokens(index) for index in steps)
         announce(seconds=seconds, tokens=tokens, losses=losses, peak_mb=peak_memory_mb(settings))
 
@@ -55,8 +58,9 @@ def serve(settings: dict, job, rows: BenchRows, step) -> None:
 def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
     """linchain's own optimizer step, with its threads set by the load as training sets them."""
     from linchain_cli.machine import SharedCpus
-    from linchain_cli.training.loop import optimizer_step
+    from linchain_cli.training.history import AHEAD_ON
     from linchain_cli.training.signals import StopRequest
+    from linchain_cli.training.step import optimizer_step
     from linchain_cli.training.threads import LoadedCpus
 
     if compiled and (backend := settings.get("compile_backend")):
@@ -65,9 +69,15 @@ def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
     rows, stop = BenchRows(job), StopRequest()
     cpus = LoadedCpus(job, SharedCpus(torch.get_num_threads()), lambda message: None)
 
-    def step(index: int) -> float:
+    asked = deque()
+
+    def step(index: int) -> Callable[[], float]:
         cpus.adjust(rows.by_step(index))
-        return optimizer_step(job, rows.by_step(index), RATE, stop).loss
+        taken = optimizer_step(job, rows.by_step(index), RATE, stop)
+        asked.append(taken)
+        while len(asked) > (settings["device"] in AHEAD_ON):  # as training waits
+            asked.popleft().result()
+        return lambda: taken.result().loss
 
     serve(settings, job, rows, step)
 

@@ -24,9 +24,9 @@ from linchain_cli.chain.fused import Group
 from linchain_cli.model.attention import GROUPED
 from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows, share_beginnings
 from linchain_cli.model.head import hidden_states
-from linchain_cli.training.loop import optimizer_step
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.signals import StopRequest
+from linchain_cli.training.step import optimizer_step
 from scripts.bench import options
 from scripts.bench.job import RATE, BenchRows, make_job, restore_norms
 
@@ -75,7 +75,7 @@ def main() -> None:
 
         def seconds(index: int) -> float:
             began = time.perf_counter()
-            optimizer_step(job, rows.by_step(index), RATE, stop)
+            optimizer_step(job, rows.by_step(index), RATE, stop).result()
             return time.perf_counter() - began
 
         times = {name: {True: defaultdict(list), False: defaultdict(list)} for name in chosen}

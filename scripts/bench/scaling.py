@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from linchain_cli.training.loop import optimizer_step
 from linchain_cli.training.signals import StopRequest
+from linchain_cli.training.step import optimizer_step
 from scripts.bench import options
 from scripts.bench.job import RATE, BenchRows, make_job
 
@@ -88,7 +88,7 @@ def point(arguments: argparse.Namespace, scratch: Path, rank: int, depth: int, l
 
     def step(number: int) -> float:
         started = time.perf_counter()
-        optimizer_step(job, steps.by_step(number), RATE, stop)
+        optimizer_step(job, steps.by_step(number), RATE, stop).result()
         return time.perf_counter() - started
 
     return step, arithmetic(job, steps.tokens(0), rank, depth)

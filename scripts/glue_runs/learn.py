@@ -28,10 +28,10 @@ from linchain_cli.run import RunDirectory
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.job import Job, prepare
 from linchain_cli.training.labels import LabelObjective
-from linchain_cli.training.loop import optimizer_step
 from linchain_cli.training.processes import connect
 from linchain_cli.training.schedule import learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
+from linchain_cli.training.step import optimizer_step
 
 from .plan import MAIN, TASKS, Run
 
@@ -141,7 +141,7 @@ class Learner:
             job.state.micro_batch_size = recipe.training.micro_batch_size
             began, stop = time.perf_counter(), StopRequest()
             for step, chosen, rate in steps_of(recipe, len(rows)):
-                optimizer_step(job, chosen, rate, stop)
+                optimizer_step(job, chosen, rate, stop).result()
                 job.state.step = step + 1
             seconds = time.perf_counter() - began
             with torch.no_grad(), folded(job.model):

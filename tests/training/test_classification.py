@@ -16,10 +16,11 @@ from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training.base import load_base
 from linchain_cli.training.job import prepare
-from linchain_cli.training.loop import optimizer_step, validation
+from linchain_cli.training.loop import validation
 from linchain_cli.training.processes import connect
 from linchain_cli.training.runner import run_training
 from linchain_cli.training.signals import stop_requests
+from linchain_cli.training.step import optimizer_step
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from classifiers import KINDS, make_checkpoint, pair_rows, write_rows  # noqa: E402
@@ -82,7 +83,7 @@ def job_of(recipe: Recipe):
 
 def step(job, rows):
     with stop_requests("") as stop:
-        return optimizer_step(job, np.asarray(rows), 0.01, stop)
+        return optimizer_step(job, np.asarray(rows), 0.01, stop).result()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,6 +23,7 @@ from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss, runner
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.signals import StopRequest
+from linchain_cli.training.step import dropout_seed, optimizer_step
 
 CPU = torch.device("cpu")
 
@@ -203,7 +204,7 @@ def test_a_step_is_adamw_on_that_gradient(job_of):
     torch.optim.AdamW(reference.values(), lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0).step()
     job.optimizer.zero_grad()
 
-    step = loop.optimizer_step(job, rows, 0.01, StopRequest())
+    step = optimizer_step(job, rows, 0.01, StopRequest()).result()
     assert step.grad_norm == pytest.approx(norm.item(), rel=1e-4) and norm > 0.05
     for name, parameter in job.parameters.items():
         # Adam divides by the gradient's size: where it is nearly zero, its sign alone decides. Float32 on
@@ -237,7 +238,7 @@ def test_dropout_is_on_in_steps_alone_and_a_function_of_the_step(job_of):
         job.optimizer.register_step_pre_hook(
             lambda *_: captured.append(next(iter(job.parameters.values())).grad.clone())
         )
-        loop.optimizer_step(job, rows, 0.0, StopRequest())
+        optimizer_step(job, rows, 0.0, StopRequest())
         return captured[0]
 
     torch.manual_seed(5)
@@ -250,7 +251,7 @@ def test_dropout_is_on_in_steps_alone_and_a_function_of_the_step(job_of):
 
 def test_dropout_streams_differ_in_all_they_depend_on():
     seeds = {
-        loop.dropout_seed(*values)
+        dropout_seed(*values)
         for values in ((1, 2, 3, 0), (2, 2, 3, 0), (1, 3, 3, 0), (1, 2, 4, 0), (1, 2, 3, 1))
     }
     assert len(seeds) == 5

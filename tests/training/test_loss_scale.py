@@ -12,6 +12,7 @@ from linchain_cli.chain import chain_layers
 from linchain_cli.errors import LinchainError
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss, state
+from linchain_cli.training import step as one_step
 from linchain_cli.training.state import TrainingState
 
 HALF = {"model.dtype": "float16"}
@@ -57,13 +58,13 @@ def test_gradients_that_overflow_are_taken_again_and_a_resume_is_bitwise(recipe_
     monkeypatch.setattr(state, "FIRST_LOSS_SCALE", TOO_MUCH)
     monkeypatch.setattr(state, "STEPS_TO_DOUBLE", 2)
     tries = []
-    original = loop._sum_gradients
+    original = one_step._sum_gradients
 
     def counted(job, *rest):
         tries.append(job.state.step)
         return original(job, *rest)
 
-    monkeypatch.setattr(loop, "_sum_gradients", counted)
+    monkeypatch.setattr(one_step, "_sum_gradients", counted)
     whole = run_training(recipe_of({**changes, "name": "whole"}))
     assert tries.count(0) > 5 and len(tries) > whole.total_steps, "is there no overflow?"
     assert 1.0 <= whole.state.loss_scale < TOO_MUCH

@@ -20,12 +20,14 @@ from linchain_cli.model.fast import record
 from linchain_cli.model.head import decoder_blocks, hidden_states
 from linchain_cli.model.loading import load_model
 from linchain_cli.model.varlen import Kernel
-from linchain_cli.training import loop, norms
+from linchain_cli.training import history, loop, norms
+from linchain_cli.training import step as one_step
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.job import Job
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.objective import CausalObjective
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
+from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.state import TrainingState
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -68,7 +70,28 @@ def take_steps(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
     """An optimizer step, after a first one that does not count."""
     for _ in range(2):
         gpu.clear()
-        loop.optimizer_step(job, np.arange(ROWS), 1e-3, SimpleNamespace(signum=0))
+        loop.optimizer_step(job, np.arange(ROWS), 1e-3, StopRequest()).result()
+
+
+def train(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
+    """Five steps of a run, and a checkpoint that another process writes."""
+    take_steps(job, gpu)
+    gpu.clear()
+    job.data.validation = None
+    job.recipe.training = SimpleNamespace(
+        max_grad_norm=1.0,
+        global_batch_size=ROWS,
+        learning_rate=1e-3,
+        lr_scheduler="constant",
+        warmup_steps=0,
+        max_steps=5,
+        epochs=None,
+        log_every=2,
+        save_every=100,
+        early_stopping=None,
+    )
+    quiet = SimpleNamespace(step=lambda *values: None, row=lambda row: None)
+    loop.train(job, quiet, StopRequest(), SimpleNamespace(adjust=lambda rows: None))
 
 
 def validate(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
@@ -121,6 +144,7 @@ def step(small_model, tmp_path, monkeypatch):
             training = SimpleNamespace(max_grad_norm=1.0)
             accelerator = SimpleNamespace(
                 process_index=processes - 1,
+                is_main_process=False,
                 num_processes=processes,
                 device=DEVICE,
                 reduce=lambda tensor, reduction: tensor.clone(),
@@ -151,7 +175,7 @@ def step(small_model, tmp_path, monkeypatch):
 def test_host_and_device_meet_once_per_step(step, family, dropout):
     gpu = step(family, dropout=dropout)
     assert len(gpu.reads) == 1, gpu.reads
-    assert "optimizer_step" in gpu.reads[0]
+    assert "step.py" in gpu.reads[0]
 
 
 @pytest.mark.parametrize(
@@ -170,11 +194,22 @@ def test_host_and_device_meet_once_per_step_whatever_is_asked_for(step, family, 
     sums = []
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: sums.append(tensor.device))
     gpu = step(family, **options)
-    assert len(gpu.reads) == 1 and "optimizer_step" in gpu.reads[0], gpu.reads
+    assert len(gpu.reads) == 1 and "step.py" in gpu.reads[0], gpu.reads
     assert ("dequantize_4bit" in gpu.launches) == (options.get("quantization") == "nf4"), gpu.launches
     assert all(copy.asynchronous for copy in gpu.copies if copy.bytes > 8), gpu.copies
     # One sum over the processes in each of the two steps.
     assert sums == ([DEVICE] * 2 if options.get("processes", 1) > 1 else [])
+
+
+def test_the_device_has_the_next_step_to_do_while_the_host_waits(step, monkeypatch):
+    """But at the end, where a checkpoint is written, and in float16, where a step may be taken again."""
+    monkeypatch.setattr(history, "AHEAD_ON", (DEVICE.type,))
+    monkeypatch.setattr(one_step, "_signum", lambda flags: 0)  # what is read has no values
+    of_one = step("llama").launched
+    gpu = step("llama", work=train)
+    assert len(gpu.reads) == len(gpu.behind) == 5, gpu.reads
+    assert gpu.behind[:-1] == [of_one] * 4 and gpu.behind[-1] < 3
+    assert max(step("llama", work=train, dtype=torch.float16).behind) < 3
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
