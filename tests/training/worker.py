@@ -21,6 +21,7 @@ from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import load_model
 from linchain_cli.training import checkpoints, job, loop, loss, processes, sharded
+from linchain_cli.training import step as one_step
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.processes import connect
@@ -91,7 +92,7 @@ def record_gradients(step: int, path: str) -> None:
     """
     from safetensors.torch import save_file
 
-    original = loop.sum_over_processes
+    original = one_step.sum_over_processes
 
     def summed(accelerator, sums):
         original(accelerator, sums)
@@ -110,7 +111,7 @@ def record_gradients(step: int, path: str) -> None:
     models = []
     put_in_chains = job.put_in_chains
     job.put_in_chains = lambda model, recipe: models.append(model) or put_in_chains(model, recipe)
-    loop.sum_over_processes = summed
+    one_step.sum_over_processes = summed
 
 
 def fail_on_rank(rank: int, where: str, kind: str) -> None:
