@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 
 # What a model's code raises that is asked for something it does not provide for.
 REFUSALS = (
@@ -94,11 +94,21 @@ def is_replaced(module: nn.Module) -> bool:
 
 def forget_failed_forward(model: nn.Module) -> None:
     """To be called after a forward that raised: in a model that is spread over processes (FSDP2) the block
-    that it was in would stay whole, and the next forward would not begin anew."""
+    that it was in would stay whole, and the next forward would not begin anew.
+
+    Raises:
+        LinchainError: such a model, and a torch before 2.13, which cannot have it begin anew.
+    """
     for module in model.modules():
         if hasattr(module, "reset_iter_state"):  # the outermost one has it do so for all
             module.reset_iter_state()
             return
+        if hasattr(module, "reshard"):
+            raise LinchainError(
+                f"a trial of {type(model).__name__} failed, after which torch {torch.__version__} cannot go"
+                " on with a base that is spread over processes; with torch 2.13 it can. Or set"
+                " training.parallel to replicate, which holds the base whole on every process"
+            )
 
 
 @contextlib.contextmanager

@@ -9,9 +9,17 @@ import torch
 from torch import nn
 
 from linchain_cli.chain import ChainConfig, inject, merge
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.attention import GROUPED, use_attention
-from linchain_cli.model.fast import alike, changing_nothing, is_replaced, probe_ids, record, replace_forward
+from linchain_cli.model.fast import (
+    alike,
+    changing_nothing,
+    forget_failed_forward,
+    is_replaced,
+    probe_ids,
+    record,
+    replace_forward,
+)
 from linchain_cli.model.flat_rows import reads_flat
 from linchain_cli.model.loading import load_model
 from linchain_cli.training.base import suit_to_training
@@ -99,6 +107,20 @@ def test_buffers_are_put_back():
         module.replaced = torch.zeros(5)
     assert module.written is written and torch.equal(written, torch.zeros(3))
     assert torch.equal(module.replaced, torch.ones(3))
+
+
+def test_a_spread_base_that_cannot_begin_anew_says_so():
+    """Rather than that the model changes its weights, which are whole after a forward that failed."""
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.reshard = lambda: None  # what torch's FSDP2 gives a module, before 2.13 without reset_iter_state
+    with pytest.raises(LinchainError, match="after which torch .* cannot go on .* with torch 2.13 it can"):
+        with changing_nothing(model):
+            model[0].weight.data += 1
+            forget_failed_forward(model)
+    begun = []
+    model.reset_iter_state = lambda: begun.append(1)
+    forget_failed_forward(model)
+    assert begun == [1]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
