@@ -51,7 +51,7 @@ class Display:
         self.console = stderr_console(quiet)
         self.total_steps = total_steps
         self.started, self.first_step = time.monotonic(), done
-        self.last_line = self.started
+        self.last_line, self.last_told = self.started, done
         self.bar = None
         if self.console.is_terminal and not self.console.quiet:
             self.bar = Progress(
@@ -85,11 +85,11 @@ class Display:
 
     def row(self, row: dict[str, Any]) -> None:
         """After a step whose metrics were logged."""
-        if not self.bar and not self.brief:
+        if not self.bar and not self.brief and row["step"] != self.last_told:
             self._line(row["step"], row["loss"], row["tokens_per_second"])
 
     def _line(self, step: int, loss: float, tokens_per_second: float) -> None:
-        self.last_line = time.monotonic()
+        self.last_line, self.last_told = time.monotonic(), step
         step_seconds = (self.last_line - self.started) / (step - self.first_step)
         left = _clock(step_seconds * (self.total_steps - step))
         speed = f"{tokens_per_second:,.0f} tokens/s"

@@ -64,6 +64,19 @@ def test_without_a_terminal_logged_steps_are_lines_and_so_is_every_half_minute(m
     ]
 
 
+def test_a_step_that_is_due_by_both_is_one_line(monkeypatch, capsys):
+    now = iter([0.0, 30.0, 30.0, 31.0, 31.0])
+    monkeypatch.setattr(display.time, "monotonic", lambda: next(now))
+    with display.Display(100) as shown:
+        for step in (19, 20):
+            shown.step(step, 2.0, 5000.0)
+            shown.row({"step": step, "loss": 2.0, "tokens_per_second": 5000.0})
+    assert [line.split("  ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "step 19/100",
+        "step 20/100",
+    ]
+
+
 def test_one_of_many_runs_is_a_line_every_half_minute(monkeypatch, capsys):
     steps = [line.partition("/")[0] for line in lines_of_a_run(monkeypatch, capsys, brief=True)]
     assert steps == ["step 30", "step 60", "step 90"]
