@@ -17,10 +17,12 @@ sys.path += [str(ROOT), str(ROOT / "tests")]
 import pretend_gpu  # noqa: E402
 from classifiers import make_checkpoint, pair_rows  # noqa: E402
 
+from linchain_cli.errors import InputError  # noqa: E402
 from scripts.glue_runs import __main__ as glue_runs  # noqa: E402
 from scripts.glue_runs.plan import CHOOSING_SEED, Cell, Plan  # noqa: E402
 from scripts.glue_runs.pool import Results, work, work_in_processes  # noqa: E402
 
+BERTS = ["query", "key", "value", "intermediate.dense"]
 ONE = Plan(["all"], ["rte"], [16], {"all": 2, "few": 2}, {"all": 1, "few": 1}, ["LoRA"])
 
 
@@ -84,6 +86,16 @@ def test_both_studies_on_tiny_rows(place, capsys):
     assert capsys.readouterr().out == shown and (place / "out" / "results.jsonl").read_bytes() == before
 
 
+def test_a_decoder_is_as_good(place):
+    make_checkpoint("llama", place / "llama")
+    arguments = [str(place / "llama"), "--out", str(place / "out"), "--tasks", "rte", "--length", "0.01"]
+    arguments += ["--studies", "all", "--seeds", "1", "--arms", "LoRA;full fine-tuning"]
+    with pytest.raises(InputError, match="target_modules"):
+        glue_runs.main(arguments)
+    assert glue_runs.main([*arguments, "--targets", "q_proj,v_proj"]) == 0
+    assert len(rows_of(place / "out")) == 2 * (5 + 1)
+
+
 def outcome(run, accuracy: float, loss: float) -> dict:
     return run.as_row() | {"scores": {"accuracy": accuracy, "loss": loss}}
 
@@ -122,7 +134,7 @@ def test_factors_begin_small_and_orthogonal(place, monkeypatch):
         return step(job, rows, rate, stop)
 
     monkeypatch.setattr(learn, "optimizer_step", look)
-    learner = learn.Learner(str(place / "bert"), "float32", place / "out")
+    learner = learn.Learner(str(place / "bert"), BERTS, "float32", place / "out")
     run = Run(Cell("few", "rte", 16, "depth 3, small"), True, 1e-3, 101)
     assert "failed" not in learner.do(run, 1)
     assert len(seen["factors"]) == 5
@@ -137,7 +149,7 @@ def test_nothing_stays_on_the_host_where_there_is_a_gpu(place, monkeypatch):
     alone = {"num_processes": 1, "process_index": 0, "is_main_process": True}
     gpu = SimpleNamespace(device=pretend_gpu.DEVICE, reduce=lambda tensor, reduction: tensor, **alone)
     monkeypatch.setattr(learn, "connect", lambda: gpu)
-    learner = learn.Learner(str(place / "bert"), "float32", place / "out")
+    learner = learn.Learner(str(place / "bert"), BERTS, "float32", place / "out")
     for cell in (Cell("few", "rte", 16, "depth 3, small"), Cell("all", "rte", 0, "full fine-tuning")):
         with pretend_gpu.PretendGpu() as seen:
             row = learner.do(Run(cell, False, 1e-3, 1), 2)

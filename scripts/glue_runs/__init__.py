@@ -1,4 +1,4 @@
-"""Tasks of GLUE with a small encoder: chains, the head alone, and full fine-tuning, on all rows and on few.
+"""Tasks of GLUE with a small model: chains, the head alone, and full fine-tuning, on all rows and on few.
 
     python -m scripts.glue_runs MODEL --out DIR [--studies all,few] [--processes N] [--seconds S]
 

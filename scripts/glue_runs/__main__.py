@@ -25,7 +25,10 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="checkpoint directory of a BERT")
+    parser.add_argument("model", help="checkpoint directory, of an encoder or a decoder")
+    parser.add_argument(
+        "--targets", default="query,key,value,intermediate.dense", help="modules with a chain (those of BERT)"
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dtype", default="float32", help="of a frozen base; full fine-tuning is in float32")
     parser.add_argument("--studies", default="all,few", help="in this order")
@@ -74,7 +77,7 @@ def train_some(arguments: argparse.Namespace, plan: Plan, results: Results, unti
     from .learn import Learner
 
     limit_threads()
-    learner = Learner(arguments.model, arguments.dtype, arguments.out)
+    learner = Learner(arguments.model, arguments.targets.split(","), arguments.dtype, arguments.out)
 
     def do(run: Run) -> dict:
         return learner.do(run, plan.steps(run))

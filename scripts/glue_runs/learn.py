@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ _READ_AT_ONCE = 128  # rows of a batch that is only told
 _TRAINED_AT_ONCE = 8  # and at most so many of a batch that a CPU learns from, which more make slower
 
 
-def recipe_of(model: str, dtype: str, out: Path, run: Run, steps: int, at_once: int) -> Recipe:
+def recipe_of(
+    model: str, targets: Sequence[str], dtype: str, out: Path, run: Run, steps: int, at_once: int
+) -> Recipe:
     """The recipe of a run, by dotted key; `at_once` are the most rows of a micro-batch."""
     values: dict[str, Any] = {
         "task": "classification",
@@ -50,7 +52,7 @@ def recipe_of(model: str, dtype: str, out: Path, run: Run, steps: int, at_once: 
         "model.dtype": dtype,
         "adapter.rank": 8,
         "adapter.alpha": 32,
-        "adapter.target_modules": ["query", "key", "value", "intermediate.dense"],
+        "adapter.target_modules": list(targets),
         "data.train": f"glue/{run.cell.task}",
         "data.validation": 0,
         "training.keep": "last",
@@ -93,8 +95,9 @@ class Loaded:
 class Learner:
     """Trains runs one after another, each task's base loaded once; on the GPU, if there is one."""
 
-    def __init__(self, model: str, dtype: str, out: Path):
-        self._model, self._dtype, self._out = model, dtype, out
+    def __init__(self, model: str, targets: Sequence[str], dtype: str, out: Path):
+        self._base = model, targets, dtype, out
+        self._dtype = dtype
         self._accelerator = connect()
         self._loaded: dict[str, Loaded] = {}
         if self._accelerator.device.type == "cuda":
@@ -103,7 +106,7 @@ class Learner:
     def do(self, run: Run, steps: int) -> dict[str, Any]:
         """The line that results.jsonl gets of a run."""
         at_once = _TRAINED_AT_ONCE if self._accelerator.device.type == "cpu" else run.batch
-        recipe = recipe_of(self._model, self._dtype, self._out, run, steps, at_once)
+        recipe = recipe_of(*self._base, run, steps, at_once)
         loaded = self._load(run.cell.task, recipe)
         rows, told = loaded.rows_of(run)
         device = self._accelerator.device.type
