@@ -248,6 +248,16 @@ def test_what_auto_chose_is_told_and_settled(prepare, write):
     assert again.report.fingerprint == prepared.report.fingerprint and again.report.cached
 
 
+def test_an_answer_beside_an_output_is_for_evaluation(prepare, write):
+    row = {"instruction": "Is it?", "input": "", "output": "It is true.", "answer": "true", "id": 7}
+    alone = {"question": "Is it?", "reply": "It is.", "answer": "true"}
+    paths = [str(write(name, json.dumps(each))) for name, each in (("a.jsonl", row), ("b.jsonl", alone))]
+    own = {"path": paths[1], "template": {"prompt": "{question}", "response": "{reply}"}}
+    told = [note for note in prepare([paths[0], own]).report.notes if "nothing reads" in note]
+    unread = zip(paths, ("id", "answer"), strict=True)
+    assert told == [f"{path}: nothing reads the columns {name}" for path, name in unread]
+
+
 def test_documents_fill_rows_and_lose_nothing(prepare, write, byte_level):
     texts = ["a " * 30, "the correct answer is true", "东京 🙂 " * 20, "x"]
     path = str(write("x.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts)))

@@ -30,13 +30,13 @@ def errors_of(source, template="alpaca") -> list[str]:
 
 
 def test_only_the_template_s_columns_are_kept_in_order(write, source):
-    path = write("x.json", json.dumps([GOOD, {"output": "b", "instruction": "r"}]))
+    path = write("x.json", json.dumps([{**GOOD, "source": "x"}, {"output": "b", "instruction": "r"}]))
     rows = rows_of(source(path))
     assert list(rows) == [
         {"instruction": "q", "output": "a", "input": ""},
         {"instruction": "r", "output": "b"},
     ]
-    assert rows.unread == ["answer"]
+    assert rows.unread == ["source"]
 
 
 def test_columns_are_mapped(write, source):
