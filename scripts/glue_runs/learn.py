@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,7 @@ class Learner:
     """Trains runs one after another, each task's base loaded once; on the GPU, if there is one."""
 
     def __init__(self, model: str, targets: Sequence[str], dtype: str, out: Path):
-        self._base = model, targets, dtype, out
+        self._recipe_of = partial(recipe_of, model, targets, dtype, out)
         self._dtype = dtype
         self._accelerator = connect()
         self._loaded: dict[str, Loaded] = {}
@@ -106,7 +107,7 @@ class Learner:
     def do(self, run: Run, steps: int) -> dict[str, Any]:
         """The line that results.jsonl gets of a run."""
         at_once = _TRAINED_AT_ONCE if self._accelerator.device.type == "cpu" else run.batch
-        recipe = recipe_of(*self._base, run, steps, at_once)
+        recipe = self._recipe_of(run, steps, at_once)
         loaded = self._load(run.cell.task, recipe)
         rows, told = loaded.rows_of(run)
         device = self._accelerator.device.type
