@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +24,7 @@ from scripts.glue_runs.pool import Results, work, work_in_processes  # noqa: E40
 
 BERTS = ["query", "key", "value", "intermediate.dense"]
 ONE = Plan(["all"], ["rte"], [16], {"all": 2, "few": 2}, {"all": 1, "few": 1}, ["LoRA"])
+SHORT = replace(ONE, length=0.003)  # a step or two
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,15 @@ def test_a_decoder_is_as_good(place):
     arguments += ["--studies", "all", "--seeds", "1", "--arms", "LoRA;full fine-tuning"]
     with pytest.raises(InputError, match="target_modules"):
         glue_runs.main(arguments)
+    arguments += ["--batch", "4", "--held-out", "8"]
     assert glue_runs.main([*arguments, "--targets", "q_proj,v_proj"]) == 0
-    assert len(rows_of(place / "out")) == 2 * (5 + 1)
+    rows = rows_of(place / "out")
+    assert len(rows) == 2 * (5 + 1)
+    # 0.04 of an epoch chooses, 0.1 is reported: as many rows whatever the batch
+    assert {(row["phase"], row["train_rows"], row["steps"]) for row in rows} == {
+        ("choose", 56, 21),
+        ("final", 64, 53),
+    }
 
 
 def outcome(run, accuracy: float, loss: float) -> dict:
@@ -134,9 +142,9 @@ def test_factors_begin_small_and_orthogonal(place, monkeypatch):
         return step(job, rows, rate, stop)
 
     monkeypatch.setattr(learn, "optimizer_step", look)
-    learner = learn.Learner(str(place / "bert"), BERTS, "float32", place / "out")
+    learner = learn.Learner(str(place / "bert"), BERTS, "float32", place / "out", SHORT)
     run = Run(Cell("few", "rte", 16, "depth 3, small"), True, 1e-3, 101)
-    assert "failed" not in learner.do(run, 1)
+    assert "failed" not in learner.do(run)
     assert len(seen["factors"]) == 5
     for factor in seen["factors"]:
         torch.testing.assert_close(factor @ factor.mT, SMALL_OF_FIVE**2 * torch.eye(8), rtol=1e-4, atol=1e-9)
@@ -149,16 +157,16 @@ def test_nothing_stays_on_the_host_where_there_is_a_gpu(place, monkeypatch):
     alone = {"num_processes": 1, "process_index": 0, "is_main_process": True}
     gpu = SimpleNamespace(device=pretend_gpu.DEVICE, reduce=lambda tensor, reduction: tensor, **alone)
     monkeypatch.setattr(learn, "connect", lambda: gpu)
-    learner = learn.Learner(str(place / "bert"), BERTS, "float32", place / "out")
+    learner = learn.Learner(str(place / "bert"), BERTS, "float32", place / "out", SHORT)
     for cell in (Cell("few", "rte", 16, "depth 3, small"), Cell("all", "rte", 0, "full fine-tuning")):
         with pretend_gpu.PretendGpu() as seen:
-            row = learner.do(Run(cell, False, 1e-3, 1), 2)
+            row = learner.do(Run(cell, False, 1e-3, 1))
         assert seen.launched > 100 and row["device"] == pretend_gpu.DEVICE.type
 
 
 WORKER = """
 import json, os, signal, sys, time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from scripts.glue_runs.pool import Results, work

@@ -12,7 +12,7 @@ from linchain_cli.errors import LinchainError
 from linchain_cli.locks import locked
 
 from . import __doc__ as description
-from .plan import ARMS, FEW, TASKS, Plan, Run
+from .plan import ARMS, BATCH, FEW, TASKS, Plan
 from .pool import Results, work, work_in_processes
 from .tables import tables
 
@@ -40,6 +40,9 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--choosing", type=int, default=1, help="runs that a rate is judged by on all rows")
     parser.add_argument("--few-choosing", type=int, default=2, help="on few rows")
     parser.add_argument("--length", type=float, default=1.0, help="factor on all numbers of steps")
+    parser.add_argument("--batch", type=int, default=BATCH, help="the most rows of a step")
+    parser.add_argument("--micro-batch", type=int, help="the most rows of a micro-batch (8 on a CPU)")
+    parser.add_argument("--held-out", type=int, help="the most rows that a rate is judged on")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seconds", type=float, help="no run starts later than this")
     parser.add_argument("--plan", action="store_true", help="only count runs and steps")
@@ -67,6 +70,8 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         {"all": arguments.choosing, "few": arguments.few_choosing},
         arguments.arms,
         arguments.length,
+        arguments.batch,
+        arguments.held_out,
     )
 
 
@@ -77,12 +82,9 @@ def train_some(arguments: argparse.Namespace, plan: Plan, results: Results, unti
     from .learn import Learner
 
     limit_threads()
-    learner = Learner(arguments.model, arguments.targets.split(","), arguments.dtype, arguments.out)
-
-    def do(run: Run) -> dict:
-        return learner.do(run, plan.steps(run))
-
-    work(results, plan.possible, do, until)
+    targets = arguments.targets.split(",")
+    learner = Learner(arguments.model, targets, arguments.dtype, arguments.out, plan, arguments.micro_batch)
+    work(results, plan.possible, learner.do, until)
 
 
 def main(argv: list[str]) -> int:

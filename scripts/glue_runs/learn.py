@@ -34,16 +34,17 @@ from linchain_cli.training.schedule import learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.step import optimizer_step
 
-from .plan import MAIN, TASKS, Run
+from .plan import BATCH, MAIN, TASKS, Plan, Run
 
 _READ_AT_ONCE = 128  # rows of a batch that is only told
-_TRAINED_AT_ONCE = 8  # and at most so many of a batch that a CPU learns from, which more make slower
+_TRAINED_AT_ONCE = 8  # the most of one that a CPU learns from: with more a small encoder is slower
 
 
 def recipe_of(
-    model: str, targets: Sequence[str], dtype: str, out: Path, run: Run, steps: int, at_once: int
+    model: str, targets: Sequence[str], dtype: str, out: Path, plan: Plan, run: Run, micro_batch: int
 ) -> Recipe:
-    """The recipe of a run, by dotted key; `at_once` are the most rows of a micro-batch."""
+    """The recipe of a run, by dotted key; `micro_batch` are the most rows of one."""
+    batch = plan.batch_of(run)
     values: dict[str, Any] = {
         "task": "classification",
         "name": run.name,
@@ -58,10 +59,10 @@ def recipe_of(
         "data.validation": 0,
         "training.keep": "last",
         "data.max_length": TASKS[run.cell.task].max_length,
-        "training.max_steps": steps,
+        "training.max_steps": plan.steps(run),
         "training.epochs": None,
-        "training.global_batch_size": run.batch,
-        "training.micro_batch_size": min(run.batch, at_once),
+        "training.global_batch_size": batch,
+        "training.micro_batch_size": min(batch, micro_batch),
         "training.learning_rate": run.rate,
         "training.warmup_steps": 0.06,
         **run.cell.settings.changes,
@@ -96,22 +97,31 @@ class Loaded:
 class Learner:
     """Trains runs one after another, each task's base loaded once; on the GPU, if there is one."""
 
-    def __init__(self, model: str, targets: Sequence[str], dtype: str, out: Path):
-        self._recipe_of = partial(recipe_of, model, targets, dtype, out)
-        self._dtype = dtype
+    def __init__(
+        self,
+        model: str,
+        targets: Sequence[str],
+        dtype: str,
+        out: Path,
+        plan: Plan,
+        micro_batch: int | None = None,
+    ):
+        self._plan, self._dtype = plan, dtype
+        self._recipe_of = partial(recipe_of, model, targets, dtype, out, plan)
         self._accelerator = connect()
+        cpu = self._accelerator.device.type == "cpu"
+        self._micro_batch = micro_batch or (_TRAINED_AT_ONCE if cpu else BATCH)
         self._loaded: dict[str, Loaded] = {}
         if self._accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # products of float32 in TF32
 
-    def do(self, run: Run, steps: int) -> dict[str, Any]:
+    def do(self, run: Run) -> dict[str, Any]:
         """The line that results.jsonl gets of a run."""
-        at_once = _TRAINED_AT_ONCE if self._accelerator.device.type == "cpu" else run.batch
-        recipe = self._recipe_of(run, steps, at_once)
+        recipe = self._recipe_of(run, self._micro_batch)
         loaded = self._load(run.cell.task, recipe)
         rows, told = loaded.rows_of(run)
         device = self._accelerator.device.type
-        row = run.as_row() | {"steps": steps, "train_rows": len(rows), "device": device}
+        row = run.as_row() | {"steps": self._plan.steps(run), "train_rows": len(rows), "device": device}
         row["dtype"] = "float32" if run.cell.settings.full else self._dtype
         learn = self._full if run.cell.settings.full else self._chains
         try:
@@ -131,7 +141,7 @@ class Learner:
             dev = recipe.data.model_copy(update={"train": [source]})
             told = {"task": recipe.task, "classes": base.outputs.classes}
             train, dev = (prepare_data(data, base.tokenizer, **told).train for data in (recipe.data, dev))
-            self._loaded[task] = Loaded(base, train, dev, min(TASKS[task].held_out, len(train) // 4))
+            self._loaded[task] = Loaded(base, train, dev, min(self._plan.held_out_of(task), len(train) // 4))
         return self._loaded[task]
 
     def _chains(

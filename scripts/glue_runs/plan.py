@@ -104,10 +104,6 @@ class Run:
         arm = cell.arm.replace(" ", "").replace(",", "-")
         return f"{cell.study}-{cell.task}-{cell.rows}-{arm}-{phase}-{self.rate:g}-{self.seed}"
 
-    @property
-    def batch(self) -> int:
-        return FEW[self.cell.rows].batch if self.cell.rows else BATCH
-
     def as_row(self) -> dict[str, Any]:
         """How it is named in results.jsonl."""
         own = {"phase": "choose" if self.choosing else "final", "rate": self.rate, "seed": self.seed}
@@ -117,7 +113,8 @@ class Run:
 @dataclass(frozen=True)
 class Plan:
     """Which runs there are. `length` is a factor on all numbers of steps; `seeds` and `choosing` are how many
-    of a study's runs are reported and how many each rate is judged by."""
+    of a study's runs are reported and how many each rate is judged by; `batch` are the most rows of a step
+    and `held_out` the most that a rate is judged on."""
 
     studies: Sequence[str]
     tasks: Sequence[str]
@@ -126,6 +123,8 @@ class Plan:
     choosing: Mapping[str, int]
     arms: Sequence[str] = ()
     length: float = 1.0
+    batch: int = BATCH
+    held_out: int | None = None
 
     def cells(self) -> Iterator[Cell]:
         for study in self.studies:
@@ -142,14 +141,22 @@ class Plan:
     def final_runs(self, cell: Cell, rate: float) -> list[Run]:
         return [Run(cell, False, rate, seed) for seed in range(1, 1 + self.seeds[cell.study])]
 
+    def batch_of(self, run: Run) -> int:
+        """Rows of a step."""
+        return min(self.batch, FEW[run.cell.rows].batch) if run.cell.rows else self.batch
+
+    def held_out_of(self, task: str) -> int:
+        """Training rows that are kept to judge rates on, of the task as it is distributed."""
+        return TASKS[task].held_out if self.held_out is None else min(self.held_out, TASKS[task].held_out)
+
     def steps(self, run: Run) -> int:
         """Optimizer steps of a run, of the task as it is distributed."""
         if run.cell.rows:
             return max(1, round(self.length * FEW[run.cell.rows].steps))
         task = TASKS[run.cell.task]
-        rows = task.rows - task.held_out if run.choosing else task.rows
+        rows = task.rows - self.held_out_of(run.cell.task) if run.choosing else task.rows
         epochs = task.choose_epochs if run.choosing else task.epochs
-        return max(1, round(self.length * epochs * math.ceil(rows / BATCH)))
+        return max(1, round(self.length * epochs * math.ceil(rows / self.batch_of(run))))
 
     def best_rate(self, cell: Cell, done: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The rate that tells held-out rows best by the task's metric, of equal ones that with the lower
