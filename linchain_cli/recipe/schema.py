@@ -82,9 +82,10 @@ class AdapterConfig(StrictModel):
     init: Literal["orthogonal", "identity", "kaiming"] = "orthogonal"
     """How links start. orthogonal and identity keep LoRA's scale at any depth; kaiming is the paper's. B
     starts at zero."""
-    target_modules: Targets = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
-    """Linear modules of the text decoder that get a chain: a list of names (all-linear may be one), one
-    regular expression over the full module path, or all-linear. A name that matches nothing is an error.
+    target_modules: Targets = "all-linear"
+    """Linear modules of the text decoder that get a chain: all-linear (all but the output head), a list of
+    names (all-linear may be one), or one regular expression over the full module path. A name that matches
+    nothing is an error. The paper's are [q_proj, k_proj, v_proj, up_proj, down_proj].
     Routed experts get chains, one on each matrix of each expert, where they are named: `experts.down_proj`,
     or `experts` for all their matrices. check and train say what share of the weights a choice leaves out."""
     init_from: Text | None = None

@@ -27,7 +27,7 @@ output_dir: runs
 seed: 42
 model: {revision: null, dtype: auto, quantization: none, attention: auto}
 adapter: {rank: 16, depth: 3, alpha: 32.0, scale: alpha, dropout: 0.0, init: orthogonal, init_from: null,
-          target_modules: [q_proj, k_proj, v_proj, up_proj, down_proj]}
+          target_modules: all-linear}
 data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 42, labels: {}, template: auto,
 chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: false,
        max_length: auto, on_long_row: cut, on_bad_row: error, max_unsupervised_share: 0.0}

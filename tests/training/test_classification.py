@@ -86,9 +86,10 @@ def step(job, rows):
         return optimizer_step(job, np.asarray(rows), 0.01, stop).result()
 
 
+@pytest.mark.parametrize("changes", [{}, {"adapter.target_modules": "all-linear"}], ids=["named", "all"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chains_and_head_of_every_kind_of_model_learn(label_recipe, kind):
-    job = job_of(label_recipe(kind))
+def test_chains_and_head_of_every_kind_of_model_learn(label_recipe, kind, changes):
+    job = job_of(label_recipe(kind, changes))
     before = {name: value.detach().clone() for name, value in job.parameters.items()}
     base = {n: p.clone() for n, p in job.model.named_parameters() if not p.requires_grad}
     losses = [step(job, range(48)).loss for _ in range(8)]
@@ -96,6 +97,7 @@ def test_chains_and_head_of_every_kind_of_model_learn(label_recipe, kind):
     moved = [name for name, value in job.parameters.items() if not torch.equal(value, before[name])]
     assert set(moved) == set(job.parameters), "everything that is trained has moved"
     assert job.head and not any(".pooler." in name for name in job.layers)
+    assert not set(job.layers) & {name.rpartition(".")[0] for name in job.head}, "the head has no chain"
     assert all(torch.equal(p, base[n]) for n, p in job.model.named_parameters() if n in base)
 
 
