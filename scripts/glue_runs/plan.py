@@ -27,7 +27,7 @@ class Arm:
 
 
 CHAIN_RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3)
-FEW_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+FEW_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ALL_ROWS = {
     "LoRA": Arm(CHAIN_RATES, {"adapter.depth": 0}),
     "MoSLoRA": Arm(CHAIN_RATES, {"adapter.depth": 1, "adapter.init": "kaiming"}),
