@@ -86,8 +86,12 @@ class SharedCpus:
     _INTERVAL = 1.0  # seconds between two looks; /proc/stat counts in hundredths
 
     def __init__(self, limit: int):
-        self.limit = self.threads = limit
-        self._roomy, self._before = 0, _cpu_seconds()
+        self.limit = limit
+        self.begin()
+
+    def begin(self) -> None:
+        """Takes all threads, and looks at the load from now on."""
+        self.threads, self._roomy, self._before = self.limit, 0, _cpu_seconds()
 
     def look(self) -> int:
         """The number of threads to go on with, 1 to `limit`; where the system does not tell its load, the

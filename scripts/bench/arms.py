@@ -56,7 +56,10 @@ def serve(settings: dict, job, rows: BenchRows, step) -> None:
 
 
 def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
-    """linchain's own optimizer step, with its threads set by the load as training sets them."""
+    """linchain's own optimizer step, with its threads set by the load as training sets them.
+
+    The other arms' turns are no load: behind a pause it begins with all threads, as a run does.
+    """
     from linchain_cli.machine import SharedCpus
     from linchain_cli.training.history import AHEAD_ON
     from linchain_cli.training.signals import StopRequest
@@ -67,16 +70,21 @@ def linchain_arm(settings: dict, depth: int, compiled: bool = False) -> None:
         torch.compile = partial(torch.compile, backend=backend)
     job = make_job(settings, depth, compiled)
     rows, stop = BenchRows(job), StopRequest()
-    cpus = LoadedCpus(job, SharedCpus(torch.get_num_threads()), lambda message: None)
-
-    asked = deque()
+    shared = SharedCpus(torch.get_num_threads())
+    cpus = LoadedCpus(job, shared, lambda message: None)
+    asked, ended = deque(), -math.inf
 
     def step(index: int) -> Callable[[], float]:
+        nonlocal ended
+        if time.monotonic() - ended > 1:
+            shared.begin()
+            torch.set_num_threads(shared.threads)
         cpus.adjust(rows.by_step(index))
         taken = optimizer_step(job, rows.by_step(index), RATE, stop)
         asked.append(taken)
         while len(asked) > (settings["device"] in AHEAD_ON):  # as training waits
             asked.popleft().result()
+        ended = time.monotonic()
         return lambda: taken.result().loss
 
     serve(settings, job, rows, step)
