@@ -103,7 +103,7 @@ def check_missing(model: PreTrainedModel, missing: Sequence[str], mismatched: Se
     """Of the weights that a checkpoint lacks, or holds for other classes, those that are not the head's:
     without them it is incomplete. The head's are remembered with the model: their values begin at random."""
     lacking = set(missing) | set(mismatched)
-    head = {name for name in lacking if not _inside(model, name) or ".pooler." in f".{name}"}
+    head = {name for name in lacking if _behind(model, name)}
     record(model)["drawn"] = tuple(name for name, _ in model.named_parameters() if name in head)
     return sorted(lacking - head)
 
@@ -116,10 +116,8 @@ def clear_drawn(model: nn.Module) -> None:
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
-    """The parameters of a loaded classifier's head: what lies behind its base, and the pooler if the
-    checkpoint had none."""
-    drawn = drawn_names(model)
-    return tuple(name for name, _ in model.named_parameters() if not _inside(model, name) or name in drawn)
+    """The parameters of a loaded classifier's head: what lies behind its blocks."""
+    return tuple(name for name, _ in model.named_parameters() if _behind(model, name))
 
 
 def drawn_names(model: nn.Module) -> tuple[str, ...]:
@@ -127,8 +125,9 @@ def drawn_names(model: nn.Module) -> tuple[str, ...]:
     return record(model).get("drawn", ())
 
 
-def _inside(model: nn.Module, name: str) -> bool:
-    return name.startswith(f"{model.base_model_prefix}.")
+def _behind(model: nn.Module, name: str) -> bool:
+    """Whether a parameter lies behind the base's blocks. transformers counts BERT's pooler to the base."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def initial_deviation(model: nn.Module) -> float:

@@ -69,7 +69,7 @@ class Few:
 
 
 BATCH = 32
-TASKS = {"rte": Task(2127, 500, 128, 4, 10), "cola": Task(7250, 1000, 64, 1, 3)}
+TASKS = {"rte": Task(2127, 500, 128, 4, 10), "cola": Task(7250, 1000, 64, 2, 3)}
 FEW = {16: Few(30, 16), 64: Few(40, 16), 256: Few(60, 16), 1024: Few(96, 32)}
 REFERENCE = {"all": "LoRA", "few": "depth 0"}
 ARMS = {"all": ALL_ROWS, "few": FEW_ROWS}

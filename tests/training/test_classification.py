@@ -237,7 +237,21 @@ def test_a_classifier_of_other_classes_gets_a_new_head(label_recipe, classifier_
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "five")
     job = job_of(label_recipe(changes={"model.path": str(tmp_path / "five")}))
     assert job.parameters["classifier.weight"].shape == (2, 32)
-    assert "bert.pooler.dense.weight" not in job.parameters  # which that checkpoint had
+
+
+def test_a_pooler_of_the_checkpoint_is_trained_from_its_values(label_recipe, classifier_base, tmp_path):
+    """It lies between the blocks and the classes: MiniLM's, made for nothing like them, hides what the blocks
+    learn as long as it is frozen."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    base, name = classifier_base("bert"), "bert.pooler.dense.weight"
+    model = AutoModelForSequenceClassification.from_pretrained(base)
+    model.bert.save_pretrained(tmp_path / "bare")
+    AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "bare")
+    job = job_of(label_recipe(changes={"model.path": str(tmp_path / "bare")}))
+    assert torch.equal(job.parameters[name], model.get_parameter(name))
+    step(job, range(8))
+    assert not torch.equal(job.parameters[name], model.get_parameter(name))
 
 
 def test_a_base_without_a_layer_is_still_refused(label_recipe, classifier_base, tmp_path):
