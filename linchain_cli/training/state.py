@@ -66,12 +66,11 @@ class TrainingState:
         self.loss_scale, self.steps_at_scale = self.loss_scale / 2, 0
         return True
 
-    def count_scaled_step(self, dtype: torch.dtype) -> None:
-        """Notes a step without overflow."""
-        if dtype == torch.float16:
-            self.steps_at_scale += 1
-            if self.steps_at_scale == STEPS_TO_DOUBLE:
-                self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
+    def count_scaled_step(self) -> None:
+        """Notes a float16 step without overflow."""
+        self.steps_at_scale += 1
+        if self.steps_at_scale == STEPS_TO_DOUBLE:
+            self.loss_scale, self.steps_at_scale = 2 * self.loss_scale, 0
 
 
 def first_state(dtype: torch.dtype) -> TrainingState:

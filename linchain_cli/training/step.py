@@ -108,7 +108,7 @@ def optimizer_step(job: Job, rows: np.ndarray, rate: float, stop: StopRequest) -
             return step
         if not (step.overflowed and state.halve_loss_scale()):
             step.result()
-            state.count_scaled_step(job.model.dtype)
+            state.count_scaled_step()
             return step
         optimizer.go_on()
 
