@@ -162,8 +162,8 @@ accuracy)
     ;;
 defaults)
     steps=${STEPS:-160}
-    chain() { echo "{rank: $1, alpha: $2, depth: 3, init: orthogonal, dropout: 0, target_modules: ${3:-$paper}}"; }
     paper="[q_proj, k_proj, v_proj, up_proj, down_proj]"
+    chain() { echo "{rank: $1, alpha: $2, depth: 3, init: orthogonal, dropout: 0, target_modules: ${3:-$paper}}"; }
     # By rank and alpha. rsLoRA's scale, alpha / √rank, is that of alpha / rank with √(rank / 16) of its alpha, where
     # both are taken as equal at rank 16. All linear modules of rank 11 have as many parameters as q, k, v, up and
     # down of rank 16, in SmolLM2.

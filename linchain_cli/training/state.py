@@ -102,5 +102,9 @@ def restore(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]
     """Puts a snapshot back. Raises InputError when it is of other parameters."""
     for name, parameter in parameters.items():
         if name not in values or values[name].shape != parameter.shape:
-            raise InputError(f"the checkpoint does not hold '{name}' of shape {tuple(parameter.shape)}")
+            raise InputError(
+                f"the checkpoint does not hold '{name}' of shape {tuple(parameter.shape)}, which is trained"
+                " here: another version of linchain began this run. Go on with that version, or begin a run"
+                " of another name."
+            )
         parameter.copy_(values[name])

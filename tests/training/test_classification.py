@@ -233,10 +233,13 @@ def test_a_classifier_of_other_classes_gets_a_new_head(label_recipe, classifier_
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     base = classifier_base("bert")
-    AutoModelForSequenceClassification.from_pretrained(base, num_labels=5).save_pretrained(tmp_path / "five")
+    five = AutoModelForSequenceClassification.from_pretrained(base, num_labels=5)
+    five.save_pretrained(tmp_path / "five")
     AutoTokenizer.from_pretrained(base).save_pretrained(tmp_path / "five")
     job = job_of(label_recipe(changes={"model.path": str(tmp_path / "five")}))
     assert job.parameters["classifier.weight"].shape == (2, 32)
+    pooler = "bert.pooler.dense.weight"
+    assert torch.equal(job.parameters[pooler], five.get_parameter(pooler)), "which goes on from what it was"
 
 
 def test_a_pooler_of_the_checkpoint_is_trained_from_its_values(label_recipe, classifier_base, tmp_path):
