@@ -40,10 +40,10 @@ class Stopped(LinchainError):
         self.exit_code = 128 + signum
 
 
-def nearest(name: str, names: Iterable[str]) -> str | None:
-    """The name out of `names` that is most like `name`, or None when nothing is close."""
+def nearest(name: str, names: Iterable[str], alike: float = 0.6) -> str | None:
+    """The name out of `names` that is most like `name`, or None when none is as near as `alike` (up to 1)."""
     by_lower = {candidate.lower(): candidate for candidate in names}
-    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=alike)
     return by_lower[close[0]] if close else None
 
 

@@ -14,12 +14,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from linchain_cli.data.chat_checks import check_answer, check_read
 from linchain_cli.data.chat_program import ChatProgram, called
 from linchain_cli.data.conversation import Conversation, Message
+from linchain_cli.data.messages import ROLES
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError
 from linchain_cli.errors import InputError
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Tools = Sequence[Mapping[str, Any]] | None
 
-_VERSION = 2
+_VERSION = 3
 _WORD = "4f1c9a"  # stands for an answer; no template writes it
 _QUESTION: Message = {"role": "user", "content": "2 + 2"}
 _ANSWER: Message = {"role": "assistant", "content": _WORD}
@@ -39,6 +40,8 @@ _MARK = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _MARK_AT_START = re.compile(r"\s*<[^<>\s]+>")
 _LONGEST_MARK = 64
 _OTHER_TEMPLATE = "Use another template: alpaca, plain or your own."
+_KNOWN_ROLES = (*ROLES, "function", "function_response", "observation", "ipython")
+_OTHER_ROLES = f"what turns of other roles than {', '.join(ROLES)} say is only read, never learned"
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,8 @@ class ChatTemplate:
             answers = others[::-1]
         read = [message for message in messages[: learned[-1]] if message["role"] != "assistant"]
         check_read(read, tools, rows[0].text)
+        if any(message["role"] not in _KNOWN_ROLES for message in messages):
+            rows = [replace(row, remarks=(*row.remarks, _OTHER_ROLES)) for row in rows]
         return rows[::-1]
 
     def end_marks(self) -> list[str]:

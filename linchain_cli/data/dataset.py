@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
 from linchain_cli.data.cache import open_or_encode
-from linchain_cli.data.formats import choose_template
+from linchain_cli.data.choosing import choose_template
 from linchain_cli.data.glue import TASKS
 from linchain_cli.data.labelled import Labelling, encoder_for, find_classes, labelled_source
 from linchain_cli.data.mixture import hold_out, weighted
 from linchain_cli.data.pipeline import EncodingSettings, Progress, encoded_rows
+from linchain_cli.data.readers import shown
 from linchain_cli.data.report import DataReport
 from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source, resolve_source
@@ -210,8 +211,8 @@ def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> 
         raise InputError(
             f"{report.unsupervised:,} of {usable:,} rows ({share:.1%}) have no supervised token: their "
             f"prompts fill data.max_length ({max_length}), so that the answer is cut off. Raise "
-            "data.max_length, or accept a share with data.max_unsupervised_share (now "
-            f"{tolerated:g}).{examples}"
+            "data.max_length, leave long rows out (data.on_long_row: drop), or accept a share with "
+            f"data.max_unsupervised_share (now {tolerated:g}).{examples}"
         )
 
 
@@ -226,7 +227,12 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
         elif one.by_itself:
             notes.append(f"{name}: rows go through the template {counts.template} (data.template: auto)")
         if counts.unread and one.source.glue is None:
-            notes.append(f"{name}: nothing reads the columns {', '.join(map(str, counts.unread[:20]))}")
+            notes.append(f"{name}: nothing reads the columns {', '.join(map(shown, counts.unread[:20]))}")
+        for column in counts.unshown:
+            told.append(
+                f"{name}: rows hold a `{column}`, which the template {counts.template} does not show to the "
+                "model: data.template: chat does"
+            )
         if files and files.left_out:
             names = [Path(file).name for file in files.left_out]
             notes.append(f"{name}: not read are {some(names, 5)}")

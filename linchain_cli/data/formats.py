@@ -14,11 +14,11 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from linchain_cli.data import messages, readers
+from linchain_cli.data.choosing import template_for
 from linchain_cli.data.readers import MAX_CELL
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.rows import Layout, Row, RowError, Template
@@ -27,9 +27,10 @@ from linchain_cli.errors import InputError, did_you_mean, nearest
 from linchain_cli.recipe import SourceConfig
 
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
-_LOOKED_AT = 100  # rows from which `template: auto` tells the format
 
 Cells = Mapping[str, Any]
+_SAID_BEFORE = ("system", "history")
+_ASKING = (("instruction", "output"), ("prompt", "completion"))
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,7 @@ def _text(column: str, value: Any) -> str:
 
 
 def _other_template(value: Any) -> str:
-    turns = isinstance(value, list) and value and isinstance(value[0], dict)
-    return "; conversations are for data.template: chat" if turns else ""
+    return "; conversations are for data.template: chat" if messages.are_turns(value) else ""
 
 
 def _history(value: Any) -> list[tuple[str, str]]:
@@ -163,6 +163,7 @@ class FormattedRows:
         self._raw = RawRows(source, wanted | {"tools"})
         self._seen: dict[str, None] = {}
         self._asked: set[str] = set()
+        self._unshown: set[str] = set()
         self._check_columns()
 
     @property
@@ -170,6 +171,11 @@ class FormattedRows:
         # LLM-Adapters' rows say in `answer` once more, for evaluation, what their `output` ends with.
         known = {"answer"} if "output" in self._asked else set()
         return [name for name in self._seen if name not in self._asked | known]
+
+    @property
+    def unshown(self) -> list[str]:
+        """What was said before an instruction, and is filled in, but not shown to the model."""
+        return sorted(self._unshown)
 
     @property
     def class_names(self) -> list[str]:
@@ -222,6 +228,8 @@ class FormattedRows:
             )
         if self._raw.is_table:
             raw = messages.pruned(raw)
+        if stored.asks:
+            self._unshown |= {name for name in _SAID_BEFORE if raw.get(name) and name not in stored.names}
         return stored.make(raw)
 
     def missing(self, found: Iterable[str]) -> str:
@@ -265,6 +273,7 @@ class _Stored:
         self.ours = [*form.required, *form.optional]
         self.theirs = [theirs for _, theirs in self._required + self._optional]
         self.names = frozenset(self.theirs)
+        self.asks = form.required in _ASKING
 
     def missing(self, found: Mapping[str, Any] | Sequence[str]) -> list[str]:
         return [theirs for _, theirs in self._required if theirs not in found]
@@ -288,93 +297,6 @@ class _Stored:
             if value is not None and value == value:
                 cells[ours] = value
         return self._make(cells)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A template by its name, and what rows hold that it is for."""
-
-    name: str
-    holds: str
-
-
-# Looked for in this order. A chat data set may carry the same rows as plain text, too.
-_CHOICES = (
-    (("messages",), Choice("chat", "conversations (`messages`)")),
-    (("conversations",), Choice("chat", "conversations (`conversations`)")),
-    (("instruction", "output"), Choice("alpaca", "instructions (`instruction`, `output`)")),
-    (("prompt", "completion"), Choice("prompt-completion", "prompts with their `completion`")),
-    (("text",), Choice("text", "documents (`text`)")),
-)
-_TOLD = Choice("chat", "prompts and completions written as messages")
-_EARLIER = Choice("chat", "instructions with `system` or `history`")
-
-
-def template_for(found: Iterable[str], columns: Mapping[str, str]) -> Choice | None:
-    """The template for rows with these columns; `columns` are names of ours to theirs."""
-    found = set(found)
-    for names, choice in _CHOICES:
-        if all(columns.get(name, name) in found for name in names):
-            return choice
-    return None
-
-
-def choose_template(source: Source, chats: bool) -> Choice:
-    """What `data.template: auto` takes for a source, by its first rows. `chats` says that the tokenizer has
-    a chat template, without which instructions with a `system` or `history` go through alpaca.
-
-    Raises InputError if they have the columns of no format.
-    """
-    rows = RawRows(source, set())
-    found: Choice | None = None
-    for raw in islice((row for row in rows if not isinstance(row, RowError)), _LOOKED_AT):
-        found = found or template_for(raw, source.columns)
-        if found is None:
-            raise InputError(f"{rows.place()}: {_no_format(list(raw), source.columns)}")
-
-        def cell(name: str, raw: Cells = raw) -> Any:
-            return raw.get(source.columns.get(name, name))
-
-        if found.name == "prompt-completion":
-            return _TOLD if any(map(messages.is_messages, map(cell, ("prompt", "completion")))) else found
-        if found.name != "alpaca" or not chats:
-            return found
-        if cell("system") or cell("history"):
-            return _EARLIER
-    if found is None:
-        raise InputError(
-            f"{source.name} has no row that can be read, by which data.template: auto could choose."
-        )
-    return found
-
-
-# What people call the columns of instructions.
-_SYNONYMS = {
-    "instruction": ("question", "query", "problem", "input", "text", "source"),
-    "output": ("answer", "response", "solution", "target", "label", "labels"),
-}
-
-
-def _no_format(found: list[str], columns: Mapping[str, str]) -> str:
-    """What to do about rows whose columns are those of no format."""
-    names = {readers.shown(name): name for name in found}
-    known = [columns.get(name, name) for format_names, _ in _CHOICES for name in format_names]
-    meant = next((f"{name}: {near}" for name in known if (near := nearest(name, names))), None)
-    guess = {
-        ours: next((name for name in theirs if name in found), None) for ours, theirs in _SYNONYMS.items()
-    }
-    example = (
-        ", ".join(f"{ours}: {name}" for ours, name in guess.items())
-        if all(guess.values())
-        else meant or "instruction: NAME, output: NAME"
-    )
-    return (
-        f"the columns ({', '.join(list(names)[:20]) or 'none'}) are those of no format: {_FORMATS}. Map "
-        f"them with data.columns: {{{example}}}, or write a data.template of your own."
-    )
-
-
-_FORMATS = "; ".join(", ".join(f"`{name}`" for name in format_names) for format_names, _ in _CHOICES)
 
 
 def check_text(text: str, row: Row) -> None:

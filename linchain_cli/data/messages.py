@@ -7,12 +7,14 @@ lists of objects or as their JSON text, with tool calls, reasoning, and content 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
 from linchain_cli.data.conversation import Conversation, Message, ToolCall
 from linchain_cli.data.readers import shown
 from linchain_cli.data.rows import RowError
+from linchain_cli.errors import nearest
 
 # ShareGPT's names, those that LLaMA-Factory adds, and the usual ones.
 _ROLES = {
@@ -21,7 +23,15 @@ _ROLES = {
     **{name: "tool" for name in ("tool", "observation", "function_response", "function")},
     "system": "system",
 }
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Of OpenAI's form, in which a role may also be one that a template knows (ipython, observation, ...).
+_ROLE_NAMES = {name: name for name in ROLES} | {
+    name: role for name, role in _ROLES.items() if role in ("user", "assistant")
+}
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_LEARNED = ("weight", "train", "training", "loss")  # OpenAI's and Mistral's, Axolotl's two, ms-swift's
+_IN_PART = ("train_detail", "training_detail")  # Axolotl's marks of parts of a turn
+_JSON_LIST = re.compile(r"\s*\[\s*\{")
 
 
 def conversation(messages: list[Message], tools: Any = None) -> Conversation:
@@ -43,15 +53,26 @@ def messages_of(value: Any, column: str) -> list[Message]:
 
 def asked_and_answered(prompt: Any, completion: Any, names: tuple[str, str]) -> list[Message]:
     """The turns of a prompt and its completion, of which the completion's alone are learned."""
-    asked = [{"role": "user", "content": prompt}] if _is_text(prompt) else messages_of(prompt, names[0])
-    if _is_text(completion):
-        return [*_unlearned(asked), {"role": "assistant", "content": completion}]
-    return [*_unlearned(asked), *messages_of(completion, names[1])]
+    asked = messages_of(prompt, names[0]) if is_messages(prompt) else [{"role": "user", "content": prompt}]
+    if is_messages(completion):
+        return [*_unlearned(asked), *messages_of(completion, names[1])]
+    return [*_unlearned(asked), {"role": "assistant", "content": completion}]
 
 
 def is_messages(value: Any) -> bool:
-    """Whether a prompt or completion is written as turns, not as text."""
-    return isinstance(value, (list, dict)) or isinstance(value, str) and not _is_text(value)
+    """Whether a prompt or completion is written as turns, not as text, which may be JSON of another kind."""
+    if isinstance(value, str) and _JSON_LIST.match(value):
+        try:
+            return are_turns(json.loads(value))
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(value, (list, dict))
+
+
+def are_turns(value: Any) -> bool:
+    """Whether a list begins with what somebody says."""
+    first = value[0] if isinstance(value, list) and value else None
+    return isinstance(first, dict) and ("role" in first or "from" in first)
 
 
 def tools_of(value: Any, column: str = "tools") -> list[dict[str, Any]]:
@@ -81,10 +102,6 @@ def pruned(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: pruned(item) for key, item in value.items() if item is not None}
     return [pruned(item) for item in value] if isinstance(value, list) else value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and not value.lstrip().startswith('[{"')
 
 
 def _unlearned(messages: Iterable[Message]) -> list[Message]:
@@ -119,10 +136,10 @@ def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, dict):
         raise RowError(f"{place} is {shown(turn)}, not an object with role and content")
     turn = _without_null(turn)
-    if "role" not in turn and "from" in turn:
+    if "role" not in turn and "from" in turn or turn.get("role") == "function_call":
         turn = _of_share_gpt(turn, place)
     role, content = turn.get("role"), turn.get("content")
-    if type(role) is str and type(content) is str and len(turn) == 2:
+    if type(role) is str and type(content) is str and len(turn) == 2 and role in ROLES:
         return turn  # most are like this
     return _whole_message(turn, place)
 
@@ -131,6 +148,9 @@ def _whole_message(turn: dict[str, Any], place: str) -> Message:
     role = turn.pop("role", None)
     if not isinstance(role, str) or not role:
         raise RowError(f"{place} needs a role and a content")
+    role = _ROLE_NAMES.get(role.lower(), role)
+    if role not in ROLES and (meant := nearest(role, ROLES, 0.8)):
+        raise RowError(f"{place} has the role {role!r}, where '{meant}' seems to be meant")
     calls = _tool_calls(turn, place)
     learned = _learned(turn, place)
     reasoning = [turn.pop(name) for name in _REASONING if turn.get(name)]
@@ -147,11 +167,11 @@ def _whole_message(turn: dict[str, Any], place: str) -> Message:
 
 
 def _of_share_gpt(turn: dict[str, Any], place: str) -> dict[str, Any]:
-    speaker = turn.pop("from")
-    role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+    speaker = turn.pop("from", None) or turn.pop("role")
+    role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise RowError(f"{place} is from {shown(speaker)}; known are {', '.join(_ROLES)}")
-    content = turn.pop("value", None)
+    content = turn.pop("value", turn.pop("content", None))
     if speaker == "function_call":
         calls = parsed(content, place)
         return {"role": role, "tool_calls": calls if isinstance(calls, list) else [calls], **turn}
@@ -213,9 +233,13 @@ def _tool_call(call: Any, place: str) -> ToolCall:
 
 
 def _learned(turn: dict[str, Any], place: str) -> bool:
-    weight, train = turn.pop("weight", 1), turn.pop("train", True)
-    if weight not in (0, 1):
-        raise RowError(f"{place}: weight is {shown(weight)}; it can be 1 (learned) or 0 (read alone)")
-    if not isinstance(train, bool):
-        raise RowError(f"{place}: train is {shown(train)}; it can be true (learned) or false (read alone)")
-    return bool(weight) and train
+    if part := next((name for name in _IN_PART if turn.get(name)), None):
+        raise RowError(f"{place} has {part}: a turn is learned whole or not at all. Take {part} out of it")
+    marks = [(name, turn.pop(name)) for name in _LEARNED if name in turn]
+    for name, mark in marks:
+        if mark not in (0, 1):
+            raise RowError(
+                f"{place}: {name} is {shown(repr(mark))}; it can be 1 or true (learned), or 0 or false (read "
+                "alone)"
+            )
+    return all(mark for _, mark in marks)

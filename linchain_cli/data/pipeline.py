@@ -118,7 +118,7 @@ def rendered_rows(
             _note(report.bad_examples, message)
         else:
             yield RenderedRow(rows.place(), texts)
-    counts.unread = rows.unread
+    counts.unread, counts.unshown = rows.unread, rows.unshown
     if counts.bad == counts.total:
         reason = f": none of {counts.total} rows can be used; first {bad}" if bad else " has no rows."
         raise InputError(f"{source.name}{reason}")

@@ -25,7 +25,17 @@ _BLOCK = 1 << 20
 _BOM = codecs.BOM_UTF8
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 _JSON_WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-_OTHER_BOMS = {codecs.BOM_UTF16_LE: "UTF-16", codecs.BOM_UTF16_BE: "UTF-16"}
+# How files begin that are something else than their name says.
+_OTHER_FILES = {
+    codecs.BOM_UTF16_LE: "the file is UTF-16 text. Save it as UTF-8.",
+    codecs.BOM_UTF16_BE: "the file is UTF-16 text. Save it as UTF-8.",
+    b"\x1f\x8b": "the file is compressed (gzip). Put .gz behind its name.",
+    b"BZh": "the file is compressed (bzip2). Put .bz2 behind its name.",
+    b"\xfd7zXZ": "the file is compressed (xz). Put .xz behind its name.",
+    b"\x28\xb5\x2f\xfd": "the file is compressed (zstd). Put .zst behind its name.",
+    b"PK\x03\x04": "the file is a zip archive or a spreadsheet. Unpack it, or save its rows as CSV.",
+    b"PAR1": "the file is a parquet file. Its name has to end in .parquet.",
+}
 
 
 class Reader:
@@ -86,12 +96,12 @@ class _LineReader(Reader):
 
 def _skip_byte_order_mark(handle: BinaryIO, reader: Reader) -> int:
     """Reads over a UTF-8 byte-order mark and returns its length; refuses empty files and other encodings."""
-    start = handle.peek(4)
+    start = handle.peek(8)
     if not start:
         raise reader.problem("the file is empty.")
-    for mark, name in _OTHER_BOMS.items():
+    for mark, said in _OTHER_FILES.items():
         if start.startswith(mark):
-            raise reader.problem(f"the file is {name} text. Save it as UTF-8.")
+            raise reader.problem(said)
     return len(handle.read(len(_BOM))) if start.startswith(_BOM) else 0
 
 
@@ -112,11 +122,11 @@ class JsonLinesReader(_LineReader):
 
     def _parse(self, text: str) -> dict[str, Any] | RowError:
         try:
-            value = json.loads(text)
+            value = json.loads(text.rstrip())
         except json.JSONDecodeError as error:
             cut = "; the file ends here without a line break, as if it had been cut off"
             cut = "" if text.endswith("\n") else cut
-            return RowError(f"not JSON: {error.msg} at column {error.colno}{cut}")
+            return RowError(f"not JSON: {error.msg.removesuffix(' at')} at column {error.colno}{cut}")
         except (ValueError, RecursionError) as error:
             return RowError(_unreadable_json(error))
         return value if isinstance(value, dict) else RowError(_not_an_object(value))
@@ -297,6 +307,12 @@ class CsvReader(_LineReader):
         if not self.header:
             raise self.problem("there is no header line that names the columns.")
         self._check_header(self.header, 1)
+        if len(self.header) == 1 and (other := next((mark for mark in "\t;|" if mark in self.header[0]), "")):
+            raise self.problem(
+                f"the columns are separated by {other!r}, not by commas. Write the file with commas"
+                f"{', or end its name in .tsv' if other == chr(9) else ''}.",
+                1,
+            )
         while (cells := self._next(rows)) is not None:
             self.line = self._begin
             if not cells:  # a blank line
@@ -372,7 +388,7 @@ def _unquoted(cell: str) -> str:
 
 def shown(value: Any) -> str:
     """A name or value out of a file, short and on one line, as it may stand in a message."""
-    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 

@@ -15,7 +15,8 @@ from linchain_cli.data.batches import step_rows, steps_per_epoch
 @dataclass
 class SourceReport:
     """One source's rows: `kept + skipped == total`. Skipped ones were bad, without a supervised token, or too
-    long. `rows` are the training rows that the kept ones became; `unread` the columns that nothing read."""
+    long. `rows` are the training rows that the kept ones became; `unread` the columns that nothing read, and
+    `unshown` those of them that tell what was said before an instruction."""
 
     name: str
     location: str = ""
@@ -27,6 +28,7 @@ class SourceReport:
     long: int = 0
     rows: int = 0
     unread: list[str] = field(default_factory=list)
+    unshown: list[str] = field(default_factory=list)
 
     @property
     def skipped(self) -> int:

@@ -45,9 +45,10 @@ def _fields(pattern: str, key: str) -> tuple[str, ...]:
         if name is None:
             continue
         if not name.isidentifier() or spec or conversion:
+            wrong = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
             raise InputError(
-                f"data.template.{key}: '{{{name}}}' is not a column name. A placeholder is {{column}} alone; "
-                "write {{ and }} for braces."
+                f"data.template.{key}: '{{{wrong}}}' is no placeholder: a word in braces, a column or "
+                "what data.columns calls one ({review: text of it}). Write {{ and }} for braces."
             )
         if name not in names:
             names.append(name)

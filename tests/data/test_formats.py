@@ -7,8 +7,9 @@ import json
 
 import pytest
 
+from linchain_cli.data.choosing import choose_template
 from linchain_cli.data.dataset import prepare_data
-from linchain_cli.data.formats import FormattedRows, choose_template
+from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.rows import Layout, RowError
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.data.templates import get_template
@@ -50,6 +51,9 @@ def read(write, source):
         {"prompt": [ASKED], "completion": [ANSWERED]},
         {"prompt": json.dumps([ASKED]), "completion": "4"},
         {"prompt": "2 + 2?", "completion": [ANSWERED], "tools": "[]"},
+        {"messages": [{**ASKED, "role": "human"}, {**ANSWERED, "role": "gpt"}]},
+        {"messages": [{**ASKED, "role": "User"}, {**ANSWERED, "role": "Assistant"}]},
+        {"conversations": [{"from": "Human", "value": "2 + 2?"}, {"from": "GPT", "value": "4"}]},
     ],
 )
 def test_one_conversation_in_many_forms(read, row):
@@ -79,6 +83,8 @@ def test_a_conversation_with_tools(read):
         {"from": "observation", "value": "4"},
         {"from": "gpt", "value": "4"},
     ]
+    named = {"role": "function_call", "content": share_gpt[1]["value"]}
+    assert read({"messages": [ASKED, named]})[0]["messages"][1]["tool_calls"] == [CALL]
     (row,) = read({"conversations": share_gpt, "tools": json.dumps([TOOL["function"]]), "system": "Add."})
     assert [turn["role"] for turn in row["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
     assert row["messages"][2] == {"role": "assistant", "content": "", "tool_calls": [CALL]}
@@ -116,7 +122,7 @@ def test_what_was_thought_and_what_is_not_learned(read):
     for name in ("reasoning_content", "reasoning", "thinking"):
         (row,) = read({"messages": [ASKED, {**ANSWERED, name: "easy"}]})
         assert row["messages"][1] == {**ANSWERED, "reasoning_content": "easy"}
-    for mark in ({"weight": 0}, {"train": False}):
+    for mark in ({"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"loss": 0.0}):
         (row,) = read({"messages": [ASKED, {**ANSWERED, **mark}]})
         assert row["messages"][1] == {**ANSWERED, "train": False}
     (row,) = read({"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED]})
@@ -151,6 +157,15 @@ def test_instructions_with_earlier_turns(read):
         ),
         ({"messages": [ASKED, {**ANSWERED, "weight": 0.5}]}, "turn 2 of 'messages': weight is 0.5"),
         ({"messages": [ASKED, {**ANSWERED, "train": 3}]}, "turn 2 of 'messages': train is 3"),
+        ({"messages": [ASKED, {**ANSWERED, "weight": "0"}]}, "weight is '0'; it can be 1 or true"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "train_detail": [{"train": False}]}]},
+            "has train_detail: a turn is",
+        ),
+        (
+            {"messages": [ASKED, ANSWERED, ASKED, {**ANSWERED, "role": "assistent"}]},
+            "turn 4 of 'messages' has the role 'assistent', where 'assistant' seems to be meant",
+        ),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 of 'conversations' is from alien"),
         (
             {
@@ -195,6 +210,9 @@ def test_a_conversation_that_is_none(read, row, said):
         ([{"prompt": "a", "completion": "b"}], "prompt-completion"),
         ([{"prompt": [ASKED], "completion": [ANSWERED]}], "chat"),
         ([{"text": "a", "label": 3}], "text"),
+        ([{"prompt": "Whom?", "completion": '[{"name": "Bob"}]'}], "prompt-completion"),
+        ([{"prompt": '[{"id": 1}] How many?', "completion": "1"}], "prompt-completion"),
+        ([{"prompt": "a", "completion": json.dumps([ANSWERED], indent=1)}], "chat"),
     ],
 )
 def test_auto_goes_by_the_columns(write, source, rows, name):
@@ -216,6 +234,10 @@ def test_auto_goes_by_the_columns_of_the_recipe(write, source):
         (("q", "a"), "{instruction: NAME, output: NAME}"),
         (("id", "question", "answer"), "{instruction: question, output: answer}"),
         (("mesages", "id"), "{messages: mesages}"),
+        (("version", "test"), "{instruction: NAME, output: NAME}"),
+        (("Instruction", "Output"), "{instruction: Instruction, output: Output}"),
+        (("instruction", " output"), '{output: " output"}'),
+        (("prompt", "response"), "{completion: response}"),
     ],
 )
 def test_columns_of_no_format_are_told_with_a_mapping(write, source, columns, remedy):
@@ -225,6 +247,55 @@ def test_columns_of_no_format_are_told_with_a_mapping(write, source, columns, re
     said = str(caught.value)
     assert f"y.json:1 (row 1): the columns ({', '.join(columns)}) are those of no format: `messages`" in said
     assert f"data.columns: {remedy}, or write a data.template of your own." in said
+
+
+SAID = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
+
+
+@pytest.mark.parametrize(
+    "row, remedy",
+    [
+        (PAIR, "preference training, .* data.columns: {completion: chosen}."),
+        ({**PAIR, "chosen": [ASKED, ANSWERED]}, "preference .*: {messages: chosen}."),
+        ({**PAIR, "prompt": [ASKED], "chosen": [ANSWERED]}, "preference .*: {completion: chosen}."),
+        ({"question": "a", "chosen": "b", "rejected": "c"}, "{prompt: question, completion: chosen}."),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "preference .*: {output: chosen}."),
+        ({"data": [{"instruction": "a", "output": "b"}]}, "If 'data' holds the rows, write that list alone"),
+        ({"version": 1, "rows": {"7": {"text": "a"}}}, "If 'rows' holds the rows"),
+        ({"items": SAID}, "seem to be in 'items': set data.columns: {conversations: items}."),
+        ({"items": json.dumps([ASKED])}, "seem to be in 'items': set data.columns: {messages: items}."),
+    ],
+)
+def test_what_other_tools_take_is_told_with_what_to_do(write, source, row, remedy):
+    path = write("y.json", json.dumps([row]))
+    with pytest.raises(InputError, match=remedy):
+        choose_template(resolve_source(source(path)), chats=True)
+
+
+def test_a_mapping_to_no_column_is_told(write, source):
+    path = write("y.json", json.dumps([{"instruction": "a", "output": "b"}]))
+    with pytest.raises(InputError, match="no column 'instr', which data.columns takes for `instruction`"):
+        choose_template(resolve_source(source(path, columns={"instruction": "instr"})), chats=True)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        (
+            "y.jsonl",
+            '{"text": "a"},\n' * 2,
+            r"none of 2 rows .*y.jsonl:1 \(row 1\): not JSON: Extra data at",
+        ),
+        ("y.jsonl", '{\n"text": "a"\n}\n', "none of 3 rows can be read; the first is .*at column 2"),
+        ("y.json", '["a", "b"]', "none of 2 rows can be read; the first is .*the row is a text"),
+        ("y.csv", "instruction,input,output\na,b\n", "none of 1 rows .*has 2 cells"),
+        ("y.jsonl", "\n\n", "y.jsonl has no rows."),
+    ],
+)
+def test_why_no_row_can_be_read_is_told(write, source, name, content, said):
+    with pytest.raises(InputError, match=said):
+        choose_template(resolve_source(source(write(name, content))), chats=True)
 
 
 @pytest.fixture
@@ -316,3 +387,29 @@ def test_settings_of_conversations_that_no_row_is_are_refused(prepare, write):
         prepare(other, turns="last")
     settled = prepare([other, chat], turns="last").config
     assert settled == type(settled)(**settled.model_dump()), "the run's recipe can be read again"
+
+
+def test_text_that_is_json_is_no_conversation(prepare, write, byte_level):
+    row = {"prompt": "Whom?", "completion": '[{"name": "Bob"}]'}
+    prepared = prepare(str(write("x.jsonl", json.dumps(row))), template="alpaca", validation=0)
+    ids, supervised, *_ = prepared.train[0]
+    assert byte_level.decode(ids[supervised]) == row["completion"] + "</s>"
+
+
+def test_what_was_said_before_and_is_not_shown_is_warned_of(prepare, write):
+    plain = {"instruction": "a", "output": "b", "history": [], "system": ""}
+    later = {**plain, "history": [["c", "d"]]}
+    path = str(write("x.jsonl", "".join(json.dumps(row) + "\n" for row in [plain] * 120 + [later])))
+    told = [said for said in prepare(path).report.warnings if "does not show" in said]
+    assert told == [
+        f"{path}: rows hold a `history`, which the template alpaca does not show to the model: "
+        "data.template: chat does"
+    ]
+
+
+def test_roles_that_are_never_learned_are_told(prepare, write):
+    turns = [ASKED, {"role": "critic", "content": "Think."}, ANSWERED]
+    path = str(write("x.jsonl", json.dumps({"messages": turns})))
+    assert any(
+        "only read, never learned (1 rows)" in said for said in prepare(path, validation=0).report.warnings
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -141,6 +142,11 @@ def test_lines_and_rows_are_counted(write, monkeypatch, block):
         ("x.csv", b"a,b\n1,2\n3,\xe9\n", r"x.csv:3: byte 10 \(0xe9\) is not UTF-8"),
         ("x.csv", b"a,b\n1\r2,3\n", "x.csv:2: not CSV: a carriage return outside quotes"),
         ("x.csv", b"\xff\xfea\x00", "UTF-16"),
+        ("x.csv", b"a;b\n1;2\n", "x.csv:1: the columns are separated by ';', not by commas"),
+        ("x.csv", b"a\tb\n1\t2\n", "separated by .* or end its name in .tsv"),
+        ("x.jsonl", gzip.compress(b"{}"), r"x.jsonl: the file is compressed \(gzip\). Put .gz behind"),
+        ("x.json", b"PAR1\x15\x04", "x.json: the file is a parquet file"),
+        ("x.csv", b"PK\x03\x04\x14", "x.csv: the file is a zip archive or a spreadsheet"),
         ("x.parquet", b"", "x.parquet: not a parquet file"),
         ("x.parquet", b"PAR1 nothing PAR1", "x.parquet: not a parquet file"),
         ("x.parquet", b"[1, 2, 3]", "x.parquet: not a parquet file"),
@@ -156,6 +162,8 @@ def test_broken_files_are_refused_with_the_place(write, name, content, said):
     "name, content, said, good",
     [
         ("x.jsonl", b'{"a": "1"}\nnonsense\n{"a": "2"}\n', "not JSON: Expecting value at column 1", 2),
+        ("x.jsonl", b'{"a": "1"}\n{"a":\n', "not JSON: Expecting value at column 6", 1),
+        ("x.jsonl", b'{"a": "1"}\n{"a": "2\n', "not JSON: Unterminated string starting at column 7", 1),
         ("x.jsonl", b'{"a": "1"}\n[1]\n', "the row is a list", 1),
         ("x.jsonl", b'{"a": "1"}\n\xff\n', r"byte 11 \(0xff\) is not UTF-8", 1),
         ("x.jsonl", b'{"a": "1"}\n{"a": "2', "as if it had been cut off", 1),

@@ -113,10 +113,14 @@ def test_prompt_without_alternative_keeps_its_place_for_an_absent_optional_colum
     "pattern, key, said",
     [
         ({"prompt": "{instruction", "response": "{output}"}, "prompt", "expected '}'"),
-        ({"prompt": "{instruction!r}", "response": "{output}"}, "prompt", "not a column name"),
-        ({"prompt": "{a.b}", "response": "{output}"}, "prompt", "not a column name"),
-        ({"prompt": "{0}", "response": "{output}"}, "prompt", "not a column name"),
-        ({"prompt": "{a:>10}", "response": "{output}"}, "prompt", "not a column name"),
+        (
+            {"prompt": "{instruction!r}", "response": "{output}"},
+            "prompt",
+            "'{instruction!r}' is no placeholder",
+        ),
+        ({"prompt": "{a.b}", "response": "{output}"}, "prompt", "'{a.b}' is no placeholder"),
+        ({"prompt": "{0}", "response": "{output}"}, "prompt", "'{0}' is no placeholder"),
+        ({"prompt": "{a:>10}", "response": "{output}"}, "prompt", "'{a:>10}' is no placeholder"),
         ({"prompt": "{a}", "response": "yes"}, "response", "same answer"),
         ({"prompt": "{a}", "response": "{b}", "prompt_no_input": "}"}, "prompt_no_input", "Single '}'"),
     ],
