@@ -100,10 +100,21 @@ class PretendGpu(TorchDispatchMode):
     def _flash(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
         """scaled_dot_product_attention's choice on a GPU: the flash kernel, which takes no mask."""
         if query.device != DEVICE or attn_mask is not None:
+            self._check_mask(attn_mask)
             return self._sdpa(query, key, value, attn_mask, dropout_p, is_causal, **options)
         scale = options.get("scale")
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         return kernel(query, key, value, dropout_p, is_causal, scale=scale)[0]
+
+    def _check_mask(self, mask: torch.Tensor | None) -> None:
+        """The kernel that takes a mask reads its rows in steps of 16 bytes, wherever the first one begins.
+        torch copies one of booleans, and one whose rows do not begin at multiples of 8 numbers."""
+        if mask is None or mask.device != DEVICE or not mask.is_floating_point():
+            return
+        if any(each % 8 for each in mask.stride()[:-1]):
+            return
+        if mask.storage_offset() * mask.element_size() % 16:
+            raise RuntimeError(f"CUDA error: misaligned address: a mask at {_place()}")
 
     def _fused_norm(self, x, normalized_shape, weight=None, eps=None):
         """rms_norm's choice on a GPU: one kernel each way, for a weight of the input's type."""

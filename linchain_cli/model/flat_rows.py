@@ -42,6 +42,8 @@ LENGTH_STEP = 8
 # of queries and outputs. Where it begins to pay is not measured, for want of a GPU.
 LONG = 512
 VARLEN = "varlen"
+# Bytes at whose multiples tensors begin that go to a GPU as one: kernels read a mask so many at a time.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -157,11 +159,13 @@ def in_one_copy(value: _T, device: torch.device) -> _T:
         return value
     tensors = list(_tensors(value))
     in_bytes = [tensor.contiguous().flatten().view(torch.uint8) for tensor in tensors]
-    # Each begins where a number of eight bytes may.
-    packed = torch.cat([nn.functional.pad(each, (0, -len(each) % 8)) for each in in_bytes])
+    sizes = [len(each) + -len(each) % _ALIGNED for each in in_bytes]
+    packed = torch.cat(
+        [nn.functional.pad(each, (0, size - len(each))) for each, size in zip(in_bytes, sizes, strict=True)]
+    )
     if device.type == "cuda":
         packed = packed.pin_memory()
-    parts = packed.to(device, non_blocking=True).split([len(each) + -len(each) % 8 for each in in_bytes])
+    parts = packed.to(device, non_blocking=True).split(sizes)
     return _rebuilt(
         value,
         iter(

@@ -67,6 +67,19 @@ def test_a_batch_of_options_waits_for_the_device_once(on_device, family):
     assert len(large) == 2 and all(copy.asynchronous for copy in large), gpu.copies
 
 
+def test_a_mask_goes_over_to_where_its_kernel_can_read_it(on_device):
+    """Three rows of 11 tokens in front of it are 264 bytes, and its own rows of 16 numbers fit as they are."""
+    branches = ((20, 21), (22, 23, 24), (22, 25))
+    starts = [[7, 8, 9, 10, 11, first, *range(40, 47)] for first in (30, 31, 32)]
+    trees = [build_tree([[*start, *branch] for branch in branches]) for start in starts]
+    model = on_device("llama")
+    with pretend_gpu.PretendGpu():
+        scorer = OptionScorer(model, trees, 10_000)
+        assert scorer.prefix == 5 and len(scorer.batches) == 1
+        assert {len(tree.tokens) for tree in trees} == {16}
+        scorer.scores(scorer.batches[0])
+
+
 @pytest.mark.parametrize(("branches", "reads"), [(((20, 21), (22, 23)), 1), ((20, 21), 2)])
 def test_options_without_a_common_beginning(on_device, branches, reads):
     """Where no option is longer than a token, transformers looks whether the rows are packed."""
