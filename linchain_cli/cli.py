@@ -34,7 +34,7 @@ from linchain_cli.commands import (
     tune,
 )
 from linchain_cli.errors import LinchainError
-from linchain_cli.machine import ask_for_expandable_segments, ensure_home, is_out_of_memory
+from linchain_cli.machine import ensure_home, is_out_of_memory, suit_cuda_to_many_lengths
 
 INTERRUPTED = 128 + signal.SIGINT
 # What the system says of a place that the user should name otherwise; a full or broken disk is none.
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _print_anything()
     console.set_quiet(quiet)
     _show_log(logging.WARNING if quiet else logging.INFO)
-    ask_for_expandable_segments()
+    suit_cuda_to_many_lengths()
     if remark := ensure_home():
         console.note(remark)
     sys.exit(_run(words, debug))

@@ -52,14 +52,19 @@ def cpu_limit() -> int:
     return max(1, min([len(_allowed_cpus()), *quotas]))
 
 
-def ask_for_expandable_segments() -> None:
-    """Lets CUDA's allocator grow its segments, so that rows of many lengths leave no gaps between them.
+def suit_cuda_to_many_lengths() -> None:
+    """Sets torch up for rows of many lengths on a GPU. It reads these when CUDA starts; what the user has set
+    stands.
 
-    It is read when CUDA starts. Settings of the user's own stand.
+    CUDA's allocator grows its segments, so that tensors of many sizes leave no gaps between them. And where
+    torch would ask cuDNN for attention first (Hopper and Blackwell), it asks flash attention: cuDNN makes a
+    plan for each shape that is new, which takes a second for both passes on a B200 as others have measured
+    (github.com/modelscope/FunASR/issues/3704), and while an answer is written every token is a new shape.
     """
     # The second name is the older one, which torch still reads, and reads first.
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
 
 
 def limit_threads() -> None:

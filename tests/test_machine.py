@@ -280,9 +280,17 @@ def test_cudas_allocator_is_asked_for_expandable_segments_unless_it_is_set_up(mo
         monkeypatch.delenv(each, raising=False)
     if name:
         monkeypatch.setenv(name, "max_split_size_mb:64")
-    machine.ask_for_expandable_segments()
+    machine.suit_cuda_to_many_lengths()
     found = {key: value for key, value in os.environ.items() if key.startswith("PYTORCH_") and "ALLOC" in key}
     assert found == (
         {name: "max_split_size_mb:64"} if name else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     )
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+
+
+@pytest.mark.parametrize("own", [{}, {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}])
+def test_cudnn_is_not_asked_for_attention_first_unless_it_is_set_up(monkeypatch, own):
+    environment = own | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
+    monkeypatch.setattr(os, "environ", environment)
+    machine.suit_cuda_to_many_lengths()
+    assert environment["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == ("0" if own else "1")

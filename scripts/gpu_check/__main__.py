@@ -27,7 +27,7 @@ from pathlib import Path
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-from linchain_cli.machine import ask_for_expandable_segments  # noqa: E402
+from linchain_cli.machine import suit_cuda_to_many_lengths  # noqa: E402
 from scripts.gpu_check.plan import Measured, missing_for, planned  # noqa: E402
 from scripts.gpu_check.report import Report  # noqa: E402
 
@@ -79,7 +79,7 @@ def main() -> None:
     """Runs the check and ends with its exit code."""
     began, options = time.monotonic(), parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    ask_for_expandable_segments()  # as the command line does
+    suit_cuda_to_many_lengths()  # as the command line does
     deadline = began + 60 * options.minutes - RESERVE
     with tempfile.TemporaryDirectory(prefix="linchain-gpu-check-", dir=options.scratch) as scratch:
         os.environ["LINCHAIN_CACHE"] = str(Path(scratch, "cache"))

@@ -68,7 +68,7 @@ def test_a_batch_of_options_waits_for_the_device_once(on_device, family):
 
 
 def test_a_mask_goes_over_to_where_its_kernel_can_read_it(on_device):
-    """Three rows of 11 tokens in front of it are 264 bytes, and its own rows of 16 numbers fit as they are."""
+    """Three rows of 11 tokens in front of it are 264 bytes; its own rows of 16 numbers fit as they are."""
     branches = ((20, 21), (22, 23, 24), (22, 25))
     starts = [[7, 8, 9, 10, 11, first, *range(40, 47)] for first in (30, 31, 32)]
     trees = [build_tree([[*start, *branch] for branch in branches]) for start in starts]
