@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -33,7 +34,7 @@ from linchain_cli.commands import (
     train,
     tune,
 )
-from linchain_cli.errors import LinchainError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.machine import ensure_home, is_out_of_memory, suit_cuda_to_many_lengths
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -200,9 +201,26 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 400 else f"{text[:397]}..."
 
 
+# What other tools take: --training.max_steps=50, --learning_rate 1e-4. No option of ours is written so.
+_DASHED = re.compile(r"--([A-Za-z]\w*[._][\w.]*)(?:=(.*))?", re.DOTALL)
+
+
+def _refuse_dashed_overrides(words: list[str]) -> None:
+    """Tells how a recipe's value is replaced to those who write it as an option."""
+    if not words or words[0] not in ("train", "check", "compare", "tune"):
+        return
+    for word in words[1 : words.index("--") if "--" in words else None]:
+        if found := _DASHED.fullmatch(word):
+            from linchain_cli.recipe import dotted_key
+
+            key, value = dotted_key(found[1]), found[2] or "VALUE"
+            raise InputError(f"{word}: a recipe's value is given without dashes, as {key}={value}")
+
+
 def _call(arguments: list[str]) -> int:
     """The exit code that Typer ends with: 2 for wrong options, with its own message, and 0 when the command
     is done."""
+    _refuse_dashed_overrides(arguments)
     try:
         app(args=arguments, prog_name="linchain")
     except SystemExit as end:

@@ -378,3 +378,16 @@ def test_what_the_system_refuses_is_told_with_its_place(monkeypatch, capsys, cod
     assert run("recipes", "list") == exit_code
     said = capsys.readouterr().err
     assert said.startswith(f"error: /some/place: {os.strerror(code)}") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--training.max_steps=3"], "given without dashes, as training.max_steps=3"),
+        (["--learning_rate", "1e-4"], "given without dashes, as training.learning_rate=VALUE"),
+        (["--lora_r=8"], "given without dashes, as adapter.rank=8"),
+    ],
+)
+def test_an_override_written_as_an_option_is_told_how(words, said, capsys):
+    assert run("check", "recipe.yaml", *words) == 2
+    assert capsys.readouterr().err == f"error: {words[0]}: a recipe's value is {said}\n"

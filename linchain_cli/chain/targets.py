@@ -128,11 +128,16 @@ def _nothing_matched(
         kinds = [type(m).__name__ for path, m in scope.items() if path and path not in linear and test(path)]
         if kinds:
             reason += f" It does name {len(kinds)} modules of type {kinds[0]}, which are not linear layers."
+        listed = pattern.replace(" ", "").split(",")
+        if len(listed) > 1 and set(listed) <= set(names):
+            reason += f" Write a list: [{', '.join(listed)}]."
         reasons.append(reason if outside or experts or kinds else reason + did_you_mean(pattern, names))
     message = "adapter.target_modules: " + " ".join(reasons)
     if found := [pattern for pattern, paths in met.items() if paths]:
         message += f" The others fit: adapter.target_modules=[{','.join(found)}]."
-    message += f" This model's linear modules: {_listing(names) or 'none'}."
+    message += (
+        f" This model's linear modules: {_listing(names) or 'none'}; all-linear takes all but the head."
+    )
     return message + (f" Its routed experts: {_listing(named_experts)}." if named_experts else "")
 
 

@@ -138,7 +138,7 @@ def _kind_of_validation(value: Any) -> str:
         return "auto"
     if isinstance(value, str) and value.endswith("%"):
         return "share"
-    return "path" if isinstance(value, str) else "rows"
+    return "path" if isinstance(value, str) and not re.fullmatch(r"[\d.]+", value) else "rows"
 
 
 def _below_all(value: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from linchain_cli.errors import InputError, did_you_mean, nearest
 from linchain_cli.recipe import strict_yaml
+from linchain_cli.recipe.other_tools import CALLED_HERE
 from linchain_cli.recipe.schema import Recipe
 from linchain_cli.recipe.validation import MOST_PROBLEMS, Key, check, dotted_fields
 from linchain_cli.shipped import shipped_recipes
@@ -189,6 +190,15 @@ def _apply(override: str, draft: _Draft) -> None:
     draft.broken = [broken for broken in draft.broken if broken[: len(key)] != key]
     if key in ALTERNATIVES and document.value is not None:
         _remove(draft.value, ALTERNATIVES[key])
+
+
+def dotted_key(name: str) -> str:
+    """The dotted key that is probably meant by a name out of another tool or without its section."""
+    fields = list(dotted_fields(Recipe))
+    if name in fields:
+        return name
+    by_name = {field.rpartition(".")[2]: field for field in fields}
+    return CALLED_HERE.get(name) or by_name.get(name, name)
 
 
 def _short(text: str) -> str:

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from linchain_cli.errors import did_you_mean, nearest
+from linchain_cli.recipe.other_tools import CALLED_HERE, NOT_HERE
 from linchain_cli.recipe.strict_yaml import Key
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -149,7 +150,10 @@ def _wrong_value(detail: Mapping[str, Any], key: Key, model: type[BaseModel]) ->
     expected = describe(found.annotation, found.metadata)
     if detail["type"] == "missing":
         return f"missing. Expected {expected}."
-    suggestion = did_you_mean(value, choices(found.annotation)) if isinstance(value, str) else ""
+    suggestion = ""
+    if isinstance(value, str):
+        words = [word for word in choices(found.annotation) if word in expected]
+        suggestion = f" Write [{value}]." if value in words else did_you_mean(value, words)
     reason = f" ({detail['ctx']['error']})" if detail["type"] == "value_error" else ""
     return f"expected {expected}, got {_show(value)}{reason}.{suggestion}"
 
@@ -160,10 +164,17 @@ def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
     *parent, name = key or ("",)
     here = model_at(model, tuple(parent))
     siblings = list(here.model_fields) if here else []
+    fields = list(dotted_fields(model))
+    elsewhere = {path.rpartition(".")[2]: path for path in fields}
+    if (called := CALLED_HERE.get(str(name))) in fields:
+        *section, field = called.split(".")
+        shown = field if section == parent else called
+        return Problem(key, f"unknown key. Did you mean '{shown}'?", (key,), guess=(*section, field))
+    if said := NOT_HERE.get(str(name)):
+        return Problem(key, f"unknown key; {said}.", (key,))
     initials = {"".join(word[0] for word in field.split("_")): field for field in siblings}
     if found := nearest(str(name), siblings) or initials.get(str(name)):
         return Problem(key, f"unknown key. Did you mean '{found}'?", (key,), guess=(*parent, found))
-    elsewhere = {path.rpartition(".")[2]: path for path in dotted_fields(model)}
     if found := nearest(str(name), elsewhere):
         return Problem(key, f"unknown key. Did you mean '{elsewhere[found]}'?", (key,))
     known = f" Known here: {', '.join(siblings)}." if siblings else ""
@@ -173,7 +184,12 @@ def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
 def _without_consequences(problems: list[Problem]) -> list[Problem]:
     """Leaves out `missing` where an unknown key seems to be that very key misspelt."""
     guesses = [problem.guess for problem in problems if problem.guess]
-    return [p for p in problems if not (p.missing and any(p.key[: len(guess)] == guess for guess in guesses))]
+    return [p for p in problems if not (p.missing and any(_one_within(p.key, guess) for guess in guesses))]
+
+
+def _one_within(key: Key, other: Key) -> bool:
+    length = min(len(key), len(other))
+    return key[:length] == other[:length]
 
 
 def field_at(model: type[BaseModel], key: Key) -> FieldInfo | None:

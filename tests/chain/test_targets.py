@@ -35,8 +35,10 @@ def test_a_pattern_without_a_match_lists_what_there_is(llama):
     message = str(error.value)
     assert "'qproj' matches no linear module" in message
     assert "Did you mean 'q_proj'?" in message
-    assert "down_proj (2)" in message
+    assert "down_proj (2)" in message and message.endswith("; all-linear takes all but the head.")
     assert not chain_layers(llama)
+    with pytest.raises(InputError, match=r"Write a list: \[q_proj, v_proj\]"):
+        match_modules(llama, "q_proj, v_proj")
 
 
 def test_a_broken_regex_is_told(llama):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import SourceConfig, TemplateConfig, load_recipe
+from linchain_cli.recipe import Recipe, SourceConfig, TemplateConfig, load_recipe
+from linchain_cli.recipe.other_tools import CALLED_HERE, NOT_HERE
+from linchain_cli.recipe.validation import dotted_fields
 
 VALID = """\
 name: my-run
@@ -170,6 +172,43 @@ def test_every_problem_is_reported_at_once_with_line_key_and_remedy(write):
         assert line.startswith(f"  {path}:{number}: {key}: {text}")
 
 
+def test_keys_of_other_tools_are_told_by_our_names(write):
+    path = write(
+        "base_model: m\n"
+        "lora_r: 8\n"
+        "val_set_size: 0.05\n"
+        "gradient_accumulation_steps: 4\n"
+        "sample_packing: true\n"
+        "template: alpaca\n"
+        "data: {dataset: d.json, cutoff_len: 512}\n"
+        "training: {num_train_epochs: 3, eval_steps: 50, save_steps: 50, warmup_ratio: 0.1}\n"
+    )
+    first, *lines = message(path).splitlines()
+    assert [line.partition(": unknown key")[2] for line in lines] == [
+        "",
+        ". Did you mean 'model.path'?",
+        ". Did you mean 'adapter.rank'?",
+        ". Did you mean 'data.validation'?",
+        "; training.global_batch_size counts the rows of a step, over all processes and micro-batches.",
+        "; leave it out: rows of like length are read together.",
+        ". Did you mean 'data.template'?",
+        ". Did you mean 'train'?",
+        ". Did you mean 'max_length'?",
+        ". Did you mean 'epochs'?",
+        ". Did you mean 'eval_every'?",
+        ". Did you mean 'save_every'?",
+        ". Did you mean 'warmup_steps'?",
+    ]
+    assert lines[0].startswith(f"  {path}: name: missing.")
+
+
+def test_what_other_tools_call_settings_is_a_field_here_and_no_name_of_ours():
+    fields = set(dotted_fields(Recipe))
+    assert set(CALLED_HERE.values()) <= fields
+    own = {field.rpartition(".")[2] for field in fields}
+    assert not own & NOT_HERE.keys() and own & CALLED_HERE.keys() <= {"template"}
+
+
 def test_one_problem_is_one_line(write):
     path = write(VALID.replace("rank: 8", "rank: 0"))
     assert message(path) == f"{path}:7: adapter.rank: expected a whole number from 1 to 65,536, got '0'."
@@ -185,6 +224,9 @@ def test_one_problem_is_one_line(write):
         ("training.lr=1", "training.lr: unknown key. Did you mean 'learning_rate'?"),
         ("training.learning_rate=0", "a number above 0 and up to 1, or auto, got '0'"),
         ("training.optimizer=adam", "Did you mean 'adamw'?"),
+        ("training.optimizer=adamw_torch", "expected adamw, got 'adamw_torch'. Did you mean 'adamw'?"),
+        ("training.trackers=wandb", "swanlab, trackio, got 'wandb'. Write [wandb]."),
+        ("data.validation=0.1", "a share such as 5%, auto, or a source of its own, got '0.1'."),
         ("training.micro_batch_size=many", "expected a whole number of at least 1, auto or null, got 'many'"),
         ("training.trackers=[tensorbord]", "Did you mean 'tensorboard'?"),
         ("training=3", "training: expected a mapping"),
