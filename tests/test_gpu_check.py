@@ -100,6 +100,16 @@ def test_the_logs_of_a_check_that_failed_are_kept(tmp_path):
         assert packed.read("resume/killed.log") == b"a traceback"
 
 
+@pytest.mark.parametrize(("visible", "used"), [(None, "0"), ("3,5", "3"), ("GPU-8f6e,GPU-2c1d", "GPU-8f6e")])
+def test_of_several_gpus_one_is_used(monkeypatch, visible, used):
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    monkeypatch.setattr(os, "environ", environment)
+    monkeypatch.setattr(sys, "argv", ["gpu_check.sh"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    gpu_check.parse()
+    assert environment["CUDA_VISIBLE_DEVICES"] == used
+
+
 @pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -42,7 +42,7 @@ def parts(model: torch.nn.Module) -> dict[str, tuple[Callable, Callable]]:
         model.set_attn_implementation(implementation)
         allow_flat_rows(model)
 
-    ids = torch.zeros(1, 2, dtype=torch.long)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     found = {
         "lean norms": (lambda: restore_norms(model), lambda: make_norms_lean(model)),
         "q, k and v in one node": (lone, lambda: find_siblings(model, lambda: hidden_states(model, ids))),

@@ -68,6 +68,8 @@ def parse() -> argparse.Namespace:
     if options.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         return options
+    # Of several GPUs the first one, or linchain would start a process on each, and Trainer use them all.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     import torch
 
     if not torch.cuda.is_available():
