@@ -217,9 +217,15 @@ def process_device():
     import torch
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        import atexit
+
         from accelerate import PartialState
 
-        return PartialState(cpu=not torch.cuda.is_available()).device
+        from linchain_cli.training.processes import PATIENCE, disconnect, join_group
+
+        join_group()
+        atexit.register(disconnect)
+        return PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE).device
     from linchain_cli.model.loading import default_device
 
     return default_device()

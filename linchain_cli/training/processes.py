@@ -60,10 +60,7 @@ def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Ac
     """
     _refuse_taking_apart()
     try:
-        if torch.cuda.is_available() and launched() and not torch.distributed.is_initialized():
-            # Accelerate would connect by NCCL alone, over which a GPU waits for every word that is exchanged.
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-            torch.distributed.init_process_group(BACKENDS, timeout=PATIENCE)
+        join_group()
         accelerator = Accelerator(
             # Without it Accelerate overlooks that there are several CPU processes: each would train alone.
             cpu=not torch.cuda.is_available(),
@@ -75,6 +72,15 @@ def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Ac
         return accelerator
     except torch.distributed.DistError as error:
         raise LinchainError(f"the processes could not connect: {error}") from error
+
+
+def join_group() -> None:
+    """On GPUs joins the process group that the environment describes, which Accelerate then finds. It would
+    connect by NCCL alone, over which a GPU waits for every word that is exchanged, and at most ten minutes.
+    """
+    if torch.cuda.is_available() and launched() and not torch.distributed.is_initialized():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.distributed.init_process_group(BACKENDS, timeout=PATIENCE)
 
 
 def _refuse_taking_apart() -> None:
@@ -162,14 +168,17 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
 
 def lost_connection(error: RuntimeError) -> str | None:
     """What a collective's error means if another process is gone or does not answer; else None."""
-    text = str(error).lower()
-    silent, lost = (any(words in text for words in known) for known in (_SILENT, _LOST))
+    text = str(error).strip()
+    silent, lost = (any(words in text.lower() for words in known) for known in (_SILENT, _LOST))
     if not (silent or lost or isinstance(error, torch.distributed.DistError)):
         return None
     names = ", ".join(peers.gone())
     if silent and not names:
         minutes = STEP_PATIENCE.total_seconds() / 60
         return f"another process of this run has not answered for {minutes:g} minutes"
+    if not (silent or lost or names):  # NCCL's own trouble: no memory, or two processes on one GPU
+        *_, reason = (text or type(error).__name__).splitlines()
+        return f"the processes cannot exchange what they have computed: {reason}"
     ended = "another process of this run ended while this one waited for it"
     return f"{ended}: {names}" if names else ended
 

@@ -7,13 +7,16 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from linchain_cli import cli
 from linchain_cli.chain.files import adapter_hash
+from linchain_cli.commands.subject import process_device
 from linchain_cli.model.loading import base_hash, load_model
+from linchain_cli.training import processes
 
 from .conftest import linchain, make_run
 
@@ -405,3 +408,24 @@ def test_threads_stay_within_the_containers_limit(workplace, monkeypatch):
         with pytest.raises(SystemExit) as done:
             cli.main(arguments)
         assert done.value.code == 0 and set_to[0] == 3
+
+
+def test_processes_wait_for_each_other_as_long_as_those_that_train(monkeypatch):
+    """Accelerate's own group would be one of NCCL alone, which ends a process that waits for ten minutes."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device))
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *backends, timeout: asked.append((*backends, timeout))
+    )
+    state = SimpleNamespace(device=torch.device("cuda", 1))
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: asked.append(options) or state)
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert process_device() == state.device
+    assert asked == [
+        1,
+        (processes.BACKENDS, processes.PATIENCE),
+        {"cpu": False, "timeout": processes.PATIENCE},
+    ]

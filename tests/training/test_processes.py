@@ -250,6 +250,25 @@ def test_gpus_sum_over_nccl_and_everything_else_goes_over_gloo(monkeypatch):
     assert asked == [1, ("cpu:gloo,cuda:nccl", processes.PATIENCE)]
 
 
+@pytest.mark.parametrize(
+    ("reason", "gone", "told"),
+    [
+        ("Duplicate GPU detected : rank 1 and rank 0", [], "computed: Duplicate GPU detected"),
+        ("Cuda failure 2 'out of memory'", [], "computed: Cuda failure 2 'out of memory'"),
+        ("Cuda failure 2 'out of memory'", ["process 1"], "ended while this one waited for it: process 1"),
+        ("socket: Connection reset by peer", [], "another process of this run ended"),
+    ],
+)
+def test_what_nccl_says_is_told_unless_a_process_is_gone(monkeypatch, reason, gone, told):
+    monkeypatch.setattr(processes.peers, "gone", lambda: gone)
+    error = torch.distributed.DistBackendError(
+        "NCCL error in: NCCLUtils.cpp:94, invalid usage (run with NCCL_DEBUG=WARN for details), NCCL version"
+        " 2.28.9\nncclInvalidUsage: This usually reflects invalid usage of NCCL library.\n"
+        f"Last error:\n{reason}\n"
+    )
+    assert told in processes.lost_connection(error)
+
+
 def test_wrong_input_is_told_once(starter, recipe_file):
     ranks = starter.ranks(2, "train", recipe_file({"model.path": "/nowhere"}))
     assert [rank.wait(90) for rank in ranks] == [2, 2]
