@@ -97,7 +97,7 @@ def entry_of(one: RunDirectory) -> Entry:
         str(one.path),
         "killed" if killed else "imported" if status.imported is not None else status.status,
         status.reason,
-        step=logged[-1]["step"] if logged else status.step,
+        step=max(status.step or 0, logged[-1]["step"]) if logged else status.step,
         total_steps=status.total_steps,
         base=recipe.model.path,
         data=[] if status.imported is not None else [source.path for source in recipe.data.sources],

@@ -57,6 +57,10 @@ class DataReport:
     warnings: list[str] = field(default_factory=list)
 
     @property
+    def names(self) -> str:
+        return ", ".join(source.name for source in self.sources)
+
+    @property
     def total(self) -> int:
         return sum(source.total for source in self.sources)
 

@@ -40,7 +40,7 @@ _EXECUTION = {
 }
 
 _MEANING = {
-    "data": "the rows or their tokens are others",
+    "data": "the rows' files, or how they become tokens, are others",
     "validation": "the validation rows are others, so the best adapter could not be told",
     "base": "the base model's weights are others",
     "dtype": "the base would compute in another number format",
@@ -66,8 +66,13 @@ def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[st
     return {"recipe": values, **others}
 
 
-def compare(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path) -> list[str]:
+def compare(
+    saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path, places: Mapping[str, str]
+) -> list[str]:
     """Compares the fingerprints of a checkpoint with those of the run that wants to continue it.
+
+    Args:
+        places: where what the current fingerprints are of was found.
 
     Returns:
         What is to be said of the differences that leave the result as it is but for its last bits.
@@ -90,9 +95,12 @@ def compare(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Pa
     for key, meaning in _MEANING.items():
         if saved.get(key) != current.get(key):
             before, after = (str(value)[:16] for value in (saved.get(key), current.get(key)))
-            lines.append(f"  {key}: {before} in the checkpoint, {after} now: {meaning}")
+            place = f" ({places[key]})" if key in places else ""
+            lines.append(f"  {key}: {before} in the checkpoint, {after} now{place}: {meaning}")
             if key == "world_size":
                 restore.append(f"--nproc {saved[key]}")
+            if key == "threads" and saved.get(key):
+                restore.append(f"OMP_NUM_THREADS={saved[key]} in the environment")
     if lines:
         how = f" ({' '.join(restore)})" if restore else ""
         raise InputError(

@@ -155,7 +155,8 @@ class Job:
         before = about["fingerprints"]
         if is_same_base(self.base.directory, self.base.hash, before["base"]):  # of either kind of hash
             before = before | {"base": self.base.hash}
-        about["notes"] = compare(before, self.fingerprints, self.store.path(step))
+        places = {"base": str(self.base.directory), "data": self.data.report.names}
+        about["notes"] = compare(before, self.fingerprints, self.store.path(step), places)
         if before["recipe"][MICRO_BATCH] != self.fingerprints["recipe"][MICRO_BATCH]:
             state.micro_batch_size = state.micro_batch_tokens = None  # to be settled anew
             if self.recipe.adapter.dropout:

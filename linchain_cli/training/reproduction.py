@@ -73,7 +73,9 @@ def check_job(job: Job, status: RunStatus, run: RunDirectory) -> None:
     """Raises InputError where the rows or the base's weights are others than the run had."""
     wrong = []
     if (wanted := status.hashes.get("data")) != job.data.report.fingerprint:
-        wrong.append(f"the rows or their tokens are others ({wanted and wanted[:12]}… in run.json)")
+        wrong.append(
+            f"the rows' files, or how they become tokens, are others ({wanted and wanted[:12]}… in run.json)"
+        )
     base = status.hashes.get("base")
     if base is not None and not is_same_base(job.base.directory, job.base.hash, base):
         wrong.append(f"the base's weights are others ({base.removeprefix('tensors:')[:12]}… in run.json)")

@@ -68,7 +68,10 @@ def test_what_is_not_as_it_was_is_refused_before_training(run, capsys, tmp_path,
     run.recipe_path.write_text(recipe)
     (tmp_path / "rows.json").write_text(json.dumps(commonsense_rows(24, seed=5)))
     assert linchain("reproduce", run.path) == 2
-    assert "cannot be reproduced: the rows or their tokens are others" in capsys.readouterr().err
+    assert (
+        "cannot be reproduced: the rows' files, or how they become tokens, are others"
+        in capsys.readouterr().err
+    )
     (tmp_path / "rows.json").unlink()
     assert linchain("reproduce", run.path) == 2
     (tmp_path / "rows.json").write_text(json.dumps(commonsense_rows(24)))

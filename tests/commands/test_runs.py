@@ -71,7 +71,8 @@ def test_a_finished_run_with_its_evaluation(here, capsys):
 
 def test_every_state_has_its_word(here, capsys):
     root = here / "runs"
-    make_run(root / "stopped", status="stopped", step=4, total_steps=10)
+    stopped = make_run(root / "stopped", status="stopped", step=4, total_steps=10)
+    stopped.metrics_path.write_bytes(jsonl_bytes([{"step": 2, "eval_loss": 0.5}]))  # logged before it ended
     make_run(root / "failed", status="failed", reason="the loss is nan", total_steps=10)
     killed = make_run(root / "killed", status="running", total_steps=10)
     killed.metrics_path.write_bytes(

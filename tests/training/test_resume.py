@@ -82,18 +82,22 @@ def test_other_rows_another_base_or_more_threads_are_refused(
     other = tmp_path / "other.json"
     other.write_text(json.dumps(commonsense_rows(46, seed=5)))
     with pytest.raises(
-        InputError, match=r"data: \w+ in the checkpoint, \w+ now: the rows or their tokens are others"
+        InputError,
+        match=r"data: \w+ in the checkpoint, \w+ now \(.*other.json\): the rows' files, or how they become "
+        "tokens, are others",
     ):
         run_tiny({"data.train": str(other)}, resume=True)
     with monkeypatch.context() as patch:
         patch.setattr(base, "hash", f"tensors:{'0' * 64}")
-        with pytest.raises(InputError, match="base: .* now: the base model's weights are others"):
+        with pytest.raises(InputError, match=r"base: .* now \(.*\): the base model's weights are others"):
             run_tiny(resume=True)
 
     torch.set_num_threads(2)
     try:
         with pytest.raises(
-            InputError, match="threads: 1 in the checkpoint, 2 now: sums would be formed in another order"
+            InputError,
+            match=r"(?s)threads: 1 in the checkpoint, 2 now: sums would be formed in another order.*"
+            r"\(OMP_NUM_THREADS=1 in the environment\)",
         ):
             run_tiny(resume=True)
     finally:
