@@ -18,8 +18,11 @@ from pathlib import Path
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-# Of torch's messages.
-_LACKING = re.compile(r"DefaultCPUAllocator|can't allocate memory|not enough memory|CUDA out of memory")
+# Of the messages of torch, of CUDA itself (on a GPU that others fill), and of its libraries.
+_LACKING = re.compile(
+    r"DefaultCPUAllocator|can't allocate memory|not enough memory|CUDA out of memory"
+    r"|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cuda failure (\d+ )?'out of memory'"
+)
 
 
 def ensure_home() -> str | None:
@@ -147,8 +150,8 @@ def cpu_info(field: str) -> str:
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Of Python, of a GPU, or of torch on a CPU, which has no type of its own for it; also where another
-    error was raised from that."""
+    """Of Python, of a GPU (whoever finds it full), or of torch on a CPU, which has no type of its own for it;
+    also where another error was raised from that."""
     while error is not None:
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             return True

@@ -294,3 +294,17 @@ def test_cudnn_is_not_asked_for_attention_first_unless_it_is_set_up(monkeypatch,
     monkeypatch.setattr(os, "environ", environment)
     machine.suit_cuda_to_many_lengths()
     assert environment["TORCH_CUDNN_SDPA_DEPRIORITIZED"] == ("0" if own else "1")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.15 GiB",
+        "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+    ],
+)
+def test_whoever_finds_the_gpu_full_has_run_out_of_memory(message):
+    assert machine.is_out_of_memory(RuntimeError(message))
+    assert not machine.is_out_of_memory(RuntimeError("CUDA error: misaligned address"))

@@ -18,6 +18,7 @@ from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import OptionTree, build_tree, loss_tree
 from linchain_cli.evaluation.results import Prediction
 from linchain_cli.evaluation.task import Task, TaskRow
+from linchain_cli.machine import is_out_of_memory
 
 ProtocolName = Literal["likelihood", "generate"]
 NormaliseName = Literal["none", "bytes", "tokens"]
@@ -237,14 +238,16 @@ def _prediction(
 
 
 def halved(run: Callable[[Sequence[int]], list[Prediction]], batch: Sequence[int]) -> list[Prediction]:
-    """A batch's predictions; one that does not fit into the GPU's memory is halved until it does."""
+    """A batch's predictions; one that does not fit into memory is halved until it does."""
     import torch
 
     try:
         return run(batch)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         if len(batch) == 1:
-            raise LinchainError(f"a single row does not fit into the GPU's memory: {error}") from error
+            raise LinchainError(f"a single row does not fit into memory: {error}") from error
     torch.cuda.empty_cache()
     middle = len(batch) // 2
     return halved(run, batch[:middle]) + halved(run, batch[middle:])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line
+from linchain_cli.machine import is_out_of_memory
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, use_attention
 from linchain_cli.model.checkpoint import StoredTensor
 from linchain_cli.model.classifier import Outputs, check_missing, clear_drawn
@@ -353,11 +354,11 @@ def loading_problems(directory: Path, attention: str) -> Iterator[None]:
             f"{directory}: the pickled weights (.bin) are damaged or hold more than tensors, which could run "
             "code; refused. Use a checkpoint with safetensors files."
         ) from error
-    except torch.OutOfMemoryError as error:
-        raise LinchainError(
-            f"{directory} does not fit into the GPU's memory. Try model.dtype=auto or model.quantization=nf4."
-        ) from error
     except UNUSABLE as error:
+        if is_out_of_memory(error):
+            raise LinchainError(
+                f"{directory} does not fit into memory. Try model.dtype=auto or model.quantization=nf4."
+            ) from error
         if (
             attention != "auto"
             and isinstance(error, (ImportError, ValueError))

@@ -20,6 +20,7 @@ from linchain_cli.errors import LinchainError
 from linchain_cli.machine import available_memory, is_out_of_memory, resident_bytes
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.job import Job
+from linchain_cli.training.processes import together
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -50,7 +51,8 @@ def find_tokens(job: Job, note: Callable[[str], None]) -> int:
         batch = job.objective.collate(data, longest[: max(1, size)], job.base.pad_id)
         if size == 0:
             batch = job.objective.beginnings(batch, _FEW)
-        found = gather_object([(_peak_of(job, batch) - before, room)])
+        need = together(job.accelerator, lambda: _peak_of(job, batch)) - before
+        found = gather_object([(need, room)])
         return max(need for need, _ in found), min(room for _, room in found)
 
     size, (last, _), (need, limit) = 1, measured(0), measured(1)

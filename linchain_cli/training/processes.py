@@ -25,6 +25,7 @@ from torch import Tensor
 
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.machine import is_out_of_memory
 from linchain_cli.training import peers
 from linchain_cli.training.launch import launched
 
@@ -167,7 +168,10 @@ def from_main(accelerator: Accelerator, value: Any) -> Any:
 
 
 def lost_connection(error: RuntimeError) -> str | None:
-    """What a collective's error means if another process is gone or does not answer; else None."""
+    """What a collective's error means if another process is gone or does not answer, or NCCL fails itself;
+    None of any other error, and where NCCL has found no memory."""
+    if is_out_of_memory(error):
+        return None
     text = str(error).strip()
     silent, lost = (any(words in text.lower() for words in known) for known in (_SILENT, _LOST))
     if not (silent or lost or isinstance(error, torch.distributed.DistError)):
@@ -176,7 +180,7 @@ def lost_connection(error: RuntimeError) -> str | None:
     if silent and not names:
         minutes = STEP_PATIENCE.total_seconds() / 60
         return f"another process of this run has not answered for {minutes:g} minutes"
-    if not (silent or lost or names):  # NCCL's own trouble: no memory, or two processes on one GPU
+    if not (silent or lost or names):  # NCCL's own trouble, as two processes on one GPU are
         *_, reason = (text or type(error).__name__).splitlines()
         return f"the processes cannot exchange what they have computed: {reason}"
     ended = "another process of this run ended while this one waited for it"

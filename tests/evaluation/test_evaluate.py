@@ -301,14 +301,18 @@ def test_processes_with_other_adapters_are_refused(model, tokenizer, template, t
     assert not (tmp_path / "eval.json").exists()
 
 
-def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, template, tasks, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")],
+)
+def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, template, tasks, monkeypatch, error):
     reference = run(model, tokenizer, template, tasks)
     original, sizes = LikelihoodJob.run, []
 
     def small_memory(job, batch):
         sizes.append(len(batch))
         if len(batch) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise error
         return original(job, batch)
 
     monkeypatch.setattr(LikelihoodJob, "run", small_memory)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.loading import (
     empty_model,
     load_config,
@@ -204,6 +204,24 @@ def test_missing_weights_are_not_invented(checkpoint):
         InputError, match="lacks 1 of the model's weights, first 'model.layers.1.mlp.up_proj.weight'"
     ):
         load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
+def test_a_base_that_does_not_fit_is_no_wrong_input(checkpoint, monkeypatch, error):
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fail)
+    with pytest.raises(LinchainError, match="does not fit into memory. Try model.dtype=auto") as caught:
+        load_model(checkpoint)
+    assert not isinstance(caught.value, InputError)
 
 
 def test_weights_of_another_shape(checkpoint):

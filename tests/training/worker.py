@@ -20,7 +20,7 @@ from linchain_cli.machine import peak_resident_bytes, resident_bytes
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import load_model
-from linchain_cli.training import checkpoints, job, loop, loss, processes, sharded
+from linchain_cli.training import checkpoints, job, loop, loss, memory, processes, sharded
 from linchain_cli.training import step as one_step
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.metrics import reset_peak_memory
@@ -130,6 +130,7 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
     module, name = {
         "read": (sharded, "read_into"),
         "prepare": (job, "put_in_chains"),
+        "size": (memory, "_peak_of"),
         "heaviest": (loss, "add_gradients"),
         "step": (loop, "optimizer_step"),
     }[where]
