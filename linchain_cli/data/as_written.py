@@ -16,6 +16,7 @@ class _AsWritten:
     name: str
     layouts: tuple[Layout, ...]
     adds_bos = True
+    frame = ("", "")
 
     def __init__(self, instructions: Template):
         self._instructions = instructions

@@ -71,6 +71,7 @@ class ChatTemplate:
         Layout(("instruction", "output"), ("input", "system", "history")),
     )
     adds_bos = False  # a chat template writes its own
+    frame = ("", "")
 
     def __init__(
         self,

@@ -190,7 +190,8 @@ def encode_prompt(
         responses = [own]
     if responses is not None:
         return encode_responses(tokenizer, template, row, responses)[0]
-    prompts = [encode_responses(tokenizer, template, row, [opening])[0] for opening in _OPENINGS]
+    lead, _ = template.frame
+    prompts = [encode_responses(tokenizer, template, row, [lead + opening])[0] for opening in _OPENINGS]
     return max(prompts, key=len) if straddles is False else min(prompts, key=len)
 
 

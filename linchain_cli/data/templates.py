@@ -55,6 +55,16 @@ def _fields(pattern: str, key: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+def _around_columns(pattern: str) -> tuple[str, str]:
+    """The pattern's text in front of its first column and behind its last one."""
+    texts = [""]
+    for text, name, _, _ in string.Formatter().parse(pattern):
+        texts[-1] += text
+        if name is not None:
+            texts.append("")
+    return texts[0], texts[-1]
+
+
 _BLANK_END = (
     "data.template: the prompt ends in white space, which tokenizers join with the word that an answer begins"
     " with, but not with a digit or a sign: end it with a line break, or begin the response with the blank"
@@ -80,6 +90,7 @@ class PromptTemplate:
         always = in_prompt if prompt_no_input is None else _fields(prompt_no_input, "prompt_no_input")
         self._optional = tuple(name for name in in_prompt if name not in always)
         self.layouts = (Layout(tuple(dict.fromkeys(always + self._answer)), self._optional, self._answer),)
+        self.frame = _around_columns(response)
         endings = [pattern for pattern in (prompt, prompt_no_input) if pattern]
         # LLM-Adapters' own prompt is what it is.
         blank = name == "custom" and any(

@@ -90,7 +90,7 @@ def evaluate(
     batch_tokens = batch_tokens or _batch_tokens(model, protocol)
     setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
     own = {task.name: task_template(task, template, tokenizer) for task in tasks}
-    fingerprints = {task.name: fingerprint(setting, task, own[task.name].fingerprint) for task in tasks}
+    fingerprints = {task.name: fingerprint(setting, task, _asked_through(own[task.name])) for task in tasks}
     refuse_unlike(fingerprints)
     rank, world = processes()
     turn_of, shares = (rank, world) if share else (0, 1)
@@ -130,6 +130,11 @@ def evaluate(
     if progress and rank == 0:
         progress.remove()
     return results
+
+
+def _asked_through(template: Template) -> str:
+    """What tells templates apart: also by what stands around an answer, which is scored with it."""
+    return template.fingerprint + "".join(template.frame)
 
 
 def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, str]:

@@ -28,6 +28,7 @@ class _Examples:
     def __init__(self, template: Template, answered: Sequence[tuple[Row, str]]):
         self._template, self._answered = template, answered
         self.name, self.layouts, self.adds_bos = template.name, template.layouts, template.adds_bos
+        self.frame = template.frame
 
     @property
     def fingerprint(self) -> str:
@@ -45,7 +46,9 @@ class _Above(_Examples):
     """Each example as its prompt and answer, an empty line behind it."""
 
     def _before(self) -> str:
-        return "".join(self._template.prompt(row) + answer + BETWEEN for row, answer in self._answered)
+        lead, tail = self.frame
+        shown = (f"{self._template.prompt(row)}{lead}{answer}{tail}" for row, answer in self._answered)
+        return "".join(text + BETWEEN for text in shown)
 
     def prompt(self, row: Row) -> str:
         return self._before() + self._template.prompt(row)

@@ -97,7 +97,8 @@ def _scored_options(
     """
     template, tokenizer = setup.template, setup.tokenizer
     end = closing_token(template, tokenizer)
-    responses = [task.prefix + option for option in row.options]
+    lead, _ = template.frame
+    responses = [lead + task.prefix + option for option in row.options]
     with _place(task, row):
         if not by_length:
             prompt, continuations = encode_responses(tokenizer, template, row.fields, responses)

@@ -83,6 +83,10 @@ class TaskFile(StrictModel):
             yield Conflict(
                 ("examples", "examples_path"), "examples need both their number and rows to take them from."
             )
+        if self.examples and self.answer == "loss":
+            yield Conflict(
+                ("examples", "answer"), "rows whose loss is measured stand alone: no examples go before them."
+            )
         if self.answer != "options" and self.answer_names != "option":
             yield Conflict(("answer_names", "answer"), "there are no options that an answer could name.")
         if self.answer == "pattern" and not self.answer_pattern:

@@ -91,6 +91,9 @@ def test_a_template_of_ones_own():
     assert template.render(row)[0].text == "Q: why? {x}\nA: 1/2"
     assert template.complete(row, " 3").text == "Q: why? {x}\nA: 3"
     assert template.response({"question": "why?"}) is None
+    assert template.frame == (" ", "")
+    framed = get_template({"prompt": "{q}", "response": "<{{{a}}}>.", "prompt_no_input": None}, None)
+    assert framed.frame == ("<{", "}>.") and framed.response({"a": "x"}) == "<{x}>."
 
 
 def test_prompt_no_input_is_for_rows_without_the_columns_only_prompt_mentions():

@@ -185,6 +185,23 @@ def test_examples_stand_answered_in_front(tokenizer):
     assert task.fingerprint != free_text_task(prefix="I say ").fingerprint
 
 
+def test_answers_are_scored_as_the_template_was_trained_to_write_them(model, tokenizer):
+    """The response pattern's own text stands in front of each option, and around each example's answer."""
+    pattern = {"prompt": "Q: {instruction}\nA:", "response": " <{output}>", "prompt_no_input": None}
+    template = get_template(pattern, tokenizer)
+    shown = (TaskRow(0, {"instruction": "Where is the cat?"}, "in the hall", OPTIONS),)
+    for examples, before in (((), ""), (shown, "Q: Where is the cat?\nA: <in the hall>\n\n")):
+        task = free_text_task(count=2, examples=examples)
+        found = run(model, tokenizer, [task], template=pattern, normalise="none").predictions
+        for row, prediction in zip(task.rows, found, strict=True):
+            texts = [before + template.render({**row.fields, "output": o})[0].text[:-1] for o in OPTIONS]
+            tokens = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+            ended = [ids + [tokenizer.eos_token_id] for ids in tokens]  # one option begins another
+            ours, wanted = list(prediction["scores"].values()), naive_scores(model, ended, 1)
+            differences = [[one - scores[0] for one in scores] for scores in (ours, wanted)]
+            assert differences[0] == pytest.approx(differences[1], abs=1e-4)
+
+
 def test_an_answer_ends_before_a_stop_string(model, tokenizer):
     row = TaskRow(0, {"instruction": "Where is the horse?", "input": ""}, "x")
     texts = []

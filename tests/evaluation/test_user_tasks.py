@@ -190,6 +190,9 @@ def test_examples_come_from_rows_of_their_own(tmp_path):
     }.items():
         with pytest.raises(InputError, match=reason):
             load_task(task_file(tmp_path, head + lines))
+    lost = "path: rows.jsonl\nanswer: loss\nexamples: 2\nexamples_path: shown.jsonl\n"
+    with pytest.raises(InputError, match="no examples go before them"):
+        load_task(task_file(tmp_path, lost))
 
 
 def test_losses_need_no_answers(tmp_path):
