@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from linchain_cli.recipe import Recipe
     from linchain_cli.run import RunStatus
 
-ALPACA = {"template": "alpaca"}
-
 
 def write_adapter_run(
     target: Path,
@@ -24,7 +22,7 @@ def write_adapter_run(
     origin: dict[str, Any],
     *,
     asking: Asking | None = None,
-    prompts: Mapping[str, Any] = ALPACA,
+    prompts: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> RunStatus:
     """Writes a run directory whose recipe knows of base and adapter alone; returns its run.json.
@@ -32,7 +30,7 @@ def write_adapter_run(
     Args:
         place: where the base is, if it is at hand.
         origin: what run.json says of where the adapter came from.
-        asking: how it was taught to be asked; without it `prompts` are the recipe's guess.
+        asking: how it was taught to be asked; without it the recipe has `prompts`, if those are known.
     """
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
@@ -42,7 +40,7 @@ def write_adapter_run(
     from linchain_cli.records import write_record
     from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
 
-    recipe = _recipe(target, adapter, asking, prompts)
+    recipe = _recipe(target, adapter, asking, prompts or {})
     status = RunStatus(
         name=recipe.name,
         status="finished",

@@ -69,11 +69,12 @@ def run(
     origin = {"path": path, "revision": foreign.config.get("revision"), "hash": found.hash}
     imported = import_adapter(foreign, drop_bias=drop_bias, base=origin, names=found.names)
     adapter = found.shorten(imported.adapter)
+    notes = [note for note in (found.note, _how_it_is_asked(foreign, out)) if note]
     status = _write(target, imported, adapter, foreign, found.place, overwrite)
     if json:
-        console.print_json(_as_json(out, adapter, status, found.note))
+        console.print_json(_as_json(out, adapter, status, notes))
     else:
-        _show(out, imported, adapter, found.note)
+        _show(out, imported, adapter, notes)
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,8 @@ def _write(
     place: FoundBase | None,
     overwrite: bool,
 ) -> RunStatus:
-    """Unless there is a record of it, the prompt template is unknown: the LinChain authors' code shares that
-    of LLM-Adapters."""
     from linchain_cli.data.asking import read_asking
 
-    authors = any(module.mixer_biases for module in foreign.modules.values()) or "mixer_num" in foreign.config
     return write_adapter_run(
         target,
         adapter,
@@ -154,12 +152,31 @@ def _write(
             "biases_dropped": [asdict(loss) for loss in imported.losses],
         },
         asking=read_asking(foreign.directory),
-        prompts={"template": "llm-adapters" if authors else "alpaca"},
+        prompts={"template": "llm-adapters"} if _of_the_authors(foreign) else None,
         overwrite=overwrite,
     )
 
 
-def _as_json(out: Path, adapter: Adapter, status: RunStatus, note: str) -> dict[str, Any]:
+def _of_the_authors(foreign: ForeignAdapter) -> bool:
+    """Whether the LinChain authors' code wrote it, whose prompts are LLM-Adapters'."""
+    return any(module.mixer_biases for module in foreign.modules.values()) or "mixer_num" in foreign.config
+
+
+def _how_it_is_asked(foreign: ForeignAdapter, out: Path) -> str:
+    from linchain_cli.data.asking import ASKING_FILE, read_asking
+
+    if (asking := read_asking(foreign.directory)) is not None:
+        name = asking.template if isinstance(asking.template, str) else "its own"
+        return f"prompt template: {name}, as its {ASKING_FILE} says"
+    if _of_the_authors(foreign):
+        return "prompt template: llm-adapters, which the LinChain authors' code trains with"
+    return (
+        "prompt template: not recorded with it. It is asked through the base's chat template, or alpaca where"
+        f" there is none; if it was trained with another one, set data.template in {out / 'recipe.yaml'}"
+    )
+
+
+def _as_json(out: Path, adapter: Adapter, status: RunStatus, notes: list[str]) -> dict[str, Any]:
     config = adapter.config
     return {
         "directory": str(out),
@@ -169,11 +186,11 @@ def _as_json(out: Path, adapter: Adapter, status: RunStatus, note: str) -> dict[
         "alpha": config.alpha,
         "modules": len(adapter.tensors),
         **status.imported,
-        "notes": [note] if note else [],
+        "notes": notes,
     }
 
 
-def _show(out: Path, imported: Imported, adapter: Adapter, note: str) -> None:
+def _show(out: Path, imported: Imported, adapter: Adapter, notes: list[str]) -> None:
     from linchain_cli.chain import adapter_kind
     from linchain_cli.importing.convert import describe_losses
 
@@ -192,6 +209,5 @@ def _show(out: Path, imported: Imported, adapter: Adapter, note: str) -> None:
         )
     if imported.losses:
         print(f"  biases dropped: {describe_losses(imported.losses)}")
-    if note:
+    for note in notes:
         print(f"  {note}")
-    print(f"  prompt template: set data.template in {out / 'recipe.yaml'} to the one it was trained with")

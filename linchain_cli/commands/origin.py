@@ -40,32 +40,30 @@ class NamedRun:
         return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
 
     @property
-    def asking(self) -> Asking:
-        """How the run's model was taught to be asked; of an adapter that was imported without a record, what
-        its recipe takes for granted."""
-        from linchain_cli.data.asking import asking_of
+    def asking(self) -> Asking | None:
+        """How the run's model was taught to be asked. None where nobody knows: of an adapter that was
+        imported without a record, in whose recipe no template was named since."""
+        from linchain_cli.data.asking import asking_of, read_asking
 
-        return self._record_of_asking or asking_of(self.recipe.data, self.opened.status.rows)
-
-    @property
-    def _record_of_asking(self) -> Asking | None:
-        from linchain_cli.data.asking import read_asking
-
-        return read_asking(self.run.path) if self.imported else None
+        if self.imported and (record := read_asking(self.run.path)) is not None:
+            return record
+        if self.imported and self.recipe.data.template == "auto":
+            return None
+        return asking_of(self.recipe.data, self.opened.status.rows)
 
     def travelling_files(self, base_directory: Path) -> dict[str, bytes]:
-        """The files that say how the run's model is asked and where it stops, by name. Of an imported adapter
-        that came without a record nothing of the kind is known.
-        """
-        if self.imported and self._record_of_asking is None or self.recipe.task != "causal":
+        """The files that say how the run's model is asked and where it stops, by name; none where that is not
+        known."""
+        asking = self.asking
+        if asking is None or self.recipe.task != "causal":
             return {}
         from linchain_cli.data.asking import template_of_asking, travelling_files
         from linchain_cli.model.loading import load_tokenizer
 
         try:
             tokenizer = load_tokenizer(base_directory)
-            template = template_of_asking(self.asking, tokenizer)
-            return travelling_files(self.asking, tokenizer, template, base_directory)
+            template = template_of_asking(asking, tokenizer)
+            return travelling_files(asking, tokenizer, template, base_directory)
         except (InputError, OSError) as error:
             console.note(f"How to ask the model is not written beside it: {error}")
             return {}

@@ -56,7 +56,7 @@ class Sum:
     error: float
     data: tuple[str, ...]
     quantization: str
-    asking: Asking
+    asking: Asking | None
 
 
 def describe_sum(parts: Sequence[ReceiptPart], error: float | None) -> str:
@@ -80,7 +80,7 @@ def sum_runs(runs: Sequence[AdaptedRun], weights: Sequence[float], base: Path, a
     for run in runs:
         refuse_other_base(base, run.adapter.base.get("hash"), run.opened.name, allow=allow_other_base)
         check_factors(run.adapter)
-    asked = {str(replace(run.asking, straddles=None)): run.opened.name for run in runs}
+    asked = {str(run.asking and replace(run.asking, straddles=None)): run.opened.name for run in runs}
     if len(asked) > 1:
         console.warn(
             f"{' and '.join(asked.values())} were trained with different templates: the sum is asked as"

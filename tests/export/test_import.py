@@ -36,6 +36,32 @@ def test_an_imported_adapter_is_a_run(make_run, base_of, capsys, tmp_path):
         assert "left as it is" in capsys.readouterr().err
 
 
+def test_an_adapter_without_a_record_is_asked_as_its_base_is(make_run, base_of, capsys, tmp_path):
+    run = make_run(base_of("llama"))
+    linchain("export", run.path)
+    capsys.readouterr()
+    assert linchain("import", run.path / "peft", "--out", tmp_path / "known") == 0
+    assert ", as its linchain_prompt.json says" in capsys.readouterr().out
+    (run.path / "peft" / "linchain_prompt.json").unlink()
+    back = tmp_path / "back"
+    assert linchain("import", run.path / "peft", "--out", back) == 0
+    assert "prompt template: not recorded with it" in capsys.readouterr().out
+    ask = ("generate", back, "x", "--max-new-tokens", "1")
+    assert linchain(*ask) == 0
+    assert "template chat, " in capsys.readouterr().err
+    assert linchain("merge", back, "--no-proof") == 0
+    assert not (back / "merged" / "linchain_prompt.json").exists()
+    half = ("--weights", "0.5,0.5", "--as-adapter")
+    assert linchain("merge", back, tmp_path / "known", *half, "--out", tmp_path / "sum") == 0
+    assert "different templates" in capsys.readouterr().err
+    recipe = (back / "recipe.yaml").read_text()
+    (back / "recipe.yaml").write_text(recipe.replace("template: auto", "template: plain"))
+    assert linchain(*ask) == 0
+    assert f"template plain, as {back} was trained" in capsys.readouterr().err
+    assert linchain("merge", back, "--no-proof", "--overwrite") == 0
+    assert json.loads((back / "merged" / "linchain_prompt.json").read_bytes())["template"] == "plain"
+
+
 def test_an_import_is_told_as_json_and_replaced_when_asked_to(make_run, base_of, capsys, tmp_path):
     run = make_run(base_of("llama"))
     linchain("export", run.path)
