@@ -174,6 +174,8 @@ def rows(
     import numpy as np
     from rich.text import Text
 
+    from linchain_cli.data.labelled import label_name
+
     colour = console.is_terminal and not console.no_color
     key = "in green" if colour else "between ⟦ and ⟧"
     learned = " and their labels" if classes is not None else f"; what it learns to write {key}"
@@ -183,8 +185,7 @@ def rows(
         ids, supervised = encoded[row]
         console.print()
         if classes is not None:
-            target = float(encoded.targets[row])
-            label = classes[int(target)] if classes else f"{target:g}"
+            label = label_name(float(encoded.targets[row]), classes)
             console.print(Text(f"row {row}: {len(ids)} tokens, label {label}", style="dim"))
             console.print(Text(_printable(tokenizer.decode(ids.tolist()))))
             continue

@@ -206,8 +206,4 @@ def _show(result: MergeResult) -> None:
 
 
 def _logits(logits: LogitProof) -> str:
-    return (
-        f"largest difference {logits.largest_difference:.3g}, top-1 agreement"
-        f" {100 * logits.top1_agreement:.1f} % over {logits.positions} positions of {logits.prompts} prompts"
-        f" ({logits.dtype})"
-    )
+    return f"{logits} of {logits.prompts} prompts ({logits.dtype})"

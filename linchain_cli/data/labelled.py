@@ -113,6 +113,11 @@ class Labelling:
         return float(self.classes.index(name))
 
 
+def label_name(target: float, classes: Sequence[str]) -> str:
+    """How a row's target is called: a class's name, or without classes the number."""
+    return classes[int(target)] if classes else f"{target:g}"
+
+
 def _number(label: str) -> float:
     try:
         value = float(label)

@@ -55,7 +55,7 @@ class Template(Protocol):
     name: str
     layouts: tuple[Layout, ...]
     adds_bos: bool  # whether the tokenizer's own leading tokens (BOS) belong in front of the text
-    frame: tuple[str, str]  # what stands between the prompt and an answer, and behind the answer, in every row
+    frame: tuple[str, str]  # what stands in front of every answer, behind the prompt, and what behind it
 
     @property
     def fingerprint(self) -> str:

@@ -16,6 +16,7 @@ class LogitProof:
     """How far the logits of two models lie apart, over `positions` rows of logits read from `prompts`
     prompts.
 
+    top1_agreement: on how many positions the largest logit is the same one; None of a regression's one number
     adapter_effect and adapter_effect_mean are the differences that switching the adapter off makes: what
     there was to lose. adapter_lost: whether more than half of it was lost, as rounding of a small ΔW can.
     """
@@ -25,10 +26,15 @@ class LogitProof:
     dtype: str
     largest_difference: float
     mean_difference: float
-    top1_agreement: float
+    top1_agreement: float | None
     adapter_effect: float
     adapter_effect_mean: float
     adapter_lost: bool
+
+    def __str__(self) -> str:
+        share = self.top1_agreement
+        same = "" if share is None else f", top-1 agreement {100 * share:.1f} %"
+        return f"largest difference {self.largest_difference:.3g}{same} over {self.positions} positions"
 
 
 def compare_logits(
@@ -53,7 +59,7 @@ def compare_logits(
         dtype=dtype,
         largest_difference=float(difference.max()),
         mean_difference=float(difference.mean()),
-        top1_agreement=float(agreement.double().mean()),
+        top1_agreement=float(agreement.double().mean()) if adapted[0].shape[-1] > 1 else None,
         adapter_effect=float(effect.max()),
         adapter_effect_mean=float(effect.mean()),
         adapter_lost=bool(difference.mean() > effect.mean() / 2),

@@ -262,10 +262,7 @@ def _facts(receipt: MergeReceipt) -> dict[str, str]:
     if receipt.parts:
         facts["the sum of the adapters"] = f"within {receipt.sum_error:.2g} (relative, Frobenius)"
     if logits := receipt.logits:
-        facts["logits of merged against adapted model"] = (
-            f"largest difference {logits.largest_difference:.3g}, top-1 agreement"
-            f" {100 * logits.top1_agreement:.1f} % over {logits.positions} positions ({logits.dtype})"
-        )
+        facts["logits of merged against adapted model"] = f"{logits} ({logits.dtype})"
     if receipt.generated:
         facts["transformers' `generate`"] = "runs with the settings of this directory"
     if receipt.changes:

@@ -97,8 +97,9 @@ def _ends(points: Points) -> str:
     return f"{start:.4g} at step {first} to {end:.4g} at step {last}"
 
 
-def loss_figure(training: Points, validation: Points) -> Figure:
-    """Training and validation loss of one run over its steps; one of them at least has points."""
+def loss_figure(training: Points, validation: Points, per: str = "supervised token") -> Figure:
+    """Training and validation loss of one run over its steps; one of them at least has points. `per` is what
+    it is a mean over."""
     figure, axes = _figure()
     if training:
         window = _window(len(training))
@@ -130,7 +131,7 @@ def loss_figure(training: Points, validation: Points) -> Figure:
             label="validation",
         )
     values = [value for _, value in (*training, *validation)]
-    _finish(axes, values, xlabel="optimizer step", ylabel="loss per supervised token")
+    _finish(axes, values, xlabel="optimizer step", ylabel=f"loss per {per}")
     axes.legend(frameon=False, fontsize="small")
     return figure
 
@@ -155,7 +156,7 @@ def rate_figure(tested: Points, tried: Points, chosen: float) -> Figure:
     return figure
 
 
-def loss_curves(training: Points, validation: Points) -> Picture | None:
+def loss_curves(training: Points, validation: Points, per: str = "supervised token") -> Picture | None:
     """`loss_figure` with its words; None when nothing was logged."""
     if not training and not validation:
         return None
@@ -165,7 +166,7 @@ def loss_curves(training: Points, validation: Points) -> Picture | None:
     if validation:
         said.append(f"validation loss from {_ends(validation)}, lowest {min(v for _, v in validation):.4g}")
     caption = "Training loss (each step's rows) and validation loss."
-    return picture(loss_figure(training, validation), caption, "Line chart: " + "; ".join(said) + ".")
+    return picture(loss_figure(training, validation, per), caption, "Line chart: " + "; ".join(said) + ".")
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,14 @@ def samples_section(run: RunDirectory, recipe: Recipe, base: str | None = None) 
     shown = []
     for sample in samples:
         text = [tag("mark", piece) if supervised else piece for piece, supervised in sample.pieces]
-        title = f"Row {sample.row}: {sample.tokens} tokens, {sample.supervised} supervised"
+        learned = f"{sample.supervised} supervised" if sample.label is None else f"label {sample.label}"
+        title = f"Row {sample.row}: {sample.tokens} tokens, {learned}"
         shown += [tag("h3", title), tag("pre", text, class_="tokens")]
-    note = "The first rows of the first step. Marked tokens are supervised: the loss is over them."
+    note = "The first rows of the first step"
+    if samples[0].label is None:
+        note += ". Marked tokens are supervised: the loss is over them."
+    else:
+        note += ", with their labels."
     return section("Rows", tag("p", note), shown)
 
 

@@ -18,7 +18,7 @@ def loss_plot(run: RunDirectory) -> Path | None:
     validation = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     if not training and not validation:
         return None
-    figure = loss_figure(training, validation)
+    figure = loss_figure(training, validation, run.read_status().loss_per)
     figure.suptitle(run.path.name, fontsize="medium", parse_math=False)
     storage.write_atomic(run.loss_plot_path, png(figure))
     return run.loss_plot_path

@@ -38,7 +38,7 @@ def write_run_report(run: RunDirectory, base: str | None = None) -> Path:
     document = page(
         title,
         _summary(status, recipe, training, validation),
-        section("Loss", tag("div", figure(_losses(training, validation)), class_="figures")),
+        section("Loss", tag("div", figure(_losses(training, validation, status.loss_per)), class_="figures")),
         _evaluations(run),
         _speed(status, training),
         layers_section(run, status, recipe, base),
@@ -56,10 +56,11 @@ def _what(recipe: Recipe) -> str:
     return f"{adapter_kind(adapter.depth)} of rank {adapter.rank} on {recipe.model.path}"
 
 
-def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]]):
+def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], per: str):
     return loss_curves(
         [(row["step"], row["loss"]) for row in training],
         [(row["step"], row["eval_loss"]) for row in validation],
+        per,
     )
 
 
@@ -80,6 +81,7 @@ def _summary(status: RunStatus, recipe: Recipe, training: Sequence, validation: 
                 "last validation loss",
                 validation[-1]["eval_loss"] and f"{validation[-1]['eval_loss']:.4f}" if validation else None,
             ),
+            ("last validation", validation and _measures(validation[-1])),
             ("adapter/ holds", adapter and f"the {adapter.kept} values, of step {_count(adapter.step)}"),
             ("trained parameters", _count(status.trainable_parameters)),
             ("adapted modules", _count(status.adapted_modules)),
@@ -89,10 +91,19 @@ def _summary(status: RunStatus, recipe: Recipe, training: Sequence, validation: 
                 and f"{rows['kept']:,} kept, {rows['skipped']:,} skipped, {rows['truncated']:,} truncated",
             ),
             ("tokens trained on", _count(status.tokens)),
-            ("of these supervised", _count(status.supervised_tokens)),
+            (
+                "of these supervised" if status.classes is None else "labels trained on",
+                _count(status.supervised_tokens),
+            ),
             ("seed", recipe.seed),
         ]
     )
+
+
+def _measures(row: Mapping[str, Any]) -> str | None:
+    """What a validation measured of labels beside the loss."""
+    names = [name for name in row if name.startswith("eval_") and name != "eval_loss"]
+    return ", ".join(f"{name.removeprefix('eval_')} {row[name]:.4f}" for name in names) or None
 
 
 def _count(value: int | None) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.labelled import label_name
 from linchain_cli.errors import InputError
 from linchain_cli.model.loading import find_base, load_tokenizer
 from linchain_cli.recipe import Recipe
@@ -17,12 +18,14 @@ UNDECODED = "\ufffd"
 
 @dataclass(frozen=True)
 class Sample:
-    """One row: `pieces` are its tokens' texts in order, each with whether it is supervised."""
+    """One row: `pieces` are its tokens' texts in order, each with whether it is supervised; `label` is what a
+    classification or regression learns to tell of it."""
 
     row: int
     tokens: int
     supervised: int
     pieces: tuple[tuple[str, bool], ...]
+    label: str | None = None
 
 
 def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3, base: str | None = None) -> list[Sample]:
@@ -37,14 +40,16 @@ def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3, base: str | N
     status = run.read_status()
     known = status.base_of(recipe.model.path, recipe.model.revision)
     tokenizer = load_tokenizer(find_base(known, named=base, near=run.path, weights=False).directory)
-    data = prepare_data(recipe.data, tokenizer)
+    classes = status.classes
+    data = prepare_data(recipe.data, tokenizer, task=recipe.task, classes=classes)
     if data.report.fingerprint != status.hashes.get("data"):
         raise InputError("the data are not the ones of the run any more")
     samples = []
     for row in steps[0]["rows"][:count]:
         ids, supervised = data.train[row]
         pieces = tuple(token_pieces(tokenizer, ids.tolist(), supervised.tolist()))
-        samples.append(Sample(row, len(ids), int(supervised.sum()), pieces))
+        label = None if classes is None else label_name(float(data.train.targets[row]), classes)
+        samples.append(Sample(row, len(ids), int(supervised.sum()), pieces, label))
     return samples
 
 

@@ -125,6 +125,11 @@ class RunStatus:
         return self.status == "finished"
 
     @property
+    def loss_per(self) -> str:
+        """What its loss is a mean over."""
+        return "supervised token" if self.classes is None else "row"
+
+    @property
     def ended(self) -> str:
         """How a run that is not at work now came to its end, in words that follow "that"."""
         words = {"running": "was killed", "stopped": "was stopped", "finished": "is finished"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -127,6 +128,10 @@ def test_check_shows_labels_and_counts_the_head(workplace, capsys):
 
 def test_reports_and_lists_know_such_runs(workplace, capsys):
     assert linchain("report", "runs/one") == 0
+    page = Path("runs/one/report.html").read_text()
+    assert re.search(r"Row \d+: \d+ tokens, label (good|bad)<", page) and "cannot be shown" not in page
+    assert "supervised" not in page.split("<h2>Recipe</h2>")[0]
+    assert re.search(r"last validation</dt><dd>accuracy [01]\.\d{4}, f1", page)
     assert linchain("inspect", "runs/one") == 0
     assert linchain("runs") == 0
     assert "one" in capsys.readouterr().out

@@ -244,7 +244,7 @@ def test_export_and_import_are_inverse(make_run, base_of, capsys, tmp_path):
     } == set(files_of(peft))
     assert linchain("import", peft, "--out", tmp_path / "back") == 0
     out = capsys.readouterr().out
-    assert "a LoRA of rank 4, alpha 8, on 14 modules" in out and "recipe.yaml" in out
+    assert "a LoRA of rank 4, alpha 8, on 14 modules" in out and "linchain_prompt.json" in out
     back = RunDirectory(tmp_path / "back")
     one, two = run.adapter_dir / "chain.safetensors", back.adapter_dir / "chain.safetensors"
     assert one.read_bytes() == two.read_bytes()

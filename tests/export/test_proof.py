@@ -132,7 +132,12 @@ def test_logits_are_compared_over_all_prompts():
     )
     assert proof.top1_agreement == pytest.approx(2 / 3)
     assert not proof.adapter_lost
+    assert str(proof) == "largest difference 3, top-1 agreement 66.7 % over 3 positions"
     assert compare_logits(adapted, base, base, "float32").adapter_lost
+    numbers = [[tensor[:, :1] for tensor in model] for model in (adapted, merged, base)]
+    of_one_number = compare_logits(*numbers, "float32")
+    assert of_one_number.top1_agreement is None
+    assert str(of_one_number) == "largest difference 3 over 3 positions"
 
 
 def test_logits_that_are_not_finite_fail():

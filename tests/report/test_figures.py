@@ -63,6 +63,7 @@ def test_a_figure_says_what_it_shows():
 
 
 def test_a_point_alone_is_a_dot():
+    assert loss_figure([(6, 2.0)], [], "row").axes[0].get_ylabel() == "loss per row"
     line = loss_figure([(6, 2.0)], []).axes[0].lines[0]
     assert line.get_marker() == "o"
     assert loss_figure([(6, 2.0), (7, 1.0)], []).axes[0].lines[0].get_marker() == "None"
