@@ -89,7 +89,8 @@ def first_option(text: str, options: Sequence[str]) -> str | None:
     # Options that differ in case alone are told apart where the text has one of them exactly.
     if found.group() in options:
         return found.group()
-    return next(option for option in options if option.casefold() == found.group().casefold())
+    # As the search compares letters: Turkish İ and ı are i to it, and not to casefold().
+    return next(one for one in options if re.fullmatch(re.escape(one), found.group(), re.IGNORECASE))
 
 
 def any_of(options: Sequence[str]) -> str:

@@ -32,6 +32,8 @@ def check_questions(
         longest = max(_longest(setup, task, row, protocol, limits) for row in task.rows)
         answer = task.max_new_tokens if protocol == "generate" else 0
         what = f"{task.name}: the longest row with its answer has"
+        if repeated := _among_examples(task):
+            found.append(f"{task.name}: {repeated} of its rows stand with their answers among its examples")
         if warning := limits.check_length(longest + answer, what, f"leave {task.name} out"):
             found.append(warning)
     return found
@@ -40,6 +42,12 @@ def check_questions(
 def task_template(task: Task, template: Template, tokenizer) -> Template:
     """The task's own template, or the one that the model was trained with."""
     return template if task.template in (None, template.name) else get_template(task.template, tokenizer)
+
+
+def _among_examples(task: Task) -> int:
+    """How many rows ask what an example has answered."""
+    shown = [one.fields for one in task.examples]
+    return sum(row.fields in shown for row in task.rows)
 
 
 def _longest(setup: Setup, task: Task, row: TaskRow, protocol: ProtocolName, limits: Limits) -> int:

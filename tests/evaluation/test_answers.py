@@ -27,6 +27,8 @@ def read(rule, text, options=(), answer=""):
         ("ANSWER3 it is", CHOICES, None),
         ("C++ is", ("C", "C++"), "C++"),
         ("us, and the US", ("US", "us"), "us"),
+        ("İyi olur", ("kötü", "iyi"), "iyi"),
+        ("ISI", ("ısı", "ses"), "ısı"),
         ("true\n### Response:\nfalse", ("true", "false"), "true"),
         ("", YES_NO, None),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from linchain_cli.data.encoding import encode_prompt, encode_responses
@@ -72,3 +74,9 @@ def test_all_tasks_are_looked_at_before_the_first_is_asked(check, task):
     row = read_row({"instruction": "1 + 1?", "answer": "2"}, 0, rule, "sums")
     with pytest.raises(InputError, match="sums has no options"):
         check([task, Task("sums", (row,), "sums", rule, 4)])
+
+
+def test_rows_that_the_examples_answer_are_counted(check, task):
+    assert check([replace(task, rows=task.rows[2:], examples=task.rows[:2])]) == []
+    (warning,) = check([replace(task, examples=task.rows[:2])])
+    assert warning == "mixed: 2 of its rows stand with their answers among its examples"
