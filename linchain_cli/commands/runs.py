@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ class Entry:
     status: as run.json has it; `killed` if the run is called running and nobody is at it, `damaged` if its
         files cannot be read, which `reason` tells
     loss: the lowest validation loss
-    evaluations: average accuracy by how it was measured, the newest first
+    evaluations: average accuracy by how it was measured; those on all rows first, of these the newest
     changed_at: when it ended, or else when it last began; UTC, ISO 8601
     """
 
@@ -92,7 +93,9 @@ def entry_of(one: RunDirectory) -> Entry:
     logged = read_jsonl(one.metrics_path) if status.validation_loss is None else []
     losses = [row["eval_loss"] for row in logged if "eval_loss" in row]
     evaluations, _ = find_evaluations(one.eval_dir)
-    evaluations = sorted((each.evaluation for each in evaluations), key=lambda each: each.measured_at)
+    evaluations = sorted(
+        (each.evaluation for each in evaluations), key=lambda each: (each.limit is None, each.measured_at)
+    )
     return Entry(
         str(one.path),
         "killed" if killed else "imported" if status.imported is not None else status.status,
@@ -107,6 +110,8 @@ def entry_of(one: RunDirectory) -> Entry:
         evaluations=[
             {
                 "how": describe(each),
+                "protocol": each.protocol,
+                "limit": each.limit,
                 "average": each.average,
                 "tasks": {name: score.accuracy for name, score in each.tasks.items()},
             }
@@ -156,8 +161,7 @@ def _cells(entry: Entry, now: datetime) -> tuple[str, ...]:
     status = entry.status if entry.kind == "run" else f"comparison, {entry.status}"
     if entry.status in ("running", "killed", "stopped", "failed") and entry.total_steps:
         status += f" at {entry.step or 0:,} of {entry.total_steps:,}"
-    newest = next((each for each in entry.evaluations if each["average"] is not None), None)
-    tasks = f"{len(newest['tasks'])} task{'s'[: len(newest['tasks']) > 1]}" if newest else ""
+    shown = next((each for each in entry.evaluations if each["average"] is not None), None)
     return (
         entry.path,
         status,
@@ -166,9 +170,16 @@ def _cells(entry: Entry, now: datetime) -> tuple[str, ...]:
         "" if entry.rank is None else str(entry.rank),
         "" if entry.depth is None else str(entry.depth),
         "" if entry.loss is None else f"{entry.loss:.4f}",
-        f"{newest['average']:.3f} ({tasks}, {newest['how'].partition(' ')[0]})" if newest else "",
+        _evaluation(shown) if shown else "",
         _age(entry.changed_at, now),
     )
+
+
+def _evaluation(shown: Mapping[str, Any]) -> str:
+    """`0.625 (2 tasks, likelihood, first 40 rows)`"""
+    tasks = f"{len(shown['tasks'])} task{'s'[: len(shown['tasks']) > 1]}"
+    limit = "" if shown["limit"] is None else f", first {shown['limit']:,} rows"
+    return f"{shown['average']:.3f} ({tasks}, {shown['protocol']}{limit})"
 
 
 def _end(path: str) -> str:

@@ -45,6 +45,8 @@ class Sampling:
             raise InputError(
                 "beams search for the likeliest answer and a temperature draws one: give one of them."
             )
+        if not all(self.stop):
+            raise InputError("an answer cannot end before an empty text: name one, such as --stop '###'.")
         if self.top_p < 1 and self.temperature == 0:
             raise InputError("top-p goes with a temperature: --temperature 0.7 --top-p 0.9, for instance.")
 

@@ -69,6 +69,22 @@ def test_a_finished_run_with_its_evaluation(here, capsys):
     assert entry["evaluations"][0]["tasks"] == {"boolq": 0.5, "piqa": 0.75}
 
 
+def test_a_trial_on_a_few_rows_does_not_stand_for_all(here, capsys):
+    run = make_run(here / "runs" / "first")
+    run.eval_dir.mkdir()
+
+    def measured(name: str, accuracy: float, when: str, **setting):
+        tasks = {"boolq": {"accuracy": accuracy, "n": 4, "measured_at": when}}
+        content = {"format_version": 2, "protocol": "likelihood", "tasks": tasks, "average": accuracy}
+        (run.eval_dir / name).write_text(json.dumps({"model": "x", **content, **setting}))
+
+    measured("likelihood-limit1.json", 1.0, "2026-01-03", limit=1)
+    assert "1.000 (1 task, likelihood, first 1 rows)" in runs(capsys)[1]
+    measured("likelihood.json", 0.5, "2026-01-01")
+    assert "0.500 (1 task, likelihood)" in runs(capsys)[1]
+    assert [one["limit"] for one in listed(capsys)["first"]["evaluations"]] == [None, 1]
+
+
 def test_every_state_has_its_word(here, capsys):
     root = here / "runs"
     stopped = make_run(root / "stopped", status="stopped", step=4, total_steps=10)

@@ -132,8 +132,8 @@ def test_drawn_answers(speak, tiny_model):
     )
 
 
-@pytest.mark.parametrize("options", [{"beams": 2, "temperature": 1.0}, {"top_p": 0.5}])
-def test_settings_that_contradict_each_other_are_refused(options):
+@pytest.mark.parametrize("options", [{"beams": 2, "temperature": 1.0}, {"top_p": 0.5}, {"stop": ("x", "")}])
+def test_settings_that_mean_nothing_are_refused(options):
     with pytest.raises(InputError):
         Sampling(**options)
 
