@@ -114,7 +114,7 @@ def evaluate(
                 keys = [(job.task.name, job.task.rows[position].index) for position in batch]
                 if turn % shares != turn_of or all(key in done for key in keys):
                     continue
-                predictions = halved(job.run, batch)
+                predictions = halved(job.run, batch, spread=not share)
                 done.update(zip(keys, predictions, strict=True))
                 if progress:
                     progress.append(predictions)

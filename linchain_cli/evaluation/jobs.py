@@ -238,8 +238,14 @@ def _prediction(
     return prediction
 
 
-def halved(run: Callable[[Sequence[int]], list[Prediction]], batch: Sequence[int]) -> list[Prediction]:
-    """A batch's predictions; one that does not fit into memory is halved until it does."""
+def halved(
+    run: Callable[[Sequence[int]], list[Prediction]], batch: Sequence[int], spread: bool = False
+) -> list[Prediction]:
+    """A batch's predictions; one that does not fit into memory is halved until it does.
+
+    Not in a model that is `spread` over processes: they take part in each other's batches, and one that went
+    through other parts than the rest would hand them weights of other blocks, which nobody would notice.
+    """
     import torch
 
     try:
@@ -247,6 +253,12 @@ def halved(run: Callable[[Sequence[int]], list[Prediction]], batch: Sequence[int
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        if spread:
+            raise LinchainError(
+                "a batch does not fit into memory, and a base that is spread over processes cannot read it in"
+                f" halves ({error}). training.parallel=shard and training.offload_base=true leave more room,"
+                " also with --resume"
+            ) from error
         if len(batch) == 1:
             raise LinchainError(f"a single row does not fit into memory: {error}") from error
     torch.cuda.empty_cache()

@@ -165,9 +165,9 @@ def test_a_missing_evaluation_is_made_up_on_resume(linchain, recipe, run, monkey
     tasks = ["evaluation.tasks=[everyday]", "evaluation.limit=4"]
     original = evaluate.halved
 
-    def interrupted(run, batch):
+    def interrupted(*args, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return original(run, batch)
+        return original(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "halved", interrupted)

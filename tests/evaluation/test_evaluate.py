@@ -330,6 +330,20 @@ def test_a_batch_that_does_not_fit_is_halved(model, tokenizer, template, tasks, 
         run(model, tokenizer, template, tasks)
 
 
+def test_a_batch_of_a_spread_base_is_not_halved(model, tokenizer, template, tasks, monkeypatch):
+    """The other processes would get weights of other blocks for it."""
+    tried = []
+
+    def no_memory(job, batch):
+        tried.append(batch)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LikelihoodJob, "run", no_memory)
+    with pytest.raises(LinchainError, match="cannot read it in halves .*training.offload_base=true"):
+        run(model, tokenizer, template, tasks, share=False)
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("protocol", ["likelihood", "generate"])
 def test_a_broken_model_is_no_result(model, tokenizer, template, tasks, protocol):
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
