@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from linchain_cli.commands.options import Json, Overrides, RecipePath
 from linchain_cli.console import print_json
+from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,9 +50,13 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import far_from_auto, with_rate
     from linchain_cli.training.schedule import total_steps, unreachable
+    from linchain_cli.training.trackers import check_trackers
 
     limit_threads()
     refuse_optimizer(recipe.training)
+    check_trackers(recipe)
+    there = [note] if (note := _run_there(recipe)) else []
+    check_view.notes(console, there)
     directory = locate(recipe.model.path, recipe.model.revision, weights=False)
     tokenizer = load_tokenizer(directory)
     outputs = recipe_outputs(recipe)
@@ -109,13 +114,24 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         "total_steps": steps,
         "classes": outputs and list(outputs.classes),
         "tasks": {task.name: len(task.data.train if outputs else task.rows) for task in tasks},
-        "notes": [*far, *told, *short, *warnings, *cost.notes],
+        "notes": [*there, *far, *told, *short, *warnings, *cost.notes],
         "forecast": {
             "device": cost.device,
             "memory": {**asdict(cost.memory), "total": cost.memory.total},
             "time": asdict(cost.time) if cost.time else None,
         },
     }
+
+
+def _run_there(recipe: Recipe) -> str | None:
+    """What `train` would say of the run's place, which may hold one that is to be replaced or continued."""
+    from linchain_cli.run import RunDirectory
+
+    try:
+        RunDirectory(recipe.run_path).check_free()
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, Any]:

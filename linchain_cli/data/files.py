@@ -105,7 +105,8 @@ def check_file(path: Path) -> None:
     if not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = did_you_mean(path.name, [file.name for file in beside if is_data_file(file.name)])
-        raise InputError(f"data: there is no file {path}.{hint}")
+        below = "" if path.is_absolute() else f" below {Path.cwd()}"
+        raise InputError(f"data: there is no file {path}{below}.{hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"data: {path} may not be read (permission denied).")
 
@@ -181,9 +182,14 @@ def _at_address(address: str) -> FoundFiles:
         if not paths:
             raise InputError(f"data: nothing at {address} is a data file; one ends in {ENDINGS}.")
         if not is_data_file(_last_part(paths[0])):
-            raise InputError(f"data: {address} is no data file; one ends in {ENDINGS}.")
+            page = _PAGE.fullmatch(address)
+            hint = f" The data set of that page is {page[1]}." if page else f" One ends in {ENDINGS}."
+            raise InputError(f"data: {address} is no data file.{hint}")
         files = [DataFile(_fetched(system, path), system.unstrip_protocol(path)) for path in paths]
     return FoundFiles(address, {"train": tuple(files)})
+
+
+_PAGE = re.compile(r"https?://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?")
 
 
 def _last_part(path: str) -> str:

@@ -193,7 +193,10 @@ class FormattedRows:
         for raw in self._raw:
             if self._raw.columns is not header:
                 header = self._raw.columns
-                self._check_header(header)
+                if (
+                    header is not None
+                ):  # behind a .csv a directory may hold a .json, whose rows have their own
+                    self._check_header(header)
             yield raw if isinstance(raw, RowError) else self._made(raw)
 
     def _make_formats(self, labels: Mapping[str, str]) -> None:

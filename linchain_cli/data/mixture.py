@@ -25,7 +25,7 @@ def hold_out(store: EncodedStore, rows: int | str, seed: int) -> tuple[EncodedRo
     if number >= store.num_groups:
         raise InputError(
             f"data.validation: {number} rows cannot be held out of {store.num_groups}. Choose fewer, or 0 "
-            "for no validation."
+            "for no validation (with training.keep=last)."
         )
     # RandomState's streams are frozen: the same rows in every NumPy version.
     order = np.random.RandomState(seed).permutation(np.arange(store.num_groups, dtype=np.int32))

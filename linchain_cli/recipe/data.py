@@ -217,7 +217,8 @@ class DataConfig(StrictModel):
     turns: Literal["all", "last"] = "all"
     """Which answers of a conversation are learned; one with `train: false` or `weight: 0` never is."""
     train_on_inputs: bool = False
-    """Also learn to write the prompt, as the paper's runs did. false: the loss is over the response alone."""
+    """Also learn to write the prompt, as the paper's runs did; of a conversation all its text, whatever marks
+    its turns have. false: the loss is over the response alone."""
     max_length: Length = "auto"
     """Longest row in tokens; documents are cut into rows of it. auto: what the model reads, at most 2048."""
     on_long_row: Literal["cut", "drop", "error"] = "cut"

@@ -28,7 +28,7 @@ CALLED_HERE = {
         ("sequence_len", "cutoff_len", "max_seq_length", "max_seq_len", "model_max_length"),
         "data.max_length",
     ),
-    **dict.fromkeys(("template", "prompt_template"), "data.template"),
+    **dict.fromkeys(("template", "prompt_template", "type"), "data.template"),
     "chat_template": "data.chat.template",
     **dict.fromkeys(("num_epochs", "num_train_epochs"), "training.epochs"),
     **dict.fromkeys(("per_device_train_batch_size", "batch_size"), "training.micro_batch_size"),
@@ -64,5 +64,6 @@ NOT_HERE = {
         ("stage", "do_train", "finetuning_type", "peft_type", "task_type", "adapter_type"),
         "leave it out: an adapter is trained on what rows say",
     ),
+    "ds_type": "leave it out: a file's ending tells how it is read",
     "trust_remote_code": "leave it out: no code that comes with a model is run",
 }

@@ -168,7 +168,7 @@ def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
     elsewhere = {path.rpartition(".")[2]: path for path in fields}
     if (called := CALLED_HERE.get(str(name))) in fields:
         *section, field = called.split(".")
-        shown = field if section == parent else called
+        shown = field if field in siblings else called
         return Problem(key, f"unknown key. Did you mean '{shown}'?", (key,), guess=(*section, field))
     if said := NOT_HERE.get(str(name)):
         return Problem(key, f"unknown key; {said}.", (key,))

@@ -119,6 +119,13 @@ def test_numbers_that_a_short_run_cannot_reach_are_told(recipe, capsys):
     assert "training.warmup_steps: the run" not in capsys.readouterr().out, "defaults fit any length"
 
 
+def test_a_run_that_is_there_already_is_told(recipe, capsys, tmp_path):
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "mine.txt").write_text("x")
+    assert check(recipe, "name=run", f"output_dir={tmp_path / 'runs'}") == 0
+    assert "runs/run exists and is not a run directory; it is left alone." in capsys.readouterr().out
+
+
 def test_tasks_are_looked_at_too(recipe, capsys, tmp_path):
     assert check(recipe, "evaluation.tasks=[everyday]", "evaluation.limit=7") == 0
     out = capsys.readouterr().out
@@ -146,6 +153,7 @@ def test_overrides_count(recipe, capsys):
         ("model.path=modl", "modl"),
         ("data.max_length=8", "have no supervised token"),
         ("data.validation=40", "cannot be held out"),
+        ("training.trackers=[clearml]", "clearml cannot be used: its Python package is not installed"),
     ],
 )
 def test_what_is_wrong_is_one_message(recipe, capsys, override, said):

@@ -413,3 +413,15 @@ def test_roles_that_are_never_learned_are_told(prepare, write):
     assert any(
         "only read, never learned (1 rows)" in said for said in prepare(path, validation=0).report.warnings
     )
+
+
+def test_a_directory_may_hold_files_of_several_kinds(prepare, write, tmp_path):
+    row = {"instruction": "a", "output": "b"}
+    for name, content in {
+        "1.jsonl": json.dumps(row) + "\n",
+        "2.csv": "instruction,output\nc,d\n",
+        "3.json": json.dumps([row]),
+    }.items():
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        (tmp_path / "rows" / name).write_text(content)
+    assert prepare(str(tmp_path / "rows"), validation=0).report.kept == 3

@@ -191,7 +191,8 @@ def test_everyday_is_generated(source):
     [
         ("commonsense170", "no file, hub id .* Did you mean 'commonsense170k'"),
         ("everday", "Did you mean 'everyday'"),
-        ("trian.json", "there is no file .*trian.json. Did you mean 'train.json'"),
+        ("trian.json", "there is no file trian.json below /.* Did you mean 'train.json'"),
+        ("https://huggingface.co/datasets/org/set", "no data file. The data set of that page is org/set."),
         ("rows.txt", "rows.txt is a file; a data file ends in"),
         ("empty", r"the directory empty holds no data file \(it holds notes.txt\); one ends in"),
         ("a b/c", "no file, hub id"),

@@ -180,7 +180,7 @@ def test_keys_of_other_tools_are_told_by_our_names(write):
         "gradient_accumulation_steps: 4\n"
         "sample_packing: true\n"
         "template: alpaca\n"
-        "data: {dataset: d.json, cutoff_len: 512}\n"
+        "data: {dataset: d.json, cutoff_len: 512, validation: {path: v.json, type: alpaca, ds_type: json}}\n"
         "training: {num_train_epochs: 3, eval_steps: 50, save_steps: 50, warmup_ratio: 0.1}\n"
     )
     first, *lines = message(path).splitlines()
@@ -192,6 +192,8 @@ def test_keys_of_other_tools_are_told_by_our_names(write):
         "; training.global_batch_size counts the rows of a step, over all processes and micro-batches.",
         "; leave it out: rows of like length are read together.",
         ". Did you mean 'data.template'?",
+        ". Did you mean 'template'?",
+        "; leave it out: a file's ending tells how it is read.",
         ". Did you mean 'train'?",
         ". Did you mean 'max_length'?",
         ". Did you mean 'epochs'?",
