@@ -258,6 +258,8 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
 
 def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     found = []
+    if isinstance(prepared.template, Labelling) and (alike := prepared.template.alike):
+        found.append(f"{some(alike, 10)} are classes of their own, though they differ by case alone")
     if tokenizer.eos_token_id is None and not isinstance(prepared.template, Labelling):
         found.append(
             "the tokenizer has no end-of-sequence token: the model does not learn where an answer ends"

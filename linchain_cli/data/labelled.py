@@ -24,7 +24,7 @@ from linchain_cli.data.glue import TASKS
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.rows import Layout, Row, RowError, Template
 from linchain_cli.data.sources import Source, resolve_source
-from linchain_cli.errors import InputError, did_you_mean, some
+from linchain_cli.errors import InputError, nearest, some
 from linchain_cli.recipe import SourceConfig
 
 if TYPE_CHECKING:
@@ -94,6 +94,12 @@ class Labelling:
         parts = [self.name, self.classes, self.paired, self.segments]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    @property
+    def alike(self) -> list[str]:
+        """Classes that differ by upper and lower case alone, as a slip of whoever wrote the labels may."""
+        folded = [name.casefold() for name in self.classes]
+        return [name for name in self.classes if folded.count(name.casefold()) > 1]
+
     def render(self, row: Row) -> list[Labelled]:
         """The row with its target.
 
@@ -106,10 +112,11 @@ class Labelling:
         """The number of a class by its name, or the number that a text says."""
         if self.name == "regression":
             return _number(label)
-        name = class_name(label)
+        name = label if label in self.classes else class_name(label)
         if name not in self.classes:
-            hint = did_you_mean(name, self.classes)
-            raise RowError(f"the label {label!r} is none of the classes ({some(self.classes, 10)}).{hint}")
+            near = nearest(name, self.classes)
+            hint = f", such as {near!r}" if near else ""
+            raise RowError(f"the label {label!r} is none of the classes{hint} ({some(self.classes, 10)})")
         return float(self.classes.index(name))
 
 
@@ -129,8 +136,16 @@ def _number(label: str) -> float:
 
 
 def class_name(label: str) -> str:
-    """A label as a class's name; a whole number that was stored as a fraction is that number."""
-    return str(int(float(label))) if re.fullmatch(r"-?\d{1,15}\.0+", label) else label
+    """A label as a class's name, without white space around it; a whole number that was stored as a fraction
+    is that number.
+
+    Raises:
+        RowError: there is none. A .csv without a label there would make nothing a class.
+    """
+    name = label.strip()
+    if not name:
+        raise RowError("the label is empty: there is no class to learn from this row")
+    return str(int(float(name))) if re.fullmatch(r"-?\d{1,15}\.0+", name) else name
 
 
 def labelled_source(
@@ -200,12 +215,14 @@ def find_classes(config: DataConfig, data_dir: str | Path | None = None) -> tupl
                 named |= dict.fromkeys(rows.class_names)
                 break
             rows_seen += 1
-            if isinstance(row, RowError):
-                bad = bad or f"{rows.place()}: {row}"
-            else:
+            try:
+                if isinstance(row, RowError):
+                    raise row
                 met.setdefault(class_name(row["label"]))
-                if len(met) > _MOST_CLASSES:
-                    break
+            except RowError as error:
+                bad = bad or f"{rows.place()}: {error}"
+            if len(met) > _MOST_CLASSES:
+                break
     found = [*named, *(name for name in _in_order(met) if name not in named)]
     if len(found) > _MOST_CLASSES or len(met) > max(_LIKE_A_NUMBER, rows_seen / 2):
         raise InputError(

@@ -100,6 +100,19 @@ def test_classes_are_found_in_the_rows_and_numbers_go_by_their_size():
     assert found == ("2", "9", "10")
 
 
+def test_white_space_around_a_label_makes_no_class_and_no_label_neither(bert_tokenizer):
+    rows = [{"text": "a", "label": label} for label in ("good", " good\n", "Good", "bad", "")]
+    wanted = config(write("rows.jsonl", rows))
+    assert find_classes(wanted) == ("Good", "bad", "good")
+    with pytest.raises(InputError, match=r"rows.jsonl:5 \(row 5\): the label is empty"):
+        prepare_data(wanted, bert_tokenizer, task="classification")
+    data = prepare_data(
+        wanted.model_copy(update={"on_bad_row": "skip"}), bert_tokenizer, task="classification"
+    )
+    assert data.train.targets.tolist() == [2, 2, 0, 1]
+    assert "Good, good are classes of their own, though they differ by case alone" in data.report.warnings
+
+
 def test_words_for_labels_are_the_classes_in_their_order(bert_tokenizer):
     rows = [{"text": "cat", "label": 0}, {"text": "dog", "label": 1}, {"text": "mat", "label": "low"}]
     wanted = config(write("rows.jsonl", rows), labels={"1": "high", "0": "low"})
@@ -151,7 +164,7 @@ def test_labels_that_are_no_classes_are_refused(bert_tokenizer, rows, message):
 def test_a_validation_row_of_an_unknown_class_is_named(bert_tokenizer):
     train = write("train.jsonl", PAIRS)
     other = write("other.jsonl", [{**PAIRS[0], "label": "yess"}])
-    with pytest.raises(InputError, match=r"other.jsonl:1 .*'yess' is none of the classes.*mean 'yes'"):
+    with pytest.raises(InputError, match=r"other.jsonl:1 .*'yess' is none of the classes, such as 'yes'"):
         prepare_data(config(train, validation=other), bert_tokenizer, task="classification")
 
 
