@@ -35,6 +35,7 @@ from linchain_cli.evaluation.store import covers, has_result, stored_result
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import release_memory
+from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.limits import limits
 from linchain_cli.model.loading import empty_model, locate
@@ -43,6 +44,7 @@ from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base, recipe_outputs
+from linchain_cli.training.chains import put_in_chains
 from linchain_cli.training.job import settled
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.objective import Objective, objective_of
@@ -86,6 +88,8 @@ def run_comparison(
     grid = with_rates(grid)
     arms = _adjusted(grid) if equal_parameters else list(grid.arms)
     tasks = recipe_tasks(grid.base)
+    if base is None:
+        _refuse_misfits(arms)
     with locked(directory.path, _WAIT):
         if fresh:
             refuse_busy(directory)
@@ -138,6 +142,19 @@ def _adjusted(grid: Grid) -> list[Arm]:
     directory = locate(model.path, model.revision, weights=False)
     recipes = with_equal_parameters([arm.recipe for arm in grid.arms], grid.base, directory)
     return [replace(arm, recipe=recipe) for arm, recipe in zip(grid.arms, recipes, strict=True)]
+
+
+def _refuse_misfits(arms: Sequence[Arm]) -> None:
+    """Raises InputError for an arm whose chains do not fit the base, before the others are trained."""
+    base = arms[0].recipe
+    directory = locate(base.model.path, base.model.revision, weights=False)
+    model = empty_model(directory, Outputs.unknown(base.task))
+    for arm in arms:
+        try:
+            put_in_chains(model, arm.recipe)
+        except InputError as error:
+            raise InputError(f"{arm.name}: {error}") from error
+        detach(model)
 
 
 def _write(directory: ComparisonDirectory, drawn: bool = True) -> dict[str, Any]:

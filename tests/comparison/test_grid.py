@@ -117,6 +117,8 @@ def test_identity_follows_what_matters_alone(recipe_path):
     [
         ([], "nothing is varied"),
         (["adapter.depth=3"], "nothing is varied"),
+        (["training.learning_rate=1e-3,0.001"], "all of these values train the same thing"),
+        (["adapter.depth=0", "adapter.init=identity,kaiming"], "all of these values train the same thing"),
         (["adapter.depth=0,"], "a value is missing"),
         (["adapter.depth=0,,3"], "a value is missing"),
         (["adapter.depth=0,1", "adapter.depth=2,3"], "varied twice"),

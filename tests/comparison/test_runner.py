@@ -347,6 +347,12 @@ def test_a_misspelt_task_is_told_before_anything_is_trained(recipe_path, tmp_pat
     assert not (tmp_path / "tiny").exists()
 
 
+def test_an_arm_that_does_not_fit_is_told_before_another_is_trained(recipe_path, tmp_path):
+    with pytest.raises(InputError, match=r"target_modules-nothere: adapter.target_modules: 'nothere' match"):
+        run_comparison(expand(recipe_path, ["adapter.target_modules=[q_proj],[nothere]"]), [1])
+    assert not (tmp_path / "tiny").exists()
+
+
 def test_runs_that_another_process_is_at_are_left_to_it(recipe_path, tmp_path, capsys, loads):
     directory = ComparisonDirectory(tmp_path / "tiny")
     run_comparison(expand(recipe_path, ["adapter.depth=0,3"]), [1])
