@@ -60,6 +60,7 @@ class TaskScore(_Stored):
     `accuracy` only `metrics` were measured.
 
     `rows_sha256` is of the rows and how their answers are read; `fingerprint` of that and the whole setting.
+    `template` is the task's own, where it brings one and is not asked through the setting's.
     """
 
     accuracy: float | None = None
@@ -71,6 +72,7 @@ class TaskScore(_Stored):
     majority: float | None = None
     metrics: dict[str, Metric] = {}
     source: str | None = None
+    template: str | None = None
     rows_sha256: str | None = None
     fingerprint: str | None = None
     measured_at: str | None = None
@@ -225,16 +227,17 @@ def template_label(evaluation: Evaluation) -> str | None:
     return f"{name} {digest[:8]}" if name == "custom" and digest else name
 
 
-def describe(evaluation: Evaluation) -> str:
-    """How it was evaluated: `generate (4 beams) · template alpaca · bfloat16 · first 40 rows`."""
+def describe(evaluation: Evaluation, score: TaskScore | None = None) -> str:
+    """How it, or one task of it, was evaluated: `generate (4 beams) · template alpaca · bfloat16 · first 40
+    rows`."""
     how = evaluation.protocol
     if evaluation.beams is not None:
         how += f" ({evaluation.beams} beam{'s' if evaluation.beams > 1 else ''})"
     if evaluation.normalise not in (None, "none"):
         how += f" per {evaluation.normalise.removesuffix('s')}"
     parts = [how]
-    if evaluation.template:
-        parts.append(f"template {template_label(evaluation)}")
+    if template := (score and score.template) or template_label(evaluation):
+        parts.append(f"template {template}")
     if evaluation.dtype:
         parts.append(evaluation.dtype)
     if evaluation.quantization not in (None, "none"):
@@ -259,7 +262,7 @@ def table(found: Sequence[Found], adapter_sha256: str | None = None) -> list[Lin
     """All results of one model, by task and setting: those of its present adapter first."""
     order = {"present": 0, "unknown": 1, "earlier": 2}
     lines = [
-        Line(task, describe(one.evaluation), score, one.path, _age(one.evaluation, adapter_sha256))
+        Line(task, describe(one.evaluation, score), score, one.path, _age(one.evaluation, adapter_sha256))
         for one in found
         for task, score in one.evaluation.tasks.items()
     ]

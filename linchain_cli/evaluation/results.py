@@ -124,7 +124,7 @@ def summarise(
     scores = {
         task.name: _task_score(
             task, [by_task[task.name][row.index] for row in task.rows], (fingerprints or {}).get(task.name)
-        )
+        ).model_copy(update={"template": _own_template(task, setting)})
         for task in tasks
     }
     return Results(averaged(setting.model_copy(update={"tasks": scores})), rows)
@@ -154,6 +154,12 @@ def fingerprint(setting: Evaluation, task: Task, template_sha256: str) -> str:
     return storage.sha256_bytes(
         json.dumps([setting.setting_sha256, task.fingerprint, template_sha256]).encode()
     )
+
+
+def _own_template(task: Task, setting: Evaluation) -> str | None:
+    """What a result calls the template that the task brings; None where it is the setting's."""
+    own = task.template if isinstance(task.template, str | None) else "of its own"
+    return None if own == setting.template else own
 
 
 def _task_score(task: Task, rows: Sequence[Prediction], fingerprint: str | None) -> TaskScore:
@@ -217,7 +223,9 @@ def setting_differences(first: Evaluation, second: Evaluation) -> list[str]:
         if getattr(first, key) != getattr(second, key)
     ]
     hashes = first.template_sha256, second.template_sha256
-    if first.template != second.template:
+    if all(score.template for score in first.tasks.values()):
+        pass  # both were asked through what the tasks bring
+    elif first.template != second.template:
         differences.insert(0, f"template: {template_label(first)} and {template_label(second)}")
     elif None not in hashes and hashes[0] != hashes[1]:
         differences.insert(0, f"template: {first.template} {hashes[0][:8]} and {hashes[1][:8]}")

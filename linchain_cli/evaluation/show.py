@@ -36,7 +36,8 @@ def print_results(results: Results, console: Console | None = None) -> None:
         metrics = [metric_text(score.metrics.get(other)) for other in others]
         counts = [str(getattr(score, key) or 0) for key in counted]
         numbers = [*numbers, percent(score.majority)] if answered else []
-        table.add_row(name, count(score.n), *numbers, *metrics, *counts)
+        asked = f"{name}\n(template {score.template})" if score.template else name
+        table.add_row(Text(asked), count(score.n), *numbers, *metrics, *counts)
     if len(summary.tasks) > 1 and summary.average is not None:
         table.add_section()
         average = [percent(summary.average), percent(summary.average_stderr), span(summary.average_interval)]
@@ -74,7 +75,7 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     if several:
         table.add_column(f"Holm's p of {len(comparison['tasks'])}", justify="right")
     for name, entry in comparison["tasks"].items():
-        table.add_row(name, *_paired_cells(entry), *([f"{entry['p_holm']:.2g}"] if several else []))
+        table.add_row(Text(name), *_paired_cells(entry), *([f"{entry['p_holm']:.2g}"] if several else []))
     if several:
         table.add_section()
         table.add_row("all rows", *_paired_cells(comparison["all_rows"]))
@@ -89,14 +90,14 @@ def print_metric_differences(comparison: dict[str, Any], console: Console) -> No
     """Differences of what is measured beside the accuracy, if anything is, with their bootstrap intervals."""
     if not comparison.get("metrics"):
         return
-    title = f"the same minus {comparison['model']}, other measures" if comparison["tasks"] else None
+    title = Text(f"the same minus {comparison['model']}, other measures") if comparison["tasks"] else None
     table = Table(title=title, title_justify="left")
     for column in ("task", "measure", "difference", "95 % interval"):
         table.add_column(column, justify="left" if column in ("task", "measure") else "right")
     for task, measures in comparison["metrics"].items():
         for name, found in measures.items():
             value, interval = f"{found['difference']:+.3f}", span(found["interval"], lambda v: f"{v:+.3f}")
-            table.add_row(task, name, value, interval)
+            table.add_row(Text(task), name, value, interval)
     console.print(table)
 
 

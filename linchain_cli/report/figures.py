@@ -372,7 +372,9 @@ def spectrum_lines(layers: Sequence[LayerNumbers]) -> Picture | None:
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     figure.supxlabel("singular value, largest first", fontsize="medium")
-    figure.colorbar(ScalarMappable(scale, "viridis"), ax=grid, label="layer", fraction=0.04, pad=0.02)
+    ticks = MaxNLocator(nbins=5, integer=True)
+    colours = ScalarMappable(scale, "viridis")
+    figure.colorbar(colours, ax=grid, label="layer", ticks=ticks, fraction=0.04, pad=0.02)
     said = "; ".join(
         f"{kind}: largest {statistics.median(one.singular_values[0] for one in found):.3g}, entropy rank"
         f" {statistics.median(one.entropy_rank for one in found):.3g} (medians over layers)"

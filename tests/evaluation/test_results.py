@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,7 +15,7 @@ from linchain_cli.evaluation.published import COMMONSENSE, PUBLISHED, published_
 from linchain_cli.evaluation.results import compare, summarise
 from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
 from linchain_cli.evaluation.task import Task, TaskRow
-from linchain_cli.evaluations import Evaluation, Metric
+from linchain_cli.evaluations import Evaluation, Found, Metric, table
 
 SETTING = Evaluation(
     format_version=2, model="one", protocol="likelihood", template="alpaca", dtype="float32",
@@ -160,8 +162,25 @@ def test_the_chart_depends_on_the_results_alone(tmp_path):
 
 def test_names_are_shown_as_they_are():
     """Square brackets are markup to the table's library, and were swallowed."""
-    results = make([True, False], model="runs/[red]one")
-    assert "runs/[red]one · likelihood" in shown(print_results, results)
-    assert "runs/[red]one minus two" in shown(
-        print_comparison, results, compare(results, make([True, True], model="two"))
-    )
+    results = make([True, False], ("[red]dev.csv",), model="runs/[red]one")
+    text = shown(print_results, results)
+    assert "runs/[red]one · likelihood" in text and "[red]dev.csv" in text
+    comparison = compare(results, make([True, True], ("[red]dev.csv",), model="[red]two"))
+    measures = {"[red]dev.csv": {"f1": {"difference": 0.5, "interval": (0.1, 0.9)}}}
+    text = shown(print_comparison, results, comparison | {"metrics": measures})
+    assert "runs/[red]one minus [red]two" in text and "the same minus [red]two" in text
+    assert text.count("[red]dev.csv") == 2
+
+
+def test_a_template_that_a_task_brings_is_told():
+    """It is that task's, and not the one in the heading; then the heading's makes no difference either."""
+    task = replace(make_task("own", 2), template={"prompt": "{instruction}", "response": "{output}"})
+    for name, expected in ((None, None), ("alpaca", None), ("chat", "chat"), (task.template, "of its own")):
+        results = summarise([replace(task, template=name)], rows_of(task, [True, False]), SETTING)
+        assert results.summary.tasks["own"].template == expected
+    other = SETTING.model_copy(update={"template": "plain"})
+    again = summarise([task], rows_of(task, [True, False]), other)
+    assert "(template of its own)" in shown(print_results, results)
+    assert compare(results, again)["differences_in_settings"] == []
+    lines = table([Found(Path("x.json"), results.summary)])
+    assert lines[0].setting == "likelihood · template of its own · float32"
