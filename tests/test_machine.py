@@ -101,6 +101,7 @@ class Load:
         self.time, self.own, self.busy, self.nice = 100.0, 5.0, 50.0, 7.0
         self._box, self._cpus = box, cpus
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+        monkeypatch.setattr(os, "getpriority", lambda which, who: 0)  # however nice the tests are
         monkeypatch.setattr(machine.time, "monotonic", lambda: self.time)
         monkeypatch.setattr(os, "times", lambda: os.times_result((self.own, 0.0, 0.0, 0.0, self.time)))
         self.pass_seconds(0, 0, 0)
