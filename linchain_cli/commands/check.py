@@ -141,11 +141,14 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
     from linchain_cli.model.classifier import head_names, is_classifier
     from linchain_cli.model.loading import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
+    from linchain_cli.training.chains import refuse_other_modules, start_adapter
 
     refuse_unfit(model, recipe.training)
     prefix = text_decoder_prefix(model)
     matches = match_modules(model, recipe.adapter.target_modules, prefix)
     refuse_shared(model, matches.paths)
+    if start := start_adapter(recipe):
+        refuse_other_modules(recipe, dict.fromkeys(start.tensors), dict.fromkeys(matches.paths))
     shape_at = carriers(dict(model.named_modules()))
     shapes = [shape_at[path] for path in matches.paths]
     head = 0

@@ -261,7 +261,7 @@ def _program(
         return ChatProgram(tokenizer, source, options)
     except jinja2.TemplateSyntaxError as error:
         what = "data.chat.template" if source else "data.template: the model's chat template"
-        raise InputError(f"{what}, line {error.lineno}: {error.message}.") from None
+        raise InputError(f"{what}, line {error.lineno}: {str(error.message).rstrip('.')}.") from None
     except ValueError:
         raise InputError(
             "data.template: the model's tokenizer has no chat template. Give one with data.chat.template, "

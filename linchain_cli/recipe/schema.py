@@ -89,7 +89,7 @@ class AdapterConfig(StrictModel):
     Routed experts get chains, one on each matrix of each expert, where they are named: `experts.down_proj`,
     or `experts` for all their matrices. check and train say what share of the weights a choice leaves out."""
     init_from: Text | None = None
-    """An adapter directory whose values training starts from."""
+    """A run, one of its checkpoints or another adapter directory, whose values training starts from."""
 
 
 Factor = Annotated[float, Field(ge=0)]

@@ -151,7 +151,9 @@ def _wrong_value(detail: Mapping[str, Any], key: Key, model: type[BaseModel]) ->
     if detail["type"] == "missing":
         return f"missing. Expected {expected}."
     suggestion = ""
-    if isinstance(value, str):
+    if isinstance(value, Mapping) and "text" in expected:
+        suggestion = " Quote it, if it is one text."
+    elif isinstance(value, str):
         words = [word for word in choices(found.annotation) if word in expected]
         suggestion = f" Write [{value}]." if value in words else did_you_mean(value, words)
     reason = f" ({detail['ctx']['error']})" if detail["type"] == "value_error" else ""

@@ -6,7 +6,6 @@ import contextlib
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,6 @@ from linchain_cli.chain import (
     adapter_of,
     coverage,
     find_siblings,
-    load_adapter,
 )
 from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.chain.head import head_of
@@ -43,7 +41,7 @@ from linchain_cli.training import schedule
 from linchain_cli.training import state as states
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.blocks import set_up_blocks
-from linchain_cli.training.chains import chain_config, put_in_chains, put_on_head
+from linchain_cli.training.chains import chain_config, put_in_chains, put_on_head, start_adapter
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.display import counting_rows
 from linchain_cli.training.fingerprints import MICRO_BATCH, compare, fingerprints
@@ -284,8 +282,8 @@ def warnings(job: Job) -> list[str]:
     recipe = job.recipe
     found = list(job.data.report.warnings)
     found += schedule.unreachable(recipe.training, len(job.data.train), job.data.validation is not None)
-    if recipe.adapter.init_from:
-        trained_on = load_adapter(Path(recipe.adapter.init_from)).base.get("hash")
+    if start := start_adapter(recipe):
+        trained_on = start.base.get("hash")
         if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
     return found

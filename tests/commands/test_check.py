@@ -153,6 +153,7 @@ def test_overrides_count(recipe, capsys):
         ("model.path=modl", "modl"),
         ("data.max_length=8", "have no supervised token"),
         ("data.validation=40", "cannot be held out"),
+        ("adapter.init_from=runs", "adapter.init_from: runs holds no chain adapter"),
         ("training.trackers=[clearml]", "clearml cannot be used: its Python package is not installed"),
     ],
 )

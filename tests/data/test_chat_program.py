@@ -146,3 +146,5 @@ def test_a_template_file_options_and_a_system_prompt_of_ones_own(byte_level, tmp
 def test_where_a_template_of_ones_own_is_wrong_is_said(byte_level):
     with pytest.raises(InputError, match="data.chat.template, line 3: "):
         template_of(byte_level, CHATML, template="a\n{% for m in messages %}\n{{ m.content }")
+    with pytest.raises(InputError, match=r"No filter named 'shout'\.$"):
+        template_of(byte_level, CHATML, template="{% for m in messages %}{{ m.content | shout }}{% endfor %}")

@@ -228,6 +228,10 @@ def test_one_problem_is_one_line(write):
         ("training.optimizer=adam", "Did you mean 'adamw'?"),
         ("training.optimizer=adamw_torch", "expected adamw, got 'adamw_torch'. Did you mean 'adamw'?"),
         ("training.trackers=wandb", "swanlab, trackio, got 'wandb'. Write [wandb]."),
+        (
+            "data.template.prompt=Q: {question}",
+            "expected non-empty text, got {'Q': {'question': None}}. Quote it",
+        ),
         ("data.validation=0.1", "a share such as 5%, auto, or a source of its own, got '0.1'."),
         ("training.micro_batch_size=many", "expected a whole number of at least 1, auto or null, got 'many'"),
         ("training.trackers=[tensorbord]", "Did you mean 'tensorboard'?"),

@@ -16,7 +16,7 @@ def test_init_from_continues_where_the_adapter_stands(run_tiny, job_of, base):
     from linchain_cli.chain import chain_layers
 
     first = run_tiny({"name": "first"})
-    source = str(first.run.adapter_dir)
+    source = str(first.run.path)  # its adapter
     job = job_of({"adapter.init_from": source, "adapter.dropout": 0.1})
     values = load_file(first.run.adapter_dir / "chain.safetensors")
     for path, layer in chain_layers(base.model).items():
@@ -48,7 +48,7 @@ def test_init_from_must_fit(run_tiny, tmp_path):
                 "adapter.target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"],
             }
         )
-    with pytest.raises(InputError, match="holds no chain adapter"):
+    with pytest.raises(InputError, match="adapter.init_from: .* holds no chain adapter"):
         run_tiny({"name": "second", "adapter.init_from": str(tmp_path)})
     assert not (tmp_path / "runs" / "second").exists()
 
