@@ -218,7 +218,7 @@ def _results(lines: Sequence[Line]) -> str:
     if not lines:
         return "Not evaluated."
     rows = [
-        f"| {line.task} | {_percent(line.score.accuracy)} | {_percent(line.score.stderr)} |"
+        f"| {_without_folders(line.task)} | {_percent(line.score.accuracy)} | {_percent(line.score.stderr)} |"
         f" {'–' if line.score.n is None else line.score.n} | {_others(line.score)} | {line.setting} |"
         for line in lines
     ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from linchain_cli.chain import Adapter, ChainConfig, ChainTensors
+from linchain_cli.evaluations import Line, TaskScore
 from linchain_cli.export.card import Origin, PublishedBase, model_card
 from linchain_cli.model.loading import auto_class
 
@@ -77,7 +79,13 @@ def test_a_gguf_base_is_loaded_as_one(adapter, tmp_path):
 
 def test_paths_of_the_machine_are_cut(adapter):
     recipe = "name: a\noutput_dir: /home/me/runs\ndata:\n  train: [~/rows.jsonl, commonsense170k]\n"
-    origin = Origin("x", recipe=recipe, data=("/home/me/rows.jsonl", "org/rows"))
+    score = TaskScore(accuracy=0.5, n=4)
+    measured = tuple(
+        Line(task, "classification", score, Path("x.json"), "present")
+        for task in ("/home/me/dev.csv", "glue/rte")
+    )
+    origin = Origin("x", recipe=recipe, data=("/home/me/rows.jsonl", "org/rows"), results=measured)
     card = model_card("merged", adapter, origin, {}, "AutoModelForCausalLM")
     assert "/home" not in card and "~" not in card
+    assert "| dev.csv | 50.00 |" in card and "| glue/rte | 50.00 |" in card
     assert "- `rows.jsonl`\n- `org/rows`" in card and "- commonsense170k" in card
