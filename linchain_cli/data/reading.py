@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from linchain_cli.data.files import DataFile, count_rows, open_reader
 from linchain_cli.data.rows import RowError
-from linchain_cli.data.sources import Source
+from linchain_cli.data.sources import DATA_DIR_VARIABLE, Source, stand_in
 from linchain_cli.data.tables import TableReader
 from linchain_cli.errors import InputError, did_you_mean
 
@@ -109,11 +109,20 @@ class RawRows:
 
 
 def hub_dataset(source: Source) -> datasets.Dataset:
-    """The split of a source that `datasets` loads."""
+    """The split of a source that `datasets` loads.
+
+    Raises:
+        InputError: it cannot be had; the message says which file could stand in for it.
+    """
     from linchain_cli.data.hub import load_hub_dataset
 
-    files = json.dumps(source.data_files, sort_keys=True) if source.data_files else None
-    return load_hub_dataset(source.location, source.split or "train", source.revision, source.config, files)
+    files, split = json.dumps(source.data_files, sort_keys=True) if source.data_files else None, source.split
+    try:
+        return load_hub_dataset(source.location, split or "train", source.revision, source.config, files)
+    except InputError as error:
+        if (file := stand_in(source)) is None:
+            raise
+        raise InputError(f"{error} Or let {DATA_DIR_VARIABLE} name a directory that holds {file}.") from error
 
 
 def _count(files: Sequence[DataFile]) -> int:

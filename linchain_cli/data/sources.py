@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from linchain_cli.data.files import ENDINGS, DataFile, FoundFiles, find_files
-from linchain_cli.data.glue import HUB_ID, GlueSource, find_glue
+from linchain_cli.data.glue import HUB_ID, TASKS, GlueSource, find_glue
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.files import looks_local
 from linchain_cli.recipe import SourceConfig
@@ -112,6 +112,16 @@ def resolve_source(source: SourceConfig, data_dir: str | Path | None = None) -> 
         f"data: '{name}' is no file, hub id (owner/data-set) or registered data "
         f"set.{did_you_mean(name, DATASET_NAMES)} Registered: {', '.join(DATASET_NAMES)}. Files: {ENDINGS}."
     )
+
+
+def stand_in(source: Source) -> str | None:
+    """The file in which $LINCHAIN_DATA_DIR may hold a data set of the hub; None where no other is known."""
+    if source.glue:
+        task = TASKS[source.glue]
+        split, file = task.validation
+        return f"{task.directory}/{file if source.split == split else 'train.tsv'}"
+    known = _REGISTERED.get(source.name)
+    return known.files[0] if known and known.files else None
 
 
 def _of_glue(found: GlueSource, name: str, settings: dict[str, Any]) -> Source:

@@ -1,7 +1,7 @@
 """Tasks of the user's own: a YAML file that names rows, a prompt, and how answers are read.
 
 name: colours                       # how results name it; left out, the file's name
-path: colours.jsonl                 # beside this file; .json, .jsonl, .csv, .parquet or a hub id
+path: colours.jsonl                 # beside this file: a file, directory or pattern; or a hub id
 columns: {instruction: question}    # ours to theirs, where the rows' columns have other names
 options: [red, green, blue]         # or a column `options`, or lines "Answer format: ..." in the rows
 template: alpaca                    # a name or {prompt, response}; left out, the model's own
@@ -10,6 +10,8 @@ examples: 5                         # answered rows in front of every question, 
 
 from __future__ import annotations
 
+import glob
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,7 +36,7 @@ class TaskFile(StrictModel):
     name: FileName | None = None
     """How results name the task; null takes the file's name."""
     path: Text
-    """Rows: a file (relative to this one) or a hub id."""
+    """Rows: files, a directory or a pattern (relative to this file), or a hub id."""
     split: Text = "test"
     """Split of a hub data set."""
     revision: Text | None = None
@@ -65,7 +67,7 @@ class TaskFile(StrictModel):
     examples: Annotated[int, Field(ge=0)] = 0
     """Rows of examples_path that stand, answered, in front of every question: its first ones."""
     examples_path: Text | None = None
-    """Rows of examples, which are no rows of path: a file (relative to this one) or a hub id."""
+    """Rows of examples, which are no rows of path: where they are is written as in path."""
     examples_split: Text = "train"
     """Their split of a hub data set."""
 
@@ -202,8 +204,8 @@ def _raw_rows(file: TaskFile, path: Path, source_path: str, split: str) -> Itera
     from linchain_cli.data.sources import resolve_source
     from linchain_cli.recipe import SourceConfig
 
-    beside = path.parent / source_path
-    place = str(beside) if beside.is_file() else source_path
+    beside = os.path.join(glob.escape(str(path.parent)), source_path)
+    place = str(path.parent / source_path) if glob.glob(beside, recursive=True) else source_path
     rows = RawRows(resolve_source(SourceConfig(path=place, split=split, revision=file.revision)), set())
     for row in rows:
         if isinstance(row, RowError):

@@ -10,6 +10,7 @@ import pytest
 
 from linchain_cli.data import hub
 from linchain_cli.data.formats import FormattedRows
+from linchain_cli.data.reading import hub_dataset
 from linchain_cli.data.rows import RowError
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.data.templates import get_template
@@ -323,6 +324,22 @@ def test_without_a_hub_the_real_library_s_failure_is_understood(source):
         InputError, match="'nobody/nothing' is not on this machine, and HF_HUB_OFFLINE is set"
     ):
         list(rows_of(source("nobody/nothing")))
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "file"),
+    [
+        ("commonsense170k", None, "commonsense_170k.json"),
+        ("glue/rte", None, "RTE/train.tsv"),
+        ("glue/mnli", "validation", "MNLI/dev_matched.tsv"),
+    ],
+)
+def test_a_file_that_stands_in_for_the_hub_is_named(tmp_path, monkeypatch, name, split, file):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("LINCHAIN_DATA_DIR", raising=False)
+    found = resolve_source(SourceConfig(path=name, split=split))
+    with pytest.raises(InputError, match=f"Or let LINCHAIN_DATA_DIR name a directory that holds {file}."):
+        hub_dataset(found)
 
 
 def test_a_hub_that_does_not_answer_is_told_once(monkeypatch, caplog):

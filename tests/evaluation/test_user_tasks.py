@@ -32,6 +32,17 @@ def test_options_and_columns(tmp_path):
     assert len(load_task(str(tmp_path / "colours.yaml"), limit=1).rows) == 1
 
 
+@pytest.mark.parametrize("path", ["rows.jsonl", "more/*.jsonl", "more"])
+def test_rows_lie_beside_the_file_whatever_they_are(tmp_path, path):
+    (folder := tmp_path / "tasks").mkdir()
+    task_file(folder, "")
+    (folder / "more").mkdir()
+    (folder / "more" / "some.jsonl").write_text(json.dumps({"q": "Snow?", "a": "white"}) + "\n")
+    columns = "columns: {instruction: q, answer: a}\noptions: [blue, green, white]\n"
+    task = load_task(task_file(folder, f"path: {path}\nsplit: train\n{columns}"))
+    assert task.rows[0].answer == ("blue" if path == "rows.jsonl" else "white")
+
+
 def test_each_row_may_bring_its_options(tmp_path):
     rows = [{"instruction": "Q", "choices": ["a dog", "a cat"], "answer": "a cat"}]
     task = load_task(task_file(tmp_path, "path: rows.jsonl\ncolumns: {options: choices}\nprefix: ''\n", rows))
