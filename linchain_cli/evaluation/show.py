@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,16 +22,16 @@ def print_results(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     summary = results.summary
     scores = summary.tasks.values()
-    table = Table(title=Text(title(summary)), title_justify="left")
+    table = _table(title(summary))
     answered = any(score.accuracy is not None for score in scores)
     ours = ("accuracy", "± stderr", "95 % interval", "majority") if answered else ()
     for column in ("task", "rows", *ours):
-        table.add_column(column, justify="left" if column == "task" else "right")
+        _add_column(table, column)
     others = list(dict.fromkeys(name for score in scores for name in score.metrics))
     counted = {"unparsable": "no answer", "near_ties": "near ties"}
     counted = {key: word for key, word in counted.items() if any(getattr(score, key) for score in scores)}
     for column in (*map(heading, others), *counted.values()):
-        table.add_column(column, justify="right")
+        _add_column(table, column)
     for name, score in summary.tasks.items():
         numbers = [percent(score.accuracy), percent(score.stderr), span(score.interval)]
         metrics = [metric_text(score.metrics.get(other)) for other in others]
@@ -43,6 +44,20 @@ def print_results(results: Results, console: Console | None = None) -> None:
         average = [percent(summary.average), percent(summary.average_stderr), span(summary.average_interval)]
         table.add_row("average", "", *average)
     console.print(table)
+
+
+def _table(title: str | None) -> Table:
+    """A table without frames, so that a classifier's nine columns fit into 80 characters."""
+    heading = None if title is None else Text(title)
+    return Table(title=heading, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _add_column(table: Table, name: str) -> None:
+    """A column of numbers, which stay whole; names fold where they are too long."""
+    if name in ("task", "measure"):
+        table.add_column(name, overflow="fold")
+    else:
+        table.add_column(name, justify="right", no_wrap=True)
 
 
 def metric_text(metric: Metric | None) -> str:
@@ -67,13 +82,12 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     for difference in comparison["differences_in_settings"]:
         console.print(Text.assemble(("not evaluated alike", "bold yellow"), f" — {difference}"))
     heading = f"{first.summary.model} minus {comparison['model']}, same rows"
-    table = Table(title=Text(heading), title_justify="left")
-    table.add_column("task")
+    table = _table(heading)
     several = len(comparison["tasks"]) > 1
-    for heading in ("rows", "difference", "95 % interval", "gained", "lost", "McNemar p"):
-        table.add_column(heading, justify="right")
+    for column in ("task", "rows", "difference", "95 % interval", "gained", "lost", "McNemar p"):
+        _add_column(table, column)
     if several:
-        table.add_column(f"Holm's p of {len(comparison['tasks'])}", justify="right")
+        _add_column(table, f"Holm's p of {len(comparison['tasks'])}")
     for name, entry in comparison["tasks"].items():
         table.add_row(Text(name), *_paired_cells(entry), *([f"{entry['p_holm']:.2g}"] if several else []))
     if several:
@@ -90,10 +104,9 @@ def print_metric_differences(comparison: dict[str, Any], console: Console) -> No
     """Differences of what is measured beside the accuracy, if anything is, with their bootstrap intervals."""
     if not comparison.get("metrics"):
         return
-    title = Text(f"the same minus {comparison['model']}, other measures") if comparison["tasks"] else None
-    table = Table(title=title, title_justify="left")
+    table = _table(f"the same minus {comparison['model']}, other measures" if comparison["tasks"] else None)
     for column in ("task", "measure", "difference", "95 % interval"):
-        table.add_column(column, justify="left" if column in ("task", "measure") else "right")
+        _add_column(table, column)
     for task, measures in comparison["metrics"].items():
         for name, found in measures.items():
             value, interval = f"{found['difference']:+.3f}", span(found["interval"], lambda v: f"{v:+.3f}")

@@ -172,6 +172,21 @@ def test_names_are_shown_as_they_are():
     assert text.count("[red]dev.csv") == 2
 
 
+def test_a_classifiers_table_fits_into_80_characters():
+    results = make([True, False], ("/a/long/way/to/some/rows/of/my/own/dev.csv",), protocol="classification")
+    (name,) = results.summary.tasks
+    metrics = {
+        "f1": Metric(value=0.788),
+        "matthews": Metric(value=-0.1234, interval=(-0.55, 0.12), is_share=False),
+    }
+    results.summary.tasks[name] = results.summary.tasks[name].model_copy(update={"metrics": metrics})
+    console = Console(file=io.StringIO(), width=80)
+    print_results(results, console)
+    text = console.file.getvalue()
+    for whole in ("accuracy", "95 % interval", "matthews", "9.5 … 90.5", "-0.1234", "-0.55 … 0.12", "78.8 %"):
+        assert whole in text
+
+
 def test_a_template_that_a_task_brings_is_told():
     """It is that task's, and not the one in the heading; then the heading's makes no difference either."""
     task = replace(make_task("own", 2), template={"prompt": "{instruction}", "response": "{output}"})
