@@ -24,7 +24,7 @@ def print_results(results: Results, console: Console | None = None) -> None:
     scores = summary.tasks.values()
     table = _table(title(summary))
     answered = any(score.accuracy is not None for score in scores)
-    ours = ("accuracy", "± stderr", "95 % interval", "majority") if answered else ()
+    ours = ("accuracy", "±\nstderr", "95 % interval", "majority") if answered else ()
     for column in ("task", "rows", *ours):
         _add_column(table, column)
     others = list(dict.fromkeys(name for score in scores for name in score.metrics))
@@ -84,10 +84,10 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     heading = f"{first.summary.model} minus {comparison['model']}, same rows"
     table = _table(heading)
     several = len(comparison["tasks"]) > 1
-    for column in ("task", "rows", "difference", "95 % interval", "gained", "lost", "McNemar p"):
+    for column in ("task", "rows", "difference", "95 % interval", "gained", "lost", "McNemar\np"):
         _add_column(table, column)
     if several:
-        _add_column(table, f"Holm's p of {len(comparison['tasks'])}")
+        _add_column(table, f"Holm's p\nof {len(comparison['tasks'])}")
     for name, entry in comparison["tasks"].items():
         table.add_row(Text(name), *_paired_cells(entry), *([f"{entry['p_holm']:.2g}"] if several else []))
     if several:
