@@ -90,11 +90,8 @@ def expand(path: Path | str, words: Sequence[str]) -> Grid:
     recipes = [load_recipe(path, [*fixed, *combination]) for combination in itertools.product(*axes)]
     for recipe in recipes:
         _refuse_unlike(recipe, base)
-    distinct = _distinct(recipes)
-    if len(distinct) < 2:
-        raise InputError("nothing is varied: all of these values train the same thing")
     varying = tuple(word for word in words if word not in fixed)
-    return Grid(base, tuple(_name(distinct, base)), varying)
+    return Grid(base, tuple(_name(_distinct(recipes), base)), varying)
 
 
 def split_values(text: str) -> list[str]:

@@ -336,6 +336,11 @@ def test_notes_say_what_is_missing(recipe_path):
     assert "a little too good" in text
     assert "Only 2 validation(s)" in text
     assert "arms/depth-0_learning_rate-0.1_seed-1: stopped" in text
+    assert "There is one arm" not in text
+    definition = Definition(grid.base, False)
+    definition.add(grid.arms[:1], [1])
+    text = "\n".join(notes(definition, found[:1], candidates(definition, found[:1])))
+    assert "There is one arm, and nothing to compare it with" in text
 
 
 def test_a_comparison_without_a_finished_run_has_no_tables(recipe_path, tmp_path):
