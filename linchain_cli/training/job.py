@@ -198,7 +198,9 @@ def prepare(
     if base.sharded:
         together(accelerator, lambda: _refuse_classes(base.model, data))
     head = together(accelerator, lambda: put_on_head(base, recipe)) if base.outputs else {}
-    layers = together(accelerator, lambda: put_in_chains(base.model, recipe))
+    store = CheckpointStore(run.checkpoints_dir, recipe.training.keep_checkpoints)
+    begun = from_main(accelerator, on_main(accelerator, lambda: resume and bool(store.steps())))
+    layers = together(accelerator, lambda: put_in_chains(base.model, _unstarted(recipe) if begun else recipe))
     any_rows = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)
     find_siblings(base.model, lambda: _any_forward(base, any_rows))
     training = recipe.training
@@ -224,7 +226,6 @@ def prepare(
         world_size=accelerator.num_processes,
         sharded=base.sharded,
     )
-    store = CheckpointStore(run.checkpoints_dir, training.keep_checkpoints)
     objective, state = objective_of(recipe, data), states.first_state(base.model.dtype)
     return Job(
         recipe,
@@ -242,6 +243,11 @@ def prepare(
         found_rate,
         state,
     )
+
+
+def _unstarted(recipe: Recipe) -> Recipe:
+    """For a run whose checkpoint holds all values: what it started from may be gone by now."""
+    return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"init_from": None})})
 
 
 def settled(recipe: Recipe, data: PreparedData) -> Recipe:
@@ -282,7 +288,10 @@ def warnings(job: Job) -> list[str]:
     recipe = job.recipe
     found = list(job.data.report.warnings)
     found += schedule.unreachable(recipe.training, len(job.data.train), job.data.validation is not None)
-    if start := start_adapter(recipe):
+    start = None
+    with contextlib.suppress(InputError):  # a run that goes on does without it
+        start = start_adapter(recipe)
+    if start is not None:
         trained_on = start.base.get("hash")
         if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.run import read_jsonl
 
 
@@ -29,6 +29,20 @@ def test_init_from_continues_where_the_adapter_stands(run_tiny, job_of, base):
     )
     assert after[0] < before[0] - 0.1
     assert job.state.step == 0
+
+
+def test_a_run_goes_on_when_what_it_started_from_is_gone(run_tiny, stop_after):
+    first = run_tiny({"name": "first"})
+    changes = {"name": "second", "adapter.init_from": str(first.run.path)}
+    stop_after(3)
+    with pytest.raises(LinchainError, match="pulled the plug"):
+        run_tiny(changes)
+    stop_after(None)
+    whole = run_tiny({**changes, "name": "third"})
+    first.run.path.rename(first.run.path.with_name("elsewhere"))
+    second = run_tiny(changes, resume=True)
+    files = [(one.run.adapter_dir / "chain.safetensors").read_bytes() for one in (second, whole)]
+    assert files[0] == files[1]
 
 
 def test_init_from_must_fit(run_tiny, tmp_path):
