@@ -110,9 +110,7 @@ def notes(
     else:
         found.append("One seed: there is no spread to judge a difference by. Use --seeds 1,2,3.")
     if len({arm.name for arm in definition.arms}) == 1:
-        found.append(
-            "There is one arm, and nothing to compare it with: other values given later add arms."
-        )
+        found.append("There is one arm, and nothing to compare it with: other values given later add arms.")
     if not any(one.rate == base.training.learning_rate for one in arms):
         found.append(
             f"No arm was trained at the recipe's learning rate {base.training.learning_rate:g}; add it to"

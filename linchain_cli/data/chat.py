@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Tools = Sequence[Mapping[str, Any]] | None
 
-_VERSION = 3
+_VERSION = 4
 _WORD = "4f1c9a"  # stands for an answer; no template writes it
 _QUESTION: Message = {"role": "user", "content": "2 + 2"}
 _ANSWER: Message = {"role": "assistant", "content": _WORD}

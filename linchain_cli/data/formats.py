@@ -43,7 +43,8 @@ class Format:
 
 
 def _of_messages(cells: Cells) -> Row:
-    return messages.conversation(messages.messages_of(cells["messages"], "messages"), cells.get("tools"))
+    turns = messages.messages_of(cells["messages"], "messages")
+    return messages.conversation(messages.with_system(turns, cells.get("system")), cells.get("tools"))
 
 
 def _of_conversations(cells: Cells) -> Row:
@@ -58,7 +59,7 @@ def _of_prompt_and_completion(cells: Cells) -> Row:
 
 
 _CONVERSATIONS = (
-    Format(("messages",), ("tools",), _of_messages),
+    Format(("messages",), ("system", "tools"), _of_messages),
     Format(("conversations",), ("system", "tools"), _of_conversations),
     Format(("prompt", "completion"), ("system", "tools"), _of_prompt_and_completion),
 )

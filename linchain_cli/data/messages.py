@@ -90,8 +90,10 @@ def tools_of(value: Any, column: str = "tools") -> list[dict[str, Any]]:
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
     """The turns behind a system prompt that stands in a column of its own."""
-    if not system:
+    if not system or messages[0] == {"role": "system", "content": system}:
         return messages
+    if not isinstance(system, str):
+        raise RowError(f"'system' is {shown(system)}, where a text is expected")
     if messages[0]["role"] == "system":
         raise RowError("there is a system prompt in a column of its own and another among the turns")
     return [{"role": "system", "content": system}, *messages]

@@ -47,6 +47,7 @@ def read(write, source):
         {"messages": [ASKED, {"role": "assistant", "content": 4}]},
         {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
         {"conversations": [ASKED, ANSWERED], "system": ""},
+        {"messages": [ASKED, ANSWERED], "system": None},
         {"prompt": "2 + 2?", "completion": "4"},
         {"prompt": [ASKED], "completion": [ANSWERED]},
         {"prompt": json.dumps([ASKED]), "completion": "4"},
@@ -58,6 +59,17 @@ def read(write, source):
 )
 def test_one_conversation_in_many_forms(read, row):
     assert read(row) == [{"messages": [ASKED, ANSWERED]}]
+
+
+def test_a_system_prompt_may_stand_in_a_column_of_its_own(read):
+    said = {"role": "system", "content": "Add."}
+    for column in ("messages", "conversations"):
+        assert read({column: [ASKED, ANSWERED], "system": "Add."}) == [{"messages": [said, ASKED, ANSWERED]}]
+        assert read({column: [said, ASKED, ANSWERED], "system": "Add."}) == [
+            {"messages": [said, ASKED, ANSWERED]}
+        ]
+        assert "another among the turns" in read({column: [said, ASKED, ANSWERED], "system": "Subtract."})[0]
+        assert "'system' is 3, where a text" in read({column: [ASKED, ANSWERED], "system": 3})[0]
 
 
 def test_a_conversation_with_tools(read):
