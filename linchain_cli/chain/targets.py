@@ -204,7 +204,7 @@ class Coverage:
 
     def describe(self, most: int = 5) -> str:
         """In words, `most` kinds at most by name."""
-        text = f"chains on {self.share:.1%} of the decoder's weights"
+        text = f"chains on {self.share:.1%} of the blocks' weights"
         named = [f"{kind} {count / self.weights:.1%}" for kind, count in self.without_chain.items()]
         if named:
             text += f"; without: {', '.join(named[:most])}"

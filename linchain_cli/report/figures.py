@@ -59,7 +59,7 @@ def _figure(width: float = WIDTH, height: float = HEIGHT, **grid: Any) -> tuple[
 def _finish(axes: Axes, values: Sequence[float], **labels: str) -> None:
     axes.set(**labels)
     axes.grid(alpha=0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if values and max(values) > 10 * min(values) > 0:
         axes.set_yscale("log")
 

@@ -69,7 +69,7 @@ class RunStatus:
     created_at, started_at, finished_at: UTC, ISO 8601
     hashes: of `recipe`, `data` and `base`; of an old run, base's is that of the weight files' bytes
     classes: the names of a classification's classes, in the order of the head's outputs
-    coverage: of the decoder's weights, how many have a chain and which kinds have none
+    coverage: of the blocks' weights, how many have a chain and which kinds have none
     rows: counts of kept, skipped and truncated rows, of all sources and of each
     learning_rate, auto_rate: the peak, and what `auto` made it of, where the recipe left it to be found
     plan: the forecast, with what was measured beside it

@@ -90,7 +90,7 @@ def test_everything_is_shown(recipe, capsys):
     assert lines_of(out, "q_proj") == [["q_proj", "2"]] and lines_of(out, "down_proj") == [["down_proj", "2"]]
     trained = 2 * (4 * (64 + 64) + 2 * 16) + 2 * (4 * (128 + 64) + 2 * 16)
     assert f"{trained:,} trainable parameters in 4 modules" in out
-    assert "chains on 33.3% of the decoder's weights; without: mlp.gate_proj 22.2%" in out
+    assert "chains on 33.3% of the blocks' weights; without: mlp.gate_proj 22.2%" in out
     assert lines_of(out, "train.jsonl") == [["train.jsonl", "alpaca", "41", "40", "1", "0", "0"]]
     assert "36 rows to train on, 4 to validate on" in out
     assert "skipped train.jsonl:41 (row 41): not JSON" in out

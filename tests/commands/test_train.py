@@ -69,7 +69,7 @@ def test_from_a_recipe_to_a_finished_run(linchain, recipe, run):
     assert code == 0 and out == f"finished: {run.path} (adapter in {run.adapter_dir})\n"
     told, template, *lines = err.splitlines()
     assert template.endswith("rows.json: rows go through the template alpaca (data.template: auto)")
-    assert told.startswith("chains on 16.7% of the decoder's weights; without: mlp.gate_proj 22.2%")
+    assert told.startswith("chains on 16.7% of the blocks' weights; without: mlp.gate_proj 22.2%")
     assert lines[0].startswith("step 2/4  loss ") and "tokens/s" in lines[0] and lines[0].endswith("left")
     assert lines[1].startswith("step 2: validation loss ") and lines[1].endswith("(best so far)")
     assert run.read_status().status == "finished"

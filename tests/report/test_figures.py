@@ -73,6 +73,11 @@ def test_a_point_alone_is_a_dot():
     assert [each.lines[0].get_marker() for each in axes if each.lines] == ["o", "o"]
 
 
+def test_a_step_alone_stands_at_a_whole_number():
+    (axes,) = loss_figure([], [(3, 1.5)]).axes
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+
+
 def test_a_map_of_what_is_not_there_is_none():
     assert layer_map(LAYERS, lambda one: one.relative_norm, "size") is None
     assert layer_map(LAYERS, lambda one: float("inf"), "size") is None

@@ -108,7 +108,7 @@ def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, sto
 def test_an_output_head_of_its_own_trains(run_tiny, capfd):
     job = run_tiny({"adapter.target_modules": ["q_proj", "lm_head"], "training.max_steps": 2})
     assert job.run.read_status().status == "finished" and job.layers["lm_head"].B.abs().max() > 0
-    assert "chains on 11.1% of the decoder's weights; without: mlp.gate_proj 22.2%" in capfd.readouterr().err
+    assert "chains on 11.1% of the blocks' weights; without: mlp.gate_proj 22.2%" in capfd.readouterr().err
 
 
 def test_a_directory_that_is_no_run_is_left_alone(run_tiny, recipe_of):
