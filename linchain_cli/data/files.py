@@ -170,6 +170,8 @@ def _at_address(address: str) -> FoundFiles:
     """Files that fsspec reaches (https://, s3://, hf://datasets/...), fetched once into the tool's cache."""
     import fsspec
 
+    if page := _PAGE.fullmatch(address):
+        raise InputError(f"data: {address} is no data file. The data set of that page is {page[1]}.")
     with _address_problems(address):
         system, path = fsspec.core.url_to_fs(address)
         protocol = address.partition("://")[0]
@@ -182,9 +184,7 @@ def _at_address(address: str) -> FoundFiles:
         if not paths:
             raise InputError(f"data: nothing at {address} is a data file; one ends in {ENDINGS}.")
         if not is_data_file(_last_part(paths[0])):
-            page = _PAGE.fullmatch(address)
-            hint = f" The data set of that page is {page[1]}." if page else f" One ends in {ENDINGS}."
-            raise InputError(f"data: {address} is no data file.{hint}")
+            raise InputError(f"data: {address} is no data file; one ends in {ENDINGS}.")
         files = [DataFile(_fetched(system, path), system.unstrip_protocol(path)) for path in paths]
     return FoundFiles(address, {"train": tuple(files)})
 

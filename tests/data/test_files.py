@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import functools
 import gzip
+import http.server
 import json
 import lzma
+import threading
 from pathlib import Path
 
 import pytest
@@ -233,6 +236,22 @@ def test_addresses_are_fetched_once(tmp_path, read, source, monkeypatch):
         read("memory://set/c.txt")
     with pytest.raises(InputError, match="cannot be read: ValueError: Protocol not known: nonsense"):
         read("nonsense://set/c.jsonl")
+
+
+def test_files_of_a_web_server(tmp_path, monkeypatch, read):
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "web").mkdir()
+    (tmp_path / "web" / "x.jsonl").write_bytes(lines())
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "web")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        try:
+            assert read(f"{address}/x.jsonl") == ROWS
+            with pytest.raises(InputError, match=f"{address}/y.jsonl is not there"):
+                read(f"{address}/y.jsonl")
+        finally:
+            server.shutdown()
 
 
 def test_what_belongs_to_the_hub_alone_is_refused_elsewhere(write, read):
