@@ -70,6 +70,8 @@ def choose_template(source: Source, chats: bool) -> Choice:
             return raw.get(source.columns.get(name, name))
 
         if found.name == "prompt-completion":
+            if isinstance(raw.get("label"), bool) and "label" not in source.columns.values():
+                raise InputError(f"{rows.place()}: {_JUDGED}")
             return _TOLD if any(map(messages.is_messages, map(cell, ("prompt", "completion")))) else found
         if found.name != "alpaca" or not chats:
             return found
@@ -94,6 +96,11 @@ _SYNONYMS = {
 }
 _ALIKE = 0.8  # of 1: closer than `version` is to `conversations`, as far as a slip of the pen goes
 _PLAIN = re.compile(r"[A-Za-z_](?:[\w .-]*\w)?")
+_JUDGED = (
+    "answers judged by a `label` are for preference training (KTO), which linchain does not do: rejected "
+    "ones would be learned like the others. Keep the rows whose label is true, without that column, or name "
+    "a data.template to learn all."
+)
 
 
 def no_format(row: Cells, columns: Mapping[str, str]) -> str:

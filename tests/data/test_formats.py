@@ -273,6 +273,8 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({**PAIR, "prompt": [ASKED], "chosen": [ANSWERED]}, "preference .*: {completion: chosen}."),
         ({"question": "a", "chosen": "b", "rejected": "c"}, "{prompt: question, completion: chosen}."),
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, "preference .*: {output: chosen}."),
+        ({"prompt": "a", "completion": "b", "label": False}, r"KTO\), .* Keep the rows whose label is true"),
+        ({"prompt": [ASKED], "completion": [ANSWERED], "label": True}, "rejected ones would be learned"),
         ({"data": [{"instruction": "a", "output": "b"}]}, "If 'data' holds the rows, write that list alone"),
         ({"version": 1, "rows": {"7": {"text": "a"}}}, "If 'rows' holds the rows"),
         ({"items": SAID}, "seem to be in 'items': set data.columns: {conversations: items}."),
@@ -283,6 +285,12 @@ def test_what_other_tools_take_is_told_with_what_to_do(write, source, row, remed
     path = write("y.json", json.dumps([row]))
     with pytest.raises(InputError, match=remedy):
         choose_template(resolve_source(source(path)), chats=True)
+
+
+def test_a_judgement_that_is_the_answer_is_one(write, source):
+    path = write("y.json", json.dumps([{"prompt": "a", "label": False}]))
+    columns = {"completion": "label"}
+    assert choose_template(resolve_source(source(path, columns=columns)), True).name == "prompt-completion"
 
 
 def test_a_mapping_to_no_column_is_told(write, source):
