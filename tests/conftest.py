@@ -445,3 +445,18 @@ def hidden_and_gradient() -> Callable:
         return [hidden.detach(), embeddings.grad]
 
     return run
+
+
+@pytest.fixture
+def group_of_gpus(monkeypatch) -> list[Any]:
+    """Makes torch see two GPUs; what is asked of them, and of the process group, is noted in order."""
+    import torch
+
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(
+        torch.distributed, "init_process_group", lambda *backends, timeout: asked.append((*backends, timeout))
+    )
+    return asked

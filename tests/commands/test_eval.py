@@ -410,15 +410,9 @@ def test_threads_stay_within_the_containers_limit(workplace, monkeypatch):
         assert done.value.code == 0 and set_to[0] == 3
 
 
-def test_processes_wait_for_each_other_as_long_as_those_that_train(monkeypatch):
+def test_processes_wait_for_each_other_as_long_as_those_that_train(monkeypatch, group_of_gpus):
     """Accelerate's own group would be one of NCCL alone, which ends a process that waits for ten minutes."""
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device))
-    monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda *backends, timeout: asked.append((*backends, timeout))
-    )
+    asked = group_of_gpus
     state = SimpleNamespace(device=torch.device("cuda", 1))
     monkeypatch.setattr("accelerate.PartialState", lambda **options: asked.append(options) or state)
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):

@@ -235,15 +235,9 @@ def test_a_launcher_that_would_take_the_model_apart_is_refused(starter, recipe_f
     assert "training.parallel to shard" in ranks[0].log and ranks[1].log == ""
 
 
-def test_gpus_sum_over_nccl_and_everything_else_goes_over_gloo(monkeypatch):
+def test_gpus_sum_over_nccl_and_everything_else_goes_over_gloo(monkeypatch, group_of_gpus):
     """Accelerate finds the process group that is there."""
-    asked = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.append(device))
-    monkeypatch.setattr(
-        torch.distributed, "init_process_group", lambda *backends, timeout: asked.append((*backends, timeout))
-    )
+    asked = group_of_gpus
     alone = SimpleNamespace(process_index=0, num_processes=1)
     monkeypatch.setattr(processes, "Accelerator", lambda **options: alone)
     for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
