@@ -22,7 +22,6 @@ from linchain_cli.recipe import Recipe
 from linchain_cli.run import ComparisonDirectory, RunDirectory
 
 AVERAGE = "average"
-_MOST_FREEDOM = 1000  # beyond it Student's t is the normal distribution to three digits
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _estimate(
     found = crossed(tables)
     bounds = None
     if found.error:
-        half = t_quantile(max(1, min(int(found.df), _MOST_FREEDOM))) * found.error
+        half = t_quantile(max(1.0, found.df)) * found.error
         lowest = -1.0 if others else 0.0
         bounds = [max(lowest, found.mean - half), min(1.0, found.mean + half)]
     return {"mean": found.mean, "interval": bounds, "n": len(seeds)}

@@ -6,36 +6,17 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
+
+from scipy import special
 
 CONFIDENCE = 0.95
 LEVEL = 0.05  # how often some arm of a table without any effect may be called better or worse
 
 
-def student_t(t: float, df: int) -> float:
-    """P(|T| ≤ t) of Student's t with `df` degrees of freedom, t ≥ 0 (Abramowitz and Stegun 26.7.3, .4)."""
-    theta = math.atan(t / math.sqrt(df))
-    sine, cosine = math.sin(theta), math.cos(theta)
-    odd = df % 2
-    term = cosine if odd else 1.0
-    total = 0.0
-    for k in range(2 + odd, df + 1, 2):
-        total += term
-        term *= cosine * cosine * (k - 1) / k
-    return 2 / math.pi * (theta + sine * total) if odd else sine * total
-
-
-@lru_cache(maxsize=256)
-def t_quantile(df: int, confidence: float = CONFIDENCE) -> float:
-    """The t with P(|T| ≤ t) = confidence, found by bisection."""
-    low, high = 0.0, 1.0
-    while student_t(high, df) < confidence:
-        high *= 2
-    while high - low > 1e-12 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_t(middle, df) < confidence else (low, middle)
-    return (low + high) / 2
+def t_quantile(df: float, confidence: float = CONFIDENCE) -> float:
+    """The t with P(|T| ≤ t) = confidence of Student's t with `df` degrees of freedom."""
+    return float(special.stdtrit(df, (1 + confidence) / 2))
 
 
 @dataclass(frozen=True)
@@ -72,7 +53,8 @@ def p_value(found: Estimate) -> float | None:
         return None
     if found.deviation == 0:
         return 1.0 if found.mean == 0 else 0.0
-    return max(0.0, 1 - student_t(abs(found.mean) * math.sqrt(found.n) / found.deviation, found.n - 1))
+    t = abs(found.mean) * math.sqrt(found.n) / found.deviation
+    return float(2 * special.stdtr(found.n - 1, -t))
 
 
 def smallest_telling(deviation: float, n: int, comparisons: int) -> float:

@@ -137,5 +137,5 @@ def test_intervals_for_other_seeds_and_rows_hold_the_truth(of_seeds, of_rows, re
     for _ in range(count):
         effects = rng.normal(size=(3, 1)) * of_seeds + rng.normal(size=(1, 60)) * of_rows
         found = crossed([effects + rng.normal(size=(3, 60)) * rest])
-        inside += abs(found.mean) <= t_quantile(max(1, int(found.df))) * found.error
+        inside += abs(found.mean) <= t_quantile(max(1.0, found.df)) * found.error
     assert 0.93 <= inside / count  # exact where one effect is large, else somewhat wide
