@@ -117,11 +117,7 @@ def append(path: Path, data: bytes) -> None:
 
 def write_durable(path: Path, data: bytes) -> None:
     """Writes and fsyncs a file in place: for files of a directory that is itself staged."""
-    _write_file(path, data, "wb")
-
-
-def _write_file(path: Path, data: bytes, mode: str) -> None:
-    with _naming(path), open(path, mode) as handle:
+    with _naming(path), open(path, "wb") as handle:
         _write(handle, data)
         handle.flush()
         _fsync(handle.fileno())
@@ -129,14 +125,26 @@ def _write_file(path: Path, data: bytes, mode: str) -> None:
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replaces `path` as one step; the old content stays readable until the new one is complete."""
+    with staged_file(path) as temporary, open(temporary, "xb") as handle:
+        _write(handle, data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """Yields the name of a file to write, beside `path`, whose place it takes when the block ends without an
+    error; on any error it is removed. What killed processes left of such files goes first.
+    """
     path = Path(path)
+    with contextlib.suppress(OSError):
+        _remove_staging(path.parent, None, re.escape(path.name), spare_living=True)
     temporary = _beside(path, STAGING_PREFIX)
     try:
-        _write_file(temporary, data.encode() if isinstance(data, str) else data, "xb")
+        yield temporary
+        fsync_file(temporary)
         _rename(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
             error.filename = str(path)  # what people know it by
         raise
     fsync_directory(path.parent)
@@ -172,11 +180,15 @@ def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
     A target that is an empty directory, or a mount point, stays the directory that it is: it is staged inside
     and then filled, which readers may see. Else the staging directory lies beside it, and gets its name.
 
+    What killed processes left of this target is removed first, or put back where one had moved it aside.
+
     Raises:
         FileExistsError: `target` exists without `overwrite`, or came to be or was replaced while the block
         ran.
     """
     target = Path(os.path.realpath(target))
+    with contextlib.suppress(OSError):
+        remove_staging(target.parent, target.name, spare_living=True)
     before = _identity(target)
     if before and not overwrite and not (target.is_dir() and is_empty(target)):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))

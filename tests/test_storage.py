@@ -327,6 +327,48 @@ def test_another_machines_staging_is_left_for_a_day(tmp_path):
     assert not theirs.exists()
 
 
+def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
+    """A kill between the beginning of a write and its end costs no disk for good."""
+    for write in ("write_atomic(Path(sys.argv[1]), b'x')", "staged_directory(Path(sys.argv[1]))"):
+        code = f"""
+import os, sys
+from pathlib import Path
+from linchain_cli import storage
+storage._fsync = storage._sync_tree = storage._write = lambda *_: os.kill(os.getpid(), 9)
+held = storage.{write}
+held.__enter__()
+os.kill(os.getpid(), 9)
+"""
+        name = write.partition("(")[0]
+        command = [sys.executable, "-c", code, str(tmp_path / name)]
+        assert subprocess.run(command, timeout=60).returncode == -9
+        assert len(list(tmp_path.glob(f".staging-{name}-*"))) == 1
+    storage.write_atomic(tmp_path / "write_atomic", b"new")
+    with storage.staged_directory(tmp_path / "staged_directory"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["staged_directory", "write_atomic"]
+
+
+def test_what_had_been_moved_aside_is_not_written_over_unasked(tmp_path):
+    """Its place is empty since a process was killed that replaced it: it comes back first."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    (tmp_path / f".replaced-target-{dead.pid}").mkdir()
+    (tmp_path / f".replaced-target-{dead.pid}" / "old").touch()
+    with pytest.raises(FileExistsError), storage.staged_directory(tmp_path / "target") as staging:
+        (staging / "new").touch()
+    assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]
+
+
+def test_a_directory_that_cannot_be_listed_can_be_written_to(tmp_path, monkeypatch):
+    def unlistable(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(storage.Path, "iterdir", unlistable)
+    storage.write_atomic(tmp_path / "file", b"x")
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
 def test_a_place_that_cannot_be_written_is_told_before(tmp_path, monkeypatch):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()

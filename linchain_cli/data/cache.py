@@ -19,7 +19,7 @@ from linchain_cli.data.sources import Source
 from linchain_cli.data.store import FORMAT_VERSION, EncodedStore, StoreWriter
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
-from linchain_cli.storage import staged_directory
+from linchain_cli.storage import remove_staging, staged_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,14 +37,15 @@ def open_or_encode(
     """The training rows of the sources, each through its template, and what there is to tell of them."""
     fingerprint = encoding_fingerprint(sources, tokenizer, _parts(settings), cache_dir)
     target = cache_dir / fingerprint[:32]
-    if found := _open(target, sources):
-        return found
     with _cache_problems(cache_dir):
+        if found := _open(target, sources):
+            return found
         cache_dir.mkdir(parents=True, exist_ok=True)
         with locked(target, wait=None, needed=False):
             found = _open(target, sources)  # unless another process was first
             if not found:
                 shutil.rmtree(target, ignore_errors=True)  # what does not open is damaged
+                remove_staging(cache_dir, spare_living=True)
                 encoder = encoder_for(sources[0][1], tokenizer)
                 _encode_to(target, fingerprint, sources, encoder, settings, progress)
     store, report = found or _open(target, sources)
@@ -65,11 +66,15 @@ def _parts(settings: EncodingSettings) -> dict[str, object]:
 
 
 def _open(directory: Path, sources: Sources) -> tuple[EncodedStore, DataReport] | None:
-    """What an earlier call encoded; None if there is nothing, or not the whole of it."""
+    """What an earlier call encoded; None if there is nothing, or not the whole of it.
+
+    Raises:
+        OSError: it is there and may not be read, say: no reason to take it for damaged.
+    """
     try:
         store = EncodedStore(directory)
         report = DataReport.from_dict(store.report)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
     report.cached = True
     report.move([(source.name, source.location) for source, _ in sources])

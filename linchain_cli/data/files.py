@@ -4,6 +4,7 @@ readers."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -14,9 +15,9 @@ from pathlib import Path, PurePosixPath
 from linchain_cli.data.readers import CsvReader, JsonLinesReader, JsonReader, Reader, TsvReader, starts_list
 from linchain_cli.data.streams import COMPRESSIONS, ending
 from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
-from linchain_cli.errors import InputError, did_you_mean, first_line, some
+from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line, some
 from linchain_cli.model.gguf import cache_root
-from linchain_cli.storage import expand, sha256_bytes
+from linchain_cli.storage import expand, make_directory, sha256_bytes, staged_file
 
 TEXTS: dict[str, type[Reader]] = {
     ".json": JsonReader,
@@ -205,13 +206,9 @@ def _fetched(system, path: str) -> Path:
     target = cache_root() / "downloads" / name / _last_part(path)
     if target.is_file() and any(mark is not None for mark in marks[:-1]):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{os.getpid()}-{target.name}")
-    try:
+    make_directory(target.parent)
+    with staged_file(target) as partial:
         system.get_file(path, str(partial))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
     return target
 
 
@@ -227,6 +224,11 @@ def _address_problems(address: str) -> Iterator[None]:
             "of a copy on this machine."
         ) from None
     except Exception as error:  # each file system has errors of its own
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise LinchainError(
+                f"data: no space is left for {address} in {cache_root()}. Free some, or set LINCHAIN_CACHE to"
+                " another directory."
+            ) from error
         what = "is not there" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise InputError(
             f"data: {address} {what}: {type(error).__name__}: {first_line(error)}. Check the address and "

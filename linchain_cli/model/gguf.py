@@ -21,7 +21,7 @@ from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
-from linchain_cli.storage import expand, make_directory, sha256_file, staged_directory
+from linchain_cli.storage import expand, make_directory, remove_staging, sha256_file, staged_directory
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def converted_gguf(path: Path) -> Path:
             make_directory(target.parent)
             with locked(target, wait=None, needed=False):
                 if not target.is_dir():
+                    remove_staging(target.parent, spare_living=True)
                     convert_gguf(path, target)
     with contextlib.suppress(OSError):  # an earlier version wrote transformers 5's names alone
         make_portable(target)

@@ -82,8 +82,8 @@ class RunDirectory:
         Raises:
             InputError: as `check_free`.
         """
-        self.check_free(replace=replace)
         storage.remove_staging(self.path.parent, self.path.name)
+        self.check_free(replace=replace)  # also of what has just been put back
         status = RunStatus(name=self.path.name, status="running", created_at=now())
         with storage.staged_directory(self.path, overwrite=True) as staging:
             storage.write_durable(staging / self.recipe_path.name, recipe_yaml.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import subprocess
@@ -136,6 +137,28 @@ def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
     with pytest.raises(InputError, match="cut off"):
         prepare(str(path), template="alpaca")
     assert [found for found in (tmp_path / "cache").iterdir() if found.is_dir()] == []
+
+
+def test_what_a_killed_encoding_of_other_rows_left_goes(prepare, train, tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    for process in (dead.pid, os.getppid()):
+        (tmp_path / "cache" / f".staging-0123abcd-{process}").mkdir(parents=True)
+    prepare(train)
+    left = [path.name for path in (tmp_path / "cache").glob(".staging-*")]
+    assert left == [f".staging-0123abcd-{os.getppid()}"], "what a living process writes stays"
+
+
+def test_rows_that_may_not_be_read_are_not_taken_for_damaged(prepare, train, monkeypatch, tmp_path):
+    def unreadable(directory):
+        raise PermissionError(errno.EACCES, "Permission denied", str(directory / "meta.json"))
+
+    prepare(train)
+    before = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    monkeypatch.setattr(cache, "EncodedStore", unreadable)
+    with pytest.raises(InputError, match="Permission denied.*LINCHAIN_CACHE"):
+        prepare(train)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
 
 
 def test_a_full_disk_is_said(prepare, train, monkeypatch):

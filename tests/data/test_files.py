@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import functools
 import gzip
 import http.server
@@ -15,7 +16,7 @@ import pytest
 
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.sources import resolve_source
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 
 ROWS = [{"a": str(number), "b": f"row {number}"} for number in range(10)]
 
@@ -236,6 +237,25 @@ def test_addresses_are_fetched_once(tmp_path, read, source, monkeypatch):
         read("memory://set/c.txt")
     with pytest.raises(InputError, match="cannot be read: ValueError: Protocol not known: nonsense"):
         read("nonsense://set/c.jsonl")
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, read, monkeypatch):
+    import fsspec
+
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/broken/a.jsonl", lines())
+
+    def breaks_off(_, path, target):
+        Path(target).write_bytes(lines()[:20])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(memory), "get_file", breaks_off)
+        with pytest.raises(LinchainError, match="no space is left .* set LINCHAIN_CACHE"):
+            read("memory://broken/a.jsonl")
+    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    assert read("memory://broken/a.jsonl") == ROWS
 
 
 def test_files_of_a_web_server(tmp_path, monkeypatch, read):

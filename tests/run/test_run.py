@@ -119,6 +119,17 @@ def test_what_killed_starts_left_beside_a_run_goes_and_other_runs_stay(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "a"])
 
 
+def test_a_run_that_a_killed_replacement_had_moved_aside_is_not_replaced_unasked(tmp_path):
+    RunDirectory(tmp_path / "a").create("name: old\n")
+    (tmp_path / "a").rename(tmp_path / ".replaced-a-0123abcd-77-0123abcd")
+    with pytest.raises(InputError, match="holds a run that was killed"):
+        RunDirectory(tmp_path / "a").create("name: new\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "recipe.yaml").read_text() == "name: old\n"
+    RunDirectory(tmp_path / "a").create("name: new\n", replace=True)
+    assert (tmp_path / "a" / "recipe.yaml").read_text() == "name: new\n"
+
+
 HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})
