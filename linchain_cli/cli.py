@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from linchain_cli import __version__, console
+from linchain_cli import __version__, console, streams
 from linchain_cli.commands import (
     chat,
     check,
@@ -97,11 +96,12 @@ def options(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
+    """Runs the command line and exits: 0 done, 1 failed, 2 wrong input; 130, 143 or 129 stopped by a
+    signal."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     words, quiet = _take(words, "--quiet", "-q")
     words, debug = _take(words, "--debug")
-    _print_anything()
+    streams.make_ready()
     console.set_quiet(quiet)
     _show_log(logging.WARNING if quiet else logging.INFO)
     suit_cuda_to_many_lengths()
@@ -115,14 +115,6 @@ def _take(arguments: list[str], *options: str) -> tuple[list[str], bool]:
     end = arguments.index("--") if "--" in arguments else len(arguments)
     rest = [word for word in arguments[:end] if word not in options]
     return rest + arguments[end:], len(rest) != end
-
-
-def _print_anything() -> None:
-    """A stream whose encoding lacks a character (ASCII, under some schedulers and in containers) gets a
-    question mark in its place, instead of ending the command."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            stream.reconfigure(errors="replace")
 
 
 def _show_log(level: int) -> None:
@@ -141,7 +133,7 @@ def _run(arguments: list[str], debug: bool) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone; nothing more can be said there, not even when Python flushes at
         # its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        streams.silence(sys.stdout)
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -154,6 +146,8 @@ def _run(arguments: list[str], debug: bool) -> int:
     except OSError as error:
         if debug:
             traceback.print_exc()
+        if error.filename == "stdout":
+            streams.silence(sys.stdout)
         if error.filename is None or error.strerror is None:
             return _unexpected(error)
         remedy = _REMEDIES.get(error.errno, "")

@@ -3,7 +3,7 @@
 LinchainError        exit code 1: the work failed, the message says why
 ├── InputError       exit code 2: the input is wrong; the message names the place and the remedy
 │   └── InUse        another process is at work in the directory
-└── Stopped          exit code 130 or 143: a signal ended the run after its state was saved
+└── Stopped          exit code 130, 143 or 129: a signal ended the run after its state was saved
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ class InUse(InputError):
 
 
 class Stopped(LinchainError):
-    """A signal ended the run after its state was saved; `signum` is 2 (SIGINT) or 15 (SIGTERM)."""
+    """A signal ended the run after its state was saved; `signum` is 2 (SIGINT), 15 (SIGTERM) or 1
+    (SIGHUP)."""
 
     def __init__(self, message: str, signum: int):
         super().__init__(message)

@@ -29,7 +29,12 @@ LEVELS = [
         "run": ["run"],
         "evaluations": ["evaluations"],
     },
-    {"base": ["__init__", "errors", "storage", "records", "locks", "machine", "shipped", "console"]},
+    {
+        "base": [
+            *("__init__", "errors", "storage", "records", "locks"),
+            *("machine", "shipped", "console", "stopping", "streams"),
+        ]
+    },
 ]
 ROOM_OF = {module: room for level in LEVELS for room, modules in level.items() for module in modules}
 LEVEL_OF = {room: number for number, level in enumerate(LEVELS) for room in level}
@@ -49,6 +54,8 @@ LIGHT = [
         "locks",
         "shipped",
         "console",
+        "stopping",
+        "streams",
         "__init__",
     )
 ]

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -295,6 +296,52 @@ def test_a_reader_that_goes_away_gets_no_traceback():
     command = f"{sys.executable} -m linchain_cli recipes schema | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.stdout == "{" and done.stderr == ""
+
+
+def test_closed_streams_take_nothing_and_give_their_place_to_no_file():
+    """Without stdout and stderr, the next file that is opened would be what a library's message goes to."""
+    code = (
+        "import os, sys\n"
+        "from linchain_cli import cli\n"
+        "cli._run = lambda words, debug: open(sys.argv[1], 'w').fileno()\n"
+        "cli.main([])"
+    )
+    command = f"{sys.executable} -c {shlex.quote(code)} {os.devnull} <&- >&- 2>&-"
+    assert subprocess.run(command, shell=True, env=ENVIRONMENT, timeout=60).returncode > 2
+    command = f"{sys.executable} -m linchain_cli recipes list >&-"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_full_stdout_is_told():
+    command = f"{sys.executable} -m linchain_cli recipes schema > /dev/full"
+    done = subprocess.run(command, shell=True, env=ENVIRONMENT, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith(
+        "error: stdout: No space left on device; make room"
+    )
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("end", ["gone", "/dev/full"])
+def test_work_goes_on_where_stderr_takes_nothing(end):
+    """`linchain train ... 2>&1 | head`, a log on a full disk, a terminal that was closed."""
+    code = (
+        "import sys\n"
+        "from linchain_cli import console, streams\n"
+        "streams.make_ready()\n"
+        "shown = console.Progress()\n"
+        "for number in range(9000):\n"
+        "    console.note('note')\n"
+        "console.stderr_console().print('drawn')\n"
+        "print('done')"
+    )
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe, open("/dev/full", "wb") as full:
+        stderr = pipe if end == "gone" else full
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, env=ENVIRONMENT, timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
 def test_ctrl_c_exits_130_without_a_traceback():

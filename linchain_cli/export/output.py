@@ -6,8 +6,6 @@ import contextlib
 import errno
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from linchain_cli import storage
 from linchain_cli.chain import Adapter
 from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.export.receipts import Receipt, check_replaceable
+from linchain_cli.stopping import caught
 
 _UNITS = {
     "": 1,
@@ -135,10 +134,8 @@ def staged_output(
     sentence.
 
     The directory appears under its name when the block has ended without an error, as a whole or not at all,
-    also when SIGTERM ends it. What another process wrote there in the meantime is left as it is. What an
-    earlier process left because it was killed is removed first.
+    also when a signal ends it. What another process wrote there in the meantime is left as it is.
     """
-    storage.remove_staging(target.parent, target.name, spare_living=True)
     removed = "What had been written was removed again."
     taken = f"{target} was written by another process in the meantime; it is left as it is. {removed}"
     try:
@@ -163,21 +160,14 @@ def staged_output(
 
 @contextlib.contextmanager
 def stops_with(message: str) -> Iterator[None]:
-    """Makes SIGINT and SIGTERM, for the length of the block, an exception that says what was kept and what
-    was not."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Makes a signal that asks for a stop, for the length of the block, an exception that says what was kept
+    and what was not."""
 
     def stop(signum: int, _frame: object) -> None:
         raise Stopped(message, signum)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with caught(stop):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def copy_files(paths: Iterable[Path], source: Path, directory: Path) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_limit
+from linchain_cli.stopping import caught
 
 COMMAND = [sys.executable, "-m", "linchain_cli"]
 POLL_SECONDS = 0.1
@@ -84,12 +85,10 @@ def run_processes(
             if child.poll() is None:
                 child.send_signal(signum)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        first = _wait(children)
+        with caught(pass_on):
+            first = _wait(children)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for child in children:
             if child.poll() is None:
                 child.kill()

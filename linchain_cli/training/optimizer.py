@@ -17,7 +17,7 @@ from linchain_cli.recipe import TrainingConfig
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 KINDS = ("A", "links", "B", "head")  # head: whatever is trained beside the chains
-EXTRAS = 4  # numbers that are summed over processes with the gradients
+EXTRAS = 5  # numbers that are summed over processes with the gradients
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ROW = 1024  # of so many gradients the squares are summed first, as float32 sums of more lose digits
 

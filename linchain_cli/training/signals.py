@@ -1,4 +1,5 @@
-"""SIGINT and SIGTERM: a request to stop after the optimizer step; a second one ends the process at once."""
+"""SIGINT, SIGTERM and SIGHUP: a request to stop after the optimizer step; a second one ends the process at
+once."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import LinchainError, Stopped
+from linchain_cli.stopping import caught
 
 
 class StopRequest:
@@ -27,7 +29,8 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests(message: str) -> Iterator[StopRequest]:
-    """Catches the two signals for the length of the block.
+    """Catches the signals for the length of the block. Those that come along when a terminal is closed (a
+    SIGHUP of the kernel's, another of the shell's, a SIGTERM at the end of the session) are one request.
 
     Raises:
         Stopped: a signal came while `deferred` was not set, with `message`.
@@ -36,23 +39,22 @@ def stop_requests(message: str) -> Iterator[StopRequest]:
     request = StopRequest(message)
 
     def handle(signum, _frame):
-        if request.signum:
+        if request.signum and signal.SIGHUP not in (request.signum, signum):
             _exit_at_once(128 + signum)
-        request.signum = signum
+        again, request.signum = request.signum, signum
+        if again:
+            return
         if not request.deferred:
             if is_first_process():
                 raise Stopped(request.message, signum)
             raise SystemExit(128 + signum)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    except LinchainError as error:
-        error.stop_signal = request.signum
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with caught(handle):
+        try:
+            yield request
+        except LinchainError as error:
+            error.stop_signal = request.signum
+            raise
 
 
 def _exit_at_once(code: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
@@ -15,12 +14,11 @@ from torch import Tensor
 
 from linchain_cli.chain import folded
 from linchain_cli.errors import LinchainError
+from linchain_cli.stopping import SIGNALS
 from linchain_cli.training.job import Job
 from linchain_cli.training.memory import within_budget
 from linchain_cli.training.processes import raise_on_all, sum_over_processes
 from linchain_cli.training.signals import StopRequest
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StepResult(NamedTuple):
@@ -147,11 +145,11 @@ def _add_gradients(job: Job, rows: np.ndarray) -> tuple[Tensor, int]:
 
 def _flags(signum: int) -> list[float]:
     """A signal as numbers that can be summed over processes."""
-    return [float(signum == number) for number in _SIGNALS]
+    return [float(signum == number) for number in SIGNALS]
 
 
 def _signum(flags: list[float]) -> int:
-    return int(next((number for number, flag in zip(_SIGNALS, flags, strict=True) if flag), 0))
+    return int(next((number for number, flag in zip(SIGNALS, flags, strict=True) if flag), 0))
 
 
 def _not_finite(step: int, rows: np.ndarray, loss: float, norm: float) -> LinchainError:

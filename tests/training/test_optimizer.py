@@ -70,8 +70,9 @@ def test_parameters_gradients_and_state_are_views_of_whole_tensors():
     values["y.B"].sum().backward()
     values["y.B"].sum().backward()
     assert optimizer.sums.sum() == 2 * 20 and wholes[2].grad.sum() == 2 * 20
-    optimizer.extras.copy_(torch.arange(4.0))
-    assert torch.equal(optimizer.sums[-EXTRAS:], torch.arange(4.0)) and wholes[2].grad.sum() == 2 * 20
+    numbers = torch.arange(float(EXTRAS))
+    optimizer.extras.copy_(numbers)
+    assert torch.equal(optimizer.sums[-EXTRAS:], numbers) and wholes[2].grad.sum() == 2 * 20
     optimizer.set_learning_rate(0.1)
     optimizer.step()
     assert torch.equal(values["x.A"], before["x.A"]) and not torch.equal(values["y.B"], before["y.B"])

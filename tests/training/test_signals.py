@@ -75,6 +75,30 @@ def test_before_the_first_step_there_is_nothing_to_wait_for(
     assert not recipe_of().run_path.exists()
 
 
+def test_a_terminal_that_is_closed_costs_no_step(starter, recipe_file, recipe_of):
+    """The kernel and the shell send SIGHUP each, the end of the session SIGTERM: no second wish to stop."""
+    run = RunDirectory(recipe_of().run_path)
+    process = starter.start("train", recipe_file(LONG), hook="slow_steps", seconds=0.2)
+    wait_until(lambda: len(read_jsonl(run.rows_path)) >= 1, process, "first step")
+    for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
+        os.kill(process.pid, number)
+        time.sleep(0.01)
+    assert process.wait() in (129, 143)
+    status = run.read_status()
+    assert status.status == "stopped" and status.step >= 1
+    assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{status.step:06d}"]
+
+
+def test_nohup_is_heard():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests("never said"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_signal_while_the_result_is_written_ends_after_it(run_tiny, recipe_of, monkeypatch):
     """The run is finished then, and what would follow it is not begun."""
     original = runner._write_result
