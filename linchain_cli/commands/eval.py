@@ -126,8 +126,8 @@ def run(
         results_directory(target)
     second = read_results(earlier) if earlier is not None else None
     refuse_other_kind(subject, other)
-    if data_dir is None and subject.recipe is not None and subject.recipe.evaluation.data_dir is not None:
-        data_dir = Path(subject.recipe.evaluation.data_dir)
+    if data_dir is None and (section := subject.evaluation) and section.data_dir is not None:
+        data_dir = Path(section.data_dir)
     if tells_labels(subject):
         refuse_settings(protocol, normalise, template)
         labels = LabelSettings(label_names(tasks, subject), dtype, limit, data_dir, batch_tokens)
@@ -169,9 +169,10 @@ def _tell(firsts: Sequence[Results], seconds: Sequence[Results | None], json: bo
 def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:
     if tasks is not None:
         return [tasks]
-    if subject.recipe is None or not subject.recipe.evaluation.tasks:
+    section = subject.evaluation
+    if section is None or not section.tasks:
         raise InputError("--tasks is missing: name tasks, such as --tasks boolq,piqa or --tasks commonsense")
-    return subject.recipe.evaluation.tasks
+    return section.tasks
 
 
 def _refuse_with_harness(own: Sequence[str], out: Path | None, earlier: Path | None) -> None:
@@ -228,8 +229,10 @@ class _Settings:
         self, subject: Subject, loaded: LoadedModel, asked: Asked, tasks: Sequence[Task], out: Path
     ) -> Results:
         from linchain_cli.evaluation.evaluate import evaluate
+        from linchain_cli.training.signals import stop_requests
 
-        with console.Progress(quiet=not is_first_process()) as progress:
+        stopped = "stopped: the rows that are done are kept, and the same command goes on from them"
+        with stop_requests(stopped), console.Progress(quiet=not is_first_process()) as progress:
             return evaluate(
                 loaded.model,
                 loaded.tokenizer,

@@ -87,6 +87,8 @@ def run(
     receipt = ImportReceipt if as_adapter else MergeReceipt
     check_output(out, receipt, overwrite=overwrite, sources=keep)
     found = subject.find_base(base)
+    for each in subjects:
+        each.warn_of_other_tokenizer(found.directory)
     summed = sum_runs(subjects, factors, found.directory, allow_other_base) if factors else None
     if as_adapter:
         _write_adapter(summed, found, out, overwrite, json)
@@ -164,12 +166,13 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
     from linchain_cli.model.loading import load_tokenizer
 
     tokenizer = load_tokenizer(directory)
+    data = subject.recipe_from_here.data
     if subject.adapter.head:
-        return label_prompts(subject.recipe.data, tokenizer, subject.adapter.head.classes)
+        return label_prompts(data, tokenizer, subject.adapter.head.classes)
     if subject.imported:
         return plain_prompts(tokenizer)
     try:
-        return run_prompts(subject.recipe.data, tokenizer)
+        return run_prompts(data, tokenizer)
     except InputError as error:
         console.note(f"The run's rows cannot be read ({error}); comparing logits on plain sentences instead.")
         return plain_prompts(tokenizer)

@@ -35,6 +35,13 @@ class NamedRun:
         return self.opened.status.imported is not None
 
     @property
+    def recipe_from_here(self) -> Recipe:
+        """Its recipe, whose files are named as they lie from the current directory."""
+        from linchain_cli.data.relocation import recipe_from_here
+
+        return recipe_from_here(self.recipe, self.run)
+
+    @property
     def inputs(self) -> list[Path]:
         """The parts of the run that nothing may be written over."""
         return [self.run.adapter_dir, self.run.checkpoints_dir, self.run.eval_dir, self.run.recipe_path]
@@ -50,6 +57,19 @@ class NamedRun:
         if self.imported and self.recipe.data.template == "auto":
             return None
         return asking_of(self.recipe.data, self.opened.status.rows)
+
+    def warn_of_other_tokenizer(self, base_directory: Path) -> None:
+        """Says so where the base's tokenizer was changed since the run was trained, which no hash of weights
+        shows."""
+        from linchain_cli.data.fingerprint import is_other_tokenizer
+        from linchain_cli.model.loading import load_tokenizer
+
+        wanted = self.opened.status.hashes.get("tokenizer")
+        if wanted and is_other_tokenizer(load_tokenizer(base_directory), wanted) and is_first_process():
+            console.warn(
+                f"{self.opened.name} was trained with another tokenizer than {base_directory} has now: put"
+                " back its tokenizer files, or name the base that has them with --base MODEL"
+            )
 
     def travelling_files(self, base_directory: Path) -> dict[str, bytes]:
         """The files that say how the run's model is asked and where it stops, by name; none where that is not

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from linchain_cli.data.asking import Asking
     from linchain_cli.data.rows import Template
     from linchain_cli.model.classifier import Outputs
-    from linchain_cli.recipe import Recipe
+    from linchain_cli.recipe import EvaluationConfig, Recipe
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Subject:
     @property
     def recipe(self) -> Recipe | None:
         return self.named and self.named.recipe
+
+    @property
+    def evaluation(self) -> EvaluationConfig | None:
+        """What its recipe says of evaluating it, its files named as they lie from here; None of no run."""
+        return self.named and self.named.recipe_from_here.evaluation
 
     @property
     def asking(self) -> Asking | None:
@@ -191,6 +196,8 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     wanted = adapter.base.get("hash") if adapter else None
     weights = refuse_other_base(directory, wanted, subject.name, allow=subject.allow_other_base)
     tokenizer = load_tokenizer(directory)
+    if subject.named is not None:
+        subject.named.warn_of_other_tokenizer(directory)
     outputs = _outputs(subject, adapter, directory)
     model = load_model(directory, dtype=dtype, device=device, outputs=outputs, **options)
     values = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -50,6 +52,8 @@ def run(
 
     loaded = load_recipe(recipe, overrides or ())
     directory = RunDirectory(loaded.run_path)
+    if resume:
+        _refuse_moved(recipe, overrides or (), directory)
     if not (resume and directory.exists()):
         directory.check_free(replace=fresh)
     # A misspelt task should be told before hours of training, not after.
@@ -60,6 +64,24 @@ def run(
         raise typer.Exit(run_processes(sys.argv[1:], processes, directory.end_as_failed))
     end_with_launcher()
     _train(loaded, directory, tasks, resume, fresh, json)
+
+
+def _refuse_moved(recipe: Path, overrides: Sequence[str], directory: RunDirectory) -> None:
+    """Raises InputError for the recipe.yaml of a run that was moved or copied, or is named from another
+    directory: the run to continue is not where it says, and another one would be begun or continued."""
+    from linchain_cli.run import RunDirectory
+
+    place = RunDirectory(recipe.parent)
+    if recipe.name != place.recipe_path.name or not place.exists():
+        return
+    elsewhere = place.path.resolve() != directory.path.resolve()
+    if elsewhere and not any(word.startswith(("name=", "output_dir=")) for word in overrides):
+        outer = place.path.parent if place.path.name not in ("", "..") else place.path.resolve().parent
+        raise InputError(
+            f"{recipe} is of a run that lies at {place.path} now, but names {directory.path} as its place."
+            f" To continue it where it is: output_dir={shlex.quote(str(outer))}"
+            f" name={shlex.quote(place.path.resolve().name)}"
+        )
 
 
 def _train(

@@ -37,7 +37,7 @@ def encoding_fingerprint(
     shared = templates[0] if len(set(templates)) == 1 else None
     parts = {
         "sources": [_source_parts(source, cache_dir) for source, _ in sources],
-        "tokenizer": sha256_bytes(_without_state(serialized_tokenizer(tokenizer)).encode()),
+        "tokenizer": _digest(tokenizer),
         "tokenizers": tokenizers.__version__,
         "eos": tokenizer.eos_token_id,
         "template": shared[0] if shared else [fingerprint for fingerprint, _ in templates],
@@ -45,6 +45,26 @@ def encoding_fingerprint(
         "settings": settings,
     }
     return sha256_bytes(json.dumps(parts, sort_keys=True).encode())
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What tells one tokenizer from another: `tokenizers-<version>:<64 digits>`. The library's version stands
+    in it because another one may write the same tokenizer otherwise."""
+    import tokenizers
+
+    return f"tokenizers-{tokenizers.__version__}:{_digest(tokenizer)}"
+
+
+def is_other_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> bool:
+    """Whether the tokenizer is certainly not the one whose hash is `wanted`."""
+    if wanted is None:
+        return False
+    found = tokenizer_hash(tokenizer)
+    return found != wanted and found.partition(":")[0] == wanted.partition(":")[0]
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return sha256_bytes(_without_state(serialized_tokenizer(tokenizer)).encode())
 
 
 def _without_state(serialized: str) -> str:

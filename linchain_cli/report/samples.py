@@ -8,6 +8,7 @@ from typing import Any
 
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.labelled import label_name
+from linchain_cli.data.relocation import recipe_from_here
 from linchain_cli.errors import InputError
 from linchain_cli.model.loading import find_base, load_tokenizer
 from linchain_cli.recipe import Recipe
@@ -41,7 +42,8 @@ def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3, base: str | N
     known = status.base_of(recipe.model.path, recipe.model.revision)
     tokenizer = load_tokenizer(find_base(known, named=base, near=run.path, weights=False).directory)
     classes = status.classes
-    data = prepare_data(recipe.data, tokenizer, task=recipe.task, classes=classes)
+    section = recipe_from_here(recipe, run).data
+    data = prepare_data(section, tokenizer, task=recipe.task, classes=classes)
     if data.report.fingerprint != status.hashes.get("data"):
         raise InputError("the data are not the ones of the run any more")
     samples = []

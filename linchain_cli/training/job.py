@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from linchain_cli.chain.files import TENSORS_FILE
 from linchain_cli.chain.head import head_of
 from linchain_cli.data.batches import micro_batches, step_rows, steps_per_epoch
 from linchain_cli.data.dataset import PreparedData, prepare_data
+from linchain_cli.data.fingerprint import tokenizer_hash
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_info
@@ -365,11 +367,13 @@ def description(job: Job) -> dict[str, Any]:
     """What run.json tells about a job besides its status: fields of RunStatus."""
     data, parameters, recipe = job.data.report, job.parameters, job.recipe
     return {
+        "started_in": os.getcwd(),
         "versions": versions(),
         "hashes": {
             "recipe": storage.sha256_bytes(recipe.to_yaml().encode()),
             "data": data.fingerprint,
             "base": job.base.hash,
+            "tokenizer": tokenizer_hash(job.base.tokenizer),
         },
         "base": RunBase(
             path=recipe.model.path,

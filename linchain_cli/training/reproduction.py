@@ -12,6 +12,7 @@ import torch
 
 from linchain_cli.chain import load_adapter
 from linchain_cli.chain.files import adapter_hash, named_tensors
+from linchain_cli.data.relocation import recipe_from_here
 from linchain_cli.errors import InputError
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.recipe import Recipe
@@ -25,7 +26,7 @@ _COMPUTED = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens"
 
 def recipe_again(recipe: Recipe, status: RunStatus, run: RunDirectory, base: Path) -> Recipe:
     """The recipe of a run beside `run`, with what the first one found out by itself written into it: how its
-    base was stored in memory and how large its micro-batches were.
+    base was stored in memory and how large its micro-batches were. Its files are named as they lie from here.
 
     Args:
         base: where the base is now.
@@ -38,6 +39,7 @@ def recipe_again(recipe: Recipe, status: RunStatus, run: RunDirectory, base: Pat
     training: dict[str, Any] = {}
     if status.micro_batch_size is not None:
         training["micro_batch_size"] = status.micro_batch_size
+    recipe = recipe_from_here(recipe, run)
     return recipe.model_copy(
         update={
             "name": f"{run.path.resolve().name}-reproduced",

@@ -93,11 +93,15 @@ def test_what_is_not_as_it_was_is_refused_before_training(run, capsys, tmp_path,
     assert "runs/tiny-reproduced exists and is left as it is: move it away" in capsys.readouterr().err
 
 
-def test_what_surrounds_a_run_is_told_when_it_changed(run, capsys):
+def test_from_another_directory_what_surrounds_a_run_is_told_when_it_changed(
+    run, capsys, tmp_path, monkeypatch
+):
     status = json.loads(run.status_path.read_text())
     status["versions"]["torch"] = "1.0"
     run.status_path.write_text(json.dumps(status))
-    assert linchain("reproduce", run.path, "--json") == 0
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # from where the recipe's rows.json is not seen
+    assert linchain("reproduce", tmp_path / run.path, "--json") == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
     assert found["surroundings"]["torch"][0] == "1.0" and found["same"]

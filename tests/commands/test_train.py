@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from linchain_cli import cli
+from linchain_cli.recipe import load_recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 
 RECIPE = """
@@ -62,6 +63,21 @@ def linchain(capfd):
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return RunDirectory(tmp_path / "runs" / "tiny")
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_run_that_was_moved_or_copied_is_not_begun_anew_in_its_old_place(
+    linchain, recipe, run, tmp_path, monkeypatch, copied
+):
+    run.create(load_recipe(recipe).to_yaml())
+    (tmp_path / "other").mkdir()
+    (shutil.copytree if copied else shutil.move)(run.path, tmp_path / "other" / "place")
+    monkeypatch.chdir(tmp_path / "other" / "place")
+    for named, outer in ((tmp_path / "other" / "place", tmp_path / "other"), (Path(), tmp_path / "other")):
+        code, _, err = linchain("train", named / "recipe.yaml", "--resume")
+        assert code == 2 and f"names {run.path} as its place" in err
+        assert err.endswith(f"output_dir={outer} name=place\n")
+    assert run.exists() == copied and not run.rows_path.exists()
 
 
 def test_from_a_recipe_to_a_finished_run(linchain, recipe, run):

@@ -13,6 +13,8 @@ import yaml
 from linchain_cli import storage
 from linchain_cli.chain import delta_weight, load_adapter
 from linchain_cli.cli import main
+from linchain_cli.data.fingerprint import tokenizer_hash
+from linchain_cli.model.loading import load_tokenizer
 from linchain_cli.run import RunDirectory
 
 
@@ -197,6 +199,24 @@ def test_a_base_that_has_moved_is_named_with_base(make_run, base_of, capsys, tmp
     assert linchain("merge", run.path, "--no-proof") == 2
     assert "--base MODEL" in capsys.readouterr().err
     assert linchain("merge", run.path, "--no-proof", "--base", tmp_path / "elsewhere") == 0
+
+
+def test_a_tokenizer_that_was_changed_since_is_told(make_run, checkpoint, capsys):
+    run = make_run(checkpoint)
+    trained_with = tokenizer_hash(load_tokenizer(checkpoint))
+    run.update_status(hashes={"tokenizer": trained_with})
+    assert linchain("export", run.path) == 0
+    assert "tokenizer" not in capsys.readouterr().err
+    text = (checkpoint / "tokenizer.json").read_text(encoding="utf-8")
+    changed = text.replace('"add_prefix_space": false', '"add_prefix_space": true', 1)
+    assert changed != text
+    (checkpoint / "tokenizer.json").write_text(changed, encoding="utf-8")
+    for words in (["export", run.path, "--overwrite"], ["merge", run.path, "--no-proof"]):
+        assert linchain(*words) == 0
+        assert f"warning: {run.path} was trained with another tokenizer" in capsys.readouterr().err
+    run.update_status(hashes={"tokenizer": f"tokenizers-0.0.1:{trained_with.partition(':')[2]}"})
+    assert linchain("export", run.path, "--overwrite") == 0
+    assert "tokenizer" not in capsys.readouterr().err, "another version may write the same one otherwise"
 
 
 def test_rows_that_are_gone_do_not_stop_a_merge(make_run, base_of, capsys, tmp_path):
