@@ -211,9 +211,15 @@ def _refuse_dashed_overrides(words: list[str]) -> None:
             raise InputError(f"{word}: a recipe's value is given without dashes, as {key}={value}")
 
 
+# What one process does; others that a launcher has started have nothing to do there.
+_ALONE = ("merge", "export", "import", "push", "inspect", "report", "runs", "recipes")
+
+
 def _call(arguments: list[str]) -> int:
     """The exit code that Typer ends with: 2 for wrong options, with its own message, and 0 when the command
     is done."""
+    if arguments and arguments[0] in _ALONE and not console.is_first_process():
+        return 0
     _refuse_dashed_overrides(arguments)
     try:
         app(args=arguments, prog_name="linchain")

@@ -236,10 +236,10 @@ def check_writable(target: Path) -> None:
 
 def is_empty(directory: Path) -> bool:
     """Whether a directory holds nothing that anybody put there."""
-    return not _entries(directory)
+    return not entries(directory)
 
 
-def _entries(directory: Path) -> list[Path]:
+def entries(directory: Path) -> list[Path]:
     """What lies in a directory, but for what is on its way in or out, and what file systems have in them."""
     passing = (STAGING_PREFIX, REPLACED_PREFIX, REMOVED_PREFIX)
     return [
@@ -314,7 +314,7 @@ def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
 
 def _fill(target: Path, staging: Path, overwrite: bool) -> None:
     """Moves what is staged inside `target` up into it; what was there goes, or comes back if that fails."""
-    old = _entries(target)
+    old = entries(target)
     if old and not overwrite:
         raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target))
     aside = _beside(target / target.name, REPLACED_PREFIX)
@@ -344,7 +344,7 @@ def remove_directory(path: Path) -> None:
     """
     if path.is_symlink() or _is_mount_point(path):
         path = Path(os.path.realpath(path))
-        doomed = _entries(path)
+        doomed = entries(path)
     else:
         doomed = [path]
     for entry in doomed:

@@ -344,6 +344,14 @@ def test_work_goes_on_where_stderr_takes_nothing(end):
     assert (done.returncode, done.stdout) == (0, b"done\n")
 
 
+def test_under_a_launcher_one_process_does_what_is_for_one(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    for words in (["recipes", "list"], ["merge", "no-such-run"]):
+        assert run(*words) == 0 and capsys.readouterr() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert run("merge", "no-such-run") == 2
+
+
 def test_ctrl_c_exits_130_without_a_traceback():
     code = (
         "import os, signal, linchain_cli.commands.recipes as r\n"

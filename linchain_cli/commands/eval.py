@@ -229,10 +229,12 @@ class _Settings:
         self, subject: Subject, loaded: LoadedModel, asked: Asked, tasks: Sequence[Task], out: Path
     ) -> Results:
         from linchain_cli.evaluation.evaluate import evaluate
+        from linchain_cli.training.processes import told_when_lost
         from linchain_cli.training.signals import stop_requests
 
         stopped = "stopped: the rows that are done are kept, and the same command goes on from them"
-        with stop_requests(stopped), console.Progress(quiet=not is_first_process()) as progress:
+        shown = console.Progress(quiet=not is_first_process())
+        with told_when_lost(), stop_requests(stopped), shown as progress:
             return evaluate(
                 loaded.model,
                 loaded.tokenizer,

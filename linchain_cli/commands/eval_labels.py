@@ -31,6 +31,7 @@ class LabelSettings:
         """Loads the subject, has it tell the rows, and lets go of it again. Rows are read as the subject's
         recipe says, or else as that of `like`."""
         from linchain_cli.evaluation.labels import evaluate_labels, load_labelled
+        from linchain_cli.training.processes import told_when_lost
 
         loaded = load_subject(subject, self.dtype)
         tasks = load_labelled(
@@ -44,7 +45,7 @@ class LabelSettings:
         if is_first_process():
             for told in (told for task in tasks for told in task.data.report.notes):
                 console.note(told)
-        with console.Progress(quiet=not is_first_process()) as progress:
+        with told_when_lost(), console.Progress(quiet=not is_first_process()) as progress:
             return evaluate_labels(
                 loaded.model,
                 loaded.tokenizer,

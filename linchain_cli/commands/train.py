@@ -159,10 +159,12 @@ def _plot(directory: RunDirectory) -> None:
 
 def _evaluate(job: Job, recipe: Recipe, tasks: Sequence[Task | LabelledTask], quiet: bool) -> None:
     from linchain_cli.evaluation.show import print_results
+    from linchain_cli.training.processes import told_when_lost
     from linchain_cli.training.signals import stop_requests
 
     left = f"{job.run.path} is finished, its evaluation is not: --resume continues it"
-    with stop_requests(left), console.Progress(quiet=not is_first_process()) as progress:
+    shown = console.Progress(quiet=not is_first_process())
+    with told_when_lost(), stop_requests(left), shown as progress:
 
         def show(task: str, done: int, total: int) -> None:
             progress.show("evaluating", done, total, task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from linchain_cli import storage
 from linchain_cli.comparison.grid import Arm, Grid, refuse_other_base
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import Recipe
-from linchain_cli.run import ComparisonDirectory, RunDirectory
+from linchain_cli.run import ComparisonDirectory, RunDirectory, refuse_foreign
 
 FORMAT_VERSION = 1
 
@@ -135,9 +136,19 @@ def _refuse_what_lies_there(path: Path) -> None:
         )
 
 
+_PARTS = re.compile(
+    r"(comparison|results|tuning)\.json|(results|runs)\.csv|(loss|tuning)\.png|report\.html|recipe\.yaml|arms|base"
+)
+
+
 def remove(directory: ComparisonDirectory) -> None:
-    """Removes a comparison with all its arms; anything else that may lie there is left."""
+    """Removes a comparison with all its arms.
+
+    Raises:
+        InputError: its directory holds what linchain did not write.
+    """
     if directory.exists():
+        refuse_foreign(directory.path, _PARTS)
         storage.remove_directory(directory.path)
 
 

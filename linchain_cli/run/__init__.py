@@ -1,6 +1,13 @@
 """One training run on disk: its directory, its status, which run is meant, and its JSON-lines files."""
 
-from linchain_cli.run.directory import ComparisonDirectory, RunDirectory, in_use, is_run, locked
+from linchain_cli.run.directory import (
+    ComparisonDirectory,
+    RunDirectory,
+    in_use,
+    is_run,
+    locked,
+    refuse_foreign,
+)
 from linchain_cli.run.finding import (
     Opened,
     find_adapter,

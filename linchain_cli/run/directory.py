@@ -6,15 +6,22 @@ recipe.yaml  run.json  metrics.jsonl  rows.jsonl  loss.png  checkpoints/  adapte
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from linchain_cli import locks, storage
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, some
 from linchain_cli.locks import in_use, in_use_message
 from linchain_cli.records import read_record, record_bytes, update_record
 from linchain_cli.run.status import RunStatus, now
+
+# What lies in a run's directory, and what commands add for one of its checkpoints.
+_PARTS = re.compile(
+    r"(recipe\.yaml|(run|import|halves|linchain_prompt)\.json|(metrics|rows)\.jsonl|loss\.png|report\.html"
+    r"|adapter|checkpoints|trackers|(eval|merged|peft|gguf|inspect)(-step-\d+)?(\.json|\.png)?)"
+)
 
 
 class RunDirectory:
@@ -60,13 +67,14 @@ class RunDirectory:
                     self.update_status(status="failed", reason=reason)
 
     def check_free(self, *, replace: bool = False) -> None:
-        """Raises InputError when a run may not be written here: one exists (and is not to be replaced), or a
-        directory that is no run, which is never touched."""
+        """Raises InputError when a run may not be written here: one exists (and is not to be replaced, or has
+        files of the user's in it), or a directory that is no run, which is never touched."""
         if not self.path.exists():
             return
         if self.exists():
             if not replace:
                 raise InputError(self._exists_message())
+            refuse_foreign(self.path, _PARTS)
         elif not self.path.is_dir() or not storage.is_empty(self.path):
             raise InputError(
                 f"{self.path} exists and is not a run directory; it is left alone."
@@ -111,6 +119,22 @@ class RunDirectory:
         """
         with locked(self.path):
             yield
+
+
+# Of locks, and of file systems: nobody misses them.
+_NOBODYS = re.compile(r"\..+\.lock|\.DS_Store|\.nfs.+")
+
+
+def refuse_foreign(path: Path, parts: re.Pattern[str]) -> None:
+    """Raises InputError where a directory that is to be replaced holds anything but `parts`, which linchain
+    knows by their names for its own."""
+    names = sorted(entry.name for entry in storage.entries(path))
+    others = [name for name in names if not (parts.fullmatch(name) or _NOBODYS.fullmatch(name))]
+    if others:
+        raise InputError(
+            f"{path} is left as it is: it also holds {some(others)}, which linchain did not write. Move that"
+            " away before the rest is replaced."
+        )
 
 
 class ComparisonDirectory:

@@ -187,6 +187,17 @@ def lost_connection(error: RuntimeError) -> str | None:
     return f"{ended}: {names}" if names else ended
 
 
+@contextlib.contextmanager
+def told_when_lost() -> Iterator[None]:
+    """Makes a collective's error, where another process is gone, a LinchainError that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if launched() and (told := lost_connection(error)):
+            raise LinchainError(told) from error
+        raise
+
+
 def sum_over_processes(accelerator: Accelerator, sums: Tensor) -> None:
     """Replaces a tensor by its sum over all processes, in place and in one all-reduce."""
     if accelerator.num_processes > 1:

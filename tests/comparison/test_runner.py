@@ -276,7 +276,12 @@ def test_a_signal_ends_the_comparison_also_if_its_run_then_fails(recipe_path, tm
 def test_fresh_starts_over(recipe_path, tmp_path, loads):
     grid = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=1"])
     run_comparison(grid, [1])
-    run_comparison(expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=2"]), [1], fresh=True)
+    again = expand(recipe_path, ["adapter.depth=0,1", "training.max_steps=2"])
+    (tmp_path / "tiny" / "notes.md").write_text("mine")
+    with pytest.raises(InputError, match="also holds notes.md, which linchain did not write"):
+        run_comparison(again, [1], fresh=True)
+    (tmp_path / "tiny" / "notes.md").unlink()
+    run_comparison(again, [1], fresh=True)
     assert len(loads) == 2
     runs = runs_of(ComparisonDirectory(tmp_path / "tiny"))
     assert {run.read_status().step for run in runs.values()} == {2}

@@ -130,6 +130,19 @@ def test_a_run_that_a_killed_replacement_had_moved_aside_is_not_replaced_unasked
     assert (tmp_path / "a" / "recipe.yaml").read_text() == "name: new\n"
 
 
+def test_files_of_the_user_in_a_run_are_not_replaced_with_it(tmp_path):
+    run = RunDirectory(tmp_path / "a")
+    run.create("name: old\n")
+    for name in ("adapter", "merged", "peft-step-000200", "eval", "inspect.json", ".x.lock", "report.html"):
+        (run.path / name).touch()
+    run.create("name: new\n", replace=True)
+    (run.path / "notes.md").write_text("mine")
+    (run.path / "merged-mine").mkdir()
+    with pytest.raises(InputError, match=r"also holds merged-mine, notes.md, which linchain did not write"):
+        run.create("name: newest\n", replace=True)
+    assert (run.path / "notes.md").read_text() == "mine" and run.recipe_path.read_text() == "name: new\n"
+
+
 HOLDER = """
 import sys, time
 sys.path.insert(0, {root!r})

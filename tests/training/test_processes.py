@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linchain_cli.errors import LinchainError
 from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
 from linchain_cli.training import processes
 
@@ -278,3 +279,15 @@ def test_sharding_is_refused_where_it_cannot_be(starter, recipe_file):
     assert alone.wait() == 2 and "shard needs several processes (--nproc)" in alone.log
     assert [rank.wait(90) for rank in ranks] == [2, 2]
     assert "shard cannot spread a base in int8" in ranks[0].log
+
+
+def test_an_evaluation_says_that_another_process_is_gone(monkeypatch):
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    with pytest.raises(RuntimeError, match="Connection closed"), processes.told_when_lost():
+        raise lost
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LinchainError, match="another process of this run ended"), processes.told_when_lost():
+        raise lost
+    with pytest.raises(RuntimeError, match="a fault"), processes.told_when_lost():
+        raise RuntimeError("a fault of our own")
