@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -59,12 +60,15 @@ class Progress:
 
     Args:
         unit: `bytes` are shown as such; anything else is counted.
+        counted: what is counted although `unit` is bytes.
         quiet: show nothing (every process but the first).
         bars: False shows lines on a terminal, too: within something that may have bars of its own.
     """
 
-    def __init__(self, unit: str = "", quiet: bool = False, bars: bool = True):
-        self._console, self._unit = stderr_console(quiet), unit
+    def __init__(
+        self, unit: str = "", counted: Collection[str] = (), quiet: bool = False, bars: bool = True
+    ):
+        self._console, self._unit, self._counted = stderr_console(quiet), unit, counted
         self._last = time.monotonic()
         self._bars: dict[str, Any] = {}
         drawn = bars and self._console.is_terminal and not self._console.quiet
@@ -73,10 +77,16 @@ class Progress:
     def _drawn(self) -> Any:
         from rich import progress
 
-        count = progress.DownloadColumn() if self._unit == "bytes" else progress.MofNCompleteColumn()
+        class Amount(progress.ProgressColumn):
+            """Bytes or a count, as the task says."""
+
+            def render(self, task: progress.Task) -> Any:
+                return columns[bool(task.fields["in_bytes"])].render(task)
+
+        columns = (progress.MofNCompleteColumn(), progress.DownloadColumn())
         text = progress.TextColumn("{task.description}", markup=False)
-        columns = (text, progress.BarColumn(), count, progress.TimeRemainingColumn())
-        return progress.Progress(*columns, console=self._console, transient=True)
+        shown = (text, progress.BarColumn(), Amount(), progress.TimeRemainingColumn())
+        return progress.Progress(*shown, console=self._console, transient=True)
 
     def __enter__(self) -> Progress:
         if self._progress:
@@ -91,12 +101,13 @@ class Progress:
         """So much of `what` is done; `part` is the part of it that is under way."""
         if self._progress:
             if what not in self._bars:
-                self._bars[what] = self._progress.add_task(what, total=total)
+                self._bars[what] = self._progress.add_task(what, total=total, in_bytes=self._in_bytes(what))
             self._progress.update(self._bars[what], description=part or what, completed=done, total=total)
         elif time.monotonic() - self._last >= SECONDS_BETWEEN_LINES:
             self._last = time.monotonic()
             text = f"{what} ({part})" if part else what
-            self._console.print(f"{text}: {self._amount(done)} of {self._amount(total)}", markup=False)
+            amounts = (f"{n / 1e6:,.0f} MB" if self._in_bytes(what) else f"{n:,}" for n in (done, total))
+            self._console.print(f"{text}: {' of '.join(amounts)}", markup=False)
 
-    def _amount(self, number: int) -> str:
-        return f"{number / 1e6:,.0f} MB" if self._unit == "bytes" else f"{number:,}"
+    def _in_bytes(self, what: str) -> bool:
+        return self._unit == "bytes" and what not in self._counted

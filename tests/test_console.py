@@ -50,6 +50,21 @@ def test_bytes_are_shown_as_megabytes(capsys, clock):
     assert capsys.readouterr().err == "[writing]: 5 MB of 1,234 MB\n"
 
 
+def test_models_are_counted_where_tensors_are_bytes(capsys, clock, monkeypatch):
+    with Progress("bytes", counted=["trying"]) as progress:
+        clock[0] += 31
+        progress.show("trying", 2, 4)
+    assert capsys.readouterr().err == "trying: 2 of 4\n"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress("bytes", counted=["trying"]) as progress:
+        progress.show("writing", 5_000_000, 1_234_000_000)
+        progress.show("trying", 2, 4)
+        progress._progress.refresh()
+    assert "0.0/1.2 GB" in sys.stderr.getvalue() and "2/4" in sys.stderr.getvalue()
+
+
 @pytest.mark.parametrize("quiet_by", ["option", "argument"])
 def test_quiet_progress_shows_nothing(capsys, clock, quiet_by):
     set_quiet(quiet_by == "option")

@@ -155,7 +155,7 @@ def _merge(
     """Merges, and shows how far it is."""
     from linchain_cli.export.merge import merge_checkpoint
 
-    with console.Progress("bytes") as progress:
+    with console.Progress("bytes", counted=["trying"]) as progress:
         return merge_checkpoint(base, adapter, out, options, origin, keep=keep, progress=progress.show)
 
 
