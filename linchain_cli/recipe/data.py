@@ -74,11 +74,18 @@ class SourceConfig(StrictModel):
 
 
 def _as_written(value: Any) -> Any:
-    """A recipe's scalars come as text; where any type goes, true, false and numbers are what they seem."""
+    """A recipe's scalars come as text; where any type goes, true, false and numbers are what they seem.
+
+    Raises ValueError for what other readers of YAML take for true or false: as a text each would be true to a
+    template.
+    """
     if not isinstance(value, str):
         return value
-    if value in ("true", "false"):
-        return value == "true"
+    word = value.lower()
+    if word in ("true", "false"):
+        return word == "true"
+    if word in ("yes", "on", "no", "off"):
+        raise ValueError(f"write {'true' if word in ('yes', 'on') else 'false'}")
     if re.fullmatch(r"[+-]?\d{1,18}", value):
         return int(value)
     if re.fullmatch(r"[+-]?\d+\.?\d*([eE][+-]?\d{1,3})?", value) and math.isfinite(float(value)):

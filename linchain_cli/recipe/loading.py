@@ -168,8 +168,10 @@ def _apply(override: str, draft: _Draft) -> None:
     place = _Place(f"override '{_short(override)}'")
     name, equals, text = override.partition("=")
     if not equals or not name:
-        hint = did_you_mean(name, dotted_fields(Recipe))
-        draft.add((), f"expected key=value, such as adapter.depth=1.{hint}", place)
+        fields = list(dotted_fields(Recipe))
+        hint = "" if name in fields else did_you_mean(name, fields)
+        example = f"{name}=VALUE" if name in fields else "adapter.depth=1"
+        draft.add((), f"expected key=value, such as {example}.{hint}", place)
         return
     key: Key = tuple(name.strip().split("."))
     try:

@@ -168,6 +168,9 @@ def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
     siblings = list(here.model_fields) if here else []
     fields = list(dotted_fields(model))
     elsewhere = {path.rpartition(".")[2]: path for path in fields}
+    if str(name) in fields and not parent and "." in str(name):
+        section, _, field = str(name).rpartition(".")
+        return Problem(key, f"unknown key. Write {field} within {section}, as a key of its own.", (key,))
     if (called := CALLED_HERE.get(str(name))) in fields:
         *section, field = called.split(".")
         shown = field if field in siblings else called

@@ -140,6 +140,7 @@ def test_every_problem_is_reported_at_once_with_line_key_and_remedy(write):
         "  max_steps: 3\n"
         "  warmup_steps: soon\n"
         "learning_rate: 3\n"
+        "training.max_steps: 3\n"
     )
     lines = message(path).splitlines()
     expected = [
@@ -165,6 +166,7 @@ def test_every_problem_is_reported_at_once_with_line_key_and_remedy(write):
             "expected a whole number of at least 0, or a share of the run below 1, got 'soon'.",
         ),
         (15, "learning_rate", "unknown key. Did you mean 'training.learning_rate'?"),
+        (16, "training.max_steps", "unknown key. Write max_steps within training, as a key of its own."),
     ]
     assert lines[0] == f"{path} has {len(expected)} problems:"
     assert len(lines) == len(expected) + 1
@@ -247,7 +249,8 @@ def test_one_problem_is_one_line(write):
         ('model.path="a\\0b"', "model.path: expected a hub id"),
         ("name=..", "name: expected a directory name"),
         ("model.path.x=1", "model.path.x cannot be set"),
-        ("adapter.depth", "expected key=value"),
+        ("adapter.depth", "expected key=value, such as adapter.depth=VALUE."),
+        ("adapter.dept", "expected key=value, such as adapter.depth=1. Did you mean 'adapter.depth'?"),
         ("=1", "expected key=value"),
         ("adapter.target_modules=*q_proj", "aliases such as *q_proj are not allowed"),
         ("adapter.target_modules=[qkv]_proj", "not YAML"),

@@ -190,7 +190,9 @@ def test_a_shipped_recipe_takes_overrides():
         ("-1.5", -1.5),
         ("1e-5", 1e-5),
         ("null", None),
-        ("no", "no"),
+        ("False", False),
+        ("TRUE", True),
+        ("nobody", "nobody"),
         ("x", "x"),
     ],
 )
@@ -199,6 +201,15 @@ def test_an_option_of_the_chat_template_is_what_it_looks_like(written, value):
     recipe, problems = check(Recipe, MINIMAL | {"data": {"train": "d", "template": "chat", "chat": found}})
     assert not problems
     assert recipe.data.chat.options["a"] == value and type(recipe.data.chat.options["a"]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"), [("no", "false"), ("Off", "false"), ("yes", "true"), ("ON", "true")]
+)
+def test_an_option_that_every_template_would_take_for_true_is_refused(written, meant):
+    found = {"train": "d", "template": "chat", "chat": {"options": {"a": written}}}
+    _, (problem,) = check(Recipe, MINIMAL | {"data": found})
+    assert problem.key[-2:] == ("options", "a") and f"got '{written}' (write {meant})" in problem.message
 
 
 NUMBERS = st.integers(-(10**17), 10**17) | st.floats(allow_nan=False, allow_infinity=False)
