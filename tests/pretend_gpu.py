@@ -217,3 +217,19 @@ def _place() -> str:
             return f"{path.rpartition('site-packages/')[2]}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     return "?"
+
+
+def four_bits_to_device(model: torch.nn.Module) -> torch.nn.Module:
+    """What `to` does, which cannot take bitsandbytes' weights to a device without values."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            moved = torch.Tensor._make_subclass(type(parameter), parameter.data.to(DEVICE), False)
+            moved.__dict__.update(parameter.__dict__)
+            if state := getattr(parameter, "quant_state", None):
+                state.to(DEVICE)
+            module._parameters[name] = moved
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = buffer.to(DEVICE)
+    return model

@@ -60,6 +60,9 @@ def delta_weight(
 
 # bitsandbytes' layers compute W0·x, too, from weights that they have packed.
 _QUANTISED = ("Linear4bit", "Linear8bitLt")
+# Up to so many tokens bitsandbytes multiplies by a 4-bit weight as it is packed, on any GPU. Where an answer
+# is read token by token, restoring the weight would move nine times as many bytes.
+_FEW_TOKENS = 4
 
 
 def linear_shape(module: nn.Module | None) -> tuple[int, int] | None:
@@ -237,7 +240,7 @@ class ChainLinear(Chain):
         computes in it, which needs no gradient and which nobody hooks into."""
         base = self.base
         if is_quantised(base):
-            usual = self.base_scale is not None
+            usual = self.base_scale is not None and not self._is_read_packed(x)
         else:
             usual = type(base) in (nn.Linear, Conv1D) and "forward" not in vars(base)
         return (
@@ -246,6 +249,16 @@ class ChainLinear(Chain):
             and not base.weight.requires_grad
             and not base._forward_hooks
             and not base._forward_pre_hooks
+        )
+
+    def _is_read_packed(self, x: Tensor) -> bool:
+        """Whether bitsandbytes is left to compute W0·x by itself: of a few tokens, from which nothing is
+        learned, so that it may be rounded before the chain's term is added."""
+        return (
+            getattr(self.base.weight, "quant_state", None) is not None
+            and x.device.type != "cpu"
+            and x.numel() <= _FEW_TOKENS * self.in_features
+            and not torch.is_grad_enabled()
         )
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from linchain_cli.chain import attach, detach, load_adapter
@@ -34,7 +33,7 @@ from linchain_cli.evaluation.questions import check_questions
 from linchain_cli.evaluation.store import covers, has_result, stored_result
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import recipe_tasks
-from linchain_cli.machine import release_memory
+from linchain_cli.machine import collect_memory
 from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.limits import limits
@@ -255,7 +254,7 @@ class _Runner:
     def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
         base = self._loaded(recipe)
         unfinished = run.exists()
-        release_memory()  # what the arm before has left is not this one's
+        collect_memory()  # what the arm before has left is not this one's
         own_peak = reset_peak_memory(self.accelerator.device)
         labels = {"comparison": self.directory.path.name, "arm": arm.name, "own_peak_memory": own_peak}
         try:
@@ -289,9 +288,8 @@ class _Runner:
         """The base model of a recipe, without chains."""
         section = recipe.model.model_dump()
         if self._base is None or section != self._base_section:
-            self._base = None  # the old one must go before the new one comes
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._base = None
+            collect_memory()  # the old one must go before the new one comes
             known = [RunDirectory(path) for path in runs_below(self.directory.arms_dir)]
             self._base = load_base(recipe, self.accelerator, known[0] if known else None)
             self._base_section = section

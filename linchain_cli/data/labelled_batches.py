@@ -24,6 +24,7 @@ class LabelledBatch:
     token_type_ids: (batch, length) int64, which of its texts a token is of; None where the model is not told
     targets: (batch,) float32, the number of the row's class, or the number itself
     counts: (batch,) float32, one for a row and zero for what fills an empty batch
+    is_padded: whether any row is shorter than the longest; a GPU would have to be waited for to learn it
     """
 
     input_ids: torch.Tensor
@@ -31,13 +32,12 @@ class LabelledBatch:
     token_type_ids: torch.Tensor | None
     targets: torch.Tensor
     counts: torch.Tensor
+    is_padded: bool
 
     def to(self, device: torch.device) -> LabelledBatch:
-        moved = {
-            name: tensor if tensor is None else tensor.to(device, non_blocking=True)
-            for name, tensor in vars(self).items()
-        }
-        return LabelledBatch(**moved)
+        from linchain_cli.model.flat_rows import in_one_copy
+
+        return in_one_copy(self, device)
 
     def beginnings(self, length: int) -> LabelledBatch:
         """The first `length` tokens of every row."""
@@ -45,7 +45,7 @@ class LabelledBatch:
             tensor if tensor is None else tensor[:, :length]
             for tensor in (self.input_ids, self.attention_mask, self.token_type_ids)
         ]
-        return LabelledBatch(*cut, self.targets, self.counts)
+        return LabelledBatch(*cut, self.targets, self.counts, self.is_padded)
 
 
 def collate_labelled(
@@ -64,5 +64,8 @@ def collate_labelled(
     counts[: len(rows)] = 1
     told = torch.from_numpy(segments) if encoded.store.has_segments else None
     return LabelledBatch(
-        *map(torch.from_numpy, (input_ids, attention_mask)), told, *map(torch.from_numpy, (targets, counts))
+        *map(torch.from_numpy, (input_ids, attention_mask)),
+        told,
+        *map(torch.from_numpy, (targets, counts)),
+        is_padded=not attention_mask.all(),
     )

@@ -4,7 +4,6 @@ at a time, and transformers' `generate` goes on from one of them.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from linchain_cli.chain import Adapter, attach, disabled
 from linchain_cli.errors import LinchainError, first_line
 from linchain_cli.export.classifier import outputs_of
 from linchain_cli.export.comparison import LogitProof, compare_logits
-from linchain_cli.machine import available_memory, is_out_of_memory
+from linchain_cli.machine import available_memory, collect_memory, is_out_of_memory
 from linchain_cli.model.checkpoint import Checkpoint
 from linchain_cli.model.classifier import drawn_names, is_classifier
 from linchain_cli.model.loading import default_device, load_model
@@ -92,7 +91,7 @@ def prove_model(
             if not is_out_of_memory(error):
                 raise
             reasons.append(f"out of memory ({device.type})")
-        _give_memory_back()
+        collect_memory()
     return ModelProof(not_proven=(f"logits and generation: {', then '.join(reasons)}",))
 
 
@@ -205,9 +204,3 @@ def _proof_dtype(base: Checkpoint, device: torch.device) -> str | None:
         if parameters * width <= 0.8 * free:
             return name
     return None
-
-
-def _give_memory_back() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -26,7 +26,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, eager_mask, sdpa_mask
 
-from linchain_cli.model.classifier import is_classifier
+from linchain_cli.model.classifier import PADDED, is_classifier
 from linchain_cli.model.fast import REFUSALS, alike, forget_failed_forward, probe_ids, record
 
 GROUPED = "grouped"
@@ -76,9 +76,11 @@ def grouped_attention(
 
 def _device_mask(*arguments: Any, **options: Any) -> Tensor | None:
     """transformers' mask for SDPA. It would read a given mask of padding, in every forward, to learn whether
-    there is any: who gives one has some."""
+    there is any: who gives one has some, unless `PADDED` says otherwise."""
+    if not PADDED.get():
+        options["attention_mask"] = None
     if options.get("attention_mask") is not None:
-        options["allow_is_causal_skip"] = False
+        options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
     return sdpa_mask(*arguments, **options)
 
 

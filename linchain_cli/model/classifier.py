@@ -7,6 +7,7 @@ row's end, is said here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +29,12 @@ class ModelInputs(Protocol):
     input_ids: Tensor
     attention_mask: Tensor
     token_type_ids: Tensor | None
+    is_padded: bool
+
+
+# Whether the rows that are being read have padding. Their mask says so, too, but a GPU would have to be
+# waited for.
+PADDED: ContextVar[bool] = ContextVar("padded", default=True)
 
 
 @dataclass(frozen=True)
@@ -152,7 +159,11 @@ def row_logits(model: nn.Module, batch: ModelInputs) -> Tensor:
     # RoBERTa's embeddings have one row for them, and GPT-2 would take them for words.
     if batch.token_type_ids is not None and getattr(model.config, "type_vocab_size", 0) > 1:
         inputs["token_type_ids"] = batch.token_type_ids
-    logits = model(**inputs).logits
+    told = PADDED.set(batch.is_padded)
+    try:
+        logits = model(**inputs).logits
+    finally:
+        PADDED.reset(told)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

@@ -20,7 +20,7 @@ from linchain_cli.errors import LinchainError
 from linchain_cli.machine import available_memory, is_out_of_memory, resident_bytes
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.job import Job
-from linchain_cli.training.processes import together
+from linchain_cli.training.processes import sum_over_processes, together
 
 logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -39,18 +39,20 @@ def find_tokens(job: Job, note: Callable[[str], None]) -> int:
 
     It is measured on the longest rows: first what a few tokens cost, then one row, then twice as many each
     time, as long as the two measurements before say that there is room. So nothing runs out. All processes
-    find the same.
+    find the same. What a first step takes outside of torch's allocator (kernels, NCCL's buffers) is taken
+    before the room is measured.
     """
     data, world = job.data.train, job.accelerator.num_processes
     share = math.ceil(min(job.recipe.training.global_batch_size, len(data)) / world)
     longest = np.argsort(-data.lengths.astype(np.int64), kind="stable")[:share]
+    few = job.objective.beginnings(job.objective.collate(data, longest[:1], job.base.pad_id), _FEW)
+    together(job.accelerator, lambda: _forward_and_backward(job, few))
+    sum_over_processes(job.accelerator, job.optimizer.sums)  # all zero
     before, room = _in_use(job.device), USABLE * _room(job)
 
     def measured(size: int) -> tuple[float, float]:
         """Bytes that `size` rows need (0: a few tokens), and those there are: the worst process's."""
-        batch = job.objective.collate(data, longest[: max(1, size)], job.base.pad_id)
-        if size == 0:
-            batch = job.objective.beginnings(batch, _FEW)
+        batch = job.objective.collate(data, longest[:size], job.base.pad_id) if size else few
         need = together(job.accelerator, lambda: _peak_of(job, batch)) - before
         found = gather_object([(need, room)])
         return max(need for need, _ in found), min(room for _, room in found)

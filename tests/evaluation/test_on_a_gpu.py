@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from linchain_cli.chain import ChainConfig, folded, inject
 from linchain_cli.evaluation import generation
 from linchain_cli.evaluation.generation import Generator
 from linchain_cli.evaluation.likelihood import OptionScorer
@@ -16,6 +17,7 @@ from linchain_cli.evaluation.options import build_tree
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
 from linchain_cli.model.fast import record
 from linchain_cli.model.flat_rows import in_one_copy
+from linchain_cli.model.loading import load_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import pretend_gpu  # noqa: E402
@@ -109,6 +111,24 @@ def test_an_answer_waits_for_the_device_once_per_token(on_device, family, beams)
             assert len(gpu.reads) == ANSWER, gpu.reads
             assert all("generation.py" in read for read in gpu.reads), gpu.reads
             assert all(copy.asynchronous for copy in gpu.copies if copy.bytes > 8), gpu.copies
+
+
+def test_an_answer_is_read_by_4_bit_weights_as_they_are_packed(small_model, tmp_path, monkeypatch):
+    """Of four beams; the prompt's tokens are many, and for them the weights are restored."""
+    monkeypatch.setattr(generation, "refuse_broken", lambda model: None)
+    small_model("llama").save_pretrained(tmp_path)
+    model = load_model(tmp_path, dtype="bfloat16", device="cpu", quantization="nf4")
+    model.set_attn_implementation(FLAT_SDPA)
+    record(model)["tryouts"] = {
+        (trial, FLAT_SDPA): True for trial in ("continues_from_cache", "ignores_padding")
+    }
+    model = pretend_gpu.four_bits_to_device(model)
+    layers = inject(model, ChainConfig(4, 3, 8.0, 0.0, "orthogonal", "all-linear"), 1)
+    with pretend_gpu.PretendGpu(scalar=0.0) as gpu, folded(model):
+        generator = Generator(model, [END], prompts([3]), 4, ANSWER, 10_000)
+        generator.generate(generator.batches[0])
+    assert gpu.launches["dequantize_4bit"] == len(layers), "once, for the prompt"
+    assert gpu.launches["gemm_4bit"] == len(layers) * (ANSWER - 1)
 
 
 def test_what_goes_over_in_one_copy_is_pinned_where_cuda_is(monkeypatch):

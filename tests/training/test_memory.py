@@ -62,6 +62,23 @@ def test_as_many_tokens_as_fit(job_of, machine, free, fixed, per_row, rows):
     assert f"auto is {tokens:,} tokens, as many as {rows:.1f} of the 24 longest rows" in notes[0]
 
 
+def test_the_room_is_measured_once_a_first_step_has_taken_its_own(job_of, machine, monkeypatch):
+    """NCCL takes its buffers, and CUDA its kernels, with the first step and outside of torch's allocator."""
+    machine(10 * GIB, 0, GIB)
+    calls, free, work, add = [], memory._free, memory._forward_and_backward, memory.sum_over_processes
+    monkeypatch.setattr(memory, "_free", lambda device: calls.append("measured") or free(device))
+    monkeypatch.setattr(
+        memory, "_forward_and_backward", lambda job, batch: calls.append("computed") or work(job, batch)
+    )
+    monkeypatch.setattr(
+        memory, "sum_over_processes", lambda processes, sums: calls.append(len(sums)) or add(processes, sums)
+    )
+    job = job_of(CHANGES)
+    memory.find_tokens(job, print)
+    assert calls == ["computed", len(job.optimizer.sums), "measured"]
+    assert not job.optimizer.sums.any()
+
+
 def test_a_share_of_the_global_batch_is_the_most(job_of, machine):
     machine(1000 * GIB, 0, GIB)
     job = job_of({**CHANGES, "training.global_batch_size": 500})

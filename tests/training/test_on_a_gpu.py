@@ -14,16 +14,19 @@ import torch
 
 from linchain_cli.chain import ChainConfig, find_siblings, inject
 from linchain_cli.data.batches import collate
+from linchain_cli.data.labelled_batches import collate_labelled
 from linchain_cli.model import flat_rows, varlen
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
+from linchain_cli.model.classifier import Outputs, padding
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import decoder_blocks, hidden_states
-from linchain_cli.model.loading import load_model
+from linchain_cli.model.loading import load_model, load_tokenizer
 from linchain_cli.model.varlen import Kernel
 from linchain_cli.training import history, loop, norms
 from linchain_cli.training import step as one_step
 from linchain_cli.training.blocks import set_up_blocks
 from linchain_cli.training.job import Job
+from linchain_cli.training.labels import LabelObjective
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.objective import CausalObjective
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
@@ -32,6 +35,7 @@ from linchain_cli.training.state import TrainingState
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import pretend_gpu  # noqa: E402
+from classifiers import KINDS, make_checkpoint  # noqa: E402
 
 DEVICE = pretend_gpu.DEVICE
 
@@ -130,7 +134,7 @@ def step(small_model, tmp_path, monkeypatch):
             model = model.to(dtype)
         if layers is not None:
             model = blocks_of(model, layers)
-        model = model.to(DEVICE) if quantization == "none" else four_bits_to_device(model)
+        model = model.to(DEVICE) if quantization == "none" else pretend_gpu.four_bits_to_device(model)
         make_norms_lean(model)
         if not flat:
             model.set_attn_implementation("sdpa")
@@ -315,22 +319,6 @@ def test_table_of_launches(step, small_model):
         print(f"| {family} | {blocks[0]:.0f} | {blocks[1]:.0f} | {reads[0]} | {reads[1]} |")
 
 
-def four_bits_to_device(model: torch.nn.Module) -> torch.nn.Module:
-    """What `to` does, which cannot take bitsandbytes' weights to a device without values."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            moved = torch.Tensor._make_subclass(type(parameter), parameter.data.to(DEVICE), False)
-            moved.__dict__.update(parameter.__dict__)
-            if state := getattr(parameter, "quant_state", None):
-                state.to(DEVICE)
-            module._parameters[name] = moved
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = buffer.to(DEVICE)
-    return model
-
-
 def blocks_of(model: torch.nn.Module, count: int) -> torch.nn.Module:
     """The model with its first blocks alone."""
     blocks = decoder_blocks(model)
@@ -341,6 +329,40 @@ def blocks_of(model: torch.nn.Module, count: int) -> torch.nn.Module:
     ).rpartition(".")
     setattr(model.get_submodule(parent), name, torch.nn.ModuleList(blocks[:count]))
     return model
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "modernbert", "llama", "gpt2"])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_classifier_s_micro_batch_is_not_waited_for(tmp_path, kind, padded):
+    """transformers would look whether rows have padding; if none has, the kernel without a mask is taken."""
+    directory = make_checkpoint(kind, tmp_path)
+    model = load_model(directory, dtype="bfloat16", device="cpu", outputs=Outputs(("good", "bad")))
+    model.set_attn_implementation(FLAT_SDPA)
+    padding(model, load_tokenizer(directory))
+    model, lengths = model.to(DEVICE), [6, 5 if padded else 6]
+    batch = collate_labelled(_Encoded(lengths), [0, 1], 0)
+    with pretend_gpu.PretendGpu() as gpu:
+        inject(model, ChainConfig(4, 1, 8.0, 0.0, "orthogonal", KINDS[kind][1]), 1)
+        LabelObjective(2, "accuracy").add_gradients(model, batch, 1.0, DEVICE)
+    assert not gpu.reads
+    large = [copy for copy in gpu.copies if copy.bytes > 8]
+    assert len(large) == 1 and large[0].asynchronous, gpu.copies
+    assert bool(gpu.launches["_scaled_dot_product_flash_attention"]) != padded
+
+
+class _Encoded:
+    """Rows with a label of these lengths, as data/store.py hands them out."""
+
+    def __init__(self, lengths: list[int]):
+        self._rows = [(np.arange(10, 10 + length), np.zeros(length, bool)) for length in lengths]
+        self.targets = np.arange(len(lengths), dtype=np.float32)
+        self.store = SimpleNamespace(has_segments=False)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        return self._rows[index]
+
+    def segments(self, index: int) -> None:
+        return None
 
 
 def test_padded_rows_wait_for_the_device(step):
