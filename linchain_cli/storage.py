@@ -32,6 +32,7 @@ STAGING_PREFIX = ".staging-"
 REPLACED_PREFIX = ".replaced-"
 REMOVED_PREFIX = ".removed-"
 _ABANDONED = 24 * 3600.0  # seconds without a change until another machine's staging counts as left behind
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_OURS = {"lost+found"}  # what a new file system has in it
 
 
@@ -46,6 +47,19 @@ def expand(path: Path | str) -> Path:
     except RuntimeError:
         whose = "your" if str(path).partition("/")[0] == "~" else "that user's"
         raise InputError(f"{path}: {whose} home directory is not known here; write the path out") from None
+
+
+def refuse_lfs_pointer(path: Path, name: str = "") -> None:
+    """Raises InputError for a file in whose place a clone without Git LFS has left a few lines about it.
+
+    `name` is what the message calls it.
+    """
+    with open(path, "rb") as handle:
+        if handle.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise InputError(
+                f"{name or path} is not the file itself but what Git LFS keeps in its place: `git lfs pull`"
+                " in the clone fetches it, and so does a download from the hub."
+            )
 
 
 def _write(handle, data: bytes) -> None:

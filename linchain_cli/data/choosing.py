@@ -94,6 +94,8 @@ _SYNONYMS = {
     "output": ("answer", "response", "solution", "target", "label", "labels"),
     "completion": ("response", "answer", "output"),
 }
+# What may stand beside them, and would be left out of the prompt if it were not mapped.
+_BESIDE = {"input": ("input", "context", "passage"), "system": ("system", "system_prompt")}
 _ALIKE = 0.8  # of 1: closer than `version` is to `conversations`, as far as a slip of the pen goes
 _PLAIN = re.compile(r"[A-Za-z_](?:[\w .-]*\w)?")
 _JUDGED = (
@@ -124,6 +126,8 @@ _FORMATS = "; ".join(", ".join(f"`{name}`" for name in format_names) for format_
 
 def _of_a_pair(row: Cells) -> str | None:
     """Of rows that preference training takes, the better answer can be learned."""
+    if {"preferred_output", "non_preferred_output"} <= row.keys():
+        return "They are pairs for preference training, in OpenAI's form, which linchain does not do."
     if not {"chosen", "rejected"} <= row.keys():
         return None
     asked = next((name for name in ("prompt", *_SYNONYMS["instruction"]) if name in row), None)
@@ -172,6 +176,10 @@ def _meant(found: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
         meant = {name: columns.get(name) or _alike(name, found) for name in names}
         if sum(map(bool, meant.values())) * len(best) > sum(map(bool, best.values())) * len(meant):
             best = meant
+    if "instruction" in best:
+        plain = {name.strip().lower(): name for name in found if name not in best.values()}
+        for ours, names in _BESIDE.items():
+            best[ours] = next((plain[name] for name in names if name in plain), ours)
     return {ours: theirs or "NAME" for ours, theirs in best.items() if ours != theirs}
 
 

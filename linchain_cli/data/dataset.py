@@ -232,6 +232,7 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
             told.append(
                 f"{name}: rows hold a `{column}`, which the template {counts.template} does not show to the "
                 "model: data.template: chat does"
+                + (", with data.columns: {system: system_prompt}" if column == "system_prompt" else "")
             )
         if files and files.left_out:
             names = [Path(file).name for file in files.left_out]

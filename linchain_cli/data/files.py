@@ -17,7 +17,13 @@ from linchain_cli.data.streams import COMPRESSIONS, ending
 from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line, some
 from linchain_cli.model.gguf import cache_root
-from linchain_cli.storage import expand, make_directory, sha256_bytes, staged_file
+from linchain_cli.storage import (
+    expand,
+    make_directory,
+    refuse_lfs_pointer,
+    sha256_bytes,
+    staged_file,
+)
 
 TEXTS: dict[str, type[Reader]] = {
     ".json": JsonReader,
@@ -63,6 +69,7 @@ def open_reader(file: DataFile | Path, wanted: set[str]) -> Reader:
     """The reader for a file by its name's ending; `wanted` are the columns that will be asked for."""
     if isinstance(file, Path):
         file = DataFile(file, str(file))
+    refuse_lfs_pointer(file.path, file.name)
     form, _ = ending(file.path.name)
     if form in TABLES:
         return TABLES[form](file.path, file.name, wanted)

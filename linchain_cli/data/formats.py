@@ -29,7 +29,7 @@ from linchain_cli.recipe import SourceConfig
 _SURROGATE = re.compile("[\\ud800-\\udfff]")
 
 Cells = Mapping[str, Any]
-_SAID_BEFORE = ("system", "history")
+_SAID_BEFORE = ("system", "history", "system_prompt")
 _ASKING = (("instruction", "output"), ("prompt", "completion"))
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from linchain_cli.errors import InputError
 from linchain_cli.importing.foreign import CONFIG_FILE, WEIGHTS_FILES
-from linchain_cli.model.files import hub_fetcher, looks_local, refuse_missing
+from linchain_cli.model.files import hub_fetcher, looks_local, refuse_lfs_pointers, refuse_missing
 from linchain_cli.model.hub import HubKind, hub_problems
 from linchain_cli.storage import expand
 
@@ -23,6 +23,8 @@ def find_checkpoint(name: str, revision: str | None = None) -> Path:
     if local.exists():
         if revision is not None:
             raise InputError(f"--revision is for adapters on the hub, and {name} is here")
+        if local.is_dir():
+            refuse_lfs_pointers(local)
         return local
     if looks_local(name):
         refuse_missing(name, what="adapter")

@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 from linchain_cli.errors import InputError, did_you_mean, some
 from linchain_cli.model.gguf import converted_gguf
 from linchain_cli.model.hub import MODEL, cached_ids, hub_problems
-from linchain_cli.storage import expand
+from linchain_cli.storage import expand, refuse_lfs_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ LOCAL_FOLDERS = frozenset(
     " output outputs results run runs tmp weights".split()
 )
 SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_LARGEST_POINTER = 1024  # bytes: theirs are 130
 HUB_TIMEOUT = 10.0  # seconds until an unresponsive hub counts as unreachable
 
 
@@ -193,7 +194,15 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def refuse_lfs_pointers(directory: Path) -> None:
+    """Raises InputError for a directory that was cloned without Git LFS."""
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.stat().st_size < _LARGEST_POINTER:
+            refuse_lfs_pointer(path)
+
+
 def _check_directory(directory: Path) -> None:
+    refuse_lfs_pointers(directory)
     if (directory / "adapter_config.json").is_file():
         raise InputError(
             f"{directory} holds a PEFT adapter (adapter_config.json), not a model. Give the base model's "

@@ -250,6 +250,11 @@ def test_auto_goes_by_the_columns_of_the_recipe(write, source):
         (("Instruction", "Output"), "{instruction: Instruction, output: Output}"),
         (("instruction", " output"), '{output: " output"}'),
         (("prompt", "response"), "{completion: response}"),
+        (("instruction", "context", "response"), "{output: response, input: context}"),
+        (
+            ("system_prompt", "question", "response"),
+            "{instruction: question, output: response, system: system_prompt}",
+        ),
     ],
 )
 def test_columns_of_no_format_are_told_with_a_mapping(write, source, columns, remedy):
@@ -273,6 +278,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({**PAIR, "prompt": [ASKED], "chosen": [ANSWERED]}, "preference .*: {completion: chosen}."),
         ({"question": "a", "chosen": "b", "rejected": "c"}, "{prompt: question, completion: chosen}."),
         ({"instruction": "a", "chosen": "b", "rejected": "c"}, "preference .*: {output: chosen}."),
+        ({"input": {}, "preferred_output": [ANSWERED], "non_preferred_output": []}, "in OpenAI's form"),
         ({"prompt": "a", "completion": "b", "label": False}, r"KTO\), .* Keep the rows whose label is true"),
         ({"prompt": [ASKED], "completion": [ANSWERED], "label": True}, "rejected ones would be learned"),
         ({"data": [{"instruction": "a", "output": "b"}]}, "If 'data' holds the rows, write that list alone"),
@@ -425,6 +431,13 @@ def test_what_was_said_before_and_is_not_shown_is_warned_of(prepare, write):
         f"{path}: rows hold a `history`, which the template alpaca does not show to the model: "
         "data.template: chat does"
     ]
+
+
+def test_a_system_prompt_in_another_column_is_warned_of(prepare, write):
+    row = {"instruction": "a", "output": "b", "system_prompt": "Be brief."}
+    path = str(write("x.jsonl", json.dumps(row)))
+    (told,) = (said for said in prepare(path, validation=0).report.warnings if "does not show" in said)
+    assert told.endswith("data.template: chat does, with data.columns: {system: system_prompt}")
 
 
 def test_roles_that_are_never_learned_are_told(prepare, write):

@@ -14,6 +14,7 @@ from linchain_cli.errors import InputError
 
 ROWS = [{"a": "eins", "b": "zwei\nlinien"}, {"a": "drei, vier", "b": 'sagt "ja" — 東京'}, {"a": "", "b": "x"}]
 BOM = b"\xef\xbb\xbf"
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 12345\n"
 
 
 def read(path, wanted=frozenset({"a", "b"})) -> list:
@@ -146,6 +147,10 @@ def test_lines_and_rows_are_counted(write, monkeypatch, block):
         ("x.csv", b"a\tb\n1\t2\n", "separated by .* or end its name in .tsv"),
         ("x.jsonl", gzip.compress(b"{}"), r"x.jsonl: the file is compressed \(gzip\). Put .gz behind"),
         ("x.json", b"PAR1\x15\x04", "x.json: the file is a parquet file"),
+        *(
+            (f"x.{kind}", LFS, f"x.{kind} is not the file itself but what Git LFS keeps in its place: `git")
+            for kind in ("jsonl", "csv.gz", "parquet")
+        ),
         ("x.csv", b"PK\x03\x04\x14", "x.csv: the file is a zip archive or a spreadsheet"),
         ("x.parquet", b"", "x.parquet: not a parquet file"),
         ("x.parquet", b"PAR1 nothing PAR1", "x.parquet: not a parquet file"),

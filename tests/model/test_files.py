@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from linchain_cli.errors import InputError
+from linchain_cli.importing.finding import find_checkpoint
 from linchain_cli.model import files as model_files
 from linchain_cli.model.files import FoundBase, find_base, looks_local
 from linchain_cli.model.loading import load_model, locate, weight_files
@@ -54,6 +55,15 @@ def test_a_directory_that_is_no_checkpoint_says_what_it_is(tmp_path, names, expe
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=expected):
         locate(str(tmp_path))
+
+
+@pytest.mark.parametrize("find", [locate, find_checkpoint])
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_a_clone_without_git_lfs_is_told(tmp_path, find, file):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 12345\n")
+    with pytest.raises(InputError, match=f"{file} is not the file itself .* `git lfs pull`"):
+        find(str(tmp_path))
 
 
 def test_a_file_and_an_empty_name_are_no_models(tmp_path):
