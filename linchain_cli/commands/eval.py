@@ -52,7 +52,14 @@ def run(
         Literal["likelihood", "generate"],
         typer.Option(help="likelihood compares the options' probabilities; generate lets the model write."),
     ] = "likelihood",
-    beams: Annotated[int, typer.Option(min=1, help="Beams of the generate protocol; 1 is greedy.")] = 4,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Beams of the generate protocol; 1 is greedy; left out, 4, as LLM-Adapters has it.",
+            show_default=False,
+        ),
+    ] = None,
     normalise: Annotated[
         Literal["none", "bytes", "tokens"],
         typer.Option(
@@ -108,6 +115,7 @@ def run(
     json: Json = False,
 ) -> None:
     """Measure a model's accuracy on benchmark tasks."""
+    _refuse_unused(protocol, beams, normalise)
     subject = find_subject(model, base, allow_other_base)
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
@@ -155,6 +163,19 @@ def run(
     _tell(firsts, seconds, json, references)
 
 
+def _refuse_unused(protocol: str, beams: int | None, normalise: str) -> None:
+    """Raises InputError for an option of the other protocol, which would change nothing."""
+    if protocol == "likelihood" and beams is not None:
+        raise InputError(
+            f"--beams {beams} is about written answers: add --protocol generate, or leave it out"
+        )
+    if protocol == "generate" and normalise != "none":
+        raise InputError(
+            f"--normalise {normalise} is about likelihoods, and with --protocol generate the model writes:"
+            " leave one of them out"
+        )
+
+
 def _tell(firsts: Sequence[Results], seconds: Sequence[Results | None], json: bool, references: bool) -> None:
     """Prints results, each with what it is compared with."""
     if is_first_process():
@@ -188,7 +209,7 @@ def _refuse_with_harness(own: Sequence[str], out: Path | None, earlier: Path | N
 @dataclass(frozen=True)
 class _Settings:
     protocol: Literal["likelihood", "generate"]
-    beams: int
+    beams: int | None
     normalise: Literal["none", "bytes", "tokens"]
     template: str | None
     dtype: str | None
@@ -228,7 +249,7 @@ class _Settings:
     def _own(
         self, subject: Subject, loaded: LoadedModel, asked: Asked, tasks: Sequence[Task], out: Path
     ) -> Results:
-        from linchain_cli.evaluation.evaluate import evaluate
+        from linchain_cli.evaluation.evaluate import BEAMS, evaluate
         from linchain_cli.training.processes import told_when_lost
         from linchain_cli.training.signals import stop_requests
 
@@ -242,7 +263,7 @@ class _Settings:
                 tasks,
                 name=subject.name,
                 protocol=self.protocol,
-                beams=self.beams,
+                beams=self.beams or BEAMS,
                 normalise=self.normalise,
                 straddles=asked.straddles,
                 limit=self.limit,

@@ -304,6 +304,11 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
     ("arguments", "reason"),
     [
         (["eval", "base"], "--tasks is missing"),
+        (["eval", "base", "--tasks", "boolq", "--beams", "1"], "--beams 1 is about written answers: add"),
+        (
+            ["eval", "base", "--tasks", "boolq", "--protocol", "generate", "--normalise", "bytes"],
+            "--normalise bytes is about likelihoods",
+        ),
         (["eval", "base", "--tasks", "bolq"], "Did you mean 'boolq'?"),
         (["eval", "base", "--tasks", "boolq", "--data-dir", "nowhere"], "there is no such directory"),
         (["eval", "base", "--tasks", "mawps", "--data-dir", "data"], "data/mawps/test.json"),
