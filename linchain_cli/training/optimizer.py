@@ -51,7 +51,8 @@ class FlatAdamW(torch.optim.AdamW):
     The parameters it is made from become views of one buffer, ordered by kind, and their gradients views of
     another. Gradients are zero and never None, so that they can be summed over processes, cut down and set to
     zero as one tensor. Each parameter group holds one parameter, all tensors of a kind; its `rate_scale` is
-    the kind's factor on the learning rate.
+    the kind's factor on the learning rate. Biases and gains of norms (one dimension) are a group of their
+    own, without weight decay, as transformers' Trainer has it.
 
     Attributes:
         sums: float32, the gradients and behind them `extras`: what processes sum.
@@ -69,8 +70,10 @@ class FlatAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
         multipliers: Mapping[str, float] | None = None,
     ):
-        by_kind = {kind: {n: p for n, p in parameters.items() if kind_of(n) == kind} for kind in KINDS}
-        ordered = [parameter for members in by_kind.values() for parameter in members.values()]
+        alike: dict[tuple[str, bool], dict[str, nn.Parameter]] = {}
+        for name in sorted(parameters, key=lambda name: KINDS.index(kind_of(name))):
+            alike.setdefault((kind_of(name), parameters[name].dim() > 1), {})[name] = parameters[name]
+        ordered = [parameter for members in alike.values() for parameter in members.values()]
         values = torch.cat([parameter.detach().flatten() for parameter in ordered])
         rows = math.ceil(len(values) / _ROW)
         self.sums = values.new_zeros(rows * _ROW + EXTRAS)
@@ -79,16 +82,16 @@ class FlatAdamW(torch.optim.AdamW):
         self._shapes = {name: parameter.shape for name, parameter in parameters.items()}
         self._places: dict[str, tuple[nn.Parameter, slice]] = {}
         groups, start = [], 0
-        for kind, members in by_kind.items():
-            if members:
-                size = sum(parameter.numel() for parameter in members.values())
-                whole = nn.Parameter(values[start : start + size])
-                whole.grad = self.sums[start : start + size]
-                groups.append({"params": [whole], "rate_scale": (multipliers or {}).get(kind, 1.0)})
-                self._lay_out(members, whole)
-                start += size
+        for (kind, decays), members in alike.items():
+            size = sum(parameter.numel() for parameter in members.values())
+            whole = nn.Parameter(values[start : start + size])
+            whole.grad = self.sums[start : start + size]
+            scale, decay = (multipliers or {}).get(kind, 1.0), weight_decay if decays else 0.0
+            groups.append({"params": [whole], "rate_scale": scale, "weight_decay": decay})
+            self._lay_out(members, whole)
+            start += size
         self.found_inf = values.new_zeros(())
-        super().__init__(groups, lr=0.0, betas=BETAS, eps=EPSILON, weight_decay=weight_decay, fused=True)
+        super().__init__(groups, lr=0.0, betas=BETAS, eps=EPSILON, fused=True)
 
     def _lay_out(self, members: Mapping[str, nn.Parameter], whole: nn.Parameter) -> None:
         start = 0

@@ -262,7 +262,7 @@ def test_a_classifiers_rate_is_found_with_its_heads_own(tmp_path, monkeypatch, t
     # A hundredth of what LoRA's authors take and up; half of it for the head, in every part.
     assert found.range_test[0].rate == pytest.approx(2.5e-6) and found.steps == 12
     assert found.rates[0] <= found.rate <= found.rates[-1] and None not in found.losses
-    assert np.allclose(taken, [[1, 1, 1, 0.5]]) and len(taken) > 4 * 12
+    assert np.allclose(taken, [[1, 1, 1, 0.5, 0.5]]) and len(taken) > 4 * 12
     copied = load_recipe(directory.recipe_path)
     assert copied.training.learning_rate == found.rate and copied.training.lr_multiplier.head == 0.5
     runs = [RunDirectory(run) for run in sorted(directory.arms_dir.glob("[!.]*"))]

@@ -143,7 +143,7 @@ def test_the_heads_own_rate(label_recipe):
     before = {name: job.parameters[name].detach().clone() for name in job.head}
     step(job, range(8))
     assert all(torch.equal(job.parameters[name], before[name]) for name in job.head)
-    assert [group["rate_scale"] for group in job.optimizer.param_groups] == [1.0, 1.0, 1.0, 0.0]
+    assert [group["rate_scale"] for group in job.optimizer.param_groups] == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_a_new_head_follows_the_seed_and_nothing_else(label_recipe):

@@ -109,6 +109,17 @@ def test_a_multiplier_of_zero_keeps_a_part_as_it_was():
     assert changed == set(values) - {"x.links"}
 
 
+def test_biases_and_norms_of_a_head_do_not_decay():
+    shapes = {"x.A": (2, 3), "norm.weight": (3,), "score.weight": (2, 3), "score.bias": (2,)}
+    values = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
+    optimizer = FlatAdamW(values, 0.1)
+    optimizer.set_learning_rate(0.5)
+    optimizer.step()  # all gradients are zero: what moves is decay
+    kept = {name for name, value in values.items() if torch.equal(value, torch.ones(shapes[name]))}
+    assert kept == {"norm.weight", "score.bias"}
+    torch.testing.assert_close(values["score.weight"], torch.full((2, 3), 1 - 0.5 * 0.1))
+
+
 def test_state_goes_through_a_checkpoint_bit_for_bit():
     whole, parts = parameters(), parameters()
     first = FlatAdamW(whole)
