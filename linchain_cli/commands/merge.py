@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from linchain_cli import console
 from linchain_cli.commands.adapter_run import write_adapter_run
-from linchain_cli.commands.options import AllowOtherBase, Base, Json, Overwrite
+from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, Json, Overwrite
 from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.commands.summing import Sum, describe_sum, parse_weights, sum_runs
 from linchain_cli.errors import InputError
@@ -53,7 +53,7 @@ def run(
         ),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Dtype | None,
         typer.Option(help="Left out, each tensor keeps its stored type.", show_default=False),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file of weights.")] = "5GB",

@@ -174,22 +174,19 @@ def encode_prompt(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     row: Row,
-    responses: Sequence[str] | None = None,
+    *,
     straddles: bool | None = None,
 ) -> list[int]:
     """The evaluation prompt's tokens: a prefix of the training row's, cut before a token that straddles the
     boundary.
 
-    Where the prompt is cut can depend on how the answer begins, if it ends in a blank. `responses` are the
-    answers in question; left out, it is the row's own answer. Without one, `straddles` says whether the
-    answers that were trained on began with a token that held the prompt's end (as most words do): the prompt
-    is cut as theirs was. Nothing of any answer is in the prompt.
+    Where the prompt is cut can depend on how the answer begins, if it ends in a blank: it is cut as for the
+    row's own answer. Without one, `straddles` says whether the answers that were trained on began with a
+    token that held the prompt's end (as most words do): the prompt is cut as theirs was. Nothing of any
+    answer is in the prompt.
     """
-    own = template.response(row) if responses is None else None
-    if own:
-        responses = [own]
-    if responses is not None:
-        return encode_responses(tokenizer, template, row, responses)[0]
+    if own := template.response(row):
+        return encode_responses(tokenizer, template, row, [own])[0]
     lead, _ = template.frame
     prompts = [encode_responses(tokenizer, template, row, [lead + opening])[0] for opening in _OPENINGS]
     return max(prompts, key=len) if straddles is False else min(prompts, key=len)

@@ -17,7 +17,7 @@ from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.jobs import EvaluationJob, NormaliseName, ProtocolName, Setup, halved, make_job
-from linchain_cli.evaluation.progress import Progress
+from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
 from linchain_cli.evaluation.store import ResultStore, keep
@@ -100,7 +100,7 @@ def evaluate(
     for warning in check_questions(tokenizer, template, missing, protocol, limits(model)):
         if rank == 0:
             logger.warning("warning: %s", warning)
-    progress = Progress(store.directory, _only(fingerprints, missing)) if store and share else None
+    progress = FinishedRows(store.directory, _only(fingerprints, missing)) if store and share else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
     known = total - sum(len(task.rows) for task in missing)

@@ -8,17 +8,17 @@ number of processes wrote them, and removed once the result is written.
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from linchain_cli.evaluation.results import Prediction
+from linchain_cli.run import jsonl_bytes, read_jsonl
 from linchain_cli.storage import make_directory
 
 
-class Progress:
+class FinishedRows:
     """Finished rows, below `directory`, of tasks by name and fingerprint."""
 
     def __init__(self, directory: Path, fingerprints: Mapping[str, str]):
@@ -28,7 +28,7 @@ class Progress:
         self.done: dict[tuple[str, int], Prediction] = {}
         for task, fingerprint in fingerprints.items():
             for part in self._parts(fingerprint):
-                self.done.update({(task, row["index"]): {**row, "task": task} for row in _read(part)})
+                self.done.update({(task, row["index"]): {**row, "task": task} for row in read_jsonl(part)})
 
     def _parts(self, fingerprint: str) -> Iterator[Path]:
         return self._directory.glob(f".{fingerprint[:16]}.part-*.jsonl")
@@ -40,8 +40,7 @@ class Progress:
             make_directory(self._directory)
             path = self._directory / f".{self._fingerprints[task][:16]}.part-{self._token}.jsonl"
             self._handles[task] = open(path, "xb")  # noqa: SIM115 (kept open from batch to batch)
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        self._handles[task].write("".join(lines).encode())
+        self._handles[task].write(jsonl_bytes(rows))
         self._handles[task].flush()
 
     def close(self) -> None:
@@ -56,17 +55,3 @@ class Progress:
         for fingerprint in self._fingerprints.values():
             for part in list(self._parts(fingerprint)):
                 part.unlink(missing_ok=True)
-
-
-def _read(path: Path) -> Iterable[Prediction]:
-    """The complete rows of one file, up to a line that a killed process left damaged."""
-    rows = []
-    try:
-        for line in path.read_bytes().splitlines(keepends=True):
-            row = json.loads(line) if line.endswith(b"\n") else None
-            if not isinstance(row, dict) or not isinstance(row.get("index"), int):
-                break
-            rows.append(row)
-    except (OSError, ValueError):
-        pass
-    return rows

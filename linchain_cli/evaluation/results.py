@@ -27,7 +27,7 @@ from linchain_cli.evaluation.statistics import (
 from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore, read_evaluation, template_label
 from linchain_cli.recipe.schema import METRICS
-from linchain_cli.run import now
+from linchain_cli.run import jsonl_bytes, now
 
 NEAR_TIE = 1e-4
 # What labelled rows are measured by, beside the accuracy.
@@ -54,8 +54,7 @@ class Results:
         rows are always there.
         """
         storage.make_directory(path.parent)
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.predictions)
-        storage.write_atomic(predictions_path(path), "".join(lines))
+        storage.write_atomic(predictions_path(path), jsonl_bytes(self.predictions))
         storage.write_json(path, self.summary.to_json())
 
     def of_tasks(self, names: Iterable[str]) -> Results:

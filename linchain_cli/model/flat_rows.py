@@ -261,14 +261,9 @@ def flat_hidden_states(model: nn.Module, rows: FlatRows) -> Tensor:
     return output.last_hidden_state[0]
 
 
-def reads_flat(model: nn.Module, longest: int) -> bool:
-    """Whether the model reads rows of up to `longest` tokens without padding."""
-    return attention_way(model, longest) is not None
-
-
 def allow_flat_rows(model: nn.Module, kernel: Kernel | None = None) -> bool:
     """Tries on two rows of different lengths whether the model gives the same without padding, and with their
-    common beginning computed once, as with padding, and from then on has `reads_flat` say so.
+    common beginning computed once, as with padding, and from then on has `attention_way` say so.
 
     Models that mix neighbouring tokens outside their attention do not, however little comes through at first:
     a row's hidden states may have no gradient at all for another row's tokens.

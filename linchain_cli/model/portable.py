@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linchain_cli import storage
+from linchain_cli.model.quiet import quiet
 
 # What transformers 4 calls the parts of `rope_parameters`, where it is not the usual name: of models with one
 # set of them, and of models with one for full and one for sliding attention.
@@ -88,8 +89,6 @@ def _old_rope_names(parameters: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _rope_as_read(config: Mapping[str, Any]) -> Any:
     """`rope_parameters` of a configuration and of the parts within it, as transformers reads them."""
     from transformers import CONFIG_MAPPING
-
-    from linchain_cli.model.quiet import quiet
 
     def parameters(part: Mapping[str, Any]) -> dict[str, Any]:
         inner = {key: parameters(value) for key, value in part.items() if key.endswith("_config") and value}

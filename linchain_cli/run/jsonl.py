@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from linchain_cli import storage
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, up to the first line that a killed process or a lost disk block left
-    damaged.
+    damaged; none where there is no such file.
     """
-    if not path.is_file():
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return []
     rows = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in data.splitlines(keepends=True):
         try:
             row = json.loads(line) if line.endswith(b"\n") else None
         except ValueError:
@@ -27,7 +30,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def jsonl_bytes(rows: list[dict[str, Any]]) -> bytes:
+def jsonl_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Rows as `append_jsonl` writes them."""
     return b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
 

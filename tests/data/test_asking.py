@@ -129,8 +129,8 @@ def test_prompts_that_end_in_a_blank_are_cut_as_in_training(tokenizer):
     """Words join the blank, digits and other scripts do not; neither cut may be taken for the other's."""
     tokenizer = splitting_digits()
     template = get_template({"prompt": "{instruction} A: ", "response": "{output}"}, tokenizer)
-    joined = encode_prompt(tokenizer, template, ROW, ["the house"])
-    apart = encode_prompt(tokenizer, template, ROW, ["16"])
+    joined = encode_prompt(tokenizer, template, {**ROW, "output": "the house"})
+    apart = encode_prompt(tokenizer, template, {**ROW, "output": "16"})
     assert len(apart) == len(joined) + 1 and tokenizer.decode(apart).endswith("A: ")
     assert encode_prompt(tokenizer, template, ROW, straddles=True) == joined
     assert encode_prompt(tokenizer, template, ROW, straddles=None) == joined

@@ -109,7 +109,6 @@ def test_the_prompt_does_not_depend_on_which_answer_is_right(byte_level):
     row = {"instruction": "x", "input": ""}
     options = ["true", "answer12", "16", "東"]
     shared, continuations = encode_responses(byte_level, template, row, options)
-    assert encode_prompt(byte_level, template, row, options) == shared
     for option, continuation in zip(options, continuations, strict=True):
         assert byte_level.decode(shared + continuation) == f"<s>Q: x A: {option}"
     assert encode_prompt(byte_level, template, row) == shared  # without an answer, as if a word followed

@@ -20,7 +20,7 @@ from linchain_cli.model.fast import (
     record,
     replace_forward,
 )
-from linchain_cli.model.flat_rows import reads_flat
+from linchain_cli.model.flat_rows import attention_way
 from linchain_cli.model.loading import load_model
 from linchain_cli.training.base import suit_to_training
 
@@ -60,9 +60,9 @@ def test_suiting_a_model_to_training_can_be_taken_back(small_model):
     model = small_model("llama")
     use_attention(model, GROUPED)
     undo = suit_to_training(model)
-    assert reads_flat(model, 8) and any(map(is_replaced, model.modules()))
+    assert attention_way(model, 8) is not None and any(map(is_replaced, model.modules()))
     undo()
-    assert not reads_flat(model, 8) and not any(map(is_replaced, model.modules()))
+    assert attention_way(model, 8) is None and not any(map(is_replaced, model.modules()))
 
 
 def test_a_model_that_changes_its_weights_is_refused(small_model):

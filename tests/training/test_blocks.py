@@ -12,7 +12,7 @@ from torch import nn
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.errors import InputError, LinchainError, Stopped
-from linchain_cli.model.flat_rows import reads_flat
+from linchain_cli.model.flat_rows import attention_way
 from linchain_cli.model.head import decoder_blocks
 from linchain_cli.training import blocks, loop, loss
 from linchain_cli.training.signals import StopRequest
@@ -182,7 +182,7 @@ def test_other_lengths_need_no_other_program(job_of, monkeypatch):
     monkeypatch.setattr(torch, "compile", traced)
     torch._dynamo.reset()
     job = job_of({"training.compile": True})
-    assert reads_flat(job.model, 48)
+    assert attention_way(job.model, 48) is not None
     counts = []
     for lengths, labels in (((24, 24), 2), ((20, 13), 6), ((9, 30), 4), ((22, 25), 4)):
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]

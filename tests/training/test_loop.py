@@ -18,7 +18,7 @@ from linchain_cli.data.batches import IGNORED, Batch, collate, micro_batches, st
 from linchain_cli.errors import LinchainError
 from linchain_cli.model.attention import GROUPED, use_attention
 from linchain_cli.model.fast import is_replaced
-from linchain_cli.model.flat_rows import TOKEN_STEP, flat_hidden_states, reads_flat, share_beginnings
+from linchain_cli.model.flat_rows import TOKEN_STEP, attention_way, flat_hidden_states, share_beginnings
 from linchain_cli.run import read_jsonl
 from linchain_cli.training import loop, loss, runner
 from linchain_cli.training.base import suit_to_training
@@ -362,7 +362,7 @@ def test_the_fast_ways_together_have_the_plain_gradients_in_float64(tiny_llama_d
         )
         value.backward()
         theirs += value.detach()
-    assert reads_flat(fast, 17) and ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    assert attention_way(fast, 17) is not None and ours.item() == pytest.approx(theirs.item(), rel=1e-6)
     reference = gradients(plain)
     for name, gradient in gradients(fast).items():
         # Norms compute in float32 on either way.
@@ -407,5 +407,5 @@ def test_beginnings_are_read_apart_where_they_are_to_be(job_of, monkeypatch):
 
 def test_what_the_fast_base_computes_is_in_use(base):
     model = base.model
-    assert model.config._attn_implementation == "grouped" and reads_flat(model, 100)
+    assert model.config._attn_implementation == "grouped" and attention_way(model, 100) is not None
     assert sum(is_replaced(module) for module in model.modules()) == 2 * model.config.num_hidden_layers + 1
