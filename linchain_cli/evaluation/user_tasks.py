@@ -26,7 +26,7 @@ from linchain_cli.evaluation.raw import ANSWER_PREFIX
 from linchain_cli.evaluation.task import AnswerNames, Task, TaskRow, read_row, row_options
 from linchain_cli.recipe.data import TemplateConfig
 from linchain_cli.recipe.fields import Count, FileName, Text
-from linchain_cli.recipe.strict_yaml import parse
+from linchain_cli.recipe.strict_yaml import parse, within
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, check
 
 
@@ -163,16 +163,20 @@ def _read(path: Path) -> TaskFile:
     if not isinstance(document.value, dict):
         raise InputError(f"{path}: expected a mapping with path, and options or answer_pattern")
     file, problems = check(TaskFile, document.value)
-    complaints = [
-        (problem.line, f"{path}:{problem.line}: {problem.message}") for problem in document.problems
-    ]
+    complaints = [(problem.line, problem.key, problem.message) for problem in document.problems]
     for problem in problems:
         line = next((document.lines[key] for key in _outwards(problem.key) if key in document.lines), 1)
-        complaints.append((line, f"{path}:{line}: {'.'.join(map(str, problem.key))}: {problem.message}"))
+        if not within(problem.key, document.broken):
+            complaints.append((line, problem.key, problem.message))
     if complaints:
-        raise InputError("\n".join(message for _, message in sorted(complaints)))
+        shown = sorted((line, f"{path}:{line}: {_named(key)}{message}") for line, key, message in complaints)
+        raise InputError("\n".join(message for _, message in shown))
     assert file is not None
     return file
+
+
+def _named(key: tuple[str | int, ...]) -> str:
+    return f"{'.'.join(map(str, key))}: " if key else ""
 
 
 def _outwards(key: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:

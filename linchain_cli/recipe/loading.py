@@ -39,7 +39,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         _apply(override, draft)
     recipe, problems = check(Recipe, draft.value)
     for problem in problems:
-        if not any(problem.key[: len(key)] == key for key in draft.broken):
+        if not strict_yaml.within(problem.key, draft.broken):
             draft.add(problem.key, problem.message)
     if draft.complaints:
         raise InputError(_summary(path, draft.complaints))
@@ -108,11 +108,9 @@ def _read(path: Path) -> _Draft:
             f"{path}: a recipe is a mapping that begins like `name: my-run`, this is not one. {_START}"
         )
     places = {key: _Place(f"{path}:{line}", line) for key, line in document.lines.items()}
-    draft = _Draft(document.value, str(path), places)
+    draft = _Draft(document.value, str(path), places, broken=document.broken)
     for problem in document.problems:
         draft.add(problem.key, problem.message, _Place(f"{path}:{problem.line}", problem.line))
-        if problem.key:
-            draft.broken.append(problem.key)
     return draft
 
 
@@ -187,9 +185,9 @@ def _apply(override: str, draft: _Draft) -> None:
     if not _put(draft.value, key, document.value):
         draft.add((), f"{dotted(key)} cannot be set, because a part of it is no section.", place)
         return
-    draft.places = {old: where for old, where in draft.places.items() if old[: len(key)] != key}
+    draft.places = {old: where for old, where in draft.places.items() if not strict_yaml.within(old, [key])}
     draft.places[key] = place
-    draft.broken = [broken for broken in draft.broken if broken[: len(key)] != key]
+    draft.broken = [broken for broken in draft.broken if not strict_yaml.within(broken, [key])]
     if key in ALTERNATIVES and document.value is not None:
         _remove(draft.value, ALTERNATIVES[key])
 

@@ -11,6 +11,7 @@ Differences from `yaml.safe_load`:
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from linchain_cli.errors import InputError
 Key = tuple[str | int, ...]
 
 MAX_DEPTH = 32
+_ALIAS = "alias"  # the tag of a node that stands for one
 NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 
 
@@ -43,6 +45,16 @@ class Document:
     value: Any
     lines: dict[Key, int] = field(default_factory=dict)
     problems: list[YamlProblem] = field(default_factory=list)
+
+    @property
+    def broken(self) -> list[Key]:
+        """The keys whose value is unusable already: what else is wrong with it need not be told."""
+        return [problem.key for problem in self.problems if problem.key]
+
+
+def within(key: Key, others: Iterable[Key]) -> bool:
+    """Whether a key is one of `others`, or lies below one."""
+    return any(key[: len(other)] == other for other in others)
 
 
 def parse(text: str) -> Document:
@@ -68,7 +80,8 @@ def parse(text: str) -> Document:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes only; anchors, aliases and tags are noted in `refused` and then ignored."""
+    """Composes nodes only. Anchors and tags are noted in `refused` and then ignored; an alias becomes a
+    scalar that is tagged as one."""
 
     def __init__(self, text: str):
         super().__init__(text)
@@ -79,10 +92,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, AliasEvent):
             self.get_event()
-            self._refuse(
-                event, f"aliases such as *{event.anchor} are not allowed: write the value out, or quote it"
-            )
-            return ScalarNode("alias", f"*{event.anchor}", event.start_mark, event.end_mark, style="'")
+            return ScalarNode(_ALIAS, f"*{event.anchor}", event.start_mark, event.end_mark, style="'")
         if isinstance(event, (ScalarEvent, CollectionStartEvent)):
             self._drop_properties(event)
         if self.depth >= MAX_DEPTH:
@@ -110,6 +120,9 @@ class _Loader(yaml.SafeLoader):
 
 def _build(node: Node, key: Key, document: Document) -> Any:
     document.lines.setdefault(key, node.start_mark.line + 1)
+    if node.tag == _ALIAS:
+        document.problems.append(_alias_problem(node, key))
+        return node.value
     if isinstance(node, MappingNode):
         return _build_mapping(node, key, document)
     if isinstance(node, SequenceNode):
@@ -124,6 +137,9 @@ def _build_mapping(node: MappingNode, key: Key, document: Document) -> dict[str,
         if not isinstance(key_node, ScalarNode):
             document.problems.append(YamlProblem(key, line, "a key must be a word, not a list or a mapping"))
             continue
+        if key_node.tag == _ALIAS:
+            document.problems.append(_alias_problem(key_node, key))
+            continue
         name = key_node.value
         path = (*key, name)
         if name in value:
@@ -133,6 +149,11 @@ def _build_mapping(node: MappingNode, key: Key, document: Document) -> dict[str,
         document.lines[path] = line
         value[name] = _build(value_node, path, document)
     return value
+
+
+def _alias_problem(node: Node, key: Key) -> YamlProblem:
+    message = f"aliases such as {node.value} are not allowed: write the value out, or quote it"
+    return YamlProblem(key, node.start_mark.line + 1, message)
 
 
 def _syntax_message(error: yaml.YAMLError, text: str) -> str:

@@ -86,6 +86,13 @@ def test_all_problems_of_a_file_are_told_with_their_lines(tmp_path):
     ]
 
 
+def test_an_alias_is_one_problem(tmp_path):
+    with pytest.raises(InputError) as error:
+        load_task(task_file(tmp_path, "path: rows.jsonl\noptions: *colours\n"))
+    (line,) = str(error.value).splitlines()
+    assert ":2: options: aliases such as *colours are not allowed" in line
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -317,13 +317,24 @@ def test_structure_that_yaml_allows_and_recipes_do_not(write):
         "dtype: auto", "dtype: &d auto\n  revision: *d"
     )
     found = message(write(text))
-    assert ":5: anchors such as &d" in found and ":6: aliases such as *d" in found
+    assert ":5: anchors such as &d" in found and ":6: model.revision: aliases such as *d" in found
     assert ":9: adapter.rank: given twice; first in line 8" in found
     assert "tags such as !!python/name:os.system" in message(
         write(MINIMAL.replace("{path: m}", "{path: !!python/name:os.system m}"))
     )
     assert "<<: unknown key" in message(write(MINIMAL + "<<: {seed: 1}\n"))
     assert ":4: a key must be a word" in message(write(MINIMAL + "[a, b]: 1\n"))
+
+
+@pytest.mark.parametrize(
+    "wrong", ["evaluation: *t", "data: {train: *t}", "training:\n  epochs: *t", "<<: *t", "*t : 1"]
+)
+def test_an_alias_is_one_problem(write, wrong):
+    text = (
+        MINIMAL.replace("data: {train: d.json}", wrong) if wrong.startswith("data") else f"{MINIMAL}{wrong}\n"
+    )
+    found = message(write(text))
+    assert "aliases such as *t are not allowed" in found and "problems" not in found, found
 
 
 @pytest.mark.parametrize(
