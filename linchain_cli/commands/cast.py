@@ -12,6 +12,7 @@ from linchain_cli.commands.subject import (
     load_subject,
     locate_subject,
     refuse_classifier,
+    subject_tokenizer,
 )
 from linchain_cli.errors import InputError, did_you_mean
 
@@ -51,10 +52,9 @@ class Cast:
                     f"{first.name} was trained on a base with quantization {rounded[0]}, {subject.name} with"
                     f" {rounded[1]}: ask them in two conversations"
                 )
-        self._loaded = load_subject(first, dtype)
-        self._asked = {
-            subject.name: choose_template(subject, self._loaded.tokenizer, template) for subject in subjects
-        }
+        tokenizer = subject_tokenizer(first)
+        self._asked = {subject.name: choose_template(subject, tokenizer, template) for subject in subjects}
+        self._loaded = load_subject(first, dtype, tokenizer)
         self.names = list(self._asked) + ([BASE] if self._adapters else [])
         self.current = ""
 

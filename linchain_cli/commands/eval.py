@@ -27,12 +27,14 @@ from linchain_cli.commands.subject import (
     find_subject,
     load_subject,
     locate_subject,
+    subject_tokenizer,
     tells_labels,
 )
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from linchain_cli.evaluation.harness import HarnessTask
     from linchain_cli.evaluation.results import Results
     from linchain_cli.evaluation.task import Task
 
@@ -119,7 +121,7 @@ def run(
     subject = find_subject(model, base, allow_other_base)
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
-    from linchain_cli.evaluation.harness import find_tasks, split_names
+    from linchain_cli.evaluation.harness import load_harness, split_names
     from linchain_cli.evaluation.results import read_results, refuse_other_rows
     from linchain_cli.evaluation.store import results_directory
     from linchain_cli.evaluation.tasks import load_tasks
@@ -149,13 +151,13 @@ def run(
         return
     own, foreign = split_names(_task_names(tasks, subject))
     if foreign:
-        find_tasks(foreign)
         _refuse_with_harness(own, out, earlier)
+    harness = load_harness(foreign) if foreign else []
     loaded_tasks = load_tasks(own, data_dir, limit) if own or not foreign else []
     if second is not None:
         refuse_other_rows(second, loaded_tasks, earlier)
         second = second.of_tasks(task.name for task in loaded_tasks)
-    settings = _Settings(protocol, beams, normalise, template, dtype, limit, batch_tokens, foreign)
+    settings = _Settings(protocol, beams, normalise, template, dtype, limit, batch_tokens, harness)
     firsts = settings.evaluate(subject, loaded_tasks, place)
     seconds = [second] * len(firsts)
     if other is not None:
@@ -215,29 +217,30 @@ class _Settings:
     dtype: str | None
     limit: int | None
     batch_tokens: int | None
-    foreign: Sequence[str]
+    harness: Sequence[HarnessTask]
 
     def evaluate(
         self, subject: Subject, tasks: Sequence[Task], out: Path, like: Subject | None = None
     ) -> list[Results]:
         """Loads the subject, evaluates it on our tasks and on lm_eval's, and lets go of it again."""
-        loaded = load_subject(subject, self.dtype)
-        asked = choose_template(subject, loaded.tokenizer, self.template, like)
+        tokenizer = subject_tokenizer(subject)
+        asked = choose_template(subject, tokenizer, self.template, like)
+        loaded = load_subject(subject, self.dtype, tokenizer)
         if is_first_process():
             console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")
         results = [self._own(subject, loaded, asked, tasks, out)] if tasks else []
-        if self.foreign:
-            results.append(self._foreign(subject, loaded, asked, out))
+        if self.harness:
+            results.append(self._of_harness(subject, loaded, asked, out))
         return results
 
-    def _foreign(self, subject: Subject, loaded: LoadedModel, asked: Asked, out: Path) -> Results:
+    def _of_harness(self, subject: Subject, loaded: LoadedModel, asked: Asked, out: Path) -> Results:
         from linchain_cli.evaluation.harness import evaluate_harness
 
         return evaluate_harness(
             loaded.model,
             loaded.tokenizer,
             asked.template,
-            self.foreign,
+            self.harness,
             name=subject.name,
             system=asked.system,
             limit=self.limit,

@@ -25,6 +25,7 @@ from linchain_cli.commands.subject import (
     is_model,
     load_subject,
     refuse_classifier,
+    subject_tokenizer,
 )
 from linchain_cli.errors import InputError, did_you_mean
 
@@ -75,8 +76,9 @@ def run(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, beams=beams, stop=stop or ()
     )
     refuse_classifier(subject)
-    loaded = load_subject(subject, dtype)
-    asked = choose_template(subject, loaded.tokenizer, template)
+    tokenizer = subject_tokenizer(subject)
+    asked = choose_template(subject, tokenizer, template)
+    loaded = load_subject(subject, dtype, tokenizer)
     console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")
     row = _row(asked.template, prompt, columns)
     speaker = Speaker(loaded.model, loaded.tokenizer, asked.template, asked.straddles, warn=console.warn)

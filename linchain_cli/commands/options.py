@@ -7,6 +7,21 @@ from typing import Annotated, Literal
 
 import typer
 
+from linchain_cli.errors import InputError, did_you_mean
+
+
+def _template_name(name: str | None) -> str | None:
+    """A template's name; told here if there is none of it, before anything is loaded."""
+    from linchain_cli.data.templates import TEMPLATE_NAMES
+
+    if name is not None and name not in TEMPLATE_NAMES:
+        raise InputError(
+            f"--template {name}: there is no such template.{did_you_mean(name, TEMPLATE_NAMES)} Templates:"
+            f" {', '.join(TEMPLATE_NAMES)}; left out, that of the model's training."
+        )
+    return name
+
+
 RecipePath = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file. `linchain recipes list` shows shipped ones.")
 ]
@@ -51,6 +66,7 @@ PromptTemplate = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        callback=_template_name,
         help="Prompt template; left out, that of the model's training, else its chat template, else alpaca.",
         show_default=False,
     ),

@@ -11,6 +11,8 @@ from linchain_cli.errors import InputError
 from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from linchain_cli.chain import Adapter
     from linchain_cli.data.asking import Asking
     from linchain_cli.data.rows import Template
@@ -90,11 +92,16 @@ def choose_template(
     chat template, or alpaca where it has none.
 
     Raises:
-        InputError: there is no such template, or the model's chat template cannot be used.
+        InputError: the model has no chat template that can be used.
     """
     from linchain_cli.data.asking import template_of_asking
     from linchain_cli.data.templates import get_template
 
+    own = subject.asking and subject.asking.chat_template
+    if name == "chat" and not own and not tokenizer.chat_template:
+        raise InputError(
+            f"--template chat: {subject.name} has no chat template. Name another, or leave the option out."
+        )
     for source in (one for one in (subject, like) if one is not None):
         asking = source.asking
         if asking is None:
@@ -170,7 +177,16 @@ def refuse_classifier(subject: Subject) -> None:
         )
 
 
-def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
+def subject_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
+    """Its tokenizer, which says how it can be asked before its weights are read."""
+    from linchain_cli.model.loading import load_tokenizer
+
+    return load_tokenizer(locate_subject(subject))
+
+
+def load_subject(
+    subject: Subject, dtype: str | None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> LoadedModel:
     """Loads it onto the GPU, or the CPU without one; a run's adapter is attached to its base.
 
     `dtype` None is float32 on a CPU and elsewhere the recipe's, or `auto`.
@@ -182,7 +198,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     from linchain_cli.chain.files import adapter_hash
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.hashing import refuse_other_base
-    from linchain_cli.model.loading import load_model, load_tokenizer
+    from linchain_cli.model.loading import load_model
 
     limit_threads()
     config = subject.recipe.model if subject.recipe else None
@@ -195,7 +211,7 @@ def load_subject(subject: Subject, dtype: str | None) -> LoadedModel:
     adapter = subject.named.load_adapter() if subject.named else None
     wanted = adapter.base.get("hash") if adapter else None
     weights = refuse_other_base(directory, wanted, subject.name, allow=subject.allow_other_base)
-    tokenizer = load_tokenizer(directory)
+    tokenizer = tokenizer or subject_tokenizer(subject)
     if subject.named is not None:
         subject.named.warn_of_other_tokenizer(directory)
     outputs = _outputs(subject, adapter, directory)
@@ -211,10 +227,18 @@ def _outputs(subject: Subject, adapter: Adapter | None, directory: Path) -> Outp
     """What the subject tells, if it is a classifier."""
     from linchain_cli.model.classifier import Outputs
     from linchain_cli.model.config import stored_outputs
+    from linchain_cli.model.files import read_config
 
     if adapter is not None:
         return Outputs(adapter.head.classes) if adapter.head else None
-    return stored_outputs(directory) if tells_labels(subject) else None
+    if not tells_labels(subject):
+        return None
+    if read_config(directory).get("problem_type") == "multi_label_classification":
+        raise InputError(
+            f"{subject.name} tells several labels at once (its config.json: problem_type), which cannot be"
+            " measured here: name a model that tells one"
+        )
+    return stored_outputs(directory)
 
 
 def process_device():

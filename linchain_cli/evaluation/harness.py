@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from linchain_cli.data.rows import Template
-from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.errors import InputError, first_line, nearest
 from linchain_cli.evaluation.evaluate import evaluating, setting_of
 from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.results import Prediction, Results, averaged
-from linchain_cli.evaluation.store import ResultStore
+from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore
 from linchain_cli.run import now
 from linchain_cli.storage import sha256_bytes
@@ -28,6 +32,8 @@ PREFIX = "lm_eval:"
 PROTOCOL = "lm_eval"
 OWN_PROMPTS = "the harness's own"
 BATCH_SIZE = {"cpu": 8, "cuda": 32}
+# How like another a task's name has to be to be suggested: of thousands some are a little like any word.
+LIKE_A_TASK = 0.8
 # The metric that stands as the accuracy of a task, in this order; the others stand beside it.
 ACCURACIES = ("acc", "exact_match", "em", "pass@1", "prompt_level_strict_acc", "acc_norm")
 # Metrics that are no share of rows.
@@ -54,6 +60,8 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
             f"{PREFIX}{names[0]} needs lm-evaluation-harness, which cannot be imported ({error}): pip install"
             " lm-eval"
         ) from None
+    if not hasattr(TaskManager, "load"):
+        raise InputError(f"{PREFIX}{names[0]} needs lm-eval 0.4.12 or later: pip install -U lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
     for file in files:
@@ -65,9 +73,89 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
     known = [_name_in(Path(name)) if name.endswith((".yaml", ".yml")) else name for name in names]
     for name in known:
         if name not in manager.all_tasks:
-            guess = did_you_mean(name, manager.all_tasks)
+            found = nearest(name, manager.all_tasks, LIKE_A_TASK)
+            guess = f" Did you mean '{PREFIX}{found}'?" if found else ""
             raise InputError(f"{PREFIX}{name}: lm-evaluation-harness knows no such task.{guess}")
     return manager, known
+
+
+@dataclass(frozen=True)
+class HarnessTask:
+    """A task, group or tag that was asked for, loaded: its `tasks` and `groups` by name, and of its file the
+    code that lies beside that. `manager` is the harness's, which takes seconds to make."""
+
+    name: str
+    manager: Any
+    tasks: Mapping[str, Any]
+    groups: Mapping[str, Any]
+    code: str = ""
+
+    @property
+    def items(self) -> list[Any]:
+        """What the harness is given: the group, which brings its tasks, or the tasks."""
+        return [self.groups[self.name]] if self.name in self.groups else list(self.tasks.values())
+
+    def fingerprints(self, setting: Evaluation, system: str | None) -> dict[str, str]:
+        """Of each task and group what changes with anything that its numbers depend on: the setting, its
+        configuration, and the rows that are asked and shown as examples."""
+        about = [setting.setting_sha256, system, self.code]
+        found = {name: _digest([*about, *_content(task, setting.limit)]) for name, task in self.tasks.items()}
+        of_groups = {
+            name: _digest([group.to_dict(), *(found[task.task_name] for task in group.get_all_tasks())])
+            for name, group in self.groups.items()
+        }
+        return found | of_groups
+
+
+def load_harness(names: Sequence[str]) -> list[HarnessTask]:
+    """The tasks of the harness by those names, with their rows.
+
+    Raises:
+        InputError: the harness is not installed, knows no such task, or cannot load it; or a task that is not
+        about text alone, or runs what a model writes.
+    """
+    import numpy as np
+
+    manager, known = find_tasks(names)
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    found = []
+    for asked, name in dict(zip(names, known, strict=True)).items():
+        random.seed(DEFAULT_RANDOM_SEED)  # as its own command: some tasks shuffle while they load
+        np.random.seed(DEFAULT_OTHER_SEED)
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # a task is a program, and its data set may be anywhere
+            raise InputError(f"{PREFIX}{asked}: {type(error).__name__}: {first_line(error)}") from error
+        code = _code_beside(Path(asked)) if asked != name else ""
+        found.append(HarnessTask(name, manager, loaded["tasks"], loaded["groups"], code))
+    for name, count in Counter(name for task in found for name in task.tasks).items():
+        if count > 1:
+            raise InputError(f"{PREFIX}{name} is asked for {count} times: leave out all but one")
+    for name, task in ((name, task) for one in found for name, task in one.tasks.items()):
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(f"{PREFIX}{name} runs code that the model writes, which linchain does not do")
+        if getattr(task, "MULTIMODAL", False):
+            raise InputError(f"{PREFIX}{name} asks about more than text, which linchain does not do")
+    return found
+
+
+def _code_beside(file: Path) -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in sorted(file.parent.glob("*.py")))
+
+
+def _content(task: Any, limit: int | None) -> Iterator[Any]:
+    """What a task asks, and how."""
+    config = task.dump_config()
+    shots = config.get("num_fewshot") or 0
+    yield config | {"num_fewshot": shots}
+    yield from islice(task.eval_docs, limit)
+    if shots:
+        yield from task.fewshot_docs()
+
+
+def _digest(parts: Sequence[Any]) -> str:
+    return sha256_bytes(json.dumps(parts, default=str).encode())
 
 
 def _name_in(file: Path) -> str:
@@ -83,7 +171,7 @@ def evaluate_harness(
     model,
     tokenizer,
     template: Template,
-    names: Sequence[str],
+    tasks: Sequence[HarnessTask],
     *,
     name: str,
     system: str | None = None,
@@ -99,11 +187,11 @@ def evaluate_harness(
         template: `chat` makes the harness use the model's chat template, with the system prompt `system`;
             with any other the prompts are the harness's own.
         limit: rows of each task at most.
+        out: where the result goes; tasks that were measured so before are not measured again.
 
     Raises:
-        InputError: the harness is not installed, knows no such task, or cannot find a task's rows.
+        InputError: nothing can be written at `out`, or the harness cannot evaluate these tasks.
     """
-    manager, known = find_tasks(names)
     from importlib.metadata import version
 
     from lm_eval import simple_evaluate
@@ -116,6 +204,13 @@ def evaluate_harness(
         update={"versions": versions} | ({} if chat else {"template": OWN_PROMPTS, "template_sha256": None})
     )
     store = ResultStore(out, setting) if out is not None else None
+    own = [task.fingerprints(setting, system if chat else None) for task in tasks]
+    fingerprints = {name: value for of_task in own for name, value in of_task.items()}
+    earlier = store.measured(fingerprints) if store else None
+    known = earlier.summary.tasks if earlier else {}
+    missing = [task for task, names in zip(tasks, own, strict=True) if not names.keys() <= known.keys()]
+    if not missing:
+        return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
     device = model.get_input_embeddings().weight.device.type
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer, template)
@@ -125,23 +220,24 @@ def evaluate_harness(
             wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
             found = simple_evaluate(
                 wrapped,
-                tasks=known,
-                task_manager=manager,
+                tasks=[item for task in missing for item in task.items],
+                task_manager=missing[0].manager,
                 limit=limit,
                 apply_chat_template=chat,
                 system_instruction=system if chat else None,
                 bootstrap_iters=1000,
                 log_samples=True,
             )
-    except (OSError, ConnectionError, FileNotFoundError, ImportError) as error:
-        raise InputError(f"{PREFIX}{','.join(names)}: {type(error).__name__}: {error}") from error
+    except (OSError, ImportError) as error:
+        raise InputError(f"{PREFIX}{missing[0].name}: {type(error).__name__}: {first_line(error)}") from error
     finally:
         model.generation_config.eos_token_id = before
-    results = results_of(found, setting)
-    return store.add(results).of_tasks(results.summary.tasks) if store else results
+    return keep(results_of(found, setting, fingerprints), store, earlier, fingerprints)
 
 
-def results_of(found: Mapping[str, Any], setting: Evaluation) -> Results:
+def results_of(
+    found: Mapping[str, Any], setting: Evaluation, fingerprints: Mapping[str, str] | None = None
+) -> Results:
     """The harness's own numbers and samples in our form; a group has numbers alone."""
     tasks, predictions = {}, []
     for name, metrics in found["results"].items():
@@ -151,12 +247,15 @@ def results_of(found: Mapping[str, Any], setting: Evaluation) -> Results:
         rows = sha256_bytes(
             json.dumps([[sample.get("doc_hash"), sample.get("prompt_hash")] for sample in samples]).encode()
         )
-        tasks[name] = _score(name, metrics, found, setting, rows, samples)
+        fingerprint = (fingerprints or {}).get(name)
+        tasks[name] = _score(name, metrics, found, rows, samples).model_copy(
+            update={"fingerprint": fingerprint}
+        )
         predictions += _rows(name, samples)
     return Results(averaged(setting.model_copy(update={"tasks": tasks})), predictions)
 
 
-def _score(name, metrics, found, setting: Evaluation, rows: str, samples: Sequence[Any]) -> TaskScore:
+def _score(name, metrics, found, rows: str, samples: Sequence[Any]) -> TaskScore:
     values = {}
     for key, value in metrics.items():
         metric, _, filtered = key.partition(",")
@@ -182,7 +281,6 @@ def _score(name, metrics, found, setting: Evaluation, rows: str, samples: Sequen
         source=f"lm-evaluation-harness, version {version}, {shots} examples"
         + (f", {first}" if first else ""),
         rows_sha256=rows,
-        fingerprint=sha256_bytes(json.dumps([setting.setting_sha256, name, version, shots, rows]).encode()),
         measured_at=now(),
     )
 

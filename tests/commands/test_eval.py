@@ -312,10 +312,6 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
         (["eval", "base", "--tasks", "bolq"], "Did you mean 'boolq'?"),
         (["eval", "base", "--tasks", "boolq", "--data-dir", "nowhere"], "there is no such directory"),
         (["eval", "base", "--tasks", "mawps", "--data-dir", "data"], "data/mawps/test.json"),
-        (
-            ["eval", "base", "--tasks", "boolq", "--data-dir", "data", "--template", "alpacca"],
-            "Did you mean 'alpaca'?",
-        ),
         (["eval", "runs/nothing", "--tasks", "boolq", "--data-dir", "data"], "runs/nothing"),
         (["eval", "runs/unfinished"], "was killed and has no checkpoint yet"),
         (["eval", "tuned"], "Did you mean 'runs/tuned'?"),
@@ -334,6 +330,26 @@ def test_wrong_input_is_one_message(workplace, capsys, arguments, reason):
     assert linchain(*arguments) == 2
     error = capsys.readouterr().err
     assert reason in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("command", [["eval"], ["generate", "Why?"], ["chat"]])
+def test_an_unknown_template_is_told_before_a_model_is_looked_for(workplace, capsys, command):
+    shutil.rmtree("runs")
+    assert linchain(*command, "--template", "chatt") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "--template chatt: there is no such template. Did you mean 'chat'?" in error
+    assert "data.template" not in error
+
+
+@pytest.mark.parametrize("command", [["eval", "base", "--tasks", "everyday"], ["generate", "base", "Why?"]])
+def test_a_missing_chat_template_is_told_before_the_weights_are_read(workplace, capsys, command):
+    settings = read("base/tokenizer_config.json")
+    settings.pop("chat_template", None)
+    Path("base/tokenizer_config.json").write_text(json.dumps(settings))
+    Path("base/chat_template.jinja").unlink(missing_ok=True)
+    Path("base/model.safetensors").write_bytes(b"no weights")
+    assert linchain(*command, "--template", "chat") == 2
+    assert "--template chat: base has no chat template" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_base_is_refused(workplace, capsys):

@@ -10,7 +10,7 @@ from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.evaluate import evaluate
-from linchain_cli.evaluation.harness import evaluate_harness, find_tasks, split_names
+from linchain_cli.evaluation.harness import evaluate_harness, find_tasks, load_harness, split_names
 from linchain_cli.evaluation.results import compare, read_results
 from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.loading import load_model, load_tokenizer
@@ -25,6 +25,18 @@ ROWS = [
     }
     for number in range(9)
 ]
+
+
+@pytest.fixture
+def own_tasks_alone(monkeypatch):
+    """The harness without its own thousands of tasks, which take seconds to look through."""
+    from lm_eval import tasks
+
+    class Few(tasks.TaskManager):
+        def __init__(self, include_path):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", Few)
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +55,15 @@ def task_file(tmp_path_factory):
 
 
 @pytest.fixture
-def loaded(tiny_llama_dir):
+def loaded(tiny_llama_dir, own_tasks_alone):
     return load_model(tiny_llama_dir, dtype="float32", device="cpu"), load_tokenizer(tiny_llama_dir)
 
 
 def test_its_numbers_are_ours_on_the_same_prompts(loaded, task_file, tmp_path):
     model, tokenizer = loaded
     template = get_template({"prompt": "{instruction} A:", "response": "{output}"}, tokenizer)
-    theirs = evaluate_harness(model, tokenizer, template, [task_file], name="tiny", out=tmp_path)
+    loaded_task = load_harness([task_file])
+    theirs = evaluate_harness(model, tokenizer, template, loaded_task, name="tiny", out=tmp_path)
     score = theirs.summary.tasks["linchain_test_places"]
     rule = AnswerRule("options")
     rows = tuple(
@@ -71,10 +84,61 @@ def test_its_numbers_are_ours_on_the_same_prompts(loaded, task_file, tmp_path):
     assert score.stderr == pytest.approx(ours.stderr, rel=0.05)
     assert theirs.path == tmp_path / "lm_eval.json" and read_results(theirs.path).summary == theirs.summary
     assert theirs.summary.template == "the harness's own" and theirs.summary.versions["lm_eval"]
-    again = evaluate_harness(model, tokenizer, template, [task_file], name="tiny", out=tmp_path)
+    again = evaluate_harness(model, tokenizer, template, load_harness([task_file]), name="tiny", out=tmp_path)
     assert again.path == theirs.path and compare(again, theirs)["all_rows"]["gained"] == 0
-    limited = evaluate_harness(model, tokenizer, template, [task_file], name="tiny", limit=4, out=tmp_path)
+    assert again.known == ("linchain_test_places",)
+    limited = evaluate_harness(model, tokenizer, template, loaded_task, name="tiny", limit=4, out=tmp_path)
     assert limited.path.name == "lm_eval-limit4.json" and limited.summary.tasks["linchain_test_places"].n == 4
+
+
+def grouped(folder, rows, description="''"):
+    """A group of two tasks in a folder of its own, with an average of both."""
+    folder.mkdir(exist_ok=True)
+    for part in ("first", "second"):
+        (folder / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / f"{part}.yaml").write_text(
+            f"task: linchain_test_{part}\ndataset_path: json\ndescription: {description}\n"
+            f'dataset_kwargs: {{data_files: {{test: "{folder}/{part}.jsonl"}}}}\n'
+            'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{q}} A:"\n'
+            'doc_to_choice: "{{options}}"\ndoc_to_target: gold\nmetric_list: [{metric: acc}]\n'
+        )
+    (folder / "both.yaml").write_text(
+        "group: linchain_test_both\ntask: [linchain_test_first, linchain_test_second]\n"
+        "aggregate_metric_list: [{metric: acc}]\n"
+    )
+    return str(folder / "both.yaml")
+
+
+def test_what_was_measured_is_not_measured_again_unless_something_changed(loaded, tmp_path, monkeypatch):
+    import lm_eval
+
+    model, tokenizer = loaded
+    template, measure, measured = get_template("plain", tokenizer), lm_eval.simple_evaluate, []
+
+    def counted(wrapped, tasks, **options):
+        measured.append([item.name if hasattr(item, "name") else item.task_name for item in tasks])
+        return measure(wrapped, tasks=tasks, **options)
+
+    def evaluated(names):
+        tasks = load_harness(names)
+        return evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path / "out")
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", counted)
+    group = grouped(tmp_path / "tasks", ROWS)
+    first = str(tmp_path / "tasks" / "first.yaml")
+    whole = evaluated([group])
+    names = {"linchain_test_both", "linchain_test_first", "linchain_test_second"}
+    assert whole.summary.tasks.keys() == names and not whole.known
+    assert set(evaluated([group]).known) == names and len(measured) == 1
+    # A task of the group that is asked for by itself; then other rows, another configuration, other code.
+    assert evaluated([first]).known == ("linchain_test_first",) and len(measured) == 1
+    grouped(tmp_path / "tasks", ROWS[:5])
+    assert evaluated([first]).summary.tasks["linchain_test_first"].n == 5 and len(measured) == 2
+    grouped(tmp_path / "tasks", ROWS[:5], description="Answer.")
+    assert not evaluated([first]).known and len(measured) == 3
+    (tmp_path / "tasks" / "utils.py").write_text("x = 1\n")
+    assert not evaluated([first]).known and len(measured) == 4
+    assert evaluated([first]).known and len(measured) == 4
 
 
 def test_a_chat_template_and_end_tokens_are_handed_over(loaded, task_file, monkeypatch):
@@ -86,11 +150,12 @@ def test_a_chat_template_and_end_tokens_are_handed_over(loaded, task_file, monke
 
     def evaluate_nothing(wrapped, **options):
         seen.update(options, ends=wrapped.model.generation_config.eos_token_id)
-        return {"results": {}}
+        return {"results": {"linchain_test_places": {}}}
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate_nothing)
+    tasks = load_harness([task_file])
     evaluate_harness(
-        model, tokenizer, get_template("chat", tokenizer), [task_file], name="tiny", system="Be short."
+        model, tokenizer, get_template("chat", tokenizer), tasks, name="tiny", system="Be short."
     )
     assert seen["apply_chat_template"] is True and seen["system_instruction"] == "Be short."
     assert seen["ends"] == [2] and model.generation_config.eos_token_id == before
@@ -98,13 +163,24 @@ def test_a_chat_template_and_end_tokens_are_handed_over(loaded, task_file, monke
 
 def test_names_are_split_and_unknown_ones_told(tmp_path):
     assert split_names(["boolq, lm_eval:mmlu", "lm_eval:ifeval"]) == (["boolq"], ["mmlu", "ifeval"])
-    with pytest.raises(InputError, match="Did you mean 'hellaswag'"):
+    with pytest.raises(InputError, match="Did you mean 'lm_eval:hellaswag'"):
         find_tasks(["helaswag"])
+    with pytest.raises(InputError, match=r"knows no such task\.$"):
+        find_tasks(["nothere"])
     with pytest.raises(InputError, match="there is no task file"):
         find_tasks([str(tmp_path / "none.yaml")])
     (tmp_path / "other.yaml").write_text("path: rows.jsonl\n")
     with pytest.raises(InputError, match="is no task of lm-evaluation-harness"):
         find_tasks([str(tmp_path / "other.yaml")])
+
+
+def test_a_task_twice_is_refused_before_a_model_is_loaded(tmp_path, own_tasks_alone):
+    group = grouped(tmp_path / "tasks", ROWS)
+    with pytest.raises(InputError, match="lm_eval:linchain_test_first is asked for 2 times"):
+        load_harness([group, str(tmp_path / "tasks" / "first.yaml")])
+    (tmp_path / "tasks" / "first.jsonl").unlink()
+    with pytest.raises(InputError, match=r"^lm_eval:.*first.yaml: FileNotFoundError: "):
+        load_harness([str(tmp_path / "tasks" / "first.yaml")])
 
 
 def test_without_the_harness_the_remedy_is_told(monkeypatch):
