@@ -57,6 +57,9 @@ def run(
     )
     for line in receipt.not_proven:
         print(f"  not shown: {line}")
+    if receipt.load_with:
+        arguments = ", ".join(f"{key}={value}" for key, value in receipt.load_with.items())
+        print(f"  to be loaded with {arguments}, which its base does not say: README.md shows how")
     if format == "peft" and found.source is not None:
         print(
             f"  adapter_config.json names {found.source} as the base, for this machine; to publish it, export"
@@ -79,11 +82,12 @@ def export_run(
             " writes a checkpoint that transformers loads, linchain export an adapter for PEFT"
         )
     from linchain_cli.export.adapters import export_adapter
-    from linchain_cli.export.classifier import empty_base
+    from linchain_cli.export.classifier import empty_base, loading_of
 
+    model = empty_base(found.directory, subject.adapter.head)
     return export_adapter(
         subject.adapter,
-        empty_base(found.directory, subject.adapter.head),
+        model,
         out,
         format,
         subject.origin(found, base),
@@ -91,4 +95,5 @@ def export_run(
         keep=subject.inputs,
         template=None if subject.imported else subject.recipe.data.template,
         files=subject.travelling_files(found.directory),
+        loading=loading_of(model, subject.adapter.head, found.directory),
     )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from linchain_cli import storage
 from linchain_cli.chain import Adapter
 from linchain_cli.export.card import Origin, model_card
-from linchain_cli.export.classifier import outputs_of
+from linchain_cli.export.classifier import Loading, outputs_of
 from linchain_cli.export.gguf_lora import ADAPTER_FILE, write_gguf
 from linchain_cli.export.modelfile import MODEL_FILE, modelfile
 from linchain_cli.export.output import check_output, staged_output
@@ -37,6 +37,7 @@ def export_adapter(
     keep: Sequence[Path] = (),
     template: str | Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    loading: Loading | None = None,
 ) -> ExportReceipt:
     """Writes `adapter` to `out` in the format `kind`, proven.
 
@@ -45,6 +46,7 @@ def export_adapter(
         keep: paths that the output may not touch.
         template: the recipe's `data.template`, for Ollama; None where it is not known.
         files: what else goes there, by name.
+        loading: what the base of a classifier is loaded with.
 
     Raises:
         InputError: the output cannot be written, the adapter does not fit the model, or the format cannot
@@ -73,11 +75,12 @@ def export_adapter(
             largest_error=proof.largest_error,
             largest_error_module=proof.largest_error_module,
             not_proven=list(proof.not_proven),
+            load_with=dict(loading.arguments) if loading else {},
         )
         found = f"within {proof.largest_error:.2g} of the chain's (relative, Frobenius)"
         facts = {"ΔW of every module, read back": found}
         loaded_by = auto_class(model.config, outputs_of(adapter.head)).__name__
-        card = model_card(kind, adapter, origin, facts, loaded_by)
+        card = model_card(kind, adapter, origin, facts, loaded_by, loading)
         storage.write_durable(staging / CARD_FILE, card.encode())
         storage.write_durable(staging / receipt.FILE, record_bytes(receipt))
     return receipt

@@ -3,11 +3,12 @@ it. Cards get published: they name no directory of the machine that they were wr
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -15,6 +16,9 @@ from linchain_cli import __version__
 from linchain_cli.chain import Adapter, adapter_kind
 from linchain_cli.chain.head import Head
 from linchain_cli.evaluations import Line, TaskScore, heading
+
+if TYPE_CHECKING:
+    from linchain_cli.export.classifier import Loading
 
 Kind = Literal["merged", "peft", "gguf"]
 PLACE = "path/of/this/directory"
@@ -74,13 +78,19 @@ class Origin:
 
 
 def model_card(
-    kind: Kind, adapter: Adapter, origin: Origin, facts: Mapping[str, str], auto_class: str
+    kind: Kind,
+    adapter: Adapter,
+    origin: Origin,
+    facts: Mapping[str, str],
+    auto_class: str,
+    loading: Loading | None = None,
 ) -> str:
     """The card's Markdown.
 
     Args:
         facts: lines of the proof, by caption.
         auto_class: transformers' class that loads the base, such as AutoModelForCausalLM.
+        loading: what the base of a classifier is loaded with.
     """
     config = adapter.config
     base = origin.base or PublishedBase("a base model that is not named")
@@ -107,7 +117,7 @@ def model_card(
         "## What was verified when it was written" if facts else "",
         "\n".join(f"- {caption}: {value}" for caption, value in facts.items()),
         "## How to load it",
-        _use(kind, base, auto_class, adapter.head),
+        _use(kind, base, auto_class, loading),
         "" if origin.recipe is None else f"## Recipe\n\n```yaml\n{_published_recipe(origin.recipe)}```",
         f"Written by linchain {__version__}.",
     ]
@@ -157,7 +167,7 @@ def _has_images(auto_class: str) -> bool:
     return "ImageText" in auto_class
 
 
-def _use(kind: Kind, base: PublishedBase, auto_class: str, head: Head | None) -> str:
+def _use(kind: Kind, base: PublishedBase, auto_class: str, loading: Loading | None) -> str:
     """Commands that load it."""
     if kind == "gguf":
         return (
@@ -181,15 +191,17 @@ def _use(kind: Kind, base: PublishedBase, auto_class: str, head: Head | None) ->
             place += f', revision="{base.revision}"'
         if base.is_gguf:
             place = f'"path/of/its/directory", gguf_file="{base.name}"'
-        labels = f", num_labels={len(head.classes) or 1}" if head else ""
+        more = "".join(f", {key}={value}" for key, value in (loading.arguments if loading else {}).items())
         lines = [
             "from peft import PeftModel",
             imports,
             "",
-            f"base = {auto_class}.from_pretrained({place}{labels})",
+            f"base = {auto_class}.from_pretrained({place}{more})",
             f'model = PeftModel.from_pretrained(base, "{PLACE}")',
             f"{name} = {reader}.from_pretrained({place})",
         ]
+        if loading and loading.pad_token:
+            lines.append(f"{name}.pad_token = {json.dumps(loading.pad_token, ensure_ascii=False)}")
     return "```python\n" + "\n".join(lines) + "\n```"
 
 

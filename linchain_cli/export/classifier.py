@@ -7,20 +7,48 @@ does not share, and what it has no use for: so that any loader finds base and he
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.chain.head import Head
 from linchain_cli.errors import InputError, some
 from linchain_cli.model.checkpoint import Checkpoint
-from linchain_cli.model.classifier import Outputs, padding
-from linchain_cli.model.config import empty_model
+from linchain_cli.model.classifier import Outputs, named_padding, names_classifier, padding
+from linchain_cli.model.config import empty_model, stored_outputs
+from linchain_cli.model.files import read_config
 from linchain_cli.model.names import map_names
 from linchain_cli.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a classifier's base and tokenizer do not say of it themselves.
+
+    arguments: of from_pretrained: how many outputs the head has; the padding that a decoder's head looks for,
+        where config.json names none; and that a head of other classes is replaced
+    pad_token: what the tokenizer shall fill short rows with, where it has no token for that
+    """
+
+    arguments: dict[str, int | bool]
+    pad_token: str | None = None
+
+
+def loading_of(model: PreTrainedModel, head: Head | None, directory: Path) -> Loading | None:
+    """How others load the classifier on the base in `directory`; None of a language model."""
+    if head is None:
+        return None
+    tokenizer, is_named = load_tokenizer(directory), named_padding(model) is not None
+    token = padding(model, tokenizer)
+    outputs = outputs_of(head)
+    arguments = {"num_labels": outputs.number} | ({} if is_named else {"pad_token_id": token})
+    is_classifier = names_classifier(read_config(directory).get("architectures"))
+    if is_classifier and stored_outputs(directory).number != outputs.number:
+        arguments["ignore_mismatched_sizes"] = True
+    return Loading(arguments, None if tokenizer.pad_token else tokenizer.convert_ids_to_tokens(token))
 
 
 def outputs_of(head: Head | None) -> Outputs | None:
@@ -77,9 +105,11 @@ def empty_base(directory: Path, head: Head | None) -> PreTrainedModel:
     return empty_model(directory, outputs_of(head))
 
 
-def changes(config: Mapping[str, Any], left_out: list[str]) -> list[str]:
+def changes(config: Mapping[str, Any], left_out: list[str], pad_token: str | None) -> list[str]:
     """What a merge has changed beside the weights, in sentences for people."""
     found = [f"config.json names {config['architectures'][0]} and its labels"]
+    if pad_token is not None:
+        found.append(f"the tokenizer, which had no padding, fills short rows with {pad_token}")
     if left_out:
         found.append(f"tensors of the base that a classifier does not have are left out: {some(left_out)}")
     return found

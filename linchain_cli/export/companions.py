@@ -19,8 +19,9 @@ from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
 
 CONFIG_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 # Keys that say where a base was when it was saved.
-_PLACES = {CONFIG_FILE: "_name_or_path", "tokenizer_config.json": "name_or_path"}
+_PLACES = {CONFIG_FILE: "_name_or_path", TOKENIZER_FILE: "name_or_path"}
 # Settings of GPTQ's and AWQ's tools, which repeat what config.json says.
 _OF_QUANTIZATION = ("quantize_config.json", "quant_config.json")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -35,6 +36,7 @@ def write_companions(
     restored: str | None = None,
     own: Mapping[str, bytes] | None = None,
     config: Mapping[str, Any] | None = None,
+    pad_token: str | None = None,
 ) -> list[str]:
     """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
 
@@ -43,6 +45,7 @@ def write_companions(
         restored: the method by which the base's weights were quantised, which they no longer are.
         own: files by name that come in place of the base's, or beside them.
         config: keys of config.json that are set, and make it no language model's: nothing generates with it.
+        pad_token: what the tokenizer shall fill short rows with, where it names nothing.
 
     Raises:
         InputError: a configuration is no JSON object.
@@ -64,6 +67,8 @@ def write_companions(
         )
     if config is not None:
         _change(directory / CONFIG_FILE, lambda stored: {**stored, **config})
+    if pad_token is not None:
+        _change(directory / TOKENIZER_FILE, lambda stored: {**stored, "pad_token": pad_token})
     if dtype is not None:
         _change(directory / CONFIG_FILE, lambda config: _with_dtype(config, dtype))
     for name in _PLACES:

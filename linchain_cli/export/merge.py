@@ -14,7 +14,14 @@ from linchain_cli import storage
 from linchain_cli.chain import Adapter
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.export.card import Origin, PublishedBase, model_card
-from linchain_cli.export.classifier import as_classifier, changes, classifier_config, empty_base, outputs_of
+from linchain_cli.export.classifier import (
+    as_classifier,
+    changes,
+    classifier_config,
+    empty_base,
+    loading_of,
+    outputs_of,
+)
 from linchain_cli.export.companions import write_companions
 from linchain_cli.export.model_proof import prove_model
 from linchain_cli.export.output import check_disk, check_factors, check_output, staged_output, stops_with
@@ -101,11 +108,12 @@ def merge_checkpoint(
     base = open_weights(base_directory)
     restored = quantization_method(read_config(base_directory), base_directory)
     model = empty_base(base_directory, adapter.head)
-    stored, config, told = base, None, []
-    if adapter.head:
+    stored, config, told, pad_token = base, None, [], None
+    if loading := loading_of(model, adapter.head, base_directory):
         stored, left_out = as_classifier(base, model, adapter.head)
         config = classifier_config(model, outputs_of(adapter.head), base_directory)
-        told = changes(config, left_out)
+        pad_token = loading.pad_token
+        told = changes(config, left_out, pad_token)
     plan = plan_merge(stored, adapter, model)
     check_factors(adapter)
     tensors = new_tensors(plan, options.dtype)
@@ -127,6 +135,7 @@ def merge_checkpoint(
             restored=restored,
             own=options.files,
             config=config,
+            pad_token=pad_token,
         )
         if options.chat_template is not None:
             (staging / "chat_template.jinja").write_bytes(options.chat_template.encode())

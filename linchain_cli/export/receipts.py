@@ -119,7 +119,8 @@ class MergeReceipt:
 class ExportReceipt:
     """export.json: `largest_error` is the largest relative error (Frobenius) of any module's ΔW, read back.
 
-    kind: the format; files: SHA-256 of every file but this one and the card; not_proven: what was not shown
+    kind: the format; files: SHA-256 of every file but this one and the card; not_proven: what was not shown;
+    load_with: what a classifier's base is loaded with
     """
 
     FORMAT: ClassVar[str] = "linchain export"
@@ -134,6 +135,7 @@ class ExportReceipt:
     largest_error: float
     largest_error_module: str
     not_proven: list[str] = field(default_factory=list)
+    load_with: dict[str, int | bool] = field(default_factory=dict)
     linchain: str = __version__
     files_listed: bool = True
 

@@ -147,10 +147,15 @@ def padding(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> int:
     configuration has to name it, and gets it from the tokenizer where it names none."""
     config = model.config.get_text_config()
     size = model.get_input_embeddings().weight.shape[0]
-    known = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    known = (named_padding(model), tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     token = next(token for token in known if isinstance(token, int) and 0 <= token < size)
     config.pad_token_id = model.config.pad_token_id = token
     return token
+
+
+def named_padding(model: nn.Module) -> int | None:
+    """The padding token that a model's configuration names."""
+    return getattr(model.config.get_text_config(), "pad_token_id", None)
 
 
 def row_logits(model: nn.Module, batch: ModelInputs) -> Tensor:

@@ -16,7 +16,7 @@ from linchain_cli.chain.head import head_of, initialise_head
 from linchain_cli.chain.inject import ChainConfig
 from linchain_cli.errors import InputError
 from linchain_cli.export.card import Origin
-from linchain_cli.export.classifier import empty_base
+from linchain_cli.export.classifier import empty_base, loading_of
 from linchain_cli.export.merge import MergeOptions, merge_checkpoint
 from linchain_cli.export.peft import write_peft
 from linchain_cli.model.checkpoint import open_checkpoint
@@ -73,8 +73,9 @@ def test_a_merged_classifier_is_what_was_trained(tmp_path, kind, dtype):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_loads_chains_and_head(tmp_path, kind):
-    from peft import PeftModel
-    from transformers import AutoModelForSequenceClassification
+    """Rows of two lengths in one batch: a decoder's head has to know the padding, which GPT-2's config.json
+    does not name."""
+    from peft import AutoPeftModelForSequenceClassification
 
     base = make_checkpoint(kind, tmp_path / "base")
     adapter, model = trained(base, kind)
@@ -89,13 +90,53 @@ def test_peft_loads_chains_and_head(tmp_path, kind):
         "head",
         "score",
     }
-    bare = AutoModelForSequenceClassification.from_pretrained(base, num_labels=len(CLASSES), dtype="float32")
-    loaded = PeftModel.from_pretrained(bare, tmp_path / "peft").eval()
-    ids = torch.tensor([PROMPTS[0]])
+    loading = loading_of(empty_base(base, adapter.head), adapter.head, base)
+    assert loading.arguments == {"num_labels": 3} | ({"pad_token_id": 0} if kind == "gpt2" else {})
+    place = tmp_path / "peft"
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(place, **loading.arguments).eval()
+    short, long = PROMPTS
+    batch = torch.tensor([short + [0] * (len(long) - len(short)), long])
     with torch.no_grad():
-        torch.testing.assert_close(
-            loaded(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-5
-        )
+        found = loaded(input_ids=batch, attention_mask=(batch != 0).long()).logits
+        alone = torch.cat([model(input_ids=torch.tensor([ids])).logits for ids in PROMPTS])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_of_other_classes_is_replaced_where_peft_loads_the_base(tmp_path):
+    from peft import AutoPeftModelForSequenceClassification
+
+    base = make_checkpoint("bert", tmp_path / "base")
+    load_model(base, dtype="float32", device="cpu", outputs=Outputs(("a", "b"))).save_pretrained(base)
+    adapter, _ = trained(base, "bert")
+    write_peft(adapter, empty_base(base, adapter.head), tmp_path / "peft")
+    loading = loading_of(empty_base(base, adapter.head), adapter.head, base)
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "peft", **loading.arguments)
+    weight = loaded.get_parameter("base_model.model.classifier.modules_to_save.default.weight")
+    assert torch.equal(weight, adapter.head.tensors["classifier.weight"])
+
+
+def test_a_tokenizer_without_padding_gets_one(tmp_path):
+    """Without it no server of the merged checkpoint can batch rows."""
+    from transformers import AutoTokenizer, pipeline
+
+    base = make_checkpoint("gpt2", tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text())
+    settings = {key: value for key, value in settings.items() if key != "pad_token"}
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    (base / "special_tokens_map.json").unlink(missing_ok=True)
+    assert AutoTokenizer.from_pretrained(base).pad_token is None
+    adapter, _ = trained(base, "gpt2")
+    options = MergeOptions(prompts=PROMPTS)
+    result = merge_checkpoint(base, adapter, tmp_path / "merged", options, Origin("gpt2"))
+    assert any("fills short rows with [PAD]" in change for change in result.receipt.changes)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token == "[PAD]"
+    classify = pipeline("text-classification", str(tmp_path / "merged"), device="cpu")
+    texts = ["the cat sat", "a dog ran on the mat under a tree"]
+    batched, alone = classify(texts, batch_size=2, top_k=None), [classify(text, top_k=None) for text in texts]
+    for ours, theirs in zip(batched, alone, strict=True):
+        assert [one["label"] for one in ours] == [one["label"] for one in theirs]
+        assert [one["score"] for one in ours] == pytest.approx([one["score"] for one in theirs], abs=1e-5)
 
 
 def test_a_head_that_is_no_module_of_its_own_is_refused(tmp_path):
