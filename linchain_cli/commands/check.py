@@ -80,6 +80,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     config, device = chain_config(recipe), default_device()
     epoch = recipe_epoch(recipe, data.train, device)
     check_view.sources(console, data)
+    labels = check_view.labels(console, data, outputs.classes) if outputs else None
     check_view.lengths(console, data, data.config.max_length)
     steps = total_steps(recipe.training, epoch.rows)
     check_view.epoch(console, epoch, steps, recipe, device.type)
@@ -88,7 +89,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     check_view.rows(console, data.train, tokenizer, outputs and outputs.classes)
     warnings, tasks = [], []
     if outputs is not None:
-        tasks = recipe_labelled(recipe, outputs, tokenizer)
+        tasks = recipe_labelled(recipe, outputs, tokenizer, readable)
         check_view.tasks(console, {task.name: (len(task.data.train), task.source) for task in tasks}, recipe)
     elif tasks := recipe_tasks(recipe):
         protocol = recipe.evaluation.protocol
@@ -113,6 +114,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         "epoch": asdict(epoch),
         "total_steps": steps,
         "classes": outputs and list(outputs.classes),
+        "labels": labels,
         "tasks": {task.name: len(task.data.train if outputs else task.rows) for task in tasks},
         "notes": [*there, *far, *told, *short, *warnings, *cost.notes],
         "forecast": {

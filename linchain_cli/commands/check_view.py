@@ -123,6 +123,32 @@ def sources(console: Console, data: PreparedData) -> None:
         notes(console, [*report.notes, *report.warnings])
 
 
+def labels(console: Console, data: PreparedData, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How often each class occurs, the most frequent first, or how numbers lie; returns it, for `train` and
+    `validation`."""
+    from linchain_cli.data.labelled import label_counts
+
+    found: dict[str, dict[str, Any]] = {}
+    for name, verb, rows in (("train", "train", data.train), ("validation", "validate", data.validation)):
+        if rows is None:
+            continue
+        if not classes:
+            values = rows.targets
+            found[name] = {
+                "least": float(values.min()),
+                "mean": float(values.mean()),
+                "most": float(values.max()),
+            }
+            shown = ", ".join(f"{word} {value:g}" for word, value in found[name].items())
+        else:
+            counts = sorted(label_counts(rows, classes).items(), key=lambda item: -item[1])
+            found[name] = dict(counts)
+            each = [f"{label} {_count(count)}" for label, count in counts]
+            shown = ", ".join(each if len(each) <= 12 else [*each[:8], "…", *each[-3:]])
+        console.print(f"labels to {verb} on: {shown}")
+    return found
+
+
 def lengths(console: Console, data: PreparedData, max_length: int) -> None:
     """How long rows are, what was cut off, and what is supervised."""
     from linchain_cli.data.report import length_histogram

@@ -31,6 +31,7 @@ class LabelSettings:
         """Loads the subject, has it tell the rows, and lets go of it again. Rows are read as the subject's
         recipe says, or else as that of `like`."""
         from linchain_cli.evaluation.labels import evaluate_labels, load_labelled
+        from linchain_cli.model.limits import limits
         from linchain_cli.training.processes import told_when_lost
 
         loaded = load_subject(subject, self.dtype)
@@ -41,10 +42,17 @@ class LabelSettings:
             like=_data(subject) or (like and _data(like)),
             limit=self.limit,
             data_dir=self.data_dir,
+            readable=limits(loaded.model),
         )
         if is_first_process():
-            for told in (told for task in tasks for told in task.data.report.notes):
-                console.note(told)
+            for report in (task.data.report for task in tasks):
+                for told in report.notes:
+                    console.note(told)
+                for told in report.warnings:
+                    console.warn(told)
+                if report.skipped:
+                    first = next(iter(report.bad_examples + report.unsupervised_examples), "")
+                    console.warn(f"{report.names}: {report.skipped:,} rows are left out, first {first}")
         with told_when_lost(), console.Progress(quiet=not is_first_process()) as progress:
             return evaluate_labels(
                 loaded.model,

@@ -25,7 +25,8 @@ class Entry:
     status: as run.json has it; `killed` if the run is called running and nobody is at it, `damaged` if its
         files cannot be read, which `reason` tells
     loss: the lowest validation loss
-    evaluations: average accuracy by how it was measured; those on all rows first, of these the newest
+    evaluations: average accuracy, and what else was told, by how it was measured; those on all rows first,
+        of these the newest
     changed_at: when it ended, or else when it last began; UTC, ISO 8601
     """
 
@@ -114,6 +115,10 @@ def entry_of(one: RunDirectory) -> Entry:
                 "limit": each.limit,
                 "average": each.average,
                 "tasks": {name: score.accuracy for name, score in each.tasks.items()},
+                "metrics": {
+                    name: {metric: found.value for metric, found in score.metrics.items()}
+                    for name, score in each.tasks.items()
+                },
             }
             for each in reversed(evaluations)
         ],
@@ -161,7 +166,10 @@ def _cells(entry: Entry, now: datetime) -> tuple[str, ...]:
     status = entry.status if entry.kind == "run" else f"comparison, {entry.status}"
     if entry.status in ("running", "killed", "stopped", "failed") and entry.total_steps:
         status += f" at {entry.step or 0:,} of {entry.total_steps:,}"
-    shown = next((each for each in entry.evaluations if each["average"] is not None), None)
+    evaluated = sorted(entry.evaluations, key=lambda each: each["average"] is None)
+    shown = next(
+        (each for each in evaluated if each["average"] is not None or any(each["metrics"].values())), None
+    )
     return (
         entry.path,
         status,
@@ -176,10 +184,18 @@ def _cells(entry: Entry, now: datetime) -> tuple[str, ...]:
 
 
 def _evaluation(shown: Mapping[str, Any]) -> str:
-    """`0.625 (2 tasks, likelihood, first 40 rows)`"""
+    """`0.625 (2 tasks, likelihood, first 40 rows)`; without accuracies `spearman 0.812 (1 task, regression)`,
+    which is of the first task."""
     tasks = f"{len(shown['tasks'])} task{'s'[: len(shown['tasks']) > 1]}"
     limit = "" if shown["limit"] is None else f", first {shown['limit']:,} rows"
-    return f"{shown['average']:.3f} ({tasks}, {shown['protocol']}{limit})"
+    value = f"{shown['average']:.3f}" if shown["average"] is not None else _last_metric(shown["metrics"])
+    return f"{value} ({tasks}, {shown['protocol']}{limit})"
+
+
+def _last_metric(by_task: Mapping[str, Mapping[str, float]]) -> str:
+    """Of a regression Spearman's correlation, of answers that are scored the perplexity."""
+    name, value = list(next(filter(None, by_task.values())).items())[-1]
+    return f"{name} {value:.3f}"
 
 
 def _end(path: str) -> str:

@@ -131,7 +131,7 @@ def _checked_tasks(job: Job, tasks: Sequence[Task | LabelledTask]) -> Sequence[T
     from linchain_cli.model.limits import limits
 
     if job.base.outputs is not None:
-        return recipe_labelled(job.recipe, job.base.outputs, job.base.tokenizer)
+        return recipe_labelled(job.recipe, job.base.outputs, job.base.tokenizer, limits(job.model))
     protocol = job.recipe.evaluation.protocol
     for warning in check_questions(job.base.tokenizer, job.data.template, tasks, protocol, limits(job.model)):
         if is_first_process():

@@ -300,7 +300,8 @@ class _Runner:
         """Refuses to add to runs that had other rows or another base."""
         recipe = self.definition.base
         classes = base.outputs and base.outputs.classes
-        data = prepare_data(recipe.data, base.tokenizer, task=recipe.task, classes=classes)
+        readable = limits(base.model)
+        data = prepare_data(recipe.data, base.tokenizer, readable, task=recipe.task, classes=classes)
         self._validation, self._objective = data.validation, objective_of(settled(recipe, data), data)
         self._straddles = straddle_mostly(data.report.counts())
         now = {"data": data.report.fingerprint, "base": base.hash}
@@ -317,10 +318,10 @@ class _Runner:
                     " (name=NEW), or use --fresh"
                 )
         if base.outputs is not None:
-            self.tasks = recipe_labelled(recipe, base.outputs, base.tokenizer)
+            self.tasks = recipe_labelled(recipe, base.outputs, base.tokenizer, readable)
             return data
         protocol = recipe.evaluation.protocol
-        check_questions(base.tokenizer, data.template, self.tasks, protocol, limits(base.model))
+        check_questions(base.tokenizer, data.template, self.tasks, protocol, readable)
         return data
 
     def _note_sparse_validation(self, data: PreparedData) -> None:

@@ -35,7 +35,8 @@ def agreement(metric: str, targets: np.ndarray, predictions: np.ndarray, classes
 
     Args:
         targets, predictions: (rows,), classes by number, or numbers.
-        classes: how many there are. F1 is the last one's of two, and the unweighted mean over more.
+        classes: how many there are. F1 is the last one's of two; of more it is the unweighted mean over those
+            that occur among targets or predictions, as scikit-learn's.
     """
     if metric in METRICS["regression"]:
         return _correlation(metric, targets, predictions)
@@ -44,8 +45,8 @@ def agreement(metric: str, targets: np.ndarray, predictions: np.ndarray, classes
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of predictions that are all the same
         if metric == "f1":
-            how = {"average": "binary"} if classes == 2 else {"average": "macro", "labels": range(classes)}
-            return float(metrics.f1_score(targets, predictions, zero_division=0.0, **how))
+            average = "binary" if classes == 2 else "macro"
+            return float(metrics.f1_score(targets, predictions, zero_division=0.0, average=average))
         function = {"accuracy": metrics.accuracy_score, "matthews": metrics.matthews_corrcoef}[metric]
         return float(function(targets, predictions))
 
@@ -118,8 +119,9 @@ def _of_counts(
     if metric == "accuracy":
         return right.sum(-1) / rows
     if metric == "f1":
-        each = _ratio(2 * right, of_target + of_told)
-        return each[:, 1] if classes == 2 else each.mean(-1)
+        occurs = of_target + of_told
+        each = _ratio(2 * right, occurs)
+        return each[:, 1] if classes == 2 else each.sum(-1) / (occurs > 0).sum(-1)
     shared = right.sum(-1) * rows - (of_target * of_told).sum(-1)
     spread = (rows**2 - (of_target**2).sum(-1)) * (rows**2 - (of_told**2).sum(-1))
     return _ratio(shared, np.sqrt(spread))

@@ -12,12 +12,19 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 from linchain_cli.data.cache import open_or_encode
 from linchain_cli.data.choosing import choose_template
 from linchain_cli.data.glue import TASKS
-from linchain_cli.data.labelled import Labelling, encoder_for, find_classes, labelled_source
+from linchain_cli.data.labelled import (
+    Labelling,
+    UnknownLabel,
+    encoder_for,
+    find_classes,
+    label_counts,
+    labelled_source,
+)
 from linchain_cli.data.mixture import hold_out, weighted
 from linchain_cli.data.pipeline import EncodingSettings, Progress, encoded_rows
 from linchain_cli.data.readers import shown
 from linchain_cli.data.report import DataReport
-from linchain_cli.data.rows import Template
+from linchain_cli.data.rows import Template, UnusableRow
 from linchain_cli.data.sources import Source, resolve_source
 from linchain_cli.data.store import EncodedRows, EncodedStore
 from linchain_cli.data.templates import get_template
@@ -79,7 +86,7 @@ def prepare_data(
             rows are to be held out than there are, or the model cannot read a row.
     """
     cache_dir = Path(cache_dir) if cache_dir else cache_root() / "encoded"
-    config = config.model_copy(update={"max_length": longest_row(config, tokenizer)})
+    config = config.model_copy(update={"max_length": longest_row(config, tokenizer, limits)})
     settings = EncodingSettings(
         config.max_length, config.train_on_inputs, config.on_bad_row == "skip", config.on_long_row
     )
@@ -106,7 +113,15 @@ def prepare_data(
     if (source := config.validation_source) is None:
         train, validation = hold_out(store, config.validation, config.split_seed)
     else:
-        (of_validation,), validation_store, validation_report = encoded([source])
+        try:
+            (of_validation,), validation_store, validation_report = encoded([source])
+        except UnusableRow as error:
+            if not isinstance(error.reason, UnknownLabel):
+                raise
+            raise InputError(
+                f"{error.place}: {error.reason}. The classes are those of the training rows, unless"
+                " data.labels names them all. Or set data.on_bad_row: skip to leave such rows out."
+            ) from None
         train, validation = EncodedRows(store), EncodedRows(validation_store)
     weights = [source.weight for source in config.sources]
     train = weighted(train, [source.rows for source in report.sources], weights, config.split_seed)
@@ -190,11 +205,12 @@ def _with_columns(config: DataConfig, found: Sequence[_Found], of_validation: _F
     return config.model_copy(update=update)
 
 
-def longest_row(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """`data.max_length` in tokens; auto is what the model reads, and at most 2,048."""
+def longest_row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None) -> int:
+    """`data.max_length` in tokens; auto is what tokenizer and model read, and at most 2,048."""
     if config.max_length != "auto":
         return config.max_length
-    return max(2, min(LONGEST_AUTO, tokenizer.model_max_length))
+    positions = limits and limits.positions or LONGEST_AUTO
+    return max(2, min(LONGEST_AUTO, tokenizer.model_max_length, positions))
 
 
 def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> None:
@@ -254,6 +270,11 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
         told.append(
             f"{report.long:,} rows with more than {max_length:,} tokens are left out (data.on_long_row: drop)"
         )
+    if report.control_rows:
+        told.append(
+            f"{report.control_rows:,} of {report.total:,} rows hold control tokens of the tokenizer in their"
+            f" texts (first {report.control_examples[0]}), which are encoded as these, not as letters"
+        )
     told += [f"{remark} ({count:,} rows)" for remark, count in report.remarks.items()]
 
 
@@ -261,6 +282,8 @@ def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> lis
     found = []
     if isinstance(prepared.template, Labelling) and (alike := prepared.template.alike):
         found.append(f"{some(alike, 10)} are classes of their own, though they differ by case alone")
+    if isinstance(prepared.template, Labelling) and prepared.template.classes:
+        found += _uneven(prepared.train, prepared.validation, prepared.template.classes)
     if tokenizer.eos_token_id is None and not isinstance(prepared.template, Labelling):
         found.append(
             "the tokenizer has no end-of-sequence token: the model does not learn where an answer ends"
@@ -273,6 +296,17 @@ def _warnings(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> lis
                 "rows"
             )
     return found
+
+
+def _uneven(train: EncodedRows, validation: EncodedRows | None, classes: Sequence[str]) -> list[str]:
+    """What rows of a classification do not show."""
+    told = []
+    if missing := [name for name, count in label_counts(train, classes).items() if not count]:
+        told.append(f"no row to train on is labelled {some(missing, 10)}: it cannot be learned")
+    met = [name for name, count in label_counts(validation, classes).items() if count] if validation else []
+    if len(met) == 1:
+        told.append(f"all {len(validation):,} rows to validate on are labelled {met[0]}")
+    return told
 
 
 def _has_unknown_ids(store: EncodedStore, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> bool:

@@ -8,10 +8,11 @@ the boundary (" the", where the prompt ends in the space) is cut off the prompt,
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -47,6 +48,40 @@ class EncodedText:
         return self.full_length > len(self.input_ids)
 
 
+class ControlTokens:
+    """The tokens of a tokenizer that mean more than their letters (`</s>`, `<|im_end|>`, `[SEP]`), looked for
+    in what users wrote.
+
+    There they are encoded as these tokens, too, as other trainers and servers do by default: whoever asks the
+    model with the same text asks it with the same tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        names = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        names = sorted(filter(None, names | set(tokenizer.all_special_tokens)), key=len, reverse=True)
+        self._beginnings = tuple({name[0] for name in names})
+        self._any = re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+    def find(self, row: Any) -> str | None:
+        """The first one in any text of a row."""
+        for text in _texts(row):
+            # Most texts hold not even the first character of one, and that is found faster.
+            if any(character in text for character in self._beginnings) and (found := self._any.search(text)):
+                return found.group()
+        return None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner)
+
+
 class TextEncoder:
     """Encodes rendered rows with a private copy of a fast tokenizer: no padding, no truncation, full offsets.
 
@@ -64,6 +99,7 @@ class TextEncoder:
         )
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.control_tokens = ControlTokens(tokenizer)
         self.eos_id: int | None = tokenizer.eos_token_id
         probe = self._tokenizer.encode("a")
         own = probe.special_tokens_mask

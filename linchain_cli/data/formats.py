@@ -97,11 +97,17 @@ class _Texts:
     def __init__(self, layout: Layout, labels: Mapping[str, str], columns: Mapping[str, str]):
         self._theirs = columns
         self._answer = frozenset(layout.answer) if labels else frozenset()
+        self._is_labelled = layout.answer == ("label",)
         self._labels = labels
 
     def __call__(self, cells: Cells) -> Row:
         row = {}
         for name, value in cells.items():
+            if self._is_labelled and name == "label" and isinstance(value, (list, tuple, Mapping)):
+                raise RowError(
+                    f"'{self._theirs.get(name, name)}' is {readers.shown(value)}: a row has one label, and"
+                    " several at once (multi-label) cannot be learned"
+                )
             if name in self._answer:
                 row[name] = self._label(name, value)
             elif type(value) is str and name != "history":

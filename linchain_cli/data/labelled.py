@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from linchain_cli.data.encoding import EncodedText, TextEncoder, serialized_tokenizer
+from linchain_cli.data.encoding import ControlTokens, EncodedText, TextEncoder, serialized_tokenizer
 from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.glue import TASKS
 from linchain_cli.data.reading import RawRows
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import tokenizers
     from transformers import PreTrainedTokenizerBase
 
+    from linchain_cli.data.store import EncodedRows
     from linchain_cli.recipe import DataConfig
 
 LabelledTask = Literal["classification", "regression"]
@@ -51,6 +52,10 @@ _TEXTS = (
 _LABELS = ("label", "labels", "gold_label", "class", "target", "score")
 _MOST_CLASSES = 1000
 _LIKE_A_NUMBER = 100  # classes from which on a class for every second row looks like a number
+
+
+class UnknownLabel(RowError):
+    """A row's label that is none of the classes."""
 
 
 @dataclass(frozen=True)
@@ -75,23 +80,26 @@ class Labelling:
     classes: their names, in the order of the model's outputs; none for a regression
     paired: whether the tokenizer has a separator for two texts; if not, a line break stands between them
     segments: whether the model is told which of two texts a token is of
+    splits: whether the tokenizer takes control tokens in a text for letters (its `split_special_tokens`)
     """
 
     name: LabelledTask
     classes: tuple[str, ...] = ()
     paired: bool = True
     segments: bool = False
+    splits: bool = False
     layouts: tuple[Layout, ...] = (_LAYOUT,)
     adds_bos: bool = True
 
     @classmethod
     def of(cls, task: LabelledTask, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Labelling:
         paired = tokenizer.sep_token is not None
-        return cls(task, tuple(classes), paired, paired and "token_type_ids" in tokenizer.model_input_names)
+        segments = paired and "token_type_ids" in tokenizer.model_input_names
+        return cls(task, tuple(classes), paired, segments, tokenizer.split_special_tokens)
 
     @property
     def fingerprint(self) -> str:
-        parts = [self.name, self.classes, self.paired, self.segments]
+        parts = [self.name, self.classes, self.paired, self.segments, *([True] if self.splits else [])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -116,13 +124,19 @@ class Labelling:
         if name not in self.classes:
             near = nearest(name, self.classes)
             hint = f", such as {near!r}" if near else ""
-            raise RowError(f"the label {label!r} is none of the classes{hint} ({some(self.classes, 10)})")
+            raise UnknownLabel(f"the label {label!r} is none of the classes{hint} ({some(self.classes, 10)})")
         return float(self.classes.index(name))
 
 
 def label_name(target: float, classes: Sequence[str]) -> str:
     """How a row's target is called: a class's name, or without classes the number."""
     return classes[int(target)] if classes else f"{target:g}"
+
+
+def label_counts(rows: EncodedRows, classes: Sequence[str]) -> dict[str, int]:
+    """How many rows each class has."""
+    counts = np.bincount(rows.targets.astype(np.int64), minlength=len(classes))
+    return dict(zip(classes, counts.tolist(), strict=True))
 
 
 def _number(label: str) -> float:
@@ -177,12 +191,15 @@ def _check_glue(source: Source, task: LabelledTask) -> None:
         raise InputError(f"task: {source.name} is a {right}: set task to that, not to {task}.")
 
 
+def column_names(source: Source) -> tuple[str, ...]:
+    """The columns of a source's first row that can be read; none where there is no such row."""
+    rows = RawRows(source, set())
+    return tuple(next((row for row in islice(rows, 100) if not isinstance(row, RowError)), ()))
+
+
 def _guessed(source: Source) -> dict[str, str]:
     """Which columns of a source are texts and label, by their names; what it does not know it leaves out."""
-    rows = RawRows(source, set())
-    first = next((row for row in islice(rows, 100) if not isinstance(row, RowError)), None)
-    if first is None:
-        return {}
+    first = column_names(source)
     found: dict[str, str] = {}
     for text, pair in _TEXTS:
         if text in first and (pair is None or pair in first):
@@ -228,7 +245,7 @@ def find_classes(config: DataConfig, data_dir: str | Path | None = None) -> tupl
         raise InputError(
             f"data.train: the labels have more than {len(found) - 1:,} values in {rows_seen:,} rows (such as"
             f" {found[0]!r}, {found[1]!r}): they look like no classes. Map data.columns.label to another"
-            " column, or set task: regression for numbers."
+            " column, or set task: regression for numbers; if they are classes, name them all in data.labels."
         )
     if len(found) < 2 and bad is not None:
         raise InputError(f"{bad}.")
@@ -264,6 +281,8 @@ class LabelledEncoder:
 
         self._labelling = labelling
         self._tokenizer = Tokenizer.from_str(serialized_tokenizer(tokenizer))
+        self._tokenizer.encode_special_tokens = labelling.splits
+        self.control_tokens = None if labelling.splits else ControlTokens(tokenizer)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 

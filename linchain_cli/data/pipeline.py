@@ -11,12 +11,12 @@ from typing import Literal
 import numpy as np
 
 from linchain_cli.data.as_written import DocumentTemplate
-from linchain_cli.data.encoding import EncodedText
+from linchain_cli.data.encoding import ControlTokens, EncodedText
 from linchain_cli.data.formats import FormattedRows, check_text
 from linchain_cli.data.labelled import Encoder, Labelled
 from linchain_cli.data.packing import Packer
 from linchain_cli.data.report import DataReport, SourceReport
-from linchain_cli.data.rows import Rendered, RowError, Template
+from linchain_cli.data.rows import Rendered, RowError, Template, UnusableRow
 from linchain_cli.data.sources import Source
 from linchain_cli.data.store import StoreWriter
 from linchain_cli.errors import InputError
@@ -76,7 +76,10 @@ def encode_sources(
         report.sources.append(counts)
         packer = Packer(settings.max_length) if isinstance(template, DocumentTemplate) else None
         for rows in encoded_chunks(
-            rendered_rows(source, template, settings, counts, report), encoder, template, settings
+            rendered_rows(source, template, settings, counts, report, encoder.control_tokens),
+            encoder,
+            template,
+            settings,
         ):
             if packer is None:
                 for row in rows:
@@ -93,9 +96,15 @@ def encode_sources(
 
 
 def rendered_rows(
-    source: Source, template: Template, settings: EncodingSettings, counts: SourceReport, report: DataReport
+    source: Source,
+    template: Template,
+    settings: EncodingSettings,
+    counts: SourceReport,
+    report: DataReport,
+    control_tokens: ControlTokens | None = None,
 ) -> Iterator[RenderedRow]:
-    """The usable rows as text; bad ones are counted, or end it with InputError."""
+    """The usable rows as text; bad ones are counted, or end it with UnusableRow. Those that hold
+    `control_tokens` are counted, too."""
     rows = FormattedRows(source, template.layouts)
     bad = None
     for row in rows:
@@ -108,20 +117,27 @@ def rendered_rows(
                 for text in one.parts:
                     check_text(text, row)
         except RowError as error:
-            message = f"{rows.place()}: {error}"
-            if not settings.skip_bad:
-                raise InputError(
-                    f"{message}. Mend the row, or set data.on_bad_row: skip to leave such rows out."
-                ) from None
-            counts.bad += 1
-            bad = bad or message
-            _note(report.bad_examples, message)
+            _leave_out(rows.place(), error, settings, counts, report)
+            bad = bad or f"{rows.place()}: {error}"
         else:
+            if control_tokens and (token := control_tokens.find(row)):
+                report.control_rows += 1
+                _note(report.control_examples, f"{rows.place()}: {token}")
             yield RenderedRow(rows.place(), texts)
     counts.unread, counts.unshown = rows.unread, rows.unshown
     if counts.bad == counts.total:
         reason = f": none of {counts.total} rows can be used; first {bad}" if bad else " has no rows."
         raise InputError(f"{source.name}{reason}")
+
+
+def _leave_out(
+    place: str, error: RowError, settings: EncodingSettings, counts: SourceReport, report: DataReport
+) -> None:
+    """Counts a row that cannot be used. Raises UnusableRow where none may be left out."""
+    if not settings.skip_bad:
+        raise UnusableRow(place, error) from None
+    counts.bad += 1
+    _note(report.bad_examples, f"{place}: {error}")
 
 
 def _note(examples: list[str], message: str) -> None:
@@ -175,6 +191,12 @@ def _chunks(rows: Iterator[RenderedRow]) -> Iterator[list[RenderedRow]]:
 def _keep(row: RenderedRow, settings: EncodingSettings, counts: SourceReport, report: DataReport) -> None:
     """Counts a row, and takes away those of its training rows from which nothing can be learned or that are
     too long."""
+    if not any(encoded.full_length for encoded in row.encoded):
+        _leave_out(
+            row.place, RowError("its text is empty: the model has no token to read"), settings, counts, report
+        )
+        row.encoded = []
+        return
     kept, long, cut_away = [], 0, 0
     for text, encoded in zip(row.texts, row.encoded, strict=True):
         report.longest = max(report.longest, encoded.full_length)

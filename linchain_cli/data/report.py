@@ -50,9 +50,11 @@ class DataReport:
     straddling_rows: int = 0
     straddling_tokens: int = 0
     answers_cut_away: int = 0  # of conversations, of which earlier answers are left
+    control_rows: int = 0  # rows of the sources with a control token in their text, the first in the examples
     remarks: dict[str, int] = field(default_factory=dict)  # a template's, with how many rows they are about
     bad_examples: list[str] = field(default_factory=list)
     unsupervised_examples: list[str] = field(default_factory=list)
+    control_examples: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -105,7 +107,7 @@ class DataReport:
     def move(self, names: Sequence[tuple[str, str]]) -> None:
         """Gives the sources a new (name, location): the same content may lie elsewhere by now."""
         for source, (name, location) in zip(self.sources, names, strict=True):
-            for examples in (self.bad_examples, self.unsupervised_examples):
+            for examples in (self.bad_examples, self.unsupervised_examples, self.control_examples):
                 examples[:] = [
                     location + example.removeprefix(source.location)
                     if example.startswith(source.location)

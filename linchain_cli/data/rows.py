@@ -6,11 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from linchain_cli.errors import InputError
+
 Row = Mapping[str, Any]
 
 
 class RowError(ValueError):
     """A row that cannot be used. The message names the cell; the reader adds file and row."""
+
+
+class UnusableRow(InputError):
+    """A row that cannot be used, where none may be left out: `place` says which, `reason` why."""
+
+    def __init__(self, place: str, reason: RowError):
+        remedy = "Mend the row, or set data.on_bad_row: skip to leave such rows out."
+        super().__init__(f"{place}: {reason}. {remedy}")
+        self.place, self.reason = place, reason
 
 
 @dataclass(frozen=True)

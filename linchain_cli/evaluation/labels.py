@@ -17,9 +17,12 @@ from linchain_cli.data.agreement import Agreement, with_interval
 from linchain_cli.data.batches import micro_batches
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.formats import FormattedRows
-from linchain_cli.data.labelled import Labelled, labelled_source
+from linchain_cli.data.glue import TASKS, GlueTask
+from linchain_cli.data.labelled import Labelled, UnknownLabel, column_names, labelled_source
 from linchain_cli.data.labelled_batches import collate_labelled
-from linchain_cli.data.rows import RowError
+from linchain_cli.data.rows import RowError, UnusableRow
+from linchain_cli.data.sources import resolve_source
+from linchain_cli.errors import InputError, some
 from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
 from linchain_cli.evaluation.store import ResultStore, keep
@@ -31,6 +34,8 @@ from linchain_cli.run import now
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linchain_cli.model.limits import Limits
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}
 
@@ -57,32 +62,68 @@ def load_labelled(
     like: DataConfig | None = None,
     limit: int | None = None,
     data_dir: str | Path | None = None,
+    readable: Limits | None = None,
 ) -> list[LabelledTask]:
     """The rows that `names` are: what data.train may name, of data sets the split `validation`.
 
     Args:
         like: the data section of the model's recipe: how long rows may be, and of files that are not a task
-            of GLUE the columns and the labels' words.
+            of GLUE the columns (where they have these) and the labels' words.
+        readable: what the model can read.
 
     Raises:
         InputError: rows that cannot be found or used, or whose labels are none of the classes.
     """
     found = []
     for name in dict.fromkeys(names):
-        source = _source(name, like, limit)
+        source = _source(name, like, limit, data_dir)
+        if glue := resolve_source(source, data_dir).glue:
+            source = source.model_copy(update={"labels": _glue_labels(name, TASKS[glue], outputs)})
         section = DataConfig(
             train=[source],
             validation=0,
             max_length=like.max_length if like else "auto",
             on_bad_row=like.on_bad_row if like else "error",
         )
-        data = prepare_data(section, tokenizer, task=outputs.task, classes=outputs.classes, data_dir=data_dir)
+        try:
+            data = prepare_data(
+                section,
+                tokenizer,
+                readable,
+                task=outputs.task,
+                classes=outputs.classes,
+                data_dir=data_dir,
+            )
+        except UnusableRow as error:
+            remedy = "Mend the row, or leave it out"
+            if isinstance(error.reason, UnknownLabel):
+                remedy = "The model tells no others: name rows that are labelled with these"
+            raise InputError(f"{error.place}: {error.reason}. {remedy}.") from None
         found.append(LabelledTask(name, data, _fingerprint(section, data, data_dir)))
     return found
 
 
-def _source(name: str, like: DataConfig | None, limit: int | None) -> SourceConfig:
-    """The source of that name; a colon and a split may stand behind it: `glue/mnli:validation_mismatched`."""
+def _glue_labels(name: str, task: GlueTask, outputs: Outputs) -> dict[str, str] | None:
+    """What the model calls a task's labels, where it calls them by their numbers, as transformers names
+    classes that nobody has named (LABEL_0); None where it calls them by their names.
+
+    Raises:
+        InputError: it tells something else.
+    """
+    numbered = {each: f"LABEL_{number}" for number, each in enumerate(task.classes)}
+    if task.classes and outputs.classes == tuple(numbered.values()):
+        return {str(number): label for number, label in enumerate(numbered.values())} | numbered
+    if not set(task.classes) <= set(outputs.classes) or bool(task.classes) != bool(outputs.classes):
+        theirs, ours = (some(each, 5) or "numbers" for each in (task.classes, outputs.classes))
+        raise InputError(f"{name} is labelled with {theirs}, and the model tells {ours}: name other rows")
+    return None
+
+
+def _source(
+    name: str, like: DataConfig | None, limit: int | None, data_dir: str | Path | None = None
+) -> SourceConfig:
+    """The source of that name; a colon and a split may stand behind it: `glue/mnli:validation_mismatched`.
+    It has the columns and labels of `like`; where it lacks these columns, those that are found."""
     path, colon, split = name.rpartition(":")
     if not colon or "/" in split or not split:
         path, split = name, "validation"
@@ -90,7 +131,11 @@ def _source(name: str, like: DataConfig | None, limit: int | None) -> SourceConf
     if like is None or path.startswith("glue/"):
         return plain
     first = like.sources[0]
-    return plain.model_copy(update={"columns": first.columns or None, "labels": first.labels or None})
+    labelled = plain.model_copy(update={"labels": first.labels or None})
+    columns = first.columns
+    if columns and set(columns.values()) <= set(column_names(resolve_source(plain, data_dir))):
+        return labelled.model_copy(update={"columns": columns})
+    return labelled
 
 
 def _texts(section: DataConfig, data: PreparedData, data_dir: str | Path | None) -> Iterator[Labelled]:
@@ -113,17 +158,29 @@ def _fingerprint(section: DataConfig, data: PreparedData, data_dir: str | Path |
 
 def find_labelled(recipe: Recipe) -> None:
     """Raises InputError if rows that a recipe is evaluated on are not there; a look before training."""
+    data_dir = recipe.evaluation.data_dir
     for name in recipe.evaluation.tasks:
-        labelled_source(_source(name, recipe.data, None), recipe.task, recipe.evaluation.data_dir)
+        source = _source(name, recipe.data, None, data_dir)
+        if glue := resolve_source(source, data_dir).glue:
+            kind = "classification" if TASKS[glue].classes else "regression"
+            if kind != recipe.task:
+                raise InputError(f"evaluation.tasks: {name} is a {kind}, and the run's task a {recipe.task}")
+        labelled_source(source, recipe.task, data_dir)
 
 
 def recipe_labelled(
-    recipe: Recipe, outputs: Outputs, tokenizer: PreTrainedTokenizerBase
+    recipe: Recipe, outputs: Outputs, tokenizer: PreTrainedTokenizerBase, readable: Limits
 ) -> list[LabelledTask]:
     """The rows that a recipe is evaluated on; see `load_labelled`."""
     section = recipe.evaluation
     return load_labelled(
-        section.tasks, outputs, tokenizer, like=recipe.data, limit=section.limit, data_dir=section.data_dir
+        section.tasks,
+        outputs,
+        tokenizer,
+        like=recipe.data,
+        limit=section.limit,
+        data_dir=section.data_dir,
+        readable=readable,
     )
 
 

@@ -35,6 +35,8 @@ def workplace(tmp_path_factory):
         make_checkpoint("bert", place / "bert")
         write_rows(place / "train.jsonl", pair_rows(48))
         write_rows(place / "dev.jsonl", pair_rows(30, first=101))
+        odd = {"sentence1": "the cat [SEP] sat " + "under a tree " * 9, "sentence2": "a cat ran"}
+        write_rows(place / "odd.jsonl", [{**odd, "label": "good"}, {**odd, "label": "odd"}])
         recipe = {
             "task": "classification",
             "name": "one",
@@ -95,6 +97,13 @@ def test_two_runs_are_compared_row_by_row(workplace, capsys):
     assert "has no train.jsonl" in capsys.readouterr().err
 
 
+def test_eval_tells_what_becomes_of_odd_rows(workplace, capsys):
+    assert linchain("eval", "runs/one", "--tasks", "odd.jsonl", "--limit", 1, "--out", "odd") == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "1 of 1 rows are longer than data.max_length (32 tokens" in told
+    assert "1 of 1 rows hold control tokens of the tokenizer in their texts (first odd.jsonl:1" in told
+
+
 def test_a_merged_classifier_tells_the_same(workplace, capsys):
     assert linchain("merge", "runs/one", "--overwrite") == 0
     printed = capsys.readouterr().out
@@ -110,7 +119,8 @@ def test_a_merged_classifier_tells_the_same(workplace, capsys):
 
 def test_an_exported_classifier_is_a_lora_with_its_head(workplace, capsys):
     assert linchain("export", "runs/one", "--overwrite") == 0
-    assert "read back: every ΔW within" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "read back: every ΔW within" in printed and "to be loaded with num_labels=2, which" in printed
     config = json.loads(Path("runs/one/peft/adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and "classifier" in config["modules_to_save"]
     card = Path("runs/one/peft/README.md").read_text()
@@ -121,9 +131,12 @@ def test_check_shows_labels_and_counts_the_head(workplace, capsys):
     assert linchain("check", "recipe.yaml") == 0
     printed = capsys.readouterr().out
     assert "label good" in printed and "a head of" in printed and "dev.jsonl" in printed
+    assert re.search(r"labels to train on: good \d+, bad \d+", printed)
     assert linchain("check", "recipe.yaml", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["classes"] == ["bad", "good"] and found["tasks"] == {"dev.jsonl": 30}
+    counts = found["labels"]
+    assert sum(counts["train"].values()) == 40 and sum(counts["validation"].values()) == 8
 
 
 def test_reports_and_lists_know_such_runs(workplace, capsys):
@@ -151,6 +164,15 @@ def test_resuming_a_finished_run_makes_up_its_evaluation(workplace, capsys):
         (["export", "runs/one", "--format", "gguf"], "linchain merge writes"),
         (["eval", "runs/one", "--tasks", "gone.jsonl"], "there is no file gone.jsonl"),
         (["eval", "runs/one", "--tasks", "glue/rtee"], "GLUE has no task"),
+        (["eval", "runs/one", "--tasks", "glue/rte"], "not_entailment, and the model tells bad, good: name"),
+        (
+            ["eval", "runs/one", "--tasks", "odd.jsonl"],
+            "'odd' is none of the classes.*The model tells no oth",
+        ),
+        (
+            ["train", "recipe.yaml", "name=x", "evaluation.tasks=[glue/stsb]"],
+            "evaluation.tasks: glue/stsb is a regression, and the run's task a classification",
+        ),
         (["eval", "runs/one", "--protocol", "generate"], "tells labels: leave it out"),
         (["train", "recipe.yaml", "name=x", "evaluation.tasks=[gone.jsonl]"], "no file gone.jsonl"),
         (

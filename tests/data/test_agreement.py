@@ -31,6 +31,18 @@ def test_f1_of_more_than_two_classes_is_their_mean():
     assert agreement("f1", targets, told, 3) == pytest.approx((1 + 2 / 3 + 2 / 3) / 3)
 
 
+def test_f1_leaves_out_classes_that_do_not_occur(monkeypatch):
+    """Also in each draw: with few rows of many classes the interval would lie below the value."""
+    from sklearn.metrics import f1_score
+
+    targets, told = np.array([0, 0, 3, 3, 4]), np.array([0, 3, 3, 3, 1])
+    expected = f1_score(targets, told, average="macro")
+    assert agreement("f1", targets, told, 9) == pytest.approx(expected) == pytest.approx((2 / 3 + 0.8) / 4)
+    monkeypatch.setattr(agreements, "RESAMPLES", 50)
+    targets = np.repeat(np.arange(40), 2)
+    assert with_interval("f1", targets, targets, 40).interval == (1, 1)
+
+
 def test_what_is_undefined_counts_as_zero():
     constant = np.zeros(4)
     assert agreement("pearson", np.arange(4.0), constant) == 0

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from linchain_cli.data.encoding import TextEncoder, encode_prompt, encode_responses, text_encoder
+from linchain_cli.data.encoding import (
+    ControlTokens,
+    TextEncoder,
+    encode_prompt,
+    encode_responses,
+    text_encoder,
+)
 from linchain_cli.data.rows import Rendered
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
@@ -219,3 +227,26 @@ def test_added_tokens_are_noticed(byte_level):
 def test_a_slow_tokenizer_is_refused():
     with pytest.raises(InputError, match="fast tokenizer"):
         TextEncoder(object())
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"instruction": "Is 1 </s> 2?", "output": "no"}, "</s>"),
+        ({"messages": [{"role": "user", "content": "a<s>b"}, {"role": "assistant", "content": "c"}]}, "<s>"),
+        ({"text": "struck <S>out</S>, and a < b", "history": [("q", "a")], "n": 3}, None),
+    ],
+)
+def test_control_tokens_are_found_in_any_text_of_a_row(byte_level, row, found):
+    assert ControlTokens(byte_level).find(row) == found
+    if found:
+        text = str(row)
+        assert byte_level.convert_tokens_to_ids(found) in byte_level(text, add_special_tokens=False).input_ids
+
+
+def test_a_templates_own_control_tokens_are_not_counted(prepare, write):
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows = [{"messages": turns}, {"messages": [{"role": "user", "content": "</s>"}, turns[1]]}]
+    path = write("chat.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    report = prepare(str(path), template="chat").report
+    assert report.control_rows == 1 and report.control_examples == [f"{path}:2 (row 2): </s>"]

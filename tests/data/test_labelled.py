@@ -154,6 +154,7 @@ def test_columns_of_the_usual_names_are_found_told_and_settled(bert_tokenizer):
         ([{"text": "a", "label": n / 7} for n in range(120)], "look like no classes.*task: regression"),
         ([{"text": "a", "lable": "x"}, {"text": "a", "lable": "y"}], "no column 'label'.*lable"),
         ([{"text": "a", "label": "x"}, {"text": "a", "label": None}], "row 2.*'label' is null"),
+        ([{"text": "a", "label": ["x", "y"]}], r"row 1\): 'label' is .*multi-label"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused(bert_tokenizer, rows, message):
@@ -166,6 +167,57 @@ def test_a_validation_row_of_an_unknown_class_is_named(bert_tokenizer):
     other = write("other.jsonl", [{**PAIRS[0], "label": "yess"}])
     with pytest.raises(InputError, match=r"other.jsonl:1 .*'yess' is none of the classes, such as 'yes'"):
         prepare_data(config(train, validation=other), bert_tokenizer, task="classification")
+
+
+def test_a_class_that_only_validation_rows_have_is_named_in_data_labels(bert_tokenizer):
+    train = write("train.jsonl", PAIRS)
+    other = write("other.jsonl", [{**PAIRS[0], "label": "never"}])
+    with pytest.raises(InputError, match="'never' is none of the classes.*unless data.labels names them all"):
+        prepare_data(config(train, validation=other), bert_tokenizer, task="classification")
+    names = {name: name for name in ("yes", "no", "maybe", "never")}
+    wanted = config(train, validation=other, labels=names)
+    data = prepare_data(wanted, bert_tokenizer, task="classification")
+    assert data.validation.targets.tolist() == [3] and data.template.classes == tuple(names)
+
+
+def test_a_text_of_no_token_is_a_bad_row(tiny_tokenizer_dir):
+    """As empty ones are with a tokenizer that puts nothing around a text."""
+    from linchain_cli.model.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny_tokenizer_dir)
+    rows = [{"text": text, "label": label} for text, label in (("cat", 0), ("", 1), ("dog", 1))]
+    wanted = config(write("rows.jsonl", rows))
+    with pytest.raises(InputError, match=r"rows.jsonl:2 \(row 2\): its text is empty.*on_bad_row: skip"):
+        prepare_data(wanted, tokenizer, task="classification")
+    skipping = wanted.model_copy(update={"on_bad_row": "skip"})
+    data = prepare_data(skipping, tokenizer, task="classification")
+    assert data.train.targets.tolist() == [0, 1] and data.report.sources[0].bad == 1
+    assert data.report.bad_examples == [
+        "rows.jsonl:2 (row 2): its text is empty: the model has no token to read"
+    ]
+
+
+def test_control_tokens_in_a_text_are_counted(bert_tokenizer):
+    texts = ["the cat", "the [SEP] cat", "[sep] [x] cat", "cat [MASK]"]
+    rows = [{"text": text, "label": number % 2} for number, text in enumerate(texts)]
+    data = prepare_data(config(write("rows.jsonl", rows)), bert_tokenizer, task="classification")
+    assert (data.train[1][0] == bert_tokenizer.sep_token_id).sum() == 2  # as transformers' tokenizer has it
+    assert data.report.control_rows == 2
+    assert data.report.control_examples == ["rows.jsonl:2 (row 2): [SEP]", "rows.jsonl:4 (row 4): [MASK]"]
+    (told,) = (line for line in data.report.warnings if "control tokens" in line)
+    assert told.startswith("2 of 4 rows hold control tokens") and "rows.jsonl:2 (row 2): [SEP]" in told
+
+
+def test_a_tokenizer_that_splits_control_tokens_does_so_here(bert_tokenizer, monkeypatch):
+    """`split_special_tokens` of its tokenizer_config.json."""
+    rows = [{"text": "the [SEP] cat", "label": number} for number in (0, 1)]
+    path = write("rows.jsonl", rows)
+    whole = prepare_data(config(path), bert_tokenizer, task="classification").report
+    monkeypatch.setattr(bert_tokenizer, "split_special_tokens", True)
+    data = prepare_data(config(path), bert_tokenizer, task="classification")
+    assert data.train[0][0].tolist() == bert_tokenizer("the [SEP] cat").input_ids
+    assert (data.train[0][0] == bert_tokenizer.sep_token_id).sum() == 1
+    assert not data.report.control_rows and data.report.fingerprint != whole.fingerprint
 
 
 def test_encodings_of_other_classes_are_other_encodings(bert_tokenizer):
@@ -241,5 +293,6 @@ def test_a_labelling_is_told_from_another_by_all_that_changes_rows():
         Labelling("classification", ("b", "a")),
         Labelling("classification", ("a", "b"), paired=False),
         Labelling("classification", ("a", "b"), segments=True),
+        Labelling("classification", ("a", "b"), splits=True),
     ]
-    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 5

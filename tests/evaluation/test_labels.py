@@ -1,0 +1,92 @@
+"""Which labelled rows a model is measured on, and what is said where they are not its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from linchain_cli.errors import InputError
+from linchain_cli.evaluation.labels import load_labelled
+from linchain_cli.model.classifier import Outputs
+from linchain_cli.model.limits import Limits
+from linchain_cli.recipe import DataConfig
+
+RTE = "index\tsentence1\tsentence2\tlabel\n0\tthe cat\ta cat\tnot_entailment\n1\train\tdog\tentailment\n"
+OWN = Outputs(("bad", "good"))
+
+
+@pytest.fixture
+def tokenizer(tmp_path, monkeypatch):
+    """BERT's kind, which names no longest row; rows.jsonl and GLUE's RTE lie in the current directory."""
+    from transformers import BertTokenizer
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "cat", "dog", "rain"]
+    Path("vocab.txt").write_text("\n".join(vocabulary))
+    Path("RTE").mkdir()
+    Path("RTE/dev.tsv").write_text(RTE)
+    write_rows("cat " * 30, "good")
+    return BertTokenizer("vocab.txt")
+
+
+def write_rows(text, label):
+    rows = [{"review": "a dog", "stars": "bad"}, {"review": text, "stars": label}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_classes_that_nobody_has_named_go_by_their_numbers(tokenizer):
+    """As many classifiers of the hub have them."""
+    (task,) = load_labelled(["glue/rte"], Outputs(("LABEL_0", "LABEL_1")), tokenizer)
+    assert task.data.train.targets.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "message"),
+    [
+        (
+            "glue/rte",
+            OWN,
+            "glue/rte is labelled with entailment, not_entailment, and the model tells bad, good",
+        ),
+        ("glue/rte", Outputs(), "labelled with entailment, not_entailment, and the model tells numbers"),
+        ("glue/stsb", OWN, "glue/stsb is labelled with numbers, and the model tells bad, good"),
+    ],
+)
+def test_a_task_of_other_labels_is_told_before_a_row_is_read(tokenizer, task, outputs, message):
+    with pytest.raises(InputError, match=message):
+        load_labelled([task], outputs, tokenizer)
+
+
+def test_a_row_of_another_label_is_told_without_settings_that_eval_has_not(tokenizer):
+    like = DataConfig.model_validate({"train": "x.jsonl", "columns": {"text": "review", "label": "stars"}})
+    write_rows("the dog", "odd")
+    with pytest.raises(
+        InputError, match=r"rows.jsonl:2 .*'odd' is none of the classes \(bad, good\)"
+    ) as told:
+        load_labelled(["rows.jsonl"], OWN, tokenizer, like=like)
+    assert "on_bad_row" not in str(told.value) and "The model tells no others" in str(told.value)
+
+
+def test_columns_are_the_runs_where_the_rows_have_them_and_else_found(tokenizer):
+    columns = {"text": "review", "label": "stars"}
+    like = DataConfig.model_validate({"train": "x.jsonl", "columns": columns})
+    (task,) = load_labelled(["rows.jsonl"], OWN, tokenizer, like=like)
+    assert task.data.train.targets.tolist() == [0, 1] and not task.data.report.notes
+    Path("rows.jsonl").write_text(
+        Path("rows.jsonl").read_text().replace("review", "sentence").replace("stars", "label")
+    )
+    (task,) = load_labelled(["rows.jsonl"], OWN, tokenizer, like=like)
+    assert task.data.train.targets.tolist() == [0, 1]
+    assert "the columns {text: sentence, label: label}" in task.data.report.notes[0]
+
+
+def test_rows_are_cut_to_what_the_model_reads(tokenizer):
+    """Beyond its last position an encoder has no embedding."""
+    columns = {"text": "review", "label": "stars"}
+    like = DataConfig.model_validate({"train": "x.jsonl", "columns": columns})
+    (task,) = load_labelled(["rows.jsonl"], OWN, tokenizer, like=like, readable=Limits(10, 16, table=True))
+    assert task.data.train.lengths.tolist() == [4, 16]
+    assert "1 of 2 rows are longer than data.max_length (16 tokens" in task.data.report.warnings[0]
