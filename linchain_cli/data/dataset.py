@@ -86,7 +86,9 @@ def prepare_data(
             rows are to be held out than there are, or the model cannot read a row.
     """
     cache_dir = Path(cache_dir) if cache_dir else cache_root() / "encoded"
-    config = config.model_copy(update={"max_length": longest_row(config, tokenizer, limits)})
+    # A label can be told from a row's beginning; an answer at its end is better refused than cut off.
+    positions = limits.positions if limits and limits.table and task != "causal" else None
+    config = config.model_copy(update={"max_length": longest_row(config, tokenizer, positions)})
     settings = EncodingSettings(
         config.max_length, config.train_on_inputs, config.on_bad_row == "skip", config.on_long_row
     )
@@ -205,12 +207,11 @@ def _with_columns(config: DataConfig, found: Sequence[_Found], of_validation: _F
     return config.model_copy(update=update)
 
 
-def longest_row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, limits: Limits | None = None) -> int:
-    """`data.max_length` in tokens; auto is what tokenizer and model read, and at most 2,048."""
+def longest_row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> int:
+    """`data.max_length` in tokens; auto is what the tokenizer names, and at most 2,048 or the `positions`."""
     if config.max_length != "auto":
         return config.max_length
-    positions = limits and limits.positions or LONGEST_AUTO
-    return max(2, min(LONGEST_AUTO, tokenizer.model_max_length, positions))
+    return max(2, min(LONGEST_AUTO, tokenizer.model_max_length, positions or LONGEST_AUTO))
 
 
 def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> None:
