@@ -85,7 +85,7 @@ def label_names(tasks: str | None, subject: Subject) -> list[str]:
     if recipe is not None and recipe.evaluation.tasks:
         return recipe.evaluation.tasks
     if recipe is not None and (source := recipe.data.validation_source) is not None:
-        return [source.path]
+        return [source.path if source.split == "validation" else f"{source.path}:{source.split}"]
     raise InputError("--tasks is missing: name labelled rows, such as --tasks dev.tsv or --tasks glue/rte")
 
 

@@ -120,12 +120,19 @@ class _Texts:
     def _label(self, column: str, value: Any) -> str:
         if isinstance(value, str) and value in self._labels.values():
             return value
-        name = self._labels.get(str(value))
+        text = _text(self._theirs.get(column, column), value)
+        name = next((self._labels[key] for key in (text, as_class(text)) if key in self._labels), None)
         if name is None:
             known = ", ".join(list(self._labels)[:20])
             theirs = self._theirs.get(column, column)
             raise RowError(f"'{theirs}' is {readers.shown(value)}, which data.labels does not name ({known})")
         return name
+
+
+def as_class(label: str) -> str:
+    """A label without white space around it; a whole number that was stored as a fraction is that number."""
+    label = label.strip()
+    return str(int(float(label))) if re.fullmatch(r"-?\d{1,15}\.0+", label) else label
 
 
 def _text(column: str, value: Any) -> str:

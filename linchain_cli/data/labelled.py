@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from linchain_cli.data.encoding import ControlTokens, EncodedText, TextEncoder, serialized_tokenizer
-from linchain_cli.data.formats import FormattedRows
+from linchain_cli.data.formats import FormattedRows, as_class
 from linchain_cli.data.glue import TASKS
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.rows import Layout, Row, RowError, Template
@@ -93,7 +93,7 @@ class Labelling:
 
     @classmethod
     def of(cls, task: LabelledTask, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Labelling:
-        paired = tokenizer.sep_token is not None
+        paired = joins_pairs(tokenizer)
         segments = paired and "token_type_ids" in tokenizer.model_input_names
         return cls(task, tuple(classes), paired, segments, tokenizer.split_special_tokens)
 
@@ -128,6 +128,11 @@ class Labelling:
         return float(self.classes.index(name))
 
 
+def joins_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer joins two texts so that they can be told apart: whether it has a separator."""
+    return tokenizer.sep_token is not None
+
+
 def label_name(target: float, classes: Sequence[str]) -> str:
     """How a row's target is called: a class's name, or without classes the number."""
     return classes[int(target)] if classes else f"{target:g}"
@@ -150,16 +155,15 @@ def _number(label: str) -> float:
 
 
 def class_name(label: str) -> str:
-    """A label as a class's name, without white space around it; a whole number that was stored as a fraction
-    is that number.
+    """A label as a class's name.
 
     Raises:
         RowError: there is none. A .csv without a label there would make nothing a class.
     """
-    name = label.strip()
+    name = as_class(label)
     if not name:
         raise RowError("the label is empty: there is no class to learn from this row")
-    return str(int(float(name))) if re.fullmatch(r"-?\d{1,15}\.0+", name) else name
+    return name
 
 
 def labelled_source(

@@ -108,7 +108,7 @@ def model_card(
         + (f" at revision `{base.revision}`" if base.revision else "")
         + (f", weights `{adapter.base['hash']}`" if adapter.base.get("hash") else "")
         + ". Its licence and its limits hold for this derivative too.",
-        _labels(adapter.head),
+        _labels(adapter.head, loading, origin.recipe),
         "## Data",
         "\n".join(f"- `{_without_folders(source)}`" for source in origin.data)
         or "Not known: the adapter was imported.",
@@ -135,13 +135,15 @@ def _made(adapter: Adapter, origin: Origin) -> str:
     )
 
 
-def _labels(head: Head | None) -> str:
-    """What a classifier tells."""
+def _labels(head: Head | None, loading: Loading | None, recipe: str | None) -> str:
+    """What a classifier tells, and of what where a tokenizer would join two texts otherwise."""
     if head is None:
         return ""
-    if not head.classes:
-        return "## Labels\n\nOne number: a regression."
-    return "## Labels\n\n" + "\n".join(f"{number}. `{name}`" for number, name in enumerate(head.classes))
+    told = "\n".join(f"{number}. `{name}`" for number, name in enumerate(head.classes))
+    parts = ["## Labels", told or "One number: a regression."]
+    if loading and not loading.paired and "text_pair" in (recipe or ""):
+        parts.append('Two texts were given as one, with a line break between them: `f"{first}\\n{second}"`.')
+    return "\n\n".join(parts)
 
 
 def _front_matter(kind: Kind, base: PublishedBase, auto_class: str) -> str:

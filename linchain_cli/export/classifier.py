@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli.chain.head import Head
+from linchain_cli.data.labelled import joins_pairs
 from linchain_cli.errors import InputError, some
 from linchain_cli.model.checkpoint import Checkpoint
 from linchain_cli.model.classifier import Outputs, named_padding, names_classifier, padding
@@ -31,10 +32,12 @@ class Loading:
     arguments: of from_pretrained: how many outputs the head has; the padding that a decoder's head looks for,
         where config.json names none; and that a head of other classes is replaced
     pad_token: what the tokenizer shall fill short rows with, where it has no token for that
+    paired: whether the tokenizer joins two texts itself; if not, a line break stands between them
     """
 
     arguments: dict[str, int | bool]
     pad_token: str | None = None
+    paired: bool = True
 
 
 def loading_of(model: PreTrainedModel, head: Head | None, directory: Path) -> Loading | None:
@@ -48,7 +51,8 @@ def loading_of(model: PreTrainedModel, head: Head | None, directory: Path) -> Lo
     is_classifier = names_classifier(read_config(directory).get("architectures"))
     if is_classifier and stored_outputs(directory).number != outputs.number:
         arguments["ignore_mismatched_sizes"] = True
-    return Loading(arguments, None if tokenizer.pad_token else tokenizer.convert_ids_to_tokens(token))
+    pad_token = None if tokenizer.pad_token else tokenizer.convert_ids_to_tokens(token)
+    return Loading(arguments, pad_token, joins_pairs(tokenizer))
 
 
 def outputs_of(head: Head | None) -> Outputs | None:

@@ -15,6 +15,7 @@ from linchain_cli.chain import Adapter
 from linchain_cli.errors import LinchainError, Stopped
 from linchain_cli.export.card import Origin, PublishedBase, model_card
 from linchain_cli.export.classifier import (
+    Loading,
     as_classifier,
     changes,
     classifier_config,
@@ -124,7 +125,8 @@ def merge_checkpoint(
         base_directory, adapter.base.get("hash"), options.name, allow=options.allow_other_base
     )
     origin = origin if origin.base else replace(origin, base=PublishedBase.at(base_directory))
-    write_card = _CardWriter(adapter, origin, auto_class(model.config, outputs_of(adapter.head)).__name__)
+    loaded_by = auto_class(model.config, outputs_of(adapter.head)).__name__
+    write_card = _CardWriter(adapter, origin, loaded_by, loading)
     with staged_output(target, MergeReceipt, overwrite=options.overwrite) as staging:
         write_checkpoint(staging, tensors, options.max_shard_bytes, _counter("writing", total, progress))
         told += write_companions(
@@ -209,10 +211,12 @@ class _CardWriter:
     adapter: Adapter
     origin: Origin
     auto_class: str
+    loading: Loading | None = None
 
     def __call__(self, directory: Path, receipt: MergeReceipt) -> MergeReceipt:
         try:
-            card = model_card("merged", self.adapter, self.origin, _facts(receipt), self.auto_class)
+            facts = _facts(receipt)
+            card = model_card("merged", self.adapter, self.origin, facts, self.auto_class, self.loading)
         except Exception as error:  # it shows what others wrote: recipes, evaluations
             reason = f"no model card: {type(error).__name__}: {error}"
             return replace(receipt, not_proven=[*receipt.not_proven, reason])

@@ -120,6 +120,18 @@ def test_words_for_labels_are_the_classes_in_their_order(bert_tokenizer):
     assert data.template.classes == ("high", "low") and data.train.targets.tolist() == [1, 0, 1]
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [((False, True), ("false", "true")), ((0.0, 1.0), ("0", "1")), ((" 0", "1 "), ("0", "1"))],
+)
+def test_words_are_found_for_labels_however_they_are_stored(bert_tokenizer, values, words):
+    """A column with missing values holds fractions where pandas has written it."""
+    rows = [{"text": "cat", "label": values[0]}, {"text": "dog", "label": values[1]}]
+    wanted = config(write("rows.jsonl", rows), labels=dict(zip(words, ("low", "high"), strict=True)))
+    data = prepare_data(wanted, bert_tokenizer, task="classification")
+    assert data.template.classes == ("low", "high") and data.train.targets.tolist() == [0, 1]
+
+
 def test_classes_that_a_data_set_names_keep_its_order(bert_tokenizer):
     import datasets
 

@@ -175,6 +175,15 @@ def test_what_a_classifier_has_no_use_for_is_left_out_and_told(tmp_path):
     assert "text-classification" in card and "AutoModelForSequenceClassification" in card
 
 
+@pytest.mark.parametrize("recipe", [None, "data: {columns: {text: a, text_pair: b, label: c}}"])
+def test_a_card_says_how_two_texts_become_one(tmp_path, tiny_llama_dir, recipe):
+    adapter, _ = trained(tiny_llama_dir, "llama")
+    origin = Origin("llama", recipe=recipe)
+    merge_checkpoint(tiny_llama_dir, adapter, tmp_path / "merged", MergeOptions(), origin)
+    card = (tmp_path / "merged/README.md").read_text()
+    assert ('`f"{first}\\n{second}"`' in card) == (recipe is not None)
+
+
 def test_a_head_that_does_not_fit_the_base_is_refused(tmp_path):
     base = make_checkpoint("bert", tmp_path / "base")
     adapter, _ = trained(base, "bert")
