@@ -38,7 +38,14 @@ def ensure_home() -> str | None:
         os.environ["HOME"] = str(Path.home())
         return None
     user = os.geteuid()
-    place = Path(tempfile.gettempdir()) / f"linchain-{user}"
+    try:
+        place = Path(tempfile.gettempdir()) / f"linchain-{user}"
+    except FileNotFoundError:
+        os.environ["HOME"] = "/"
+        return (
+            f"HOME is not set, user {user} has no home directory, and no directory for temporary files can be"
+            " written: set HOME or TMPDIR to one that can."
+        )
     with contextlib.suppress(OSError):
         place.mkdir(mode=0o700, exist_ok=True)
     status = place.lstat() if os.path.lexists(place) else None

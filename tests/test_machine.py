@@ -239,6 +239,14 @@ def test_without_a_home_caches_have_a_private_place_that_stays(homeless):
         assert os.environ["HOME"] == str(homeless) and homeless.stat().st_mode & 0o777 == 0o700
 
 
+def test_without_a_home_and_without_a_place_for_caches_that_is_told(homeless, monkeypatch):
+    def unwritable():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(machine.tempfile, "gettempdir", unwritable)
+    assert "set HOME or TMPDIR" in machine.ensure_home() and os.environ["HOME"] == "/"
+
+
 @pytest.mark.parametrize("kind", ["link", "open to all", "file"])
 def test_a_strangers_place_is_not_taken(homeless, kind):
     if kind == "link":

@@ -44,9 +44,11 @@ def run(
 ) -> None:
     """Publish an adapter or a merged checkpoint on the hub."""
     source, repo = _source_and_repository(words)
+    from linchain_cli.export.output import stops_with
     from linchain_cli.export.publish import hub_api, look_at, plan_publication, upload
 
-    with tempfile.TemporaryDirectory(prefix="linchain-push-") as scratch:
+    stopped = "stopped before it was published; run the command again: what has arrived does not travel twice"
+    with stops_with(stopped), tempfile.TemporaryDirectory(prefix="linchain-push-") as scratch:
         directory = _directory(source, merged, base, Path(scratch) / "adapter")
         publication = plan_publication(directory, repo)
         api = hub_api()

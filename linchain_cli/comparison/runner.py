@@ -50,6 +50,7 @@ from linchain_cli.training.objective import Objective, objective_of
 from linchain_cli.training.rate import with_rate
 from linchain_cli.training.runner import run_training
 from linchain_cli.training.schedule import total_steps
+from linchain_cli.training.signals import stop_requests
 
 _WAIT = 60.0  # seconds for another process to write the definition or the results
 
@@ -98,7 +99,8 @@ def run_comparison(
         definition.write(directory)
     try:
         runner = _Runner(directory, definition, tasks, base)
-        failures = runner.run([(arm, seed) for seed in seeds for arm in wanted])
+        with stop_requests("stopped: what is done is kept, and the same command continues"):
+            failures = runner.run([(arm, seed) for seed in seeds for arm in wanted])
     except (Stopped, KeyboardInterrupt):
         _write(directory)
         raise
@@ -357,7 +359,7 @@ class _Runner:
                     evaluate_base(recipe, base, self.tasks, place, self._straddles)
         except InUse:
             return False
-        except InputError:
+        except (InputError, Stopped):
             raise
         except LinchainError as error:
             failures.append(f"the base: {error}")

@@ -21,7 +21,7 @@ from linchain_cli.evaluations import Evaluation, Found, describe, find_evaluatio
 from linchain_cli.locks import locked
 from linchain_cli.recipe import EvaluationConfig, Recipe
 from linchain_cli.run import RunDirectory
-from linchain_cli.storage import make_directory
+from linchain_cli.storage import expand, make_directory
 
 LOCK_SECONDS = 60.0
 
@@ -35,6 +35,7 @@ class ResultStore:
 
     def __init__(self, out: Path, setting: Evaluation):
         self._setting = setting
+        out = expand(out)
         self.directory = results_directory(out)
         self._file = out if self.directory != out else None
         if self._file is not None:
@@ -189,6 +190,7 @@ def results_directory(out: Path) -> Path:
     Raises:
         InputError: `out` is neither, or nothing can be written there.
     """
+    out = expand(out)
     if out.suffix != ".json" and out.suffix and not out.is_dir():
         raise InputError(f"--out {out}: expected a .json file or a directory for the results")
     directory = out.parent if out.suffix == ".json" and not out.is_dir() else out

@@ -21,6 +21,7 @@ from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import RAW_SOURCES
 from linchain_cli.evaluation.task import Task, check_protocol, read_row
 from linchain_cli.recipe import Recipe
+from linchain_cli.storage import expand
 
 COMMONSENSE_TOKENS = 32
 ARITHMETIC_TOKENS = 256
@@ -133,7 +134,7 @@ def load_task(name: str, data_dir: Path | str | None = None, limit: int | None =
     if name.endswith((".yaml", ".yml")):
         from linchain_cli.evaluation.user_tasks import load_user_task
 
-        return load_user_task(Path(name), limit)
+        return load_user_task(expand(name), limit)
     spec = SPECS[name]
     raw_rows, source = _find_rows(name, data_dir)
     rows = tuple(read_row(row, index, spec.rule, source) for index, row in enumerate(raw_rows[:limit]))
@@ -148,11 +149,11 @@ def _find_rows(name: str, data_dir: Path | str | None) -> tuple[list[Any], str]:
         from linchain_cli.data.everyday import everyday_rows
 
         return everyday_rows("test"), "everyday (test)"
-    if data_dir is not None and not Path(data_dir).is_dir():
+    if data_dir is not None and not expand(data_dir).is_dir():
         raise InputError(f"--data-dir {data_dir}: there is no such directory")
     tried = []
     for folder in dict.fromkeys(filter(None, [data_dir, os.environ.get(DATA_DIR_VARIABLE)])):
-        path = Path(folder) / name / "test.json"
+        path = expand(folder) / name / "test.json"
         if path.is_file():
             return read_json_rows(path), str(path)
         tried.append(str(path))

@@ -11,6 +11,7 @@ from pathlib import Path
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.run.directory import ComparisonDirectory, RunDirectory, in_use
 from linchain_cli.run.status import RunStatus
+from linchain_cli.storage import expand
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def find_run(path: Path | str | None) -> RunDirectory:
     """
     if path is None:
         return newest_finished_run()
-    run = RunDirectory(path)
+    run = RunDirectory(path := expand(path))
     if run.exists():
         return run
     if (comparison := ComparisonDirectory(path)).exists():
@@ -93,7 +94,7 @@ def find_adapter(path: Path | str | None) -> Opened:
     Raises:
         InputError: there is no such run, or it has no adapter yet.
     """
-    if path is not None and (found := _named_part(Path(path))):
+    if path is not None and (found := _named_part(expand(path))):
         return found
     run = find_run(path)
     status = run.read_status()

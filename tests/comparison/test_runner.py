@@ -317,7 +317,7 @@ def test_equal_parameters(recipe_path):
     assert any(f"{low:,} to {high:,}" in note for note in results["notes"])
 
 
-def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonsense_rows, loads):
+def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonsense_rows, loads, monkeypatch):
     task = tmp_path / "tasks" / "boolq" / "test.json"
     task.parent.mkdir(parents=True)
     task.write_text(
@@ -329,6 +329,11 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
         "evaluation.tasks=[boolq]",
         f"evaluation.data_dir={task.parents[1]}",
     ]
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "evaluate_base", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="the same command continues") as stop:
+            run_comparison(expand(recipe_path, [*words, "evaluation.limit=6"]), [1])
+        assert stop.value.exit_code == 143 and (tmp_path / "tiny" / "results.json").is_file()
     results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=6"]), [1])
     for run in results["runs"]:
         found = json.loads((tmp_path / "tiny" / run["directory"] / "eval" / "likelihood.json").read_bytes())
@@ -359,7 +364,7 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
     assert [row["rows"] for row in results["accuracies"]] == [8, 8]
     assert json.loads((eval_dir / "likelihood.json").read_bytes())["tasks"]["boolq"]["n"] == 6
     assert metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"])) == before
-    assert len(loads) == 2
+    assert len(loads) == 3
 
 
 def test_a_misspelt_task_is_told_before_anything_is_trained(recipe_path, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,18 @@ def test_a_file_of_another_setting_is_refused_before_anything_is_measured(tmp_pa
     assert add(path, "piqa") == "mine.json"
     with pytest.raises(InputError, match="holds another result"):
         ResultStore(path, SETTING.model_copy(update={"dtype": "bfloat16"}))
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    """A shell leaves the one in --out=~/results as it is, and nobody should have to remove a directory `~`."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert add(Path("~/results"), "boolq") == "likelihood.json"
+    assert add(Path("~/mine.json"), "boolq") == "mine.json"
+    assert sorted(path.name for path in (tmp_path / "home").iterdir() if path.suffix != ".lock") == [
+        "mine.json",
+        "mine.predictions.jsonl",
+        "results",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
