@@ -35,6 +35,7 @@ from linchain_cli.commands import (
 )
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.machine import ensure_home, is_out_of_memory, suit_cuda_to_many_lengths
+from linchain_cli.storage import NO_ROOM
 
 INTERRUPTED = 128 + signal.SIGINT
 # What the system says of a place that the user should name otherwise; a full or broken disk is none.
@@ -123,6 +124,8 @@ def _show_log(level: int) -> None:
     logger = logging.getLogger("linchain_cli")
     logger.setLevel(level)
     logger.handlers = [logging.StreamHandler()]
+    # Where its cache cannot be written it says so at length, and goes on without.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def _run(arguments: list[str], debug: bool) -> int:
@@ -171,8 +174,7 @@ _REMEDIES = {
     errno.EPERM: "; choose a place that you may read and write",
     errno.EROFS: "; choose a place that can be written to",
     errno.EISDIR: "; a file is expected there: name one, or move the directory away",
-    errno.ENOSPC: "; make room there, or choose another place",
-    errno.EDQUOT: "; make room there, or choose another place",
+    **dict.fromkeys(NO_ROOM, "; make room there, or choose another place"),
 }
 
 
@@ -220,6 +222,10 @@ def _call(arguments: list[str]) -> int:
     is done."""
     if arguments and arguments[0] in _ALONE and not console.is_first_process():
         return 0
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # libraries of torch's end the process for it
+        raise InputError("the current directory was removed: change into one that is there") from None
     _refuse_dashed_overrides(arguments)
     try:
         app(args=arguments, prog_name="linchain")

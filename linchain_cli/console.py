@@ -65,9 +65,7 @@ class Progress:
         bars: False shows lines on a terminal, too: within something that may have bars of its own.
     """
 
-    def __init__(
-        self, unit: str = "", counted: Collection[str] = (), quiet: bool = False, bars: bool = True
-    ):
+    def __init__(self, unit: str = "", counted: Collection[str] = (), quiet: bool = False, bars: bool = True):
         self._console, self._unit, self._counted = stderr_console(quiet), unit, counted
         self._last = time.monotonic()
         self._bars: dict[str, Any] = {}

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 STAGING_PREFIX = ".staging-"
 REPLACED_PREFIX = ".replaced-"
 REMOVED_PREFIX = ".removed-"
+# What the system says of a disk that takes no more: it is full, the user's share is, or a file's limit.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABANDONED = 24 * 3600.0  # seconds without a change until another machine's staging counts as left behind
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _NOT_OURS = {"lost+found"}  # what a new file system has in it
@@ -79,7 +81,7 @@ def _mkdir(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Puts the file's name into an error of a write or a sync, which the system does not do."""
     try:
         yield
@@ -93,7 +95,7 @@ def fsync_file(path: Path) -> None:
     """Makes what was written to a file durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with _naming(path):
+        with naming(path):
             _fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -125,13 +127,13 @@ def make_directory(path: Path) -> None:
 
 def append(path: Path, data: bytes) -> None:
     """Adds to the end of a file. What is added is durable only after `fsync_file`."""
-    with _naming(path), open(path, "ab") as handle:
+    with naming(path), open(path, "ab") as handle:
         _write(handle, data)
 
 
 def write_durable(path: Path, data: bytes) -> None:
     """Writes and fsyncs a file in place: for files of a directory that is itself staged."""
-    with _naming(path), open(path, "wb") as handle:
+    with naming(path), open(path, "wb") as handle:
         _write(handle, data)
         handle.flush()
         _fsync(handle.fileno())

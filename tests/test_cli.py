@@ -352,6 +352,14 @@ def test_under_a_launcher_one_process_does_what_is_for_one(monkeypatch, capsys):
     assert run("merge", "no-such-run") == 2
 
 
+def test_a_current_directory_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run("merge", str(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith("error: the current directory was removed")
+
+
 def test_ctrl_c_exits_130_without_a_traceback():
     code = (
         "import os, signal, linchain_cli.commands.recipes as r\n"

@@ -19,12 +19,15 @@ from linchain_cli.data.sources import Source
 from linchain_cli.data.store import FORMAT_VERSION, EncodedStore, StoreWriter
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
-from linchain_cli.storage import remove_staging, staged_directory
+from linchain_cli.storage import NO_ROOM, remove_staging, staged_directory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Sources = Sequence[tuple[Source, Template]]
+
+# The last one of a home that is nowhere.
+_WRONG_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT)
 
 
 def open_or_encode(
@@ -86,14 +89,12 @@ def _cache_problems(cache_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_ROOM:
             raise LinchainError(
                 f"No space is left for encoded rows in {cache_dir}. Free some, or set LINCHAIN_CACHE to "
                 "another directory."
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR) and _lies_in(
-            error.filename, cache_dir
-        ):
+        if error.errno in _WRONG_PLACE and _lies_in(error.filename, cache_dir):
             raise InputError(
                 f"Encoded rows cannot be kept in {cache_dir} ({error.strerror}). Set LINCHAIN_CACHE to a "
                 "directory that can be written."

@@ -4,7 +4,6 @@ readers."""
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import re
@@ -18,6 +17,7 @@ from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line, some
 from linchain_cli.model.gguf import cache_root
 from linchain_cli.storage import (
+    NO_ROOM,
     expand,
     make_directory,
     refuse_lfs_pointer,
@@ -231,7 +231,7 @@ def _address_problems(address: str) -> Iterator[None]:
             "of a copy on this machine."
         ) from None
     except Exception as error:  # each file system has errors of its own
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
             raise LinchainError(
                 f"data: no space is left for {address} in {cache_root()}. Free some, or set LINCHAIN_CACHE to"
                 " another directory."

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from linchain_cli.data.encoding import EncodedText
-from linchain_cli.storage import json_bytes, write_durable
+from linchain_cli.storage import json_bytes, naming, write_durable
 
 FORMAT_VERSION = 1
 _FILES = {
@@ -65,7 +65,8 @@ class StoreWriter:
             handle.close()
 
     def _write(self, name: str, values: Any) -> None:
-        self._handles[name].write(np.asarray(values, dtype=_FILES[name]).data)
+        with naming(_file(self._directory, name)):
+            self._handles[name].write(np.asarray(values, dtype=_FILES[name]).data)
 
     def append(self, groups: Iterable[Sequence[EncodedText]]) -> None:
         """Writes the training rows that each row of a source became."""

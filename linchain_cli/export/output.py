@@ -151,7 +151,7 @@ def staged_output(
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise InputError(taken) from error
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in storage.NO_ROOM:
             raise LinchainError(
                 f"the disk of {target} is full. {removed} Free some space or choose another --out."
             ) from error

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linchain_cli.errors import InputError, did_you_mean
+from linchain_cli.storage import NO_ROOM
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def _explained(kind: HubKind, name: str, revision: str | None, chain: list[BaseE
         hint = did_you_mean(name, cached_ids(kind))
         return f"{what} is {state} on this machine, and {why}, {kind.otherwise}.{hint}"
     store = caused_by(OSError)
-    if store and store.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+    if store and store.errno in (errno.EACCES, errno.EPERM, errno.EROFS, *NO_ROOM):
         return (
             f"{what} cannot be stored in {store.filename or constants.HF_HOME}: {store.strerror}. Set HF_HOME"
             f" to a directory that can be written and has room, {kind.otherwise}."

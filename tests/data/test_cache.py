@@ -161,9 +161,10 @@ def test_rows_that_may_not_be_read_are_not_taken_for_damaged(prepare, train, mon
     assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == before
 
 
-def test_a_full_disk_is_said(prepare, train, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_said(prepare, train, monkeypatch, code):
     def full(*_):
-        raise OSError(28, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(cache.StoreWriter, "append", full)
     with pytest.raises(LinchainError, match="No space is left .* LINCHAIN_CACHE"):
@@ -174,6 +175,8 @@ def test_a_cache_that_cannot_be_written_is_said(byte_level, train, data_config, 
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="Set LINCHAIN_CACHE to a directory"):
         prepare_data(data_config(train), byte_level, cache_dir=tmp_path / "file" / "cache")
+    with pytest.raises(InputError, match="/proc/nowhere/cache .*Set LINCHAIN_CACHE to a directory"):
+        prepare_data(data_config(train), byte_level, cache_dir=Path("/proc/nowhere/cache"))
 
 
 def test_the_cache_is_where_the_environment_says(byte_level, train, data_config, tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_file_of_another_setting_is_refused_before_anything_is_measured(tmp_pa
 
 
 def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
-    """A shell leaves the one in --out=~/results as it is, and nobody should have to remove a directory `~`."""
+    """A shell leaves the one in --out=~/results as it is, and `rm -r ~` is no way out of it."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     monkeypatch.chdir(tmp_path)
