@@ -75,6 +75,10 @@ class RunDirectory:
             if not replace:
                 raise InputError(self._exists_message())
             refuse_foreign(self.path, _PARTS)
+        elif ComparisonDirectory(self.path).exists():
+            raise InputError(
+                f"{self.path} holds a comparison, not a run: give the run another name (name=NEW)"
+            )
         elif not self.path.is_dir() or not storage.is_empty(self.path):
             raise InputError(
                 f"{self.path} exists and is not a run directory; it is left alone."

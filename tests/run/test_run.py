@@ -92,6 +92,14 @@ def test_a_run_that_is_going_on_is_said_to_be(tmp_path):
         run.check_free()
 
 
+def test_a_comparison_of_that_name_is_told(tmp_path):
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "comparison.json").write_text("{}")
+    for replace in (False, True):
+        with pytest.raises(InputError, match="holds a comparison, not a run: .* another name \\(name=NEW\\)"):
+            RunDirectory(tmp_path / "c").check_free(replace=replace)
+
+
 def test_files_that_are_no_run_are_never_touched(tmp_path):
     for place in ("file", "directory"):
         path = tmp_path / place
