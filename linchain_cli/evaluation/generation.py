@@ -110,7 +110,7 @@ class Generator:
             parents, tokens = search.advance(logits)
             if parents is None:
                 return search.answers()
-            logits = reader.read_tokens(parents, tokens, search.rows)
+            logits = reader.read_tokens(None if search.in_place else parents, tokens, search.rows)
 
 
 def generate(
@@ -183,14 +183,17 @@ class _Reader:
         """Logits (rows, vocabulary) behind each prompt."""
         return self._read(self._prompts, (self._mask.cumsum(-1) - 1).clamp(min=0))
 
-    def read_tokens(self, parents: torch.Tensor, tokens: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-        """Logits behind `tokens` (n,), each continuing the sequence `parents[i]` of the last read; all of
-        them continue the prompts `rows`."""
+    def read_tokens(
+        self, parents: torch.Tensor | None, tokens: torch.Tensor, rows: Sequence[int]
+    ) -> torch.Tensor:
+        """Logits behind `tokens` (n,), each continuing the sequence `parents[i]` of the last read, or with
+        None the i-th one; all of them continue the prompts `rows`."""
         self._padded = min(self._prompt_lengths[row] for row in rows) < max(self._prompt_lengths)
-        self._cache.batch_select_indices(parents)
-        self._lengths = self._lengths[parents]
+        if parents is not None:
+            self._cache.batch_select_indices(parents)
+            self._lengths, self._mask = self._lengths[parents], self._mask[parents]
         seen = torch.ones(len(tokens), 1, dtype=torch.long, device=self.device)
-        self._mask = torch.cat([self._mask[parents], seen], dim=1)
+        self._mask = torch.cat([self._mask, seen], dim=1)
         positions = self._lengths.unsqueeze(1)
         self._lengths = self._lengths + 1
         return self._read(tokens.unsqueeze(1), positions)
@@ -212,7 +215,8 @@ class BeamSearch:
 
     A finished answer's score is its log-probability over its length, its end token counted. A row is done
     when it has `beams` finished answers and its best running beam, at its present length, scores no better
-    than the worst of them; with one beam, when that is finished. `rows` are those that are not.
+    than the worst of them; with one beam, when that is finished. `rows` are those that are not; `in_place`
+    says whether the last step left every sequence where it was, so that no cache has to be copied.
     """
 
     def __init__(self, rows: int, beams: int, max_new_tokens: int, ends: Sequence[int], device: torch.device):
@@ -220,6 +224,7 @@ class BeamSearch:
         self._ends = torch.tensor(list(ends), dtype=torch.long, device=device)
         self._width = max(2, 1 + len(ends)) * beams
         self.rows = list(range(rows))
+        self.in_place = False
         self._places = torch.arange(rows, device=device)  # `rows`, on the device
         self._scores = torch.zeros(rows, 1, device=device)
         self._tokens = torch.zeros(rows, 1, 0, dtype=torch.long, device=device)
@@ -256,6 +261,7 @@ class BeamSearch:
         if not keep:
             return None, None
         self.rows = [self.rows[row] for row in keep]
+        self.in_place = self._beams == 1 and len(keep) == rows
         places = in_one_copy(torch.tensor(keep), logits.device)
         kept = (self._places, running, self._finished, order, sequences, parents, tokens)
         self._places, self._scores, self._finished, order, sequences, parents, tokens = (

@@ -131,6 +131,22 @@ def test_an_answer_is_read_by_4_bit_weights_as_they_are_packed(small_model, tmp_
     assert gpu.launches["gemm_4bit"] == len(layers) * (ANSWER - 1)
 
 
+@pytest.mark.parametrize(("beams", "copied"), [(1, False), (4, True)])
+def test_greedy_search_copies_no_cache(on_device, beams, copied):
+    """As long as no row is done, every answer goes on where it stands."""
+    model = on_device("llama")
+    with pretend_gpu.PretendGpu(scalar=0.0) as gpu:
+        generator = Generator(model, [END], prompts([3, 1, 3]), beams, ANSWER, 10_000)
+        generator.generate(generator.batches[0])
+    selections = sum(
+        count
+        for (name, place), count in gpu.places.items()
+        if name == "index" and "cache_utils.py" in place
+    )
+    layers = model.config.num_hidden_layers
+    assert selections == (2 * layers * (ANSWER - 1) if copied else 0)
+
+
 def test_what_goes_over_in_one_copy_is_pinned_where_cuda_is(monkeypatch):
     """A copy that the host does not wait for is one only out of pinned memory."""
     asked = []
