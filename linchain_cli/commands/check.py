@@ -10,9 +10,13 @@ from linchain_cli.console import print_json
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from torch import nn
 
+    from linchain_cli.data.dataset import PreparedData
+    from linchain_cli.model.classifier import Outputs
+    from linchain_cli.model.limits import Limits
     from linchain_cli.recipe import Recipe
 
 
@@ -36,20 +40,16 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     known, and returns all of it, as JSON holds it, but for the example rows. Memory is in bytes."""
     from linchain_cli.commands import check_view
     from linchain_cli.data.dataset import prepare_data
-    from linchain_cli.evaluation.labels import recipe_labelled
-    from linchain_cli.evaluation.questions import check_questions
-    from linchain_cli.evaluation.tasks import recipe_tasks
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.limits import limits
     from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
     from linchain_cli.training.base import recipe_outputs
     from linchain_cli.training.chains import chain_config
     from linchain_cli.training.display import counting_rows
-    from linchain_cli.training.forecast import forecast, recipe_epoch
+    from linchain_cli.training.forecast import forecast
     from linchain_cli.training.launch import wanted_processes
     from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import far_from_auto, with_rate
-    from linchain_cli.training.schedule import total_steps, unreachable
     from linchain_cli.training.trackers import check_trackers
 
     limit_threads()
@@ -67,38 +67,16 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     check_view.learning_rate(console, auto)
     check_view.notes(console, far)
 
-    readable = limits(model)
+    readable, device = limits(model), default_device()
+    classes = outputs and outputs.classes
     with counting_rows() as progress:
         data = prepare_data(
-            recipe.data,
-            tokenizer,
-            readable,
-            task=recipe.task,
-            classes=outputs and outputs.classes,
-            progress=progress,
+            recipe.data, tokenizer, readable, task=recipe.task, classes=classes, progress=progress
         )
-    config, device = chain_config(recipe), default_device()
-    epoch = recipe_epoch(recipe, data.train, device)
-    check_view.sources(console, data)
-    labels = check_view.labels(console, data, outputs.classes) if outputs else None
-    check_view.lengths(console, data, data.config.max_length)
-    steps = total_steps(recipe.training, epoch.rows)
-    check_view.epoch(console, epoch, steps, recipe, device.type)
-    short = list(unreachable(recipe.training, epoch.rows, data.validation is not None))
-    check_view.notes(console, short)
-    check_view.rows(console, data.train, tokenizer, outputs and outputs.classes)
-    warnings, tasks = [], []
-    if outputs is not None:
-        tasks = recipe_labelled(recipe, outputs, tokenizer, readable)
-        check_view.tasks(console, {task.name: (len(task.data.train), task.source) for task in tasks}, recipe)
-    elif tasks := recipe_tasks(recipe):
-        protocol = recipe.evaluation.protocol
-        warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
-        check_view.tasks(console, {task.name: (len(task.rows), task.source) for task in tasks}, recipe)
-        check_view.notes(console, warnings)
-
+    rows, short = _rows(recipe, data, tokenizer, outputs, device, console)
+    tasks, warnings = _tasks(recipe, data, tokenizer, outputs, readable, console)
     processes = wanted_processes(None)
-    cost = forecast(recipe, config, directory, data.train, data.validation, device, processes)
+    cost = forecast(recipe, chain_config(recipe), directory, data.train, data.validation, device, processes)
     check_view.cost(console, cost)
     reports = [report for report in (data.report, data.validation_report) if report is not None]
     told = [note for report in reports for note in (*report.notes, *report.warnings)]
@@ -106,16 +84,8 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "auto_rate": auto and auto.reason,
         "modules": modules,
-        "rows": data.report.counts(),
-        "validation": data.validation_report.counts() if data.validation_report else None,
-        "train_rows": len(data.train),
-        "validation_rows": len(data.validation or ()),
-        "max_length": data.config.max_length,
-        "epoch": asdict(epoch),
-        "total_steps": steps,
-        "classes": outputs and list(outputs.classes),
-        "labels": labels,
-        "tasks": {task.name: len(task.data.train if outputs else task.rows) for task in tasks},
+        **rows,
+        "tasks": tasks,
         "notes": [*there, *far, *told, *short, *warnings, *cost.notes],
         "forecast": {
             "device": cost.device,
@@ -167,3 +137,67 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
         "frozen_parameters": parameters,
         "coverage": {"share": covered.share, **asdict(covered)},
     }
+
+
+def _rows(
+    recipe: Recipe,
+    data: PreparedData,
+    tokenizer: Any,
+    outputs: Outputs | None,
+    device: torch.device,
+    console: Console,
+) -> tuple[dict[str, Any], list[str]]:
+    """The rows, the steps that they make, and what the run is too short for."""
+    from linchain_cli.commands import check_view
+    from linchain_cli.training.forecast import recipe_epoch
+    from linchain_cli.training.schedule import total_steps, unreachable
+
+    classes = outputs and outputs.classes
+    epoch = recipe_epoch(recipe, data.train, device)
+    check_view.sources(console, data)
+    labels = check_view.labels(console, data, classes) if outputs else None
+    check_view.lengths(console, data, data.config.max_length)
+    steps = total_steps(recipe.training, epoch.rows)
+    check_view.epoch(console, epoch, steps, recipe, device.type)
+    short = list(unreachable(recipe.training, epoch.rows, data.validation is not None))
+    check_view.notes(console, short)
+    check_view.rows(console, data.train, tokenizer, classes)
+    found = {
+        "rows": data.report.counts(),
+        "validation": data.validation_report.counts() if data.validation_report else None,
+        "train_rows": len(data.train),
+        "validation_rows": len(data.validation or ()),
+        "max_length": data.config.max_length,
+        "epoch": asdict(epoch),
+        "total_steps": steps,
+        "classes": outputs and list(outputs.classes),
+        "labels": labels,
+    }
+    return found, short
+
+
+def _tasks(
+    recipe: Recipe,
+    data: PreparedData,
+    tokenizer: Any,
+    outputs: Outputs | None,
+    readable: Limits,
+    console: Console,
+) -> tuple[dict[str, int], list[str]]:
+    """How many rows each task has that the run is evaluated on, and what is to be said of them."""
+    from linchain_cli.commands import check_view
+    from linchain_cli.evaluation.labels import recipe_labelled
+    from linchain_cli.evaluation.questions import check_questions
+    from linchain_cli.evaluation.tasks import recipe_tasks
+
+    warnings: list[str] = []
+    if outputs is not None:
+        labelled = recipe_labelled(recipe, outputs, tokenizer, readable)
+        found = {task.name: (len(task.data.train), task.source) for task in labelled}
+    else:
+        tasks, protocol = recipe_tasks(recipe), recipe.evaluation.protocol
+        warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
+        found = {task.name: (len(task.rows), task.source) for task in tasks}
+    check_view.tasks(console, found, recipe)
+    check_view.notes(console, warnings)
+    return {name: rows for name, (rows, _) in found.items()}, warnings
