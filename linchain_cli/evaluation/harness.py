@@ -23,6 +23,7 @@ from linchain_cli.errors import InputError, first_line, nearest
 from linchain_cli.evaluation.evaluate import evaluating, setting_of
 from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.results import Prediction, Results, averaged
+from linchain_cli.evaluation.statistics import normal_interval
 from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore
 from linchain_cli.run import now
@@ -265,7 +266,7 @@ def _score(name, metrics, found, rows: str, samples: Sequence[Any]) -> TaskScore
         error = error if isinstance(error, (int, float)) else None
         is_share = not any(word in metric for word in _ELSE) and 0 <= value <= 1
         label = metric if filtered == "none" else f"{metric} ({filtered})"
-        bounds = _bounds(value, error) if is_share else None
+        bounds = normal_interval(value, error, 0.0, 1.0) if is_share else None
         values[label] = Metric(value=value, stderr=error, interval=bounds, is_share=is_share)
     first = next((label for one in ACCURACIES for label in values if label.split(" ")[0] == one), None)
     counted = values.pop(first) if first and values[first].is_share else None
@@ -283,12 +284,6 @@ def _score(name, metrics, found, rows: str, samples: Sequence[Any]) -> TaskScore
         rows_sha256=rows,
         measured_at=now(),
     )
-
-
-def _bounds(value: float, error: float | None) -> tuple[float, float] | None:
-    from linchain_cli.evaluation.statistics import normal_interval
-
-    return normal_interval(value, error, 0.0, 1.0)
 
 
 def _rows(name: str, samples: Sequence[Mapping[str, Any]]) -> list[Prediction]:

@@ -25,6 +25,7 @@ from linchain_cli.data.sources import resolve_source
 from linchain_cli.errors import InputError, some
 from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
+from linchain_cli.evaluation.statistics import standard_error, wilson_interval
 from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Metric, TaskScore
 from linchain_cli.model.classifier import Outputs, padding, predictions, row_logits
@@ -269,24 +270,22 @@ def _predicted(
 
 
 def _score(task: LabelledTask, outputs: Outputs, rows: Sequence[Prediction], fingerprint: str) -> TaskScore:
-    classes = len(outputs.classes)
+    n, classes = len(rows), len(outputs.classes)
     targets, told = label_arrays(outputs.classes, rows)
-    names = METRICS[outputs.task]
-    found = {name: with_interval(name, targets, told, classes) for name in names}
-    accuracy = found.pop("accuracy", None)
     own = {}
-    if accuracy is not None:
-        majority = max(Counter(targets.tolist()).values()) / len(targets)
+    if classes:
+        correct = int((targets == told).sum())
         own = {
-            "accuracy": accuracy.value,
-            "stderr": accuracy.stderr,
-            "interval": accuracy.interval,
-            "majority": majority,
+            "accuracy": correct / n,
+            "stderr": standard_error(correct, n),
+            "interval": wilson_interval(correct, n),
+            "majority": max(Counter(targets.tolist()).values()) / n,
         }
+    others = [name for name in METRICS[outputs.task] if name != "accuracy"]
     return TaskScore(
         **own,
-        n=len(rows),
-        metrics={name: _metric(name, value) for name, value in found.items()},
+        n=n,
+        metrics={name: _metric(name, with_interval(name, targets, told, classes)) for name in others},
         source=task.source,
         rows_sha256=task.fingerprint,
         fingerprint=fingerprint,
