@@ -37,7 +37,7 @@ def encoding_fingerprint(
     shared = templates[0] if len(set(templates)) == 1 else None
     parts = {
         "sources": [_source_parts(source, cache_dir) for source, _ in sources],
-        "tokenizer": _digest(tokenizer),
+        "tokenizer": tokenizer_sha256(tokenizer),
         "tokenizers": tokenizers.__version__,
         "eos": tokenizer.eos_token_id,
         "template": shared[0] if shared else [fingerprint for fingerprint, _ in templates],
@@ -52,7 +52,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     in it because another one may write the same tokenizer otherwise."""
     import tokenizers
 
-    return f"tokenizers-{tokenizers.__version__}:{_digest(tokenizer)}"
+    return f"tokenizers-{tokenizers.__version__}:{tokenizer_sha256(tokenizer)}"
 
 
 def is_other_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> bool:
@@ -63,7 +63,8 @@ def is_other_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -
     return found != wanted and found.partition(":")[0] == wanted.partition(":")[0]
 
 
-def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the tokenizer as this version of its library writes it."""
     return sha256_bytes(_without_state(serialized_tokenizer(tokenizer)).encode())
 
 

@@ -14,6 +14,7 @@ import transformers
 
 from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
+from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.jobs import EvaluationJob, NormaliseName, ProtocolName, Setup, halved, make_job
@@ -86,7 +87,8 @@ def evaluate(
     for task in tasks:
         check_protocol(task.name, task.rule, protocol)
     of_protocol = {"beams": beams} if protocol == "generate" else {"normalise": normalise}
-    setting = setting_of(model, template, name, protocol, limit, base_sha256, quantization, **of_protocol)
+    of_base = base_sha256, tokenizer_sha256(tokenizer), quantization
+    setting = setting_of(model, template, name, protocol, limit, *of_base, **of_protocol)
     batch_tokens = batch_tokens or _batch_tokens(model, protocol)
     setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
     own = {task.name: task_template(task, template, tokenizer) for task in tasks}
@@ -178,6 +180,7 @@ def setting_of(
     protocol: str,
     limit: int | None,
     base_sha256: str | None,
+    tokenizer_sha256: str | None,
     quantization: str,
     *,
     beams: int | None = None,
@@ -196,6 +199,7 @@ def setting_of(
         quantization=quantization,
         limit=limit,
         base_sha256=base_sha256,
+        tokenizer_sha256=tokenizer_sha256,
         adapter_sha256=_adapter_hash(model),
         versions={
             "linchain": __version__,

@@ -18,6 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import InputError, first_line, nearest
 from linchain_cli.evaluation.evaluate import evaluating, setting_of
@@ -199,7 +200,8 @@ def evaluate_harness(
     from lm_eval.models.huggingface import HFLM
 
     chat = template.name == "chat"
-    setting = setting_of(model, template, name, PROTOCOL, limit, base_sha256, quantization)
+    of_base = base_sha256, tokenizer_sha256(tokenizer) if tokenizer.is_fast else None, quantization
+    setting = setting_of(model, template, name, PROTOCOL, limit, *of_base)
     versions = {**setting.versions, "lm_eval": version("lm_eval")}
     setting = setting.model_copy(
         update={"versions": versions} | ({} if chat else {"template": OWN_PROMPTS, "template_sha256": None})

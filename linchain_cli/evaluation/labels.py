@@ -16,6 +16,7 @@ import torch
 from linchain_cli.data.agreement import Agreement, with_interval
 from linchain_cli.data.batches import micro_batches
 from linchain_cli.data.dataset import PreparedData, prepare_data
+from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.formats import FormattedRows
 from linchain_cli.data.glue import TASKS, GlueTask
 from linchain_cli.data.labelled import Labelled, UnknownLabel, column_names, labelled_source
@@ -208,9 +209,10 @@ def evaluate_labels(
         InputError: nothing can be written at `out`. LinchainError: the processes do not hold the same model
         and rows.
     """
-    setting = setting_of(
-        model, tasks[0].data.template, name, outputs.task, limit, base_sha256, "none"
-    ).model_copy(update={"template": None, "template_sha256": None, "adapter_sha256": adapter_sha256})
+    of_base = base_sha256, tokenizer_sha256(tokenizer), "none"
+    setting = setting_of(model, tasks[0].data.template, name, outputs.task, limit, *of_base).model_copy(
+        update={"template": None, "template_sha256": None, "adapter_sha256": adapter_sha256}
+    )
     fingerprints = {task.name: fingerprint(setting, task, task.data.report.fingerprint) for task in tasks}
     refuse_unlike(fingerprints)
     rank, world = processes()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import os
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 
 from linchain_cli.chain import ChainConfig, detach, inject
 from linchain_cli.data.templates import get_template
@@ -208,7 +210,7 @@ def test_a_stopped_evaluation_continues(model, tokenizer, template, tasks, tmp_p
     assert list(tmp_path.glob(".*.part-*")) == []
 
 
-@pytest.mark.parametrize("change", ["adapter", "dtype", "template", "rows", "protocol"])
+@pytest.mark.parametrize("change", ["adapter", "dtype", "template", "rows", "protocol", "tokenizer"])
 def test_another_evaluation_does_not_continue_it(
     tiny_llama_dir, tokenizer, template, tasks, tmp_path, change
 ):
@@ -227,6 +229,9 @@ def test_another_evaluation_does_not_continue_it(
         tasks = [tasks[0], tasks[1], Task(**{**vars(tasks[2]), "rows": tasks[2].rows[:-1]})]
     elif change == "protocol":
         options["protocol"] = "generate"
+    elif change == "tokenizer":
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     done = []
     results = run(
         model, tokenizer, template, tasks, out=out, on_progress=lambda *args: done.append(args[1]), **options
