@@ -184,7 +184,7 @@ def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe, d
     table = [
         ("steps", _count(plan.steps)),
         ("tokens", _count(plan.tokens)),
-        ("supervised tokens", _count(plan.supervised_tokens)),
+        *([("supervised tokens", _count(plan.supervised_tokens))] if recipe.task == "causal" else []),
         ("padding", f"{plan.padding:.1%}"),
         ("padding without sorting by length", f"{plan.padding_unsorted:.1%}"),
     ]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 LabelledTask = Literal["classification", "regression"]
 _LAYOUT = Layout(("text", "label"), ("text_pair",), answer=("label",))
-# Columns that data sets with a label have, first come first taken: (text, text_pair).
+# Columns that data sets with a label have, in whatever case, first come first taken: (text, text_pair).
 _TEXTS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -48,8 +48,14 @@ _TEXTS = (
     ("sentence", None),
     ("content", None),
     ("review", None),
+    ("comment", None),
+    ("tweet", None),
+    ("utterance", None),
 )
-_LABELS = ("label", "labels", "gold_label", "class", "target", "score")
+_LABELS = (
+    *("label", "labels", "gold_label", "class", "target", "score"),
+    *("sentiment", "category", "intent", "rating", "stars"),
+)
 _MOST_CLASSES = 1000
 _LIKE_A_NUMBER = 100  # classes from which on a class for every second row looks like a number
 
@@ -203,13 +209,14 @@ def column_names(source: Source) -> tuple[str, ...]:
 
 def _guessed(source: Source) -> dict[str, str]:
     """Which columns of a source are texts and label, by their names; what it does not know it leaves out."""
-    first = column_names(source)
+    names = column_names(source)
+    theirs = {name.lower(): name for name in reversed(names)} | {name: name for name in names}
     found: dict[str, str] = {}
     for text, pair in _TEXTS:
-        if text in first and (pair is None or pair in first):
-            found = {"text": text} | ({"text_pair": pair} if pair else {})
+        if text in theirs and (pair is None or pair in theirs):
+            found = {"text": theirs[text]} | ({"text_pair": theirs[pair]} if pair else {})
             break
-    label = next((name for name in _LABELS if name in first), None)
+    label = next((theirs[name] for name in _LABELS if name in theirs), None)
     return found | ({"label": label} if label else {})
 
 
@@ -246,10 +253,11 @@ def find_classes(config: DataConfig, data_dir: str | Path | None = None) -> tupl
                 break
     found = [*named, *(name for name in _in_order(met) if name not in named)]
     if len(found) > _MOST_CLASSES or len(met) > max(_LIKE_A_NUMBER, rows_seen / 2):
+        values = f"more than {_MOST_CLASSES:,}" if len(found) > _MOST_CLASSES else f"{len(found):,}"
         raise InputError(
-            f"data.train: the labels have more than {len(found) - 1:,} values in {rows_seen:,} rows (such as"
-            f" {found[0]!r}, {found[1]!r}): they look like no classes. Map data.columns.label to another"
-            " column, or set task: regression for numbers; if they are classes, name them all in data.labels."
+            f"data.train: the labels have {values} values in {rows_seen:,} rows (such as {found[0]!r},"
+            f" {found[1]!r}): they look like no classes. Map data.columns.label to another column, or"
+            " set task: regression for numbers; if they are classes, name them all in data.labels."
         )
     if len(found) < 2 and bad is not None:
         raise InputError(f"{bad}.")

@@ -159,11 +159,21 @@ def test_columns_of_the_usual_names_are_found_told_and_settled(bert_tokenizer):
     assert "{text: premise, text_pair: hypothesis, label: label}" in " ".join(data.report.notes)
 
 
+def test_columns_are_found_in_whatever_case(bert_tokenizer):
+    rows = [{"Text": "cat", "Sentiment": "good"}, {"Text": "dog", "Sentiment": "bad"}]
+    data = prepare_data(config(write("rows.jsonl", rows)), bert_tokenizer, task="classification")
+    assert data.config.train[0].columns == {"text": "Text", "label": "Sentiment"}
+    both = [{**row, "text": "mat", "label": number} for number, row in enumerate(rows)]
+    data = prepare_data(config(write("both.jsonl", both)), bert_tokenizer, task="classification")
+    assert data.config.train[0].columns == {"text": "text", "label": "label"}
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"text": "a", "label": 1}, {"text": "b", "label": 1}], "all labels are 1: there is nothing"),
-        ([{"text": "a", "label": n / 7} for n in range(120)], "look like no classes.*task: regression"),
+        ([{"text": "a", "label": n / 7} for n in range(120)], "120 values in 120 rows.*task: regression"),
+        ([{"text": "a", "label": n} for n in range(1200)], "more than 1,000 values in 1,001 rows"),
         ([{"text": "a", "lable": "x"}, {"text": "a", "lable": "y"}], "no column 'label'.*lable"),
         ([{"text": "a", "label": "x"}, {"text": "a", "label": None}], "row 2.*'label' is null"),
         ([{"text": "a", "label": ["x", "y"]}], r"row 1\): 'label' is .*multi-label"),
