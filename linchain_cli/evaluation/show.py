@@ -47,9 +47,10 @@ def print_results(results: Results, console: Console | None = None) -> None:
 
 
 def _table(title: str | None) -> Table:
-    """A table without frames, so that a classifier's nine columns fit into 80 characters."""
+    """A table without frames, so that a classifier's eight columns fit into 80 characters."""
     heading = None if title is None else Text(title)
-    return Table(title=heading, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    frameless = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    return Table(title=heading, title_justify="left", **frameless)
 
 
 def _add_column(table: Table, name: str) -> None:

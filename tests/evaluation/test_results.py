@@ -178,7 +178,7 @@ def test_a_classifiers_table_fits_into_80_characters():
     (name,) = results.summary.tasks
     metrics = {
         "f1": Metric(value=0.788),
-        "matthews": Metric(value=0.1234, interval=(0.01, 0.25), is_share=False),
+        "matthews": Metric(value=-0.01234, interval=(-0.25, -0.01), is_share=False),
     }
     results.summary.tasks[name] = results.summary.tasks[name].model_copy(update={"metrics": metrics})
     console = Console(file=io.StringIO(), width=80)
@@ -189,8 +189,8 @@ def test_a_classifiers_table_fits_into_80_characters():
         "95 % interval",
         "matthews",
         "9.5 … 90.5",
-        "0.1234",
-        "0.01 … 0.25",
+        "-0.01234",
+        "-0.25 … -0.01",
         "78.8 %",
         "glue/rte",
     ):
