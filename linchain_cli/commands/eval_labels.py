@@ -35,16 +35,23 @@ class LabelSettings:
         from linchain_cli.training.processes import told_when_lost
 
         loaded = load_subject(subject, self.dtype)
+        rows_like = _data(subject) or (like and _data(like))
         tasks = load_labelled(
             self.names,
             loaded.outputs,
             loaded.tokenizer,
-            like=_data(subject) or (like and _data(like)),
+            like=rows_like,
             limit=self.limit,
             data_dir=self.data_dir,
             readable=limits(loaded.model),
         )
         if is_first_process():
+            if rows_like is None:
+                longest = tasks[0].data.config.max_length
+                console.note(
+                    f"{subject.name}: rows of up to {longest:,} tokens are read, as the model can; a run's"
+                    " recipe may cut them earlier"
+                )
             for report in (task.data.report for task in tasks):
                 for told in report.notes:
                     console.note(told)

@@ -111,6 +111,7 @@ def test_a_merged_classifier_tells_the_same(workplace, capsys):
     printed = capsys.readouterr().out
     assert "logits, merged against adapted" in printed and "generate" not in printed
     assert linchain("eval", "runs/one/merged", "--tasks", "dev.jsonl", "--out", "merged") == 0
+    assert "runs/one/merged: rows of up to 60 tokens are read" in capsys.readouterr().err
     merged, run = result_of("merged/classification.json"), result_of("runs/one/eval/classification.json")
     assert merged["tasks"]["dev.jsonl"]["accuracy"] == run["tasks"]["dev.jsonl"]["accuracy"]
     assert json.loads(Path("runs/one/merged/config.json").read_text())["id2label"] == {
