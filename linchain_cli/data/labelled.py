@@ -123,10 +123,15 @@ class Labelling:
         return [Labelled(row["text"], row.get("text_pair"), self.target(row["label"]))]
 
     def target(self, label: str) -> float:
-        """The number of a class by its name, or the number that a text says."""
+        """The number of a class by its name (in another case, where only one class has it so), or the number
+        that a text says."""
         if self.name == "regression":
             return _number(label)
         name = label if label in self.classes else class_name(label)
+        if name not in self.classes:
+            # A class that nobody has named is LABEL_0 to transformers.
+            alike = [each for each in self.classes if each.casefold() in (name.casefold(), f"label_{name}")]
+            name = alike[0] if len(alike) == 1 else name
         if name not in self.classes:
             near = nearest(name, self.classes)
             hint = f", such as {near!r}" if near else ""

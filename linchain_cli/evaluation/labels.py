@@ -106,19 +106,24 @@ def load_labelled(
 
 
 def _glue_labels(name: str, task: GlueTask, outputs: Outputs) -> dict[str, str] | None:
-    """What the model calls a task's labels, where it calls them by their numbers, as transformers names
-    classes that nobody has named (LABEL_0); None where it calls them by their names.
+    """What the model calls a task's labels: in another case, or by their numbers, as transformers names
+    classes that nobody has named (LABEL_0). None where it calls them by their names.
 
     Raises:
         InputError: it tells something else.
     """
-    numbered = {each: f"LABEL_{number}" for number, each in enumerate(task.classes)}
-    if task.classes and outputs.classes == tuple(numbered.values()):
-        return {str(number): label for number, label in enumerate(numbered.values())} | numbered
-    if not set(task.classes) <= set(outputs.classes) or bool(task.classes) != bool(outputs.classes):
+    known = {each.casefold(): each for each in outputs.classes}
+    called = [known.get(each.casefold()) for each in task.classes]
+    if outputs.classes == tuple(f"LABEL_{number}" for number in range(len(task.classes))):
+        called = list(outputs.classes)
+    if None in called or bool(called) != bool(outputs.classes):
         theirs, ours = (some(each, 5) or "numbers" for each in (task.classes, outputs.classes))
         raise InputError(f"{name} is labelled with {theirs}, and the model tells {ours}: name other rows")
-    return None
+    if called == list(task.classes):
+        return None
+    return {str(number): each for number, each in enumerate(called)} | dict(
+        zip(task.classes, called, strict=True)
+    )
 
 
 def _source(

@@ -191,6 +191,18 @@ def test_a_validation_row_of_an_unknown_class_is_named(bert_tokenizer):
         prepare_data(config(train, validation=other), bert_tokenizer, task="classification")
 
 
+def test_a_label_in_another_case_is_the_class_that_has_it(bert_tokenizer):
+    """true of .json is True where Python has written a .csv."""
+    rows = [{"text": "cat", "label": True}, {"text": "dog", "label": False}]
+    Path("other.csv").write_text("text,label\ncat,True\n")
+    wanted = config(write("rows.jsonl", rows), validation="other.csv")
+    assert prepare_data(wanted, bert_tokenizer, task="classification").validation.targets.tolist() == [1]
+    both = Labelling("classification", ("Good", "good"))
+    with pytest.raises(RowError, match="'GOOD' is none of the classes"):
+        both.target("GOOD")
+    assert (both.target("Good"), both.target("good")) == (0, 1)
+
+
 def test_a_class_that_only_validation_rows_have_is_named_in_data_labels(bert_tokenizer):
     train = write("train.jsonl", PAIRS)
     other = write("other.jsonl", [{**PAIRS[0], "label": "never"}])

@@ -37,9 +37,20 @@ def write_rows(text, label):
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_classes_that_nobody_has_named_go_by_their_numbers(tokenizer):
-    """As many classifiers of the hub have them."""
-    (task,) = load_labelled(["glue/rte"], Outputs(("LABEL_0", "LABEL_1")), tokenizer)
+@pytest.mark.parametrize(
+    ("classes", "targets"),
+    [(("LABEL_0", "LABEL_1"), [1, 0]), (("NOT_ENTAILMENT", "ENTAILMENT", "NEUTRAL"), [0, 1])],
+)
+def test_a_tasks_classes_may_be_called_otherwise(tokenizer, classes, targets):
+    """By their numbers or in another case, as many classifiers of the hub have them."""
+    (task,) = load_labelled(["glue/rte"], Outputs(classes), tokenizer)
+    assert task.data.train.targets.tolist() == targets
+
+
+def test_labels_of_a_file_may_be_the_numbers_of_classes_that_nobody_has_named(tokenizer):
+    rows = [{"text": "a dog", "label": 1}, {"text": "a cat", "label": 0}]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = load_labelled(["rows.jsonl"], Outputs(("LABEL_0", "LABEL_1")), tokenizer)
     assert task.data.train.targets.tolist() == [1, 0]
 
 
