@@ -39,7 +39,7 @@ from linchain_cli.training.processes import (
 )
 from linchain_cli.training.signals import stop_requests
 from linchain_cli.training.threads import LoadedCpus
-from linchain_cli.training.trackers import check_trackers, start_trackers
+from linchain_cli.training.trackers import check_trackers, tracking
 
 
 def run_training(
@@ -110,10 +110,10 @@ def run_training(
         seconds = round(time.perf_counter() - began, 3)
         on_main(accelerator, lambda: _open(job, found, labels or {}, seconds))
         with _told_in_status(job):
-            start_trackers(job)
             quiet = not accelerator.is_main_process
+            display = Display(job.total_steps, job.state.step, quiet, brief)
             reset_peak_memory(job.device)  # loading and trying sizes may have held more than training does
-            with Display(job.total_steps, job.state.step, quiet, brief) as display, answering_soon():
+            with tracking(job), display, answering_soon():
                 train(job, display, stop, LoadedCpus(job, cpus, display.note))
             _finish(job)
         if signum := from_main(accelerator, stop.signum):  # it came too late to stop a step

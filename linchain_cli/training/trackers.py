@@ -4,6 +4,9 @@ them.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.job import Job
@@ -24,11 +27,14 @@ def check_trackers(recipe: Recipe) -> None:
         )
 
 
-def start_trackers(job: Job) -> None:
-    """Starts the recipe's trackers with the recipe as their configuration. Nothing of the environment is
-    passed on.
+@contextlib.contextmanager
+def tracking(job: Job) -> Iterator[None]:
+    """In the block the recipe's trackers get what is recorded. They begin with the recipe as their
+    configuration, and nothing of the environment; they end with the block, or the next run of this process
+    (a comparison's next arm) would be the same one to them.
     """
     if not job.recipe.training.trackers:
+        yield
         return
     options = {
         "wandb": {"name": job.recipe.name, "dir": str(job.run.path)},
@@ -41,3 +47,9 @@ def start_trackers(job: Job) -> None:
         for key, value in job.recipe.flat().items()
     }
     job.accelerator.init_trackers("linchain", config=config, init_kwargs=options)
+    try:
+        yield
+    finally:
+        # Accelerate's own `end_training` would leave the other processes as well.
+        for tracker in job.accelerator.trackers:
+            tracker.finish()

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.run import read_jsonl
+from linchain_cli.training import runner
 
 
 def test_init_from_continues_where_the_adapter_stands(run_tiny, job_of, base):
@@ -82,7 +83,6 @@ def test_tensorboard_gets_the_metrics_and_the_recipe(run_tiny):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     job = run_tiny({"training.trackers": ["tensorboard"]})
-    job.accelerator.end_training()
     events = EventAccumulator(str(job.run.path / "trackers" / "linchain"))
     events.Reload()
     rows = [row for row in read_jsonl(job.run.metrics_path) if "loss" in row]
@@ -92,6 +92,27 @@ def test_tensorboard_gets_the_metrics_and_the_recipe(run_tiny):
     assert [event.step for event in events.Scalars("eval_loss")] == [3, 6]
     (settings,) = (job.run.path / "trackers").rglob("hparams.yml")
     assert "training.learning_rate: 0.01" in settings.read_text()
+
+
+def test_trackers_end_with_their_run(run_tiny, monkeypatch):
+    """Or a comparison's arms would be one run to wandb, and mlflow would refuse the second."""
+    pytest.importorskip("tensorboard")
+    from accelerate.tracking import TensorBoardTracker
+
+    told, start = [], TensorBoardTracker.start
+    monkeypatch.setattr(TensorBoardTracker, "start", lambda self: (told.append("start"), start(self)))
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: told.append("finish"))
+    changes = {"training.trackers": ["tensorboard"], "training.max_steps": 1}
+    run_tiny(changes)
+    assert told == ["start", "finish"]
+
+    def fail(*_):
+        raise LinchainError("the loss is nan")
+
+    monkeypatch.setattr(runner, "train", fail)
+    with pytest.raises(LinchainError, match="nan"):
+        run_tiny({**changes, "name": "second"})
+    assert told == ["start", "finish"] * 2
 
 
 def test_no_tracker_unless_asked_for(run_tiny):
