@@ -31,7 +31,7 @@ LEVELS = [
     },
     {
         "base": [
-            *("__init__", "errors", "storage", "records", "locks"),
+            *("__init__", "errors", "storage", "cache", "records", "locks"),
             *("machine", "shipped", "console", "stopping", "streams"),
         ]
     },

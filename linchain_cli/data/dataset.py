@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
 
+from linchain_cli.cache import cache_root
 from linchain_cli.data.cache import open_or_encode
 from linchain_cli.data.choosing import choose_template
 from linchain_cli.data.glue import TASKS
@@ -29,7 +30,6 @@ from linchain_cli.data.sources import Source, resolve_source
 from linchain_cli.data.store import EncodedRows, EncodedStore
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, some
-from linchain_cli.model.gguf import cache_root
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from linchain_cli.cache import cache_root
 from linchain_cli.data.readers import CsvReader, JsonLinesReader, JsonReader, Reader, TsvReader, starts_list
 from linchain_cli.data.streams import COMPRESSIONS, ending
 from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line, some
-from linchain_cli.model.gguf import cache_root
 from linchain_cli.storage import (
     NO_ROOM,
     expand,

@@ -1,27 +1,23 @@
-"""What an encoding depends on, as one hash; and hashes of large files that need not be read twice."""
+"""What an encoding depends on, as one hash."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linchain_cli.cache import remembered_sha256
 from linchain_cli.data.encoding import serialized_tokenizer
 from linchain_cli.data.reading import hub_dataset
 from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source
 from linchain_cli.data.streams import ending
-from linchain_cli.storage import sha256_bytes, sha256_file, write_json
+from linchain_cli.storage import sha256_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# A file that changed this recently may change again within the clock's resolution, and look the same.
-_SETTLED_AFTER = 2.0  # seconds
 
 
 def encoding_fingerprint(
@@ -84,7 +80,7 @@ def _source_parts(source: Source, cache_dir: Path) -> dict[str, Any]:
     if source.labels:
         parts["labels"] = sorted(source.labels.items())
     if file := source.single_file:
-        form, content = "".join(ending(file.path.name)), file_hash(file.path, cache_dir)
+        form, content = "".join(ending(file.path.name)), remembered_sha256(file.path, cache_dir)
         return {**parts, "kind": "file", "format": form, "content": content}
     parts |= {"kind": source.kind, "split": source.split or "train"}
     if source.kind == "generated":
@@ -98,30 +94,13 @@ def _content(source: Source, cache_dir: Path) -> Any:
     """What identifies the rows of a source: its files, split by split, or those of the data set."""
     if source.files is not None:
         return {
-            split: [["".join(ending(file.path.name)), file_hash(file.path, cache_dir)] for file in files]
+            split: [
+                ["".join(ending(file.path.name)), remembered_sha256(file.path, cache_dir)] for file in files
+            ]
             for split, files in source.files.splits.items()
         }
     from linchain_cli.data.hub import content_of, load_saved
 
     saved = load_saved(source.location).values() if source.kind == "saved" else [hub_dataset(source)]
     names = [name for dataset in saved for name in content_of(dataset)]
-    return [file_hash(Path(name), cache_dir) if os.path.isfile(name) else name for name in names]
-
-
-def file_hash(path: Path, cache_dir: Path) -> str:
-    """SHA-256 of a file, remembered in `cache_dir` for as long as its size, times and inode stay the same."""
-    status = os.stat(path)
-    seen = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_dev]
-    note = cache_dir / "hashes" / f"{sha256_bytes(os.fsencode(path.resolve()))[:32]}.json"
-    try:
-        known = json.loads(note.read_bytes())
-        if known["status"] == seen:
-            return known["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none yet, or damaged: hash the file again
-    digest = sha256_file(path)
-    if time.time() - max(status.st_mtime, status.st_ctime) > _SETTLED_AFTER:
-        with contextlib.suppress(OSError):  # it only saves time
-            note.parent.mkdir(parents=True, exist_ok=True)
-            write_json(note, {"path": str(path.resolve()), "status": seen, "sha256": digest})
-    return digest
+    return [remembered_sha256(Path(name), cache_dir) if os.path.isfile(name) else name for name in names]

@@ -17,11 +17,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from linchain_cli.cache import cache_root, remembered_sha256
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
-from linchain_cli.storage import expand, make_directory, remove_staging, sha256_file, staged_directory
+from linchain_cli.storage import make_directory, remove_staging, staged_directory
 
 logger = logging.getLogger(__name__)
 
@@ -29,17 +30,10 @@ MAGIC = b"GGUF"
 SPLIT = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 
 
-def cache_root() -> Path:
-    """Where converted models are kept: $LINCHAIN_CACHE, $XDG_CACHE_HOME/linchain or ~/.cache/linchain."""
-    if root := os.environ.get("LINCHAIN_CACHE"):
-        return expand(root)
-    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "linchain"
-
-
 def converted_gguf(path: Path) -> Path:
     """The cached checkpoint directory of a .gguf file, made on first use and found by name and content."""
     _check_gguf(path)
-    target = cache_root() / "gguf" / f"{path.stem}-{sha256_file(path)[:16]}"
+    target = cache_root() / "gguf" / f"{path.stem}-{remembered_sha256(path, cache_root())[:16]}"
     if not target.is_dir():
         with _cache_problems(target):
             make_directory(target.parent)

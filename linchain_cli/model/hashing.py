@@ -10,18 +10,17 @@ import concurrent.futures
 import contextlib
 import hashlib
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from linchain_cli import console
+from linchain_cli.cache import cache_root, is_settled
 from linchain_cli.errors import InputError
 from linchain_cli.locks import locked
 from linchain_cli.machine import cpu_limit
 from linchain_cli.model.files import weight_files
-from linchain_cli.model.gguf import cache_root
 from linchain_cli.records import read_record, write_record
 from linchain_cli.storage import make_directory, sha256_bytes, sha256_file
 
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 PREFIX = "tensors:"
 _BLOCK = 4 << 20  # bytes that are read at a time
-_SETTLED = 2.0  # seconds; a file changed more recently may change again within its time stamp's resolution
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -132,7 +130,7 @@ def _identity(path: Path) -> str | None:
     status = path.stat()
     if blob := _blob(path):
         return f"{blob} {status.st_size}"
-    if time.time() - max(status.st_mtime, status.st_ctime) < _SETTLED:
+    if not is_settled(status):
         return None
     times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return " ".join(map(str, (path.resolve(), *times)))

@@ -8,12 +8,11 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from linchain_cli.data import cache, fingerprint
+from linchain_cli.data import cache
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.store import EncodedStore
 from linchain_cli.errors import InputError, LinchainError
@@ -94,25 +93,6 @@ def test_a_report_speaks_of_where_the_files_lie_now(prepare, write, rows, tmp_pa
     assert report.cached
     assert report.sources[0].name == str(tmp_path / "moved.jsonl")
     assert report.bad_examples[0].startswith(f"{tmp_path}/moved.jsonl:2 (row 2): ")
-
-
-def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch):
-    path, cache = tmp_path / "x.json", tmp_path / "cache"
-    path.write_text("abc")
-    known = fingerprint.file_hash(path, cache)
-    assert not (cache / "hashes").exists(), "it may change again within the clock's resolution"
-    monkeypatch.setattr(time, "time", lambda clock=time.time: clock() + 10)
-    assert fingerprint.file_hash(path, cache) == known
-    monkeypatch.setattr(fingerprint, "sha256_file", None)
-    assert fingerprint.file_hash(path, cache) == known
-    monkeypatch.undo()
-    change_source_status = os.stat(path)
-    path.write_text("abd")
-    os.utime(path, ns=(change_source_status.st_atime_ns, change_source_status.st_mtime_ns))
-    assert fingerprint.file_hash(path, cache) != known
-    note = next((cache / "hashes").iterdir())
-    note.write_text("{")
-    assert fingerprint.file_hash(path, cache) != known
 
 
 def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):

@@ -94,6 +94,11 @@ def test_a_converted_model_is_readable_by_others_and_reused(gguf_file, cache, mo
         assert file.stat().st_mode & stat.S_IRGRP, file.name
     monkeypatch.setattr("linchain_cli.model.gguf.convert_gguf", lambda *args: pytest.fail("converted twice"))
     assert locate(str(gguf_file)) == directory
+    monkeypatch.setattr("linchain_cli.cache.SETTLED_AFTER", -1.0)
+    assert locate(str(gguf_file)) == directory
+    with monkeypatch.context() as patch:
+        patch.setattr("linchain_cli.cache.sha256_file", lambda path: pytest.fail("hashed once more"))
+        assert locate(str(gguf_file)) == directory
     moved = Path(shutil.copy(gguf_file, cache / "tiny.gguf"))
     assert locate(str(moved)) == directory
 

@@ -35,7 +35,7 @@ def reads(monkeypatch, tmp_path) -> list[str]:
 @pytest.fixture
 def old_files(monkeypatch):
     """Lets all files count as settled: a change of one's times is itself a change."""
-    monkeypatch.setattr(hashing, "_SETTLED", -1.0)
+    monkeypatch.setattr("linchain_cli.cache.SETTLED_AFTER", -1.0)
 
 
 def test_the_same_tensors_in_other_files_are_the_same_base(checkpoint, tmp_path, tiny_tied_dir):
