@@ -22,7 +22,7 @@ _quiet = False
 
 def is_first_process() -> bool:
     """Whether this is the one of several processes that writes and speaks; it need not know the others."""
-    return os.environ.get("RANK", "0") == "0"
+    return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def set_quiet(quiet: bool) -> None:

@@ -460,3 +460,20 @@ def group_of_gpus(monkeypatch) -> list[Any]:
         torch.distributed, "init_process_group", lambda *backends, timeout: asked.append((*backends, timeout))
     )
     return asked
+
+
+@pytest.fixture
+def launched_as(monkeypatch) -> Callable[..., None]:
+    """launched_as(rank, of=2): gives this process the environment that a launcher gives one of several."""
+
+    def launched_as(rank: int, of: int) -> None:
+        for name, value in {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": of,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29500,
+        }.items():
+            monkeypatch.setenv(name, str(value))
+
+    return launched_as

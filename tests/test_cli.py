@@ -345,6 +345,7 @@ def test_work_goes_on_where_stderr_takes_nothing(end):
 
 
 def test_under_a_launcher_one_process_does_what_is_for_one(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for words in (["recipes", "list"], ["merge", "no-such-run"]):
         assert run(*words) == 0 and capsys.readouterr() == ("", "")

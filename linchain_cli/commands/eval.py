@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +203,9 @@ def _refuse_with_harness(own: Sequence[str], out: Path | None, earlier: Path | N
         raise InputError(f"--against {earlier}: name the second model itself where tasks are lm_eval's")
     if own and out is not None and out.suffix == ".json":
         raise InputError(f"--out {out}: lm_eval's tasks have a result of their own: name a directory")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    from linchain_cli.training.launch import world_size
+
+    if world_size() > 1:
         raise InputError("lm_eval's tasks are evaluated by one process: start linchain eval without torchrun")
 
 

@@ -246,11 +246,11 @@ def _outputs(subject: Subject, adapter: Adapter | None, directory: Path) -> Outp
 
 def process_device():
     """This process's device: of several processes on a machine, each has a GPU of its own."""
-    import os
-
     import torch
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    from linchain_cli.training.launch import world_size
+
+    if world_size() > 1:
         import atexit
 
         from accelerate import PartialState

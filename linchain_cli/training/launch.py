@@ -7,6 +7,7 @@ torchrun or `accelerate launch` those variables are there already and nothing is
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,7 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_limit
@@ -26,11 +27,52 @@ POLL_SECONDS = 0.1
 GRACE_SECONDS = 15.0
 PARENT = "LINCHAIN_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
+_LAUNCHERS = "torchrun, `linchain train --nproc` and scripts/slurm_train.sh"
+_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_LEFT_BEHIND = ("LOCAL_RANK", "WORLD_SIZE")
 
 
 def launched() -> bool:
-    """Whether a launcher (torchrun, accelerate launch, this module) started this process among others."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    """Whether a launcher (torchrun, accelerate launch, this module) started this process among others.
+
+    Raises:
+        InputError: what it has set is no number or not all there; or MPI or srun started several processes,
+            which then do not know how to find each other.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        for variable in _OF_MPI:
+            if (size := os.environ.get(variable, "1")) != "1":
+                raise InputError(
+                    f"{variable}={size}: MPI or srun started several processes, which linchain does not join."
+                    f" {_LAUNCHERS} start them; for one process alone unset {variable}"
+                )
+        return False
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if not os.environ.get(variable, "0").isdecimal():
+            raise InputError(f"{variable}={os.environ[variable]!r}, which a launcher sets, is no number")
+    missing = [variable for variable in ("MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
+    if missing and os.environ["WORLD_SIZE"] != "1":
+        raise InputError(
+            f"RANK and WORLD_SIZE={os.environ['WORLD_SIZE']} say that a launcher started several processes,"
+            f" but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set. {_LAUNCHERS} set"
+            " them all; for one process alone unset RANK and WORLD_SIZE"
+        )
+    return True
+
+
+def world_size() -> int:
+    """How many processes a launcher started, this one among them; 1 without one."""
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+@contextlib.contextmanager
+def standing_alone() -> Iterator[None]:
+    """Hides what clusters set without a launcher, and Accelerate takes for one."""
+    found = {name: os.environ.pop(name) for name in _LEFT_BEHIND if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(found)
 
 
 def wanted_processes(nproc: int | None) -> int:

@@ -27,7 +27,7 @@ from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.machine import is_out_of_memory
 from linchain_cli.training import peers
-from linchain_cli.training.launch import launched
+from linchain_cli.training.launch import launched, standing_alone, world_size
 
 Result = TypeVar("Result")
 
@@ -55,20 +55,22 @@ def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Ac
     """Joins the processes that the environment describes (see launch.py), or stands alone. CUDA, else CPU.
 
     Raises:
-        InputError: the launcher is to take the model apart, which linchain does itself.
+        InputError: the launcher is to take the model apart, which linchain does itself; or its environment is
+            not all there.
         LinchainError: the processes do not find each other.
         SystemExit: on other processes than the first, when that one tells the error.
     """
     _refuse_taking_apart()
     try:
         join_group()
-        accelerator = Accelerator(
-            # Without it Accelerate overlooks that there are several CPU processes: each would train alone.
-            cpu=not torch.cuda.is_available(),
-            log_with=list(trackers) or None,
-            project_config=ProjectConfiguration(logging_dir=str(logging_dir) if logging_dir else None),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
+        with contextlib.nullcontext() if world_size() > 1 else standing_alone():
+            accelerator = Accelerator(
+                # Without it Accelerate overlooks that there are several CPU processes: each trained alone.
+                cpu=not torch.cuda.is_available(),
+                log_with=list(trackers) or None,
+                project_config=ProjectConfiguration(logging_dir=str(logging_dir) if logging_dir else None),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
         peers.introduce(accelerator.process_index, gather_object if accelerator.num_processes > 1 else list)
         return accelerator
     except torch.distributed.DistError as error:
@@ -79,7 +81,7 @@ def join_group() -> None:
     """On GPUs joins the process group that the environment describes, which Accelerate then finds. It would
     connect by NCCL alone, over which a GPU waits for every word that is exchanged, and at most ten minutes.
     """
-    if torch.cuda.is_available() and launched() and not torch.distributed.is_initialized():
+    if torch.cuda.is_available() and world_size() > 1 and not torch.distributed.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.distributed.init_process_group(BACKENDS, timeout=PATIENCE)
 

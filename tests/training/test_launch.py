@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import launch
+from linchain_cli.training.processes import connect
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHANGES = {"training.global_batch_size": 6, "training.max_steps": 4}
@@ -282,5 +284,40 @@ def test_a_launchers_environment_is_recognised(monkeypatch):
     assert not launch.launched()
     monkeypatch.setenv("WORLD_SIZE", "2")  # some clusters set it everywhere
     assert not launch.launched()
-    monkeypatch.setenv("RANK", "0")
-    assert launch.launched()
+    assert launch.world_size() == 1 and is_first_process()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError, match="WORLD_SIZE=2 say that .* MASTER_ADDR and MASTER_PORT are not set"):
+        launch.launched()
+    monkeypatch.setenv("MASTER_ADDR", "here")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    assert launch.launched() and launch.world_size() == 2 and not is_first_process()
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(InputError, match="WORLD_SIZE='two', which a launcher sets, is no number"):
+        launch.launched()
+
+
+def test_several_processes_of_mpi_are_refused(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert not launch.launched()
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="OMPI_COMM_WORLD_SIZE=4: MPI or srun started several .* torchrun"):
+        launch.launched()
+
+
+@pytest.mark.parametrize("left_behind", [{"WORLD_SIZE": "2"}, {"LOCAL_RANK": "0"}, {"RANK": "3"}])
+def test_what_clusters_set_makes_one_process_no_part_of_several(monkeypatch, left_behind):
+    """Accelerate would look for the others, and console would leave the first one to speak."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for name, value in left_behind.items():
+        monkeypatch.setenv(name, value)
+    kept = [(state, dict(state._shared_state)) for state in (PartialState, AcceleratorState, GradientState)]
+    for state, _ in kept:
+        state._shared_state.clear()
+    try:
+        assert connect().num_processes == 1 and is_first_process()
+        assert left_behind.items() <= os.environ.items()
+    finally:
+        for state, shared in kept:
+            state._shared_state.clear()
+            state._shared_state.update(shared)

@@ -236,13 +236,12 @@ def test_a_launcher_that_would_take_the_model_apart_is_refused(starter, recipe_f
     assert "training.parallel to shard" in ranks[0].log and ranks[1].log == ""
 
 
-def test_gpus_sum_over_nccl_and_everything_else_goes_over_gloo(monkeypatch, group_of_gpus):
+def test_gpus_sum_over_nccl_and_everything_else_goes_over_gloo(monkeypatch, group_of_gpus, launched_as):
     """Accelerate finds the process group that is there."""
     asked = group_of_gpus
     alone = SimpleNamespace(process_index=0, num_processes=1)
     monkeypatch.setattr(processes, "Accelerator", lambda **options: alone)
-    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4"), ("LOCAL_RANK", "3")):
-        monkeypatch.setenv(name, value)
+    launched_as(3, of=4)
     processes.connect()
     assert asked == [1, ("cpu:gloo,cuda:nccl", processes.PATIENCE)]
 
@@ -281,12 +280,11 @@ def test_sharding_is_refused_where_it_cannot_be(starter, recipe_file):
     assert "shard cannot spread a base in int8" in ranks[0].log
 
 
-def test_an_evaluation_says_that_another_process_is_gone(monkeypatch):
+def test_an_evaluation_says_that_another_process_is_gone(launched_as):
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     with pytest.raises(RuntimeError, match="Connection closed"), processes.told_when_lost():
         raise lost
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    launched_as(0, of=2)
     with pytest.raises(LinchainError, match="another process of this run ended"), processes.told_when_lost():
         raise lost
     with pytest.raises(RuntimeError, match="a fault"), processes.told_when_lost():
