@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import socket
 import time
@@ -21,6 +22,7 @@ from linchain_cli.errors import InUse
 
 logger = logging.getLogger(__name__)
 
+_SILENT = 5.0  # seconds of waiting before it is told
 # What file systems without locks answer: Lustre without -o flock, NFS without its lock service, some FUSE.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -49,14 +51,18 @@ def locked(path: Path, wait: float | None = 0.0, *, needed: bool = True) -> Iter
 
 
 def _acquire(descriptor: int, path: Path, wait: float | None, needed: bool) -> bool:
-    give_up = None if wait is None else time.monotonic() + wait
+    began = time.monotonic()
+    give_up, tell_at = math.inf if wait is None else began + wait, began + _SILENT
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
-            if give_up is not None and time.monotonic() >= give_up:
+            if time.monotonic() >= give_up:
                 raise InUse(in_use_message(path)) from None
+            if time.monotonic() >= tell_at:
+                logger.info("Waiting for another linchain process%s, which is at %s.", _holder(path), path)
+                tell_at = math.inf
             time.sleep(0.05)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -86,12 +92,16 @@ def in_use(path: Path) -> bool:
 
 def in_use_message(path: Path) -> str:
     """That another process is at work there, which one, and what to do."""
+    return f"{path} is in use by another linchain process{_holder(path)}; wait for it or stop it"
+
+
+def _holder(path: Path) -> str:
+    """` (process on machine)`, as the lock's holder has written it there."""
     try:
         holder = lock_path(path).read_text(encoding="utf-8", errors="replace")[:200]
     except OSError:
         holder = ""
-    who = f" ({holder})" if holder else ""
-    return f"{path} is in use by another linchain process{who}; wait for it or stop it"
+    return f" ({holder})" if holder else ""
 
 
 def lock_path(path: Path) -> Path:

@@ -27,7 +27,9 @@ def test_the_lock_names_its_holder(tmp_path):
     assert not in_use(tmp_path / "a")
 
 
-def test_one_waits_for_the_other(tmp_path):
+def test_one_waits_for_the_other_and_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_SILENT", 0.1)
+    caplog.set_level("INFO")
     order = []
 
     def second():
@@ -41,6 +43,8 @@ def test_one_waits_for_the_other(tmp_path):
         order.append("first")
     thread.join(10)
     assert order == ["first", "second"]
+    (record,) = caplog.records
+    assert f"Waiting for another linchain process ({os.getpid()} on " in record.getMessage()
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
