@@ -21,8 +21,8 @@ def make_ready() -> None:
     for name, kind in (("stdout", _Results), ("stderr", _Remarks)):
         stream = getattr(sys, name)
         if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
-            settings = stream.encoding, stream.errors, None, stream.line_buffering
-            setattr(sys, name, kind(stream.buffer, *settings))
+            buffering = stream.line_buffering, stream.write_through
+            setattr(sys, name, kind(stream.buffer, stream.encoding, stream.errors, None, *buffering))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")

@@ -313,6 +313,14 @@ def test_closed_streams_take_nothing_and_give_their_place_to_no_file():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_output_that_is_wanted_unbuffered_is_so():
+    code = "import os; from linchain_cli import streams; streams.make_ready(); print(1, end=''); os._exit(0)"
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", code], capture_output=True, env=ENVIRONMENT, timeout=60
+    )
+    assert done.stdout == b"1"
+
+
 def test_a_full_stdout_is_told():
     command = f"{sys.executable} -m linchain_cli recipes schema > /dev/full"
     done = subprocess.run(command, shell=True, env=ENVIRONMENT, timeout=60, capture_output=True, text=True)
