@@ -168,7 +168,8 @@ class TrainingConfig(StrictModel):
     lr_multiplier: LearningRateFactors = LearningRateFactors()
     """Factors on the learning rate of A, links, B and a classifier's head."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """AdamW's decoupled weight decay; biases and norms of a classifier's head have none."""
+    """AdamW's decoupled weight decay; biases and norms of a classifier's head have none. Links decay to zero
+    as A and B do, not to what they began as."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """The gradient's norm over all adapters is cut down to this; null leaves it alone."""
     optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Expected("adamw")] = "adamw"
