@@ -424,6 +424,16 @@ def small_model() -> Callable:
     return _small_model
 
 
+@pytest.fixture(scope="session")
+def own_attention() -> set[str]:
+    """The architectures that compute attention by themselves, without transformers' interface."""
+    import transformers
+    from packaging.version import Version
+
+    older = Version(transformers.__version__) < Version("5.24")
+    return {"bloom", "falcon", "mpt", "gpt_neo", *(("gptj", "codegen") if older else ())}
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
     """Every model type that `small_model` knows, in turn."""

@@ -26,7 +26,7 @@ from linchain_cli.evaluation.tryout import (
 )
 from linchain_cli.model.attention import attention_window
 from linchain_cli.model.flat_rows import in_one_copy
-from linchain_cli.model.logits import last_logits
+from linchain_cli.model.logits import cache_name, last_logits, with_cache
 
 PAD = 0
 # Cached tokens (prompt and answer of every beam) for each token that a batch may read at once.
@@ -150,11 +150,11 @@ def _generate(
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
             stopping_criteria=criteria,
-            **({} if cache is None else {"past_key_values": cache}),
+            **with_cache(cache),
         )
     finally:
         model.generation_config = own
-    return output.sequences[:, ids.shape[1] :].tolist(), output.get("past_key_values")
+    return output.sequences[:, ids.shape[1] :].tolist(), output.get(cache_name())
 
 
 class _Reader:
@@ -204,9 +204,7 @@ class _Reader:
         mask = self._mask if self._padded else None
         usual = mask is None and self._cache is None
         inputs = {"position_ids": positions} if self._takes_positions and not usual else {}
-        logits, self._cache = last_logits(
-            self.model, ids, attention_mask=mask, past_key_values=self._cache, **inputs
-        )
+        logits, self._cache = last_logits(self.model, ids, self._cache, attention_mask=mask, **inputs)
         return logits
 
 

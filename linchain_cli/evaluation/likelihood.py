@@ -19,7 +19,7 @@ from linchain_cli.evaluation.options import OptionTree, additive, common_prefix,
 from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
 from linchain_cli.model.attention import attention_window
 from linchain_cli.model.flat_rows import in_one_copy
-from linchain_cli.model.logits import last_logits, logits_at
+from linchain_cli.model.logits import last_logits, logits_at, with_cache
 
 MIN_PREFIX = 4
 BATCH_COST = 1 / 16  # the launch of a batch in tokens, as a share of what one may hold
@@ -146,7 +146,7 @@ class OptionScorer:
             return {"use_cache": False}
         cache = copy.deepcopy(self._cache())
         cache.batch_repeat_interleave(rows)
-        return {"use_cache": True, "past_key_values": cache}
+        return {"use_cache": True, **with_cache(cache)}
 
     def _cache(self) -> Any:
         """Keys and values of the tokens that all rows begin with, (1, heads, prefix, d) per layer."""

@@ -61,11 +61,11 @@ def continues_from_cache(model) -> bool:
         _, one = last_logits(model, texts[1:, :SPLIT])
         one = copy.deepcopy(one)
         one.batch_repeat_interleave(2)
-        repeated, _ = last_logits(model, texts[[1, 1], SPLIT:], past_key_values=one)
+        repeated, _ = last_logits(model, texts[[1, 1], SPLIT:], one)
         _, both = last_logits(model, texts[:, :SPLIT])
         order = torch.tensor([1, 0, 1], device=device)
         both.batch_select_indices(order)
-        reordered, _ = last_logits(model, texts[order, SPLIT:], past_key_values=both)
+        reordered, _ = last_logits(model, texts[order, SPLIT:], both)
         return _alike(whole[[1, 1]], repeated, model.dtype) and _alike(whole[order], reordered, model.dtype)
 
     return _try_out(model, attempt)

@@ -8,6 +8,7 @@ answer option begins.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -78,9 +79,24 @@ def _project_in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     return logits if head.bias is None else logits + head.bias.float()
 
 
-def last_logits(model, input_ids: torch.Tensor, **inputs: Any) -> tuple[torch.Tensor, Any]:
-    """Logits (batch, vocabulary) behind the last token of `input_ids` (batch, length), and the cache."""
+@functools.cache
+def cache_name() -> str:
+    """What transformers calls a model's cache, as an argument and in outputs: `past_key_values` before 5.24,
+    which warns of that name."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """The argument by which a model continues from a cache; none for None."""
+    return {} if cache is None else {cache_name(): cache}
+
+
+def last_logits(model, input_ids: torch.Tensor, cache: Any = None, **inputs: Any) -> tuple[torch.Tensor, Any]:
+    """Logits (batch, vocabulary) behind the last token of `input_ids` (batch, length), which continue what
+    `cache` holds; and the cache."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = 1
-    output = model(input_ids=input_ids, use_cache=True, **inputs)
-    return output.logits[:, -1], output.get("past_key_values")
+    output = model(input_ids=input_ids, use_cache=True, **with_cache(cache), **inputs)
+    return output.logits[:, -1], output.get(cache_name())

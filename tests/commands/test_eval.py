@@ -431,9 +431,7 @@ def test_threads_stay_within_the_containers_limit(workplace, monkeypatch):
         assert done.value.code == 0 and set_to[0] == 3
 
 
-def test_processes_wait_for_each_other_as_long_as_those_that_train(
-    monkeypatch, group_of_gpus, launched_as
-):
+def test_processes_wait_for_each_other_as_long_as_those_that_train(monkeypatch, group_of_gpus, launched_as):
     """Accelerate's own group would be one of NCCL alone, which ends a process that waits for ten minutes."""
     asked = group_of_gpus
     state = SimpleNamespace(device=torch.device("cuda", 1))

@@ -139,9 +139,7 @@ def test_greedy_search_copies_no_cache(on_device, beams, copied):
         generator = Generator(model, [END], prompts([3, 1, 3]), beams, ANSWER, 10_000)
         generator.generate(generator.batches[0])
     selections = sum(
-        count
-        for (name, place), count in gpu.places.items()
-        if name == "index" and "cache_utils.py" in place
+        count for (name, place), count in gpu.places.items() if name == "index" and "cache_utils.py" in place
     )
     layers = model.config.num_hidden_layers
     assert selections == (2 * layers * (ANSWER - 1) if copied else 0)

@@ -11,8 +11,6 @@ import torch
 from linchain_cli.model.attention import GROUPED, grouped_attention, use_attention
 from linchain_cli.model.head import hidden_states
 
-# What brings an attention of its own.
-THEIR_OWN = {"bloom", "falcon", "mpt", "gptj", "codegen", "gpt_neo"}
 IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
 
 
@@ -22,12 +20,12 @@ def run(hidden_and_gradient):
     return lambda model: hidden_and_gradient(model, lambda: hidden_states(model, IDS))
 
 
-def test_values_and_gradients_are_those_of_eager_attention(architecture, small_model, run):
+def test_values_and_gradients_are_those_of_eager_attention(architecture, small_model, own_attention, run):
     model = small_model(architecture)
     model.set_attn_implementation("eager")
     expected = run(model)
-    assert use_attention(model, GROUPED) == (architecture not in THEIR_OWN)
-    assert (model.config._attn_implementation == GROUPED) == (architecture not in THEIR_OWN)
+    assert use_attention(model, GROUPED) == (architecture not in own_attention)
+    assert (model.config._attn_implementation == GROUPED) == (architecture not in own_attention)
     for ours, theirs in zip(run(model), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max())
 

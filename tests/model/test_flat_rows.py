@@ -23,8 +23,6 @@ from linchain_cli.model.flat_rows import (
 )
 from linchain_cli.model.head import hidden_states
 
-# What brings an attention of its own.
-THEIR_OWN = {"bloom", "falcon", "mpt", "gptj", "codegen", "gpt_neo"}
 # What does not hand on to its attention what it does not know itself.
 KEEP_TO_THEMSELVES = {"stablelm", "nemotron"}
 IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
@@ -61,7 +59,9 @@ def compare(model, own, longest: int, run, *, rtol: float, atol: float):
 
 
 @pytest.mark.parametrize("way", [GROUPED, FLAT_SDPA, VARLEN])
-def test_rows_without_padding(architecture, way, small_model, hidden_and_gradient, monkeypatch):
+def test_rows_without_padding(
+    architecture, way, small_model, own_attention, hidden_and_gradient, monkeypatch
+):
     """What a model says of itself holds: with gradients, and for rows beyond its windows."""
     model = small_model(architecture)
     if way != GROUPED and not has_sdpa(model):
@@ -69,7 +69,7 @@ def test_rows_without_padding(architecture, way, small_model, hidden_and_gradien
     monkeypatch.setattr(flat_rows, "LONG", 1)
     suited(model, way)
     is_flat = attention_way(model, 3) is not None
-    assert is_flat == (architecture not in THEIR_OWN | KEEP_TO_THEMSELVES)
+    assert is_flat == (architecture not in own_attention | KEEP_TO_THEMSELVES)
     assert is_flat == (attention_way(model, 1000) is not None)
     if is_flat:
         assert attention_way(model, 1000) == way
