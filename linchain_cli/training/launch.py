@@ -97,7 +97,7 @@ def run_processes(
 ) -> int:
     """Runs `linchain ARGUMENTS` as `nproc` processes and returns the exit code they agree on.
 
-    The first process that fails decides the code; 130 or 143 when a signal stopped them.
+    The first process that fails decides the code; 130, 143 or 129 when a signal stopped them.
 
     Args:
         on_failure: is told which process failed first, and how, once all have ended.
