@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import signature
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -91,7 +92,11 @@ def is_classifier(model: nn.Module) -> bool:
 
 
 def refuse_unless_classifier(config: PretrainedConfig, directory: object) -> None:
-    """Raises InputError unless transformers has a sequence classifier of this architecture."""
+    """Raises InputError unless transformers has a sequence classifier of this architecture, which can be
+    told what of a row is padding."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSES,
+    )
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
     )
@@ -104,6 +109,11 @@ def refuse_unless_classifier(config: PretrainedConfig, directory: object) -> Non
         raise InputError(f"{directory}: '{kind}' is an encoder-decoder model; {wanted}.")
     if kind not in CLASSIFIERS:
         raise InputError(f"{directory}: transformers has no sequence classifier of '{kind}'; {wanted}.")
+    built = CLASSES.get(type(config), None)
+    if built is not None and "attention_mask" not in signature(built.forward).parameters:
+        raise InputError(
+            f"{directory}: '{kind}' takes no attention mask, so padding would change a row's label; {wanted}."
+        )
 
 
 def check_missing(model: PreTrainedModel, missing: Sequence[str], mismatched: Sequence[str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.loading import (
     empty_model,
     load_config,
@@ -49,6 +50,12 @@ def test_encoders_are_refused_and_their_decoder_form_is_not(tmp_path):
     with pytest.raises(InputError, match="'bert' is an encoder"):
         load_config(write_config(tmp_path, model_type="bert"))
     assert load_config(write_config(tmp_path, model_type="bert", is_decoder=True)).is_decoder
+
+
+def test_a_classifier_that_cannot_leave_out_padding_is_refused(tmp_path):
+    with pytest.raises(InputError, match="'fnet' takes no attention mask"):
+        load_config(write_config(tmp_path, model_type="fnet"), outputs=Outputs(("no", "yes")))
+    assert load_config(write_config(tmp_path, model_type="bert"), outputs=Outputs(("no", "yes")))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
