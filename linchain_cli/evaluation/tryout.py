@@ -1,8 +1,8 @@
 """What a model can do with caches, masks and padding, tried out on a few tokens: no list stays true.
 
 Each function runs the model two or three times, and remembers for the next task what came out. A model that
-refuses does so in a way of its own, so any failure means no; every caller has a slower way that needs nothing
-of the kind.
+refuses does so in a way of its own, so any failure means no, but for a lack of memory; every caller has a
+slower way that needs nothing of the kind.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.options import OptionTree, additive, tree_mask
+from linchain_cli.machine import is_out_of_memory
 from linchain_cli.model.fast import alike, record
 from linchain_cli.model.logits import last_logits
 
@@ -127,7 +128,9 @@ def _try_out(model, attempt: Callable[[torch.device], bool]) -> bool:
     try:
         with torch.inference_mode():
             return attempt(model.get_input_embeddings().weight.device)
-    except Exception:
+    except Exception as error:
+        if is_out_of_memory(error):  # which says nothing of the model
+            raise
         return False
 
 

@@ -136,6 +136,19 @@ def test_a_mask_that_is_ignored_is_noticed(tiny_model, monkeypatch):
     record(model).pop("tryouts")
 
 
+def test_memory_that_is_full_says_nothing_of_a_model(tiny_model, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = tiny_model("llama")
+    record(model).pop("tryouts", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(tryout, "last_logits", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            continues_from_cache(model)
+    assert continues_from_cache(model), "nothing was remembered"
+
+
 def test_batches_hold_like_lengths_and_their_budget():
     lengths = [5, 90, 31, 30, 7, 88, 6]
     batches = plan_batches(lengths, 100)
