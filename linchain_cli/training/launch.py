@@ -51,7 +51,9 @@ def launched() -> bool:
         if not os.environ.get(variable, "0").isdecimal():
             raise InputError(f"{variable}={os.environ[variable]!r}, which a launcher sets, is no number")
     missing = [variable for variable in ("MASTER_ADDR", "MASTER_PORT") if variable not in os.environ]
-    if missing and os.environ["WORLD_SIZE"] != "1":
+    if missing and os.environ["WORLD_SIZE"] == "1":
+        return False
+    if missing:
         raise InputError(
             f"RANK and WORLD_SIZE={os.environ['WORLD_SIZE']} say that a launcher started several processes,"
             f" but {' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} not set. {_LAUNCHERS} set"

@@ -27,7 +27,7 @@ from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.machine import is_out_of_memory
 from linchain_cli.training import peers
-from linchain_cli.training.launch import launched, standing_alone, world_size
+from linchain_cli.training.launch import launched, standing_alone
 
 Result = TypeVar("Result")
 
@@ -63,7 +63,7 @@ def connect(trackers: Sequence[str] = (), logging_dir: Path | None = None) -> Ac
     _refuse_taking_apart()
     try:
         join_group()
-        with contextlib.nullcontext() if world_size() > 1 else standing_alone():
+        with contextlib.nullcontext() if launched() else standing_alone():
             accelerator = Accelerator(
                 # Without it Accelerate overlooks that there are several CPU processes: each trained alone.
                 cpu=not torch.cuda.is_available(),
@@ -81,7 +81,7 @@ def join_group() -> None:
     """On GPUs joins the process group that the environment describes, which Accelerate then finds. It would
     connect by NCCL alone, over which a GPU waits for every word that is exchanged, and at most ten minutes.
     """
-    if torch.cuda.is_available() and world_size() > 1 and not torch.distributed.is_initialized():
+    if torch.cuda.is_available() and launched() and not torch.distributed.is_initialized():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         torch.distributed.init_process_group(BACKENDS, timeout=PATIENCE)
 

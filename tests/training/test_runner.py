@@ -100,9 +100,11 @@ def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, sto
     with pytest.raises(InputError, match="holds a finished run. Use --fresh to replace it, or another name"):
         run_tiny()
     (run.path / "mine.txt").write_text("note")
+    with pytest.raises(InputError, match="it also holds mine.txt, which linchain did not write"):
+        run_tiny(fresh=True)
+    (run.path / "mine.txt").unlink()
     run_tiny(fresh=True)
-    assert not (run.path / "mine.txt").exists()
-    assert adapter_bytes(run) == resumed
+    assert run.read_status().resumed_from is None and adapter_bytes(run) == resumed
 
 
 def test_an_output_head_of_its_own_trains(run_tiny, capfd):
