@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
 
 # A pipe whose reader has gone, and a terminal that was closed, take nothing any more.
 _GONE = (errno.EPIPE, errno.EIO)
@@ -53,34 +51,30 @@ def _open_closed() -> None:
 
 class _Stream(io.TextIOWrapper):
     def write(self, text: str) -> int:
-        with self._failing():
+        try:
             super().write(text)
+        except OSError as error:
+            self._failed(error)
         return len(text)
 
     def flush(self) -> None:
-        with self._failing():
+        try:
             super().flush()
+        except OSError as error:
+            self._failed(error)
 
 
 class _Results(_Stream):
     """stdout: its errors carry its name."""
 
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            error.filename = "stdout"
-            raise
+    def _failed(self, error: OSError) -> None:
+        error.filename = "stdout"
+        raise error
 
 
 class _Remarks(_Stream):
     """stderr, whose loss ends no work: notes and progress are not worth hours of it."""
 
-    @contextlib.contextmanager
-    def _failing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno in _GONE:
-                silence(self)
+    def _failed(self, error: OSError) -> None:
+        if error.errno in _GONE:
+            silence(self)

@@ -12,6 +12,8 @@ from linchain_cli.errors import InputError
 from linchain_cli.run import Opened, RunDirectory, find_adapter
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from linchain_cli.chain import Adapter
     from linchain_cli.data.asking import Asking
     from linchain_cli.export.card import Origin
@@ -58,14 +60,18 @@ class NamedRun:
             return None
         return asking_of(self.recipe.data, self.opened.status.rows)
 
-    def warn_of_other_tokenizer(self, base_directory: Path) -> None:
-        """Says so where the base's tokenizer was changed since the run was trained, which no hash of weights
-        shows."""
+    def warn_of_other_tokenizer(
+        self, base_directory: Path, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        """Says so where the base's tokenizer (read here, if it is not given) was changed since the run was
+        trained, which no hash of weights shows."""
         from linchain_cli.data.fingerprint import is_other_tokenizer
         from linchain_cli.model.loading import load_tokenizer
 
         wanted = self.opened.status.hashes.get("tokenizer")
-        if wanted and is_other_tokenizer(load_tokenizer(base_directory), wanted) and is_first_process():
+        if not (wanted and is_first_process()):
+            return
+        if is_other_tokenizer(tokenizer or load_tokenizer(base_directory), wanted):
             console.warn(
                 f"{self.opened.name} was trained with another tokenizer than {base_directory} has now: put"
                 " back its tokenizer files, or name the base that has them with --base MODEL"

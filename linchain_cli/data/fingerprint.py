@@ -51,10 +51,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return f"tokenizers-{tokenizers.__version__}:{tokenizer_sha256(tokenizer)}"
 
 
-def is_other_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted: str | None) -> bool:
+def is_other_tokenizer(tokenizer: PreTrainedTokenizerBase, wanted: str) -> bool:
     """Whether the tokenizer is certainly not the one whose hash is `wanted`."""
-    if wanted is None:
-        return False
     found = tokenizer_hash(tokenizer)
     return found != wanted and found.partition(":")[0] == wanted.partition(":")[0]
 

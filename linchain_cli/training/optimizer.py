@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from linchain_cli.chain import Chain
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import TrainingConfig
+from linchain_cli.stopping import SIGNALS
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 KINDS = ("A", "links", "B", "head")  # head: whatever is trained beside the chains
-EXTRAS = 5  # numbers that are summed over processes with the gradients
+EXTRAS = 2 + len(SIGNALS)  # summed over processes with the gradients: loss, tokens, a flag for each signal
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _ROW = 1024  # of so many gradients the squares are summed first, as float32 sums of more lose digits
 
