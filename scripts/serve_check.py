@@ -23,7 +23,7 @@ from pathlib import Path
 from linchain_cli.commands.origin import open_run
 from linchain_cli.data.everyday import everyday_rows
 from linchain_cli.data.templates import end_tokens, template_of
-from linchain_cli.model.loading import load_tokenizer
+from linchain_cli.model.tokenizer import load_tokenizer
 
 WORKER = Path(__file__).with_name("serve_engines.py")
 LLAMA_CPP = "llama-cpp-python==0.3.36"

@@ -123,7 +123,8 @@ def evaluated(quickstart, tiny_llama_dir, monkeypatch):
     from linchain_cli.evaluation.results import compare
     from linchain_cli.evaluation.store import add_comparison
     from linchain_cli.evaluation.tasks import load_task
-    from linchain_cli.model.loading import load_model, load_tokenizer
+    from linchain_cli.model.loading import load_model
+    from linchain_cli.model.tokenizer import load_tokenizer
 
     monkeypatch.setattr(quickstart, "VERIFIED_ROWS", 8)
     shutil.copytree(tiny_llama_dir, quickstart.MERGED)

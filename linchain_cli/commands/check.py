@@ -41,8 +41,11 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.commands import check_view
     from linchain_cli.data.dataset import prepare_data
     from linchain_cli.machine import limit_threads
+    from linchain_cli.model.config import empty_model
+    from linchain_cli.model.files import locate
     from linchain_cli.model.limits import limits
-    from linchain_cli.model.loading import default_device, empty_model, load_tokenizer, locate
+    from linchain_cli.model.loading import default_device
+    from linchain_cli.model.tokenizer import load_tokenizer
     from linchain_cli.training.base import recipe_outputs
     from linchain_cli.training.chains import chain_config
     from linchain_cli.training.display import counting_rows
@@ -111,7 +114,7 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
     from linchain_cli.chain import carriers, coverage, match_modules, parameter_count, refuse_shared
     from linchain_cli.commands import check_view
     from linchain_cli.model.classifier import head_names, is_classifier
-    from linchain_cli.model.loading import text_decoder_prefix
+    from linchain_cli.model.config import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
     from linchain_cli.training.chains import refuse_other_modules, start_adapter
 

@@ -93,7 +93,7 @@ class _Base:
         if self.model is None:
             return adapter
         from linchain_cli.importing.fit import short_targets
-        from linchain_cli.model.loading import text_decoder_prefix
+        from linchain_cli.model.config import text_decoder_prefix
 
         return short_targets(adapter, self.model, text_decoder_prefix(self.model))
 
@@ -108,8 +108,9 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
     """
     from linchain_cli.importing.fit import check_base_weights, fit_to_model
     from linchain_cli.model.checkpoint import open_checkpoint
-    from linchain_cli.model.files import found_at
-    from linchain_cli.model.loading import base_hash, empty_model, locate
+    from linchain_cli.model.config import empty_model
+    from linchain_cli.model.files import found_at, locate
+    from linchain_cli.model.hashing import base_hash
 
     whole = list(foreign.base_weights)
     try:

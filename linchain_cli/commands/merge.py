@@ -163,7 +163,7 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
     """Prompts of the run's own rows; of plain sentences for an imported adapter, or where the rows are
     gone."""
     from linchain_cli.export.prompts import label_prompts, plain_prompts, run_prompts
-    from linchain_cli.model.loading import load_tokenizer
+    from linchain_cli.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(directory)
     data = subject.recipe_from_here.data

@@ -66,7 +66,7 @@ class NamedRun:
         """Says so where the base's tokenizer (read here, if it is not given) was changed since the run was
         trained, which no hash of weights shows."""
         from linchain_cli.data.fingerprint import is_other_tokenizer
-        from linchain_cli.model.loading import load_tokenizer
+        from linchain_cli.model.tokenizer import load_tokenizer
 
         wanted = self.opened.status.hashes.get("tokenizer")
         if not (wanted and is_first_process()):
@@ -84,7 +84,7 @@ class NamedRun:
         if asking is None or self.recipe.task != "causal":
             return {}
         from linchain_cli.data.asking import template_of_asking, travelling_files
-        from linchain_cli.model.loading import load_tokenizer
+        from linchain_cli.model.tokenizer import load_tokenizer
 
         try:
             tokenizer = load_tokenizer(base_directory)

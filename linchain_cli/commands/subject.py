@@ -182,7 +182,7 @@ def refuse_classifier(subject: Subject) -> None:
 
 def subject_tokenizer(subject: Subject) -> PreTrainedTokenizerBase:
     """Its tokenizer, which says how it can be asked before its weights are read."""
-    from linchain_cli.model.loading import load_tokenizer
+    from linchain_cli.model.tokenizer import load_tokenizer
 
     return load_tokenizer(locate_subject(subject))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from linchain_cli.chain import MatrixShape, carriers, match_modules, parameter_count
 from linchain_cli.model.classifier import Outputs
-from linchain_cli.model.loading import empty_model, text_decoder_prefix
+from linchain_cli.model.config import empty_model, text_decoder_prefix
 from linchain_cli.recipe import Recipe
 
 

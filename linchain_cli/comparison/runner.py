@@ -35,9 +35,10 @@ from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import collect_memory
 from linchain_cli.model.classifier import Outputs
+from linchain_cli.model.config import empty_model
+from linchain_cli.model.files import locate
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.limits import limits
-from linchain_cli.model.loading import empty_model, locate
 from linchain_cli.recipe import Recipe
 from linchain_cli.records import write_record
 from linchain_cli.report.plots import comparison_plot, loss_plot

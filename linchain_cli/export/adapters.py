@@ -16,7 +16,7 @@ from linchain_cli.export.modelfile import MODEL_FILE, modelfile
 from linchain_cli.export.output import check_output, staged_output
 from linchain_cli.export.peft import write_peft
 from linchain_cli.export.receipts import CARD_FILE, ExportReceipt, ReceiptAdapter, ReceiptBase, hash_files
-from linchain_cli.model.loading import auto_class
+from linchain_cli.model.config import auto_class
 from linchain_cli.records import record_bytes
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from linchain_cli.chain import Adapter, with_depth
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export.output import check_factors
 from linchain_cli.export.peft import FactorProof, check_modules, factor_proof
-from linchain_cli.model.loading import text_decoder_prefix
+from linchain_cli.model.config import text_decoder_prefix
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap

@@ -38,9 +38,9 @@ from linchain_cli.export.receipts import (
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
 from linchain_cli.model.checkpoint import Checkpoint, companion_files
+from linchain_cli.model.config import auto_class
 from linchain_cli.model.files import read_config
 from linchain_cli.model.hashing import refuse_other_base
-from linchain_cli.model.loading import auto_class
 from linchain_cli.model.packed import open_weights, quantization_method
 from linchain_cli.records import record_bytes
 

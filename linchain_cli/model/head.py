@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli.errors import InputError
+from linchain_cli.model.config import text_decoder
 from linchain_cli.model.fast import REFUSALS, alike, probe_ids, replace_forward
-from linchain_cli.model.loading import text_decoder
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -19,43 +19,17 @@ from linchain_cli.machine import is_out_of_memory
 from linchain_cli.model.attention import FLAT_SDPA, GROUPED, use_attention
 from linchain_cli.model.checkpoint import StoredTensor
 from linchain_cli.model.classifier import Outputs, check_missing, clear_drawn
-from linchain_cli.model.config import (
-    UNUSABLE,
-    auto_class,
-    empty_model,
-    load_config,
-    text_decoder,
-    text_decoder_prefix,
-)
+from linchain_cli.model.config import UNUSABLE, auto_class, load_config
 from linchain_cli.model.fast import REFUSALS, changing_nothing, probe_ids
-from linchain_cli.model.files import find_base, locate, read_config, weight_files
-from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.files import read_config, weight_files
 from linchain_cli.model.int8 import store_only
 from linchain_cli.model.packed import open_weights, quantization_of
 from linchain_cli.model.quiet import quiet
-from linchain_cli.model.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
-
-__all__ = [
-    "auto_class",
-    "base_hash",
-    "default_device",
-    "empty_model",
-    "find_base",
-    "load_config",
-    "load_model",
-    "load_tokenizer",
-    "locate",
-    "resolve_attention",
-    "resolve_dtype",
-    "text_decoder",
-    "text_decoder_prefix",
-    "weight_files",
-]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZATIONS = ("none", "int8", "nf4")

@@ -12,7 +12,7 @@ from linchain_cli.chain.spectrum import condition_numbers, entropy_rank, spectru
 from linchain_cli.errors import LinchainError
 from linchain_cli.model.checkpoint import FLOAT_TYPES, Checkpoint, StoredTensor
 from linchain_cli.model.classifier import Outputs
-from linchain_cli.model.loading import empty_model
+from linchain_cli.model.config import empty_model
 from linchain_cli.model.names import NameMap, map_names
 from linchain_cli.model.packed import open_weights
 

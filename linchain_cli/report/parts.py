@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from linchain_cli.chain import load_adapter
 from linchain_cli.errors import LinchainError
+from linchain_cli.model.files import find_base
 from linchain_cli.model.hashing import refuse_other_base
-from linchain_cli.model.loading import find_base
 from linchain_cli.recipe import Recipe
 from linchain_cli.report.figures import layer_map, spectrum_lines
 from linchain_cli.report.html import Markup, facts, figure, section, table, tag

@@ -10,7 +10,8 @@ from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.labelled import label_name
 from linchain_cli.data.relocation import recipe_from_here
 from linchain_cli.errors import InputError
-from linchain_cli.model.loading import find_base, load_tokenizer
+from linchain_cli.model.files import find_base
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 

@@ -15,18 +15,14 @@ from torch import nn
 from linchain_cli.data.labelled import find_classes
 from linchain_cli.errors import InputError
 from linchain_cli.model.classifier import Outputs, is_classifier, padding
+from linchain_cli.model.config import empty_model
 from linchain_cli.model.fast import changing_nothing
-from linchain_cli.model.files import FoundBase
+from linchain_cli.model.files import FoundBase, find_base
 from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
+from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.head import check_split, decoder_blocks
-from linchain_cli.model.loading import (
-    base_hash,
-    empty_model,
-    find_base,
-    load_model,
-    load_tokenizer,
-    resolve_dtype,
-)
+from linchain_cli.model.loading import load_model, resolve_dtype
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import Recipe, TrainingConfig
 from linchain_cli.run import RunDirectory, RunStatus
 from linchain_cli.training.norms import make_norms_lean

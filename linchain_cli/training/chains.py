@@ -11,8 +11,8 @@ from linchain_cli.chain import Adapter, Chain, ChainConfig, initial_gain, inject
 from linchain_cli.chain.head import initialise_head, load_head, make_trainable
 from linchain_cli.errors import InputError
 from linchain_cli.model.classifier import drawn_names, head_names, initial_deviation
+from linchain_cli.model.config import text_decoder_prefix
 from linchain_cli.model.fast import record
-from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, find_adapter
 from linchain_cli.storage import expand

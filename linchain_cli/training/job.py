@@ -32,10 +32,10 @@ from linchain_cli.data.fingerprint import tokenizer_hash
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_info
+from linchain_cli.model.config import text_decoder_prefix
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.limits import limits
-from linchain_cli.model.loading import text_decoder_prefix
 from linchain_cli.model.rope import length_classes
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import Machine, RunBase, RunDirectory

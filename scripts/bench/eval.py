@@ -38,7 +38,9 @@ from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.results import NEAR_TIE
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.evaluation.tasks import load_tasks
-from linchain_cli.model.loading import load_model, load_tokenizer, locate
+from linchain_cli.model.files import locate
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 from scripts.bench import options
 
 Key = tuple[str, int]

@@ -83,7 +83,7 @@ def make_adapters(base: Path, chain: Path, peft: Path) -> None:
 
     from linchain_cli.chain import ChainConfig, adapter_of, chain_layers, inject, save_adapter
     from linchain_cli.export.peft import write_peft
-    from linchain_cli.model.loading import empty_model
+    from linchain_cli.model.config import empty_model
 
     model = empty_model(base)
     config = ChainConfig(rank=16, depth=3, alpha=32, target_modules=TARGETS)
@@ -118,7 +118,7 @@ def run_linchain(args) -> dict[str, float]:
     from linchain_cli.export.shards import write_checkpoint
     from linchain_cli.export.sums import new_tensors, plan_merge
     from linchain_cli.model.checkpoint import companion_files, open_checkpoint
-    from linchain_cli.model.loading import empty_model
+    from linchain_cli.model.config import empty_model
 
     plan = plan_merge(open_checkpoint(args.base), load_adapter(args.chain), empty_model(args.base))
     write_checkpoint(args.out, new_tensors(plan), SHARD_BYTES)

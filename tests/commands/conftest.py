@@ -12,7 +12,8 @@ import yaml
 
 from linchain_cli import cli
 from linchain_cli.chain import ChainConfig, adapter_of, inject, save_adapter
-from linchain_cli.model.loading import base_hash, load_model
+from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.loading import load_model
 from linchain_cli.recipe import load_recipe
 from linchain_cli.run import RunDirectory
 

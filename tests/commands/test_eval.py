@@ -15,7 +15,8 @@ import torch
 from linchain_cli import cli
 from linchain_cli.chain.files import adapter_hash
 from linchain_cli.commands.subject import process_device
-from linchain_cli.model.loading import base_hash, load_model
+from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.loading import load_model
 from linchain_cli.training import processes
 
 from .conftest import linchain, make_run

@@ -22,7 +22,7 @@ from linchain_cli.comparison.results import lines
 from linchain_cli.comparison.runner import run_comparison, with_rates
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
-from linchain_cli.model.loading import load_tokenizer
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import load_recipe
 from linchain_cli.run import (
     ComparisonDirectory,

@@ -18,7 +18,7 @@ from linchain_cli.data.asking import (
 from linchain_cli.data.encoding import encode_prompt
 from linchain_cli.data.templates import closing_token, end_tokens, get_template, template_of
 from linchain_cli.errors import InputError
-from linchain_cli.model.loading import load_tokenizer
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe.data import DataConfig
 
 ROW = {"instruction": "What is 2 + 2?", "input": ""}

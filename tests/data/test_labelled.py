@@ -87,7 +87,7 @@ def test_a_length_without_room_beside_special_tokens_is_told(bert_tokenizer):
 
 
 def test_without_a_separator_a_line_break_stands_between_two_texts(tiny_tokenizer_dir):
-    from linchain_cli.model.loading import load_tokenizer
+    from linchain_cli.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     data = prepare_data(config(write("rows.jsonl", PAIRS), max_length=64), tokenizer, task="classification")
@@ -216,7 +216,7 @@ def test_a_class_that_only_validation_rows_have_is_named_in_data_labels(bert_tok
 
 def test_a_text_of_no_token_is_a_bad_row(tiny_tokenizer_dir):
     """As empty ones are with a tokenizer that puts nothing around a text."""
-    from linchain_cli.model.loading import load_tokenizer
+    from linchain_cli.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tiny_tokenizer_dir)
     rows = [{"text": text, "label": label} for text, label in (("cat", 0), ("", 1), ("dog", 1))]

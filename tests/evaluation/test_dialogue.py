@@ -8,7 +8,7 @@ from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.dialogue import Dialogue
 from linchain_cli.evaluation.speaking import Said, Sampling
-from linchain_cli.model.loading import load_tokenizer
+from linchain_cli.model.tokenizer import load_tokenizer
 
 
 class Speaker:

@@ -19,7 +19,8 @@ from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.jobs import LikelihoodJob
 from linchain_cli.evaluation.results import predictions_path, read_results
 from linchain_cli.evaluation.task import Task, read_row
-from linchain_cli.model.loading import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 
 from .conftest import naive_scores
 

@@ -13,7 +13,8 @@ from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.harness import evaluate_harness, find_tasks, load_harness, split_names
 from linchain_cli.evaluation.results import compare, read_results
 from linchain_cli.evaluation.task import Task, read_row
-from linchain_cli.model.loading import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 
 pytest.importorskip("lm_eval")
 

@@ -14,7 +14,8 @@ from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.fewshot import with_examples
 from linchain_cli.evaluation.speaking import Sampling, Speaker
 from linchain_cli.evaluation.task import Task, TaskRow
-from linchain_cli.model.loading import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 
 from .conftest import naive_scores
 

@@ -13,7 +13,7 @@ from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.questions import check_questions
 from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.limits import Limits
-from linchain_cli.model.loading import load_tokenizer
+from linchain_cli.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from linchain_cli.evaluation import speaking
 from linchain_cli.evaluation.jobs import before_stop
 from linchain_cli.evaluation.speaking import Sampling, Speaker
 from linchain_cli.model.limits import Limits
-from linchain_cli.model.loading import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 
 from .conftest import END
 from .test_generation import ours, prompts

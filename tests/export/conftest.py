@@ -19,7 +19,9 @@ def adapter_of_base() -> Callable[..., Any]:
         base: Path, targets="all-linear", rank: int = 4, depth: int = 3, alpha: float = 8.0, seed: int = 1
     ):
         from linchain_cli.chain import ChainConfig, adapter_of, chain_layers, inject
-        from linchain_cli.model.loading import base_hash, load_model, text_decoder_prefix
+        from linchain_cli.model.config import text_decoder_prefix
+        from linchain_cli.model.hashing import base_hash
+        from linchain_cli.model.loading import load_model
 
         model = load_model(base, dtype="float32", device="cpu")
         config = ChainConfig(rank=rank, depth=depth, alpha=alpha, init="kaiming", target_modules=targets)

@@ -12,7 +12,7 @@ import yaml
 from linchain_cli.chain import Adapter, ChainConfig, ChainTensors
 from linchain_cli.evaluations import Line, TaskScore
 from linchain_cli.export.card import Origin, PublishedBase, model_card
-from linchain_cli.model.loading import auto_class
+from linchain_cli.model.config import auto_class
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

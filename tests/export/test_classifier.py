@@ -22,7 +22,8 @@ from linchain_cli.export.peft import write_peft
 from linchain_cli.model.checkpoint import open_checkpoint
 from linchain_cli.model.classifier import Outputs, drawn_names, head_names
 from linchain_cli.model.config import text_decoder_prefix
-from linchain_cli.model.loading import base_hash, load_model
+from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.loading import load_model
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from classifiers import KINDS, make_checkpoint  # noqa: E402

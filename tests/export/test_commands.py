@@ -14,7 +14,7 @@ from linchain_cli import storage
 from linchain_cli.chain import delta_weight, load_adapter
 from linchain_cli.cli import main
 from linchain_cli.data.fingerprint import tokenizer_hash
-from linchain_cli.model.loading import load_tokenizer
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.run import RunDirectory
 
 

@@ -14,7 +14,7 @@ from linchain_cli.export import gguf_lora
 from linchain_cli.export.card import PublishedBase
 from linchain_cli.export.gguf_lora import ADAPTER_FILE, LAYOUTS, prove_gguf, write_gguf
 from linchain_cli.export.modelfile import modelfile
-from linchain_cli.model.loading import empty_model
+from linchain_cli.model.config import empty_model
 
 
 def linchain(*arguments) -> int:

@@ -18,7 +18,8 @@ from linchain_cli.export.merge import MergeOptions, MergeResult, merge_checkpoin
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import new_tensors, plan_merge
 from linchain_cli.model.checkpoint import open_checkpoint
-from linchain_cli.model.loading import empty_model, load_model
+from linchain_cli.model.config import empty_model
+from linchain_cli.model.loading import load_model
 
 PROMPTS = [[5, 6, 7, 8, 9, 20, 30], [1, 2, 3]]
 NAMES = [

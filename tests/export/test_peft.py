@@ -18,7 +18,8 @@ from linchain_cli.export.gguf_lora import write_gguf
 from linchain_cli.export.peft import prove_peft, relative_error, write_peft
 from linchain_cli.importing.convert import import_adapter
 from linchain_cli.importing.foreign import read_foreign
-from linchain_cli.model.loading import empty_model, load_model
+from linchain_cli.model.config import empty_model
+from linchain_cli.model.loading import load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])
 

@@ -15,7 +15,7 @@ from linchain_cli.export.proof import prove_tensors
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import new_tensors, plan_merge
 from linchain_cli.model.checkpoint import open_checkpoint
-from linchain_cli.model.loading import empty_model
+from linchain_cli.model.config import empty_model
 
 KEY = "model.layers.0.self_attn.q_proj.weight"
 

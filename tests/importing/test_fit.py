@@ -18,7 +18,8 @@ from linchain_cli.errors import InputError
 from linchain_cli.importing.convert import import_adapter
 from linchain_cli.importing.fit import fit_to_model, short_targets
 from linchain_cli.importing.foreign import read_foreign
-from linchain_cli.model.loading import empty_model, load_model
+from linchain_cli.model.config import empty_model
+from linchain_cli.model.loading import load_model
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])
 PATH = "model.layers.0.self_attn.q_proj"

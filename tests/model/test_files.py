@@ -15,8 +15,8 @@ import pytest
 from linchain_cli.errors import InputError
 from linchain_cli.importing.finding import find_checkpoint
 from linchain_cli.model import files as model_files
-from linchain_cli.model.files import FoundBase, find_base, looks_local
-from linchain_cli.model.loading import load_model, locate, weight_files
+from linchain_cli.model.files import FoundBase, find_base, locate, looks_local, weight_files
+from linchain_cli.model.loading import load_model
 
 # Local paths
 

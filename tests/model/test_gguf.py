@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.loading import load_model, load_tokenizer, locate
+from linchain_cli.model.files import locate
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 
 
 def write_gguf(source: Path, path: Path, **header) -> Path:

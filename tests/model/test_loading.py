@@ -12,16 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.model.classifier import Outputs
-from linchain_cli.model.loading import (
-    empty_model,
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_attention,
-    resolve_dtype,
-    text_decoder,
-    text_decoder_prefix,
-)
+from linchain_cli.model.config import empty_model, load_config, text_decoder, text_decoder_prefix
+from linchain_cli.model.loading import load_model, resolve_attention, resolve_dtype
+from linchain_cli.model.tokenizer import load_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,9 @@ from linchain_cli.chain import ChainConfig, adapter_of, delta_weight, inject
 from linchain_cli.errors import InputError
 from linchain_cli.export.card import Origin
 from linchain_cli.export.merge import MergeOptions, merge_checkpoint
-from linchain_cli.model.loading import base_hash, empty_model, load_config, load_model
+from linchain_cli.model.config import empty_model, load_config
+from linchain_cli.model.hashing import base_hash
+from linchain_cli.model.loading import load_model
 from linchain_cli.model.packed import open_weights
 
 SIZES = {

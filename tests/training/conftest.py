@@ -86,7 +86,9 @@ def recipe_of(tmp_path: Path, tiny_llama_dir: Path, rows_file: Path) -> Callable
 @pytest.fixture(scope="session")
 def tiny_base(tiny_llama_dir: Path):
     """The tiny Llama, loaded once; tests take their chains out again."""
-    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer
+    from linchain_cli.model.hashing import base_hash
+    from linchain_cli.model.loading import load_model
+    from linchain_cli.model.tokenizer import load_tokenizer
     from linchain_cli.training.base import Base, suit_to_training
 
     model = load_model(tiny_llama_dir, dtype="float32", device="cpu")

@@ -18,7 +18,9 @@ SLOW = pytest.mark.skipif(
 
 @pytest.fixture
 def experts_base(request, base_of):
-    from linchain_cli.model.loading import base_hash, load_model, load_tokenizer
+    from linchain_cli.model.hashing import base_hash
+    from linchain_cli.model.loading import load_model
+    from linchain_cli.model.tokenizer import load_tokenizer
     from linchain_cli.training.base import Base, suit_to_training
 
     directory = base_of(request.param)

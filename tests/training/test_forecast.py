@@ -15,7 +15,9 @@ import torch
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.model.classifier import Outputs, head_names
-from linchain_cli.model.loading import empty_model, load_model, load_tokenizer, text_decoder_prefix
+from linchain_cli.model.config import empty_model, text_decoder_prefix
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast import Forecast, forecast, memory, recipe_epoch, time
 from linchain_cli.training.forecast.memory import saved_bytes

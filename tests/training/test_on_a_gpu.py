@@ -20,7 +20,8 @@ from linchain_cli.model.attention import FLAT_SDPA, GROUPED, note_reaches
 from linchain_cli.model.classifier import Outputs, padding
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import decoder_blocks, hidden_states
-from linchain_cli.model.loading import load_model, load_tokenizer
+from linchain_cli.model.loading import load_model
+from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.model.varlen import Kernel
 from linchain_cli.training import history, loop, norms
 from linchain_cli.training import step as one_step

@@ -12,7 +12,8 @@ from linchain_cli.data.report import EpochPlan, epoch_plan
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.model.attention import GROUPED, may_group
 from linchain_cli.model.classifier import Outputs
-from linchain_cli.model.loading import empty_model, resolve_attention, resolve_dtype, text_decoder_prefix
+from linchain_cli.model.config import empty_model, text_decoder_prefix
+from linchain_cli.model.loading import resolve_attention, resolve_dtype
 from linchain_cli.recipe import Recipe
 
 # What a model's code raises that cannot run without values, or not in part.

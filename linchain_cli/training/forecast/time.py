@@ -18,9 +18,9 @@ from linchain_cli.data.report import EpochPlan
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.model.attention import GROUPED
 from linchain_cli.model.classifier import is_classifier
+from linchain_cli.model.config import text_decoder
 from linchain_cli.model.flat_rows import FlatRows
 from linchain_cli.model.head import decoder_blocks
-from linchain_cli.model.loading import text_decoder
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast.model import UNSUPPORTED, attention_of, micro_batch_size, recipe_epoch
 from linchain_cli.training.norms import make_norms_lean
