@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,52 @@ def _device_mask(*arguments: Any, **options: Any) -> Tensor | None:
     return sdpa_mask(*arguments, **options)
 
 
-# model/flat_attention.py has them read flat rows, too.
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionInterface.register(FLAT_SDPA, sdpa_attention_forward)
+class FlatLayout(Protocol):
+    """How the attention of flat rows (model/flat_attention.py) is computed; the model hands it on to every
+    layer as `flat`."""
+
+    def attend(
+        self,
+        attention: Callable,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        **options: Any,
+    ) -> Tensor:
+        """Attention within each row, as far as the layer `module` looks back.
+
+        Args:
+            attention: what transformers' AttentionInterface would call on padded rows.
+            query, key, value: (1, heads or key heads, tokens, d).
+
+        Returns:
+            (1, tokens, heads, d).
+        """
+        ...
+
+
+def _reading_flat_rows(attention: Callable) -> Callable:
+    """An attention function for transformers' AttentionInterface that reads flat rows, too."""
+
+    def either(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        flat: FlatLayout | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if flat is None:
+            return attention(module, query, key, value, attention_mask, **options)
+        return flat.attend(attention, module, query, key, value, **options), None
+
+    return either
+
+
+AttentionInterface.register(GROUPED, _reading_flat_rows(grouped_attention))
+AttentionInterface.register(FLAT_SDPA, _reading_flat_rows(sdpa_attention_forward))
 _MASKS: dict[str, Callable] = {GROUPED: eager_mask, FLAT_SDPA: _device_mask}
 for _name, _mask in _MASKS.items():
     AttentionMaskInterface.register(_name, _mask)

@@ -12,63 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from linchain_cli.model.attention import FLAT_SDPA, GROUPED, Reach, grouped_attention, reach_of
+from linchain_cli.model.attention import Reach, reach_of
 from linchain_cli.model.varlen import Cut, Kernel
-
-
-class Layout(Protocol):
-    """How flat rows' attention is computed; the model hands it on to every layer as `flat`."""
-
-    def attend(
-        self,
-        attention: Callable,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        **options: Any,
-    ) -> Tensor:
-        """Attention within each row, as far as the layer `module` looks back.
-
-        Args:
-            attention: what transformers' AttentionInterface would call on padded rows.
-            query, key, value: (1, heads or key heads, tokens, d).
-
-        Returns:
-            (1, tokens, heads, d).
-        """
-        ...
-
-
-def reading_flat_rows(attention: Callable) -> Callable:
-    """An attention function for transformers' AttentionInterface that reads flat rows, too."""
-
-    def either(
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        flat: Layout | None = None,
-        **options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if flat is None:
-            return attention(module, query, key, value, attention_mask, **options)
-        return flat.attend(attention, module, query, key, value, **options), None
-
-    return either
-
-
-AttentionInterface.register(GROUPED, reading_flat_rows(grouped_attention))
-AttentionInterface.register(FLAT_SDPA, reading_flat_rows(sdpa_attention_forward))
 
 
 @dataclass(frozen=True)
