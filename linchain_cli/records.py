@@ -13,10 +13,13 @@ import functools
 import json
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from linchain_cli import storage
 from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 Record = TypeVar("Record")
 
@@ -106,7 +109,7 @@ def _checked(content: dict[str, Any], kind: type[Record], path: Path) -> Record:
 
 
 @functools.cache
-def _adapter(kind: type):
+def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

@@ -21,7 +21,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from linchain_cli.errors import InputError
 
@@ -64,7 +64,7 @@ def refuse_lfs_pointer(path: Path, name: str = "") -> None:
             )
 
 
-def _write(handle, data: bytes) -> None:
+def _write(handle: IO[bytes], data: bytes) -> None:
     handle.write(data)
 
 

@@ -38,7 +38,7 @@ class ChainConfig:
         """α/r, what the product B·Wn…W1·A is multiplied by."""
         return self.alpha / self.rank
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1 or self.depth < 0:
             raise InputError(
                 f"a chain needs rank ≥ 1 and depth ≥ 0, got rank {self.rank} and depth {self.depth}"

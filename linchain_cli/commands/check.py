@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
     from linchain_cli.data.dataset import PreparedData
     from linchain_cli.model.classifier import Outputs
@@ -145,7 +146,7 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
 def _rows(
     recipe: Recipe,
     data: PreparedData,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     outputs: Outputs | None,
     device: torch.device,
     console: Console,
@@ -182,7 +183,7 @@ def _rows(
 def _tasks(
     recipe: Recipe,
     data: PreparedData,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     outputs: Outputs | None,
     readable: Limits,
     console: Console,

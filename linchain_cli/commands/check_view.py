@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from transformers import PreTrainedTokenizerBase
 
     from linchain_cli.chain import Coverage, Matches, MatrixShape
     from linchain_cli.data.dataset import PreparedData
@@ -193,7 +194,10 @@ def epoch(console: Console, plan: EpochPlan, total_steps: int, recipe: Recipe, d
 
 
 def rows(
-    console: Console, encoded: EncodedRows, tokenizer: Any, classes: Sequence[str] | None = None
+    console: Console,
+    encoded: EncodedRows,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """The first row, one of median length and the longest, with what is supervised marked; or with their
     label, of which these are the `classes` (none: a number)."""
@@ -224,7 +228,9 @@ def rows(
         console.print(text)
 
 
-def _runs(ids: list[int], supervised: list[bool], tokenizer: Any) -> Iterator[tuple[str, bool]]:
+def _runs(
+    ids: list[int], supervised: list[bool], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[str, bool]]:
     """The row's text in pieces that are supervised or not: each is what its tokens add to the text."""
     starts = [i for i in range(len(ids)) if i == 0 or supervised[i] != supervised[i - 1]]
     before = ""

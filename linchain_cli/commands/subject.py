@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from linchain_cli.commands.origin import NamedRun, name_run
 from linchain_cli.errors import InputError
@@ -12,7 +12,8 @@ from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
 from linchain_cli.storage import expand
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from linchain_cli.chain import Adapter
     from linchain_cli.data.asking import Asking
@@ -67,8 +68,8 @@ class LoadedModel:
     """A subject's model and tokenizer, and what tells it from others in a result; `outputs` are those of a
     classifier."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     base_sha256: str
     quantization: str
     outputs: Outputs | None = None
@@ -86,7 +87,7 @@ class Asked:
 
 
 def choose_template(
-    subject: Subject, tokenizer: Any, name: str | None = None, like: Subject | None = None
+    subject: Subject, tokenizer: PreTrainedTokenizerBase, name: str | None = None, like: Subject | None = None
 ) -> Asked:
     """The template of that name; left out, the one that the subject was trained with, or else that `like`
     was: two models that are compared get the same prompts. Without a record of any it is the model's own
@@ -244,7 +245,7 @@ def _outputs(subject: Subject, adapter: Adapter | None, directory: Path) -> Outp
     return stored_outputs(directory)
 
 
-def process_device():
+def process_device() -> torch.device:
     """This process's device: of several processes on a machine, each has a GPU of its own."""
     import torch
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from linchain_cli.cache import cache_root
 from linchain_cli.data.readers import CsvReader, JsonLinesReader, JsonReader, Reader, TsvReader, starts_list
@@ -24,6 +25,9 @@ from linchain_cli.storage import (
     sha256_bytes,
     staged_file,
 )
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 TEXTS: dict[str, type[Reader]] = {
     ".json": JsonReader,
@@ -204,7 +208,7 @@ def _last_part(path: str) -> str:
     return PurePosixPath(re.split(r"[?#]", path)[0]).name
 
 
-def _fetched(system, path: str) -> Path:
+def _fetched(system: AbstractFileSystem, path: str) -> Path:
     """The file's copy in the cache; fetched again when what the server says of it has changed, or when it
     says nothing."""
     about = system.info(path)

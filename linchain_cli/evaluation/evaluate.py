@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -28,6 +28,9 @@ from linchain_cli.model.limits import limits
 from linchain_cli.model.products import fast_products
 from linchain_cli.storage import sha256_bytes, tensor_bytes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 logger = logging.getLogger(__name__)
 
 BEAMS = 4
@@ -41,8 +44,8 @@ BATCH_TOKENS = {
 
 
 def evaluate(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     template: Template,
     tasks: Sequence[Task],
     *,
@@ -144,7 +147,7 @@ def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, s
 
 
 @contextlib.contextmanager
-def evaluating(model) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode (dropout off), no gradients, chains folded; afterwards the model is in the mode it was in."""
     was_training = model.training
     model.eval()
@@ -168,13 +171,13 @@ def _batches(
             number += 1
 
 
-def _batch_tokens(model, protocol: ProtocolName) -> int:
+def _batch_tokens(model: PreTrainedModel, protocol: ProtocolName) -> int:
     by_device = BATCH_TOKENS[protocol]
     return by_device.get(model.get_input_embeddings().weight.device.type, by_device["cuda"])
 
 
 def setting_of(
-    model,
+    model: PreTrainedModel,
     template: Template,
     name: str,
     protocol: str,
@@ -210,7 +213,7 @@ def setting_of(
     )
 
 
-def _adapter_hash(model) -> str | None:
+def _adapter_hash(model: PreTrainedModel) -> str | None:
     """SHA-256 over the values of the model's chains, as that of the adapter's file; None without any."""
     chains = {
         f"{path}.{name}": value

@@ -9,7 +9,7 @@ dropped as soon as none of its beams can improve on what it has finished. One be
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -28,12 +28,15 @@ from linchain_cli.model.attention import attention_window
 from linchain_cli.model.flat_rows import in_one_copy
 from linchain_cli.model.logits import cache_name, last_logits, with_cache
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 PAD = 0
 # Cached tokens (prompt and answer of every beam) for each token that a batch may read at once.
 CACHED_PER_TOKEN = 4
 
 
-def stop_tokens(model, tokenizer, template: Template) -> list[int]:
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
     """The tokens that end an answer: those that the template taught, and those of the model's generation
     config.
     """
@@ -49,7 +52,7 @@ class Generator:
 
     def __init__(
         self,
-        model,
+        model: PreTrainedModel,
         ends: Sequence[int],
         prompts: Sequence[Sequence[int]],
         beams: int,
@@ -114,7 +117,7 @@ class Generator:
 
 
 def generate(
-    model, prompt: Sequence[int], ends: Sequence[int], *, cache: Any = None, **options: Any
+    model: PreTrainedModel, prompt: Sequence[int], ends: Sequence[int], *, cache: Any = None, **options: Any
 ) -> tuple[list[int], Any]:
     """transformers' own continuation of one prompt: the new tokens, their end included, and the cache of all
     that was read.
@@ -128,7 +131,11 @@ def generate(
 
 
 def _generate(
-    model, prompts: Sequence[Sequence[int]], ends: Sequence[int], cache: Any = None, **options: Any
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
+    cache: Any = None,
+    **options: Any,
 ) -> tuple[list[list[int]], Any]:
     """`generate` for prompts of one length. The settings are those that are given alone: transformers would
     fill in the model's (a repetition penalty, for instance), which the search of this module never asks."""
@@ -163,7 +170,7 @@ class _Reader:
     Prompts are padded on the left; the mask hides the padding, and positions do not count it.
     """
 
-    def __init__(self, model, prompts: Sequence[Sequence[int]]):
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]):
         self.model, self.device = model, model.get_input_embeddings().weight.device
         self._takes_positions = takes_positions(model)
         # The host knows who is padded: it need not ask the device for every token.

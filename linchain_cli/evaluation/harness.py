@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
@@ -29,6 +29,9 @@ from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore
 from linchain_cli.run import now
 from linchain_cli.storage import sha256_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PREFIX = "lm_eval:"
 PROTOCOL = "lm_eval"
@@ -170,8 +173,8 @@ def _name_in(file: Path) -> str:
 
 
 def evaluate_harness(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     template: Template,
     tasks: Sequence[HarnessTask],
     *,
@@ -258,7 +261,9 @@ def results_of(
     return Results(averaged(setting.model_copy(update={"tasks": tasks})), predictions)
 
 
-def _score(name, metrics, found, rows: str, samples: Sequence[Any]) -> TaskScore:
+def _score(
+    name: str, metrics: Mapping[str, Any], found: Mapping[str, Any], rows: str, samples: Sequence[Any]
+) -> TaskScore:
     values = {}
     for key, value in metrics.items():
         metric, _, filtered = key.partition(",")

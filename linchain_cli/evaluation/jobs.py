@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from linchain_cli.data.encoding import encode_prompt, encode_responses, text_encoder
 from linchain_cli.data.rows import Rendered, RowError, Template
@@ -20,6 +20,9 @@ from linchain_cli.evaluation.results import Prediction
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.machine import is_out_of_memory
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 ProtocolName = Literal["likelihood", "generate"]
 NormaliseName = Literal["none", "bytes", "tokens"]
 
@@ -28,8 +31,8 @@ NormaliseName = Literal["none", "bytes", "tokens"]
 class Setup:
     """What all jobs of an evaluation have in common, but for the template, which a task may bring."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     template: Template
     batch_tokens: int
     beams: int = 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_mask
 from linchain_cli.model.attention import attention_window
 from linchain_cli.model.flat_rows import in_one_copy
 from linchain_cli.model.logits import last_logits, logits_at, with_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MIN_PREFIX = 4
 BATCH_COST = 1 / 16  # the launch of a batch in tokens, as a share of what one may hold
@@ -60,7 +63,7 @@ def plan_batches(
 class OptionScorer:
     """Scores the rows of one task, with the masks and caches that the model turns out to support."""
 
-    def __init__(self, model, trees: Sequence[OptionTree], max_tokens: int):
+    def __init__(self, model: PreTrainedModel, trees: Sequence[OptionTree], max_tokens: int):
         self.model = model
         self.device = model.get_input_embeddings().weight.device
         self.prefix = self._prefix_length(trees)

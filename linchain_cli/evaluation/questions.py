@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from linchain_cli.data.rows import Template
 from linchain_cli.data.templates import get_template
@@ -11,9 +12,16 @@ from linchain_cli.evaluation.jobs import ProtocolName, Setup, texts_of
 from linchain_cli.evaluation.task import Task, TaskRow, check_protocol
 from linchain_cli.model.limits import Limits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 def check_questions(
-    tokenizer, template: Template, tasks: Sequence[Task], protocol: ProtocolName, limits: Limits
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    tasks: Sequence[Task],
+    protocol: ProtocolName,
+    limits: Limits,
 ) -> list[str]:
     """Encodes every row of the tasks as an evaluation will, which computes nothing yet.
 
@@ -39,7 +47,7 @@ def check_questions(
     return found
 
 
-def task_template(task: Task, template: Template, tokenizer) -> Template:
+def task_template(task: Task, template: Template, tokenizer: PreTrainedTokenizerBase) -> Template:
     """The task's own template, or the one that the model was trained with."""
     return template if task.template in (None, template.name) else get_template(task.template, tokenizer)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def points(value: float) -> str:
     return f"{100 * value:+.1f}"
 
 
-def span(interval: Sequence[float] | None, number=None) -> str:
+def span(interval: Sequence[float] | None, number: Callable[[float], str] | None = None) -> str:
     """`58.1 – 64.4`."""
     if interval is None:
         return "–"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -18,6 +18,9 @@ from linchain_cli.evaluation.generation import Generator, generate, stop_tokens
 from linchain_cli.evaluation.jobs import before_stop
 from linchain_cli.evaluation.tryout import continues_from_cache, refuse_broken
 from linchain_cli.model.limits import limits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Show = Callable[[str], None]
 _HALF_A_CHARACTER = "\ufffd"
@@ -40,7 +43,7 @@ class Sampling:
     beams: int = 1
     stop: Sequence[str] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.beams > 1 and self.temperature > 0:
             raise InputError(
                 "beams search for the likeliest answer and a temperature draws one: give one of them."
@@ -77,8 +80,8 @@ class Speaker:
 
     def __init__(
         self,
-        model,
-        tokenizer,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
         template: Template,
         straddles: bool | None = None,
         warn: Callable[[str], None] = lambda message: None,
@@ -187,7 +190,7 @@ class _Take(StoppingCriteria):
 class _Text:
     """The text of tokens, shown as far as no further token changes it."""
 
-    def __init__(self, tokenizer, stop: Sequence[str], show: Show):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], show: Show):
         self._tokenizer, self._stop, self._show = tokenizer, stop, show
         self._shown = ""
         self.tokens: list[int] = []

@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +21,15 @@ from linchain_cli.machine import is_out_of_memory
 from linchain_cli.model.fast import alike, record
 from linchain_cli.model.logits import last_logits
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 TEXT = (3, 5, 7, 11, 13, 17, 19, 23)
 OTHER = (31, 29, 2, 37, 43, 41, 23, 19)
 SPLIT = 4
 
 
-def refuse_broken(model) -> None:
+def refuse_broken(model: PreTrainedModel) -> None:
     """Raises LinchainError for a model that computes NaN or infinities: no result of it means anything."""
     with torch.inference_mode():
         logits, _ = last_logits(
@@ -42,7 +45,7 @@ def _remembered(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """`trial`, made once per model and attention."""
 
     @functools.wraps(trial)
-    def once(model) -> bool:
+    def once(model: PreTrainedModel) -> bool:
         found = record(model).setdefault("tryouts", {})
         key = (trial.__name__, model.config._attn_implementation)
         if key not in found:
@@ -53,7 +56,7 @@ def _remembered(trial: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 @_remembered
-def continues_from_cache(model) -> bool:
+def continues_from_cache(model: PreTrainedModel) -> bool:
     """Whether texts read in two parts, their caches copied and reordered, have the logits of the whole."""
 
     def attempt(device: torch.device) -> bool:
@@ -73,7 +76,7 @@ def continues_from_cache(model) -> bool:
 
 
 @_remembered
-def reads_tree_masks(model) -> bool:
+def reads_tree_masks(model: PreTrainedModel) -> bool:
     """Whether a branch of a tree of tokens is read as if its siblings were not there.
 
     Whatever tokens stand in the first branch, the second one's logits are those of its plain text.
@@ -101,7 +104,7 @@ def reads_tree_masks(model) -> bool:
 
 
 @_remembered
-def ignores_padding(model) -> bool:
+def ignores_padding(model: PreTrainedModel) -> bool:
     """Whether masked tokens in front of a text change nothing."""
 
     def behind(device: torch.device, padding: Sequence[int]) -> torch.Tensor:
@@ -119,12 +122,12 @@ def ignores_padding(model) -> bool:
     return _try_out(model, attempt)
 
 
-def takes_positions(model) -> bool:
+def takes_positions(model: PreTrainedModel) -> bool:
     """Whether the model can be told where a token stands."""
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
-def _try_out(model, attempt: Callable[[torch.device], bool]) -> bool:
+def _try_out(model: PreTrainedModel, attempt: Callable[[torch.device], bool]) -> bool:
     try:
         with torch.inference_mode():
             return attempt(model.get_input_embeddings().weight.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,7 @@ def write_companions(
     return changes
 
 
-def _change(path: Path, change) -> None:
+def _change(path: Path, change: Callable[[Any], Any]) -> None:
     """Writes what `change` makes of a JSON file, if that is another thing."""
     if not path.is_file():
         return

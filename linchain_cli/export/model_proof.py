@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,11 +22,14 @@ from linchain_cli.model.classifier import drawn_names, is_classifier
 from linchain_cli.model.loading import default_device, load_model
 from linchain_cli.model.quiet import quiet
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel
+
 READ_POSITIONS = 16  # the last ones of each prompt, so that logits of a large vocabulary stay small
 
 
 @torch.inference_mode()
-def read_logits(model, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def read_logits(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Iterator[Tensor]:
     """Logits (n, vocabulary) in float32 on the CPU at the last `READ_POSITIONS` positions of each prompt, one
     by one; of a classifier (1, classes)."""
     from linchain_cli.model.logits import logits_at
@@ -154,7 +158,13 @@ class _Adapted:
 
 
 def _read_adapted(
-    directory: Path, adapter: Adapter, prompts, dtype: str, quantization: str, device: torch.device, settings
+    directory: Path,
+    adapter: Adapter,
+    prompts: Sequence[Sequence[int]],
+    dtype: str,
+    quantization: str,
+    device: torch.device,
+    settings: GenerationConfig | None,
 ) -> _Adapted:
     model = load_model(
         directory,
@@ -177,7 +187,7 @@ def _read_adapted(
     return _Adapted(logits, bare, generates)
 
 
-def _generation_settings(directory: Path):
+def _generation_settings(directory: Path) -> GenerationConfig | None:
     """What `generate` takes when nothing is asked for; None where the checkpoint holds no settings."""
     from transformers import GenerationConfig
 
@@ -187,7 +197,7 @@ def _generation_settings(directory: Path):
 
 
 @torch.inference_mode()
-def _generate(model, prompt: Sequence[int], settings) -> int:
+def _generate(model: PreTrainedModel, prompt: Sequence[int], settings: GenerationConfig | None) -> int:
     """How many tokens `generate` makes after the prompt, a few at most."""
     ids = torch.tensor([list(prompt)], device=model.get_input_embeddings().weight.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

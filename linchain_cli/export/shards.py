@@ -177,7 +177,7 @@ def _make(key: str, make: Callable[[], torch.Tensor], size: int, target: int, pl
     return size
 
 
-def _write_at(target: int, data, place: int) -> None:
+def _write_at(target: int, data: bytes | memoryview, place: int) -> None:
     view = memoryview(data)
     while view:
         written = os.pwrite(target, view, place)

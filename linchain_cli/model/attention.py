@@ -202,7 +202,9 @@ def _masks_noted(name: str, found: dict[nn.Module, Reach | None]) -> Iterator[No
         made.append((mask, _reach_by(made_by, options.get("local_size"), mask)))
         return mask
 
-    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any):
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
         reach = next((reach for own, reach in made if own is mask), None) if mask is not None else None
         found[module] = reach if found.get(module, reach) == reach else None
         return attention(module, query, key, value, mask, **options)

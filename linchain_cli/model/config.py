@@ -20,6 +20,7 @@ from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 # What model classes raise if a configuration's values do not fit together, or a library they need is missing.
 UNUSABLE = (
@@ -118,7 +119,7 @@ def _has_text_part(config: PretrainedConfig) -> bool:
     return config.get_text_config(decoder=True) is not config
 
 
-def auto_class(config: PretrainedConfig, outputs: Outputs | None = None):
+def auto_class(config: PretrainedConfig, outputs: Outputs | None = None) -> type[_BaseAutoModelClass]:
     """transformers' class that loads a model of this configuration, or a classifier with these outputs."""
     from transformers import (
         AutoModelForCausalLM,

@@ -294,7 +294,7 @@ def hub_fetcher(repo: str, revision: str | None) -> Callable[[list[str]], Path]:
     return fetch
 
 
-def _fetch_weights(directory: Path, fetch) -> None:
+def _fetch_weights(directory: Path, fetch: Callable[[list[str]], None]) -> None:
     for single in (SAFETENSORS, PICKLED):
         index = directory / f"{single}.index.json"
         fetch(shard_names(index) if index.is_file() else [single])

@@ -16,6 +16,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from linchain_cli.cache import cache_root, remembered_sha256
 from linchain_cli.errors import InputError, LinchainError
@@ -23,6 +24,9 @@ from linchain_cli.locks import locked
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
 from linchain_cli.storage import make_directory, remove_staging, staged_directory
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ def _write_checkpoint(path: Path, staging: Path) -> None:
     _make_readable(staging)
 
 
-def _restore_special_tokens(tokenizer, config) -> None:
+def _restore_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> None:
     """Takes the tokenizer's special tokens from the configuration, which holds the file's own ids.
 
     transformers 5.17 gives byte-level tokenizers the BOS token for EOS and drops the padding token.

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from linchain_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SPARE = 8  # rows that a table of positions may have beyond those that count (OPT has two)
 
@@ -50,7 +54,7 @@ class Limits:
             f" understand nothing there; {remedy}"
         )
 
-    def check_ids(self, ids: Iterable[int], tokenizer, what: str) -> None:
+    def check_ids(self, ids: Iterable[int], tokenizer: PreTrainedTokenizerBase, what: str) -> None:
         """Raises InputError for a token without an embedding; `what` it stands in begins the message."""
         highest = max(ids)
         if highest >= self.embeddings:

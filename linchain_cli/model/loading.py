@@ -27,7 +27,7 @@ from linchain_cli.model.packed import open_weights, quantization_of
 from linchain_cli.model.quiet import quiet
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -258,7 +258,9 @@ def _keep_unscaled(model: PreTrainedModel) -> None:
         model.config.rescale_every = 0
 
 
-def _quantization_config(name: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8):
+def _quantization_config(
+    name: str, dtype: torch.dtype, storage: torch.dtype = torch.uint8
+) -> BitsAndBytesConfig | None:
     if name not in QUANTIZATIONS:
         raise InputError(
             f"model.quantization: '{name}' is unknown, expected one of {', '.join(QUANTIZATIONS)}."

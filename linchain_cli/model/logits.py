@@ -11,7 +11,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,11 +19,14 @@ from torch import nn
 from linchain_cli.errors import LinchainError
 from linchain_cli.model.flat_rows import in_one_copy
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 VOCABULARY_BLOCK = 16384
 
 
 @contextlib.contextmanager
-def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Iterator[None]:
+def logits_at(model: PreTrainedModel, positions: torch.Tensor, *, float32: bool = False) -> Iterator[None]:
     """Inside the block, the model's forward returns logits at the True entries of `positions` alone.
 
     `positions` is boolean (batch, length), where length counts the tokens given to the forward (not
@@ -42,7 +45,7 @@ def logits_at(model, positions: torch.Tensor, *, float32: bool = False) -> Itera
         )
     calls, places = 0, positions.flatten().nonzero().squeeze(-1)
 
-    def gather(_module, inputs):
+    def gather(_module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         nonlocal calls
         calls += 1
         hidden = inputs[0]
@@ -93,7 +96,9 @@ def with_cache(cache: Any) -> dict[str, Any]:
     return {} if cache is None else {cache_name(): cache}
 
 
-def last_logits(model, input_ids: torch.Tensor, cache: Any = None, **inputs: Any) -> tuple[torch.Tensor, Any]:
+def last_logits(
+    model: PreTrainedModel, input_ids: torch.Tensor, cache: Any = None, **inputs: Any
+) -> tuple[torch.Tensor, Any]:
     """Logits (batch, vocabulary) behind the last token of `input_ids` (batch, length), which continue what
     `cache` holds; and the cache."""
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

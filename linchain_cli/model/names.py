@@ -10,7 +10,7 @@ can be patched without loading the model.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from linchain_cli.errors import LinchainError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 
 class ConversionError(LinchainError):
@@ -208,7 +209,13 @@ def map_names(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> NameM
     return NameMap(renamed, converted, tuple(unused), tuple(missing), tied)
 
 
-def _parameter_name(key: str, renamings, converters, prefix: str, state: Mapping) -> tuple[str, str | None]:
+def _parameter_name(
+    key: str,
+    renamings: list[WeightRenaming],
+    converters: list[WeightConverter],
+    prefix: str,
+    state: Mapping[str, Any],
+) -> tuple[str, str | None]:
     """The name `key` is loaded under, and the converter pattern it matched, as `from_pretrained` decides
     it."""
     from transformers.core_model_loading import rename_source_key
@@ -219,7 +226,13 @@ def _parameter_name(key: str, renamings, converters, prefix: str, state: Mapping
     return name, pattern
 
 
-def _conversion(first: str, sources: list[tuple[str, str]], converter, model, shapes) -> Conversion:
+def _conversion(
+    first: str,
+    sources: list[tuple[str, str]],
+    converter: WeightConverter,
+    model: PreTrainedModel,
+    shapes: Mapping[str, Sequence[int]],
+) -> Conversion:
     """The group of `sources`; the names it produces are found by running the converter on meta tensors."""
     whole = Conversion(tuple(sources), (first,), first, converter, model)
     empty = {key: torch.empty(shapes[key], device="meta") for key, _ in sources}

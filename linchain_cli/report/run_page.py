@@ -56,7 +56,9 @@ def _what(recipe: Recipe) -> str:
     return f"{adapter_kind(adapter.depth)} of rank {adapter.rank} on {recipe.model.path}"
 
 
-def _losses(training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], per: str):
+def _losses(
+    training: Sequence[Mapping[str, Any]], validation: Sequence[Mapping[str, Any]], per: str
+) -> Markup:
     return loss_curves(
         [(row["step"], row["loss"]) for row in training],
         [(row["step"], row["eval_loss"]) for row in validation],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.labelled import label_name
@@ -14,6 +14,9 @@ from linchain_cli.model.files import find_base
 from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, read_jsonl
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 UNDECODED = "\ufffd"
 
@@ -56,7 +59,9 @@ def row_samples(run: RunDirectory, recipe: Recipe, count: int = 3, base: str | N
     return samples
 
 
-def token_pieces(tokenizer: Any, ids: Sequence[int], supervised: Sequence[bool]) -> list[tuple[str, bool]]:
+def token_pieces(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], supervised: Sequence[bool]
+) -> list[tuple[str, bool]]:
     """(text, supervised) per token, in order; together the texts are what all tokens decode to.
 
     Tokens that hold only a part of a character's bytes are joined with the following ones of their kind.

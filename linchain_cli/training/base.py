@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from accelerate import Accelerator
@@ -28,6 +28,9 @@ from linchain_cli.run import RunDirectory, RunStatus
 from linchain_cli.training.norms import make_norms_lean
 from linchain_cli.training.processes import from_main, on_main, together
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # The values of `training.parallel` that spread the base over processes.
 SPREAD = ("shard", "hybrid")
 # `parallel: auto` shards a base that takes more than this share of a GPU; the rest is for activations.
@@ -44,7 +47,7 @@ class Base:
 
     directory: Path
     model: nn.Module
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     hash: str
     sharded: bool = False
     source: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +63,7 @@ def _unbound(forward: Callable) -> Callable:
 
 
 def _recomputed(forward: Callable, offload: bool) -> Callable:
-    def run(_block, *args, **kwargs):
+    def run(_block: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if not (offload and args):

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_limit
@@ -124,7 +125,7 @@ def run_processes(
         for rank in range(nproc)
     ]
 
-    def pass_on(signum, _frame):
+    def pass_on(signum: int, _frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:
                 child.send_signal(signum)

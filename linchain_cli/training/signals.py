@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from types import FrameType
 
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import LinchainError, Stopped
@@ -38,7 +39,7 @@ def stop_requests(message: str) -> Iterator[StopRequest]:
     """
     request = StopRequest(message)
 
-    def handle(signum, _frame):
+    def handle(signum: int, _frame: FrameType | None) -> None:
         if request.signum and signal.SIGHUP not in (request.signum, signum):
             _exit_at_once(128 + signum)
         again, request.signum = request.signum, signum
