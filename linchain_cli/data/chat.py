@@ -10,6 +10,7 @@ Such a conversation becomes several training rows, each of which ends with an an
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import re
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 Tools = Sequence[Mapping[str, Any]] | None
 
-_VERSION = 4
+_VERSION = 5
+_MOST_VARIANTS = 1000
 _WORD = "4f1c9a"  # stands for an answer; no template writes it
 _QUESTION: Message = {"role": "user", "content": "2 + 2"}
 _ANSWER: Message = {"role": "assistant", "content": _WORD}
@@ -84,6 +86,7 @@ class ChatTemplate:
         self._system = settings.system if settings else None
         self._turns = turns
         self._openings: dict[str, str] = {}
+        self._variants: dict[str, ChatTemplate] = {}
         self._probe()
 
     @property
@@ -92,6 +95,9 @@ class ChatTemplate:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def prompt(self, row: Row) -> str:
+        return self._with_options_of(row)._prompt(row)
+
+    def _prompt(self, row: Row) -> str:
         conversation = self._conversation(row)
         asked, tools = _before_answer(conversation["messages"]), conversation.get("tools")
         if not self._departs:
@@ -106,6 +112,9 @@ class ChatTemplate:
         return last["content"] if last["role"] == "assistant" else None
 
     def complete(self, row: Row, response: str) -> Rendered:
+        return self._with_options_of(row)._complete(row, response)
+
+    def _complete(self, row: Row, response: str) -> Rendered:
         conversation = self._conversation(row)
         asked, tools = _before_answer(conversation["messages"]), conversation.get("tools")
         text, start, _ = self._answered(asked, tools, {"role": "assistant", "content": response})
@@ -115,6 +124,9 @@ class ChatTemplate:
         return Rendered(text[:end], [(start, end)])
 
     def render(self, row: Row) -> list[Rendered]:
+        return self._with_options_of(row)._render(row)
+
+    def _render(self, row: Row) -> list[Rendered]:
         conversation = self._conversation(row)
         messages, tools = conversation["messages"], conversation.get("tools")
         learned = self._learned(messages)
@@ -148,6 +160,25 @@ class ChatTemplate:
         except RowError:
             behind_a_call = []
         return list(dict.fromkeys(_MARK.findall(self._closing) + behind_a_call[-1:]))
+
+    def _with_options_of(self, row: Row) -> ChatTemplate:
+        """This template with the variables that the row has of its own."""
+        options = row.get("options") if "messages" in row else None
+        if not options:
+            return self
+        name = json.dumps(options, sort_keys=True, default=str)
+        if name not in self._variants:
+            if len(self._variants) >= _MOST_VARIANTS:
+                self._variants.clear()
+            other = copy.copy(self)
+            other._write = self._write.with_options(options)
+            other._openings, other._variants = {}, {}
+            try:
+                other._probe()
+            except InputError as error:
+                raise RowError(f"with its chat_template_kwargs: {error}") from None
+            self._variants[name] = other
+        return self._variants[name]
 
     def _conversation(self, row: Row) -> Conversation:
         """The row's conversation, with the recipe's system prompt if it has none of its own."""

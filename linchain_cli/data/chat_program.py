@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -51,6 +52,13 @@ class ChatProgram:
         self._arguments_as_text: bool | None = None  # unknown before the first call
         self._texts_in_parts = False
         self._texts_in_parts = not self._writes(_said()) and self._writes_parts()
+
+    def with_options(self, options: Mapping[str, Any]) -> ChatProgram:
+        """The same template, with these variables beside or in place of its own."""
+        other = copy.copy(self)
+        other._variables = {**self._variables, **options}
+        other._arguments_as_text = None
+        return other
 
     @property
     def fingerprint(self) -> list[Any]:

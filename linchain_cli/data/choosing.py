@@ -69,9 +69,9 @@ def choose_template(source: Source, chats: bool) -> Choice:
         def cell(name: str, raw: Cells = raw) -> Any:
             return raw.get(source.columns.get(name, name))
 
+        if refused := _not_for_learning(raw, found, source.columns):
+            raise InputError(f"{rows.place()}: {refused}")
         if found.name == "prompt-completion":
-            if isinstance(raw.get("label"), bool) and "label" not in source.columns.values():
-                raise InputError(f"{rows.place()}: {_JUDGED}")
             return _TOLD if any(map(messages.is_messages, map(cell, ("prompt", "completion")))) else found
         if found.name != "alpaca" or not chats:
             return found
@@ -90,19 +90,37 @@ def choose_template(source: Source, chats: bool) -> Choice:
 _SYNONYMS = {
     "messages": ("conversation", "dialog", "dialogue", "chat"),
     "conversations": ("conversation",),
-    "instruction": ("question", "query", "problem", "input", "text", "source"),
-    "output": ("answer", "response", "solution", "target", "label", "labels"),
-    "completion": ("response", "answer", "output"),
+    "instruction": ("question", "query", "problem", "input", "text", "source", "article", "document"),
+    "output": ("answer", "response", "solution", "target", "label", "labels", "summary"),
+    "completion": ("response", "answer", "output", "generation"),
 }
 # What may stand beside them, and would be left out of the prompt if it were not mapped.
 _BESIDE = {"input": ("input", "context", "passage"), "system": ("system", "system_prompt")}
 _ALIKE = 0.8  # of 1: closer than `version` is to `conversations`, as far as a slip of the pen goes
 _PLAIN = re.compile(r"[A-Za-z_](?:[\w .-]*\w)?")
-_JUDGED = (
-    "answers judged by a `label` are for preference training (KTO), which linchain does not do: rejected "
-    "ones would be learned like the others. Keep the rows whose label is true, without that column, or name "
-    "a data.template to learn all."
-)
+_JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's
+PICTURES = frozenset(("image", "images", "video", "videos", "audio", "audios"))
+
+
+def _not_for_learning(row: Cells, choice: Choice, columns: Mapping[str, str]) -> str | None:
+    """Why rows of a format that is known are not learned unless the recipe names a template for them."""
+    beside = {name: value for name, value in row.items() if name not in columns.values()}
+    for name in _JUDGEMENTS:
+        if isinstance(beside.get(name), bool) and choice.name in ("chat", "prompt-completion"):
+            return (
+                f"answers judged by a `{name}` are for preference training (KTO), which linchain does not "
+                "do: rejected ones would be learned like the others. Keep the rows whose "
+                f"{name} is true, without that column, or name a data.template to learn all."
+            )
+    turns = next((_turns(row[name]) for name in ("messages", "conversations") if name in row), [])
+    if turns and {"chosen", "rejected"} <= beside.keys() and _speaker(turns[-1]) not in _ANSWERING:
+        return _of_a_pair(row)
+    if seen := next((name for name in beside if name in PICTURES and beside[name]), None):
+        return (
+            f"the rows hold `{seen}`, and linchain learns text alone. Take that column out, or name a "
+            "data.template to learn the text without what it speaks of."
+        )
+    return None
 
 
 def no_format(row: Cells, columns: Mapping[str, str]) -> str:
@@ -115,7 +133,7 @@ def no_format(row: Cells, columns: Mapping[str, str]) -> str:
                 f"there is no column '{theirs}', which data.columns takes for `{ours}` (columns: {shown})."
                 f"{did_you_mean(theirs, list(row))} Mend data.columns, or take it out."
             )
-    if remedy := _of_a_pair(row) or _of_turns(row) or _of_wrapped_rows(row):
+    if remedy := _of_a_pair(row) or _of_tokens(row) or _of_turns(row) or _of_wrapped_rows(row):
         return f"{what} {remedy}"
     mapping = _mapping(_meant(list(row), columns))
     return f"{what} Map them with data.columns: {mapping}, or write a data.template of your own."
@@ -127,12 +145,12 @@ _FORMATS = "; ".join(", ".join(f"`{name}`" for name in format_names) for format_
 def _of_a_pair(row: Cells) -> str | None:
     """Of rows that preference training takes, the better answer can be learned."""
     if {"preferred_output", "non_preferred_output"} <= row.keys():
-        return "They are pairs for preference training, in OpenAI's form, which linchain does not do."
+        return "The rows are pairs for preference training, in OpenAI's form, which linchain does not do."
     if not {"chosen", "rejected"} <= row.keys():
         return None
     asked = next((name for name in ("prompt", *_SYNONYMS["instruction"]) if name in row), None)
     turns = _turns(row["chosen"])
-    if turns and (turns[0].get("role") or turns[0].get("from")) not in ("assistant", "gpt"):
+    if turns and _speaker(turns[0]) not in _ANSWERING:
         mapping = {"messages": "chosen"}  # the whole conversation, whatever stands beside it
     elif "instruction" in row:
         mapping = {"output": "chosen"}
@@ -141,7 +159,31 @@ def _of_a_pair(row: Cells) -> str | None:
     else:
         mapping = None  # the answer stands in another column than the turns before it
     how = f"map it with data.columns: {_mapping(mapping)}" if mapping else "write it behind the other turns"
-    return f"They are pairs for preference training, which linchain does not do. To learn `chosen`, {how}."
+    return (
+        f"The rows are pairs for preference training, which linchain does not do. To learn `chosen`, {how}."
+    )
+
+
+_ANSWERING = ("assistant", "gpt")
+
+
+def _speaker(turn: Mapping[str, Any]) -> Any:
+    return turn.get("role") or turn.get("from")
+
+
+def _of_tokens(row: Cells) -> str | None:
+    """Rows that were prepared for one tool or one tokenizer."""
+    if "input_ids" in row:
+        return "They are tokens already, of some tokenizer: give the text, linchain makes the tokens."
+    segments = row.get("segments")
+    if isinstance(segments, list) and segments and isinstance(segments[0], dict) and "label" in segments[0]:
+        return (
+            "They say of each segment whether it is learned. Write what is not learned as `prompt` and what "
+            "is as `completion`, or `messages` with `train: false` on some."
+        )
+    if {"role", "content"} <= row.keys():
+        return 'Each of them is one turn: write the turns of a conversation as one row, {"messages": [...]}.'
+    return None
 
 
 def _of_turns(row: Cells) -> str | None:

@@ -28,7 +28,9 @@ class Message(TypedDict, total=False):
 
 
 class Conversation(TypedDict, total=False):
-    """A row of the `chat` template; `tools` are JSON schemas in OpenAI's form, absent if there are none."""
+    """A row of the `chat` template; `tools` are JSON schemas in OpenAI's form, `options` variables of the
+    template that this row has of its own. Both are absent if there are none."""
 
     messages: Required[list[Message]]
     tools: list[dict[str, Any]]
+    options: dict[str, Any]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NoReturn
 
 from linchain_cli.cache import cache_root
 from linchain_cli.data.cache import open_or_encode
-from linchain_cli.data.choosing import choose_template
+from linchain_cli.data.choosing import PICTURES, choose_template
 from linchain_cli.data.glue import TASKS
 from linchain_cli.data.labelled import (
     Labelling,
@@ -246,6 +246,11 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
         if counts.unread and one.source.glue is None:
             notes.append(f"{name}: nothing reads the columns {', '.join(map(shown, counts.unread[:20]))}")
         for column in counts.unshown:
+            if column in PICTURES:
+                told.append(
+                    f"{name}: rows hold `{column}`, which the model is not shown: text alone is learned"
+                )
+                continue
             told.append(
                 f"{name}: rows hold a `{column}`, which the template {counts.template} does not show to the "
                 "model: data.template: chat does"

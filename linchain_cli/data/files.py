@@ -113,7 +113,9 @@ def find_files(name: str) -> FoundFiles | None:
 def check_file(path: Path) -> None:
     """Raises InputError unless there is a data file that may be read."""
     if path.exists() and not is_data_file(path.name):
-        raise InputError(f"data: {path} is a file; a data file ends in {ENDINGS}.")
+        texts = ' Write each document of a text as a line {"text": ...} of a .jsonl file.'
+        hint = texts if path.suffix in (".txt", ".md") else ""
+        raise InputError(f"data: {path} is a file; a data file ends in {ENDINGS}.{hint}")
     if not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = did_you_mean(path.name, [file.name for file in beside if is_data_file(file.name)])

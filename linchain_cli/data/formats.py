@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from linchain_cli.data import messages, readers
-from linchain_cli.data.choosing import template_for
+from linchain_cli.data.choosing import PICTURES, template_for
 from linchain_cli.data.readers import MAX_CELL
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.rows import Layout, Row, RowError, Template
@@ -43,25 +43,24 @@ class Format:
 
 
 def _of_messages(cells: Cells) -> Row:
-    turns = messages.messages_of(cells["messages"], "messages")
-    return messages.conversation(messages.with_system(turns, cells.get("system")), cells.get("tools"))
+    return messages.conversation(messages.messages_of(cells["messages"], "messages"), cells)
 
 
 def _of_conversations(cells: Cells) -> Row:
-    turns = messages.messages_of(cells["conversations"], "conversations")
-    return messages.conversation(messages.with_system(turns, cells.get("system")), cells.get("tools"))
+    return messages.conversation(messages.messages_of(cells["conversations"], "conversations"), cells)
 
 
 def _of_prompt_and_completion(cells: Cells) -> Row:
     names = ("prompt", "completion")
     turns = messages.asked_and_answered(cells["prompt"], cells["completion"], names)
-    return messages.conversation(messages.with_system(turns, cells.get("system")), cells.get("tools"))
+    return messages.conversation(turns, cells)
 
 
+_BESIDE_TURNS = ("system", "tools", "chat_template_kwargs")
 _CONVERSATIONS = (
-    Format(("messages",), ("system", "tools"), _of_messages),
-    Format(("conversations",), ("system", "tools"), _of_conversations),
-    Format(("prompt", "completion"), ("system", "tools"), _of_prompt_and_completion),
+    Format(("messages",), (*_BESIDE_TURNS, "functions"), _of_messages),
+    Format(("conversations",), _BESIDE_TURNS, _of_conversations),
+    Format(("prompt", "completion"), _BESIDE_TURNS, _of_prompt_and_completion),
 )
 
 
@@ -188,8 +187,10 @@ class FormattedRows:
 
     @property
     def unshown(self) -> list[str]:
-        """What was said before an instruction, and is filled in, but not shown to the model."""
-        return sorted(self._unshown)
+        """What was said before an instruction, and what there is to see or to hear: filled in, but not shown
+        to the model."""
+        in_header = self._seen.keys() & PICTURES if self._raw.is_table else set()
+        return sorted(self._unshown | in_header)
 
     @property
     def class_names(self) -> list[str]:
@@ -245,6 +246,8 @@ class FormattedRows:
             )
         if self._raw.is_table:
             raw = messages.pruned(raw)
+        if not raw.keys().isdisjoint(PICTURES):
+            self._unshown |= {name for name in PICTURES if raw.get(name)}
         if stored.asks:
             self._unshown |= {name for name in _SAID_BEFORE if raw.get(name) and name not in stored.names}
         return stored.make(raw)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from linchain_cli.data.conversation import Conversation, Message, ToolCall
@@ -29,15 +29,24 @@ _ROLE_NAMES = {name: name for name in ROLES} | {
     name: role for name, role in _ROLES.items() if role in ("user", "assistant")
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_LEARNED = ("weight", "train", "training", "loss")  # OpenAI's and Mistral's, Axolotl's two, ms-swift's
+# OpenAI's and Mistral's, Axolotl's two, ms-swift's, LLaMA-Factory's.
+_LEARNED = ("weight", "train", "training", "loss", "loss_weight")
 _IN_PART = ("train_detail", "training_detail")  # Axolotl's marks of parts of a turn
+_LIKE_A_MARK = re.compile(r"(^|_)(loss|mask|masked|train|trained|trainable|weight|weights)(_|$)")
+_TEXT_OF_PART = ("text", "content", "value")
 _JSON_LIST = re.compile(r"\s*\[\s*\{")
+_PYTHON_LIST = re.compile(r"\s*\[\s*\{\s*'")  # what pandas and csv write of one
 
 
-def conversation(messages: list[Message], tools: Any = None) -> Conversation:
-    """The row of the `chat` template. `tools` are a list, its JSON text, or nothing."""
-    tools = tools_of(tools)
-    return {"messages": messages, "tools": tools} if tools else {"messages": messages}
+def conversation(messages: list[Message], beside: Mapping[str, Any]) -> Conversation:
+    """The row of the `chat` template. `beside` are the row's other columns, of which `tools` (`functions`, in
+    OpenAI's older form), `system` and `chat_template_kwargs` are read."""
+    made: Conversation = {"messages": with_system(messages, beside.get("system"))}
+    if tools := tools_of(beside.get("tools")) or tools_of(beside.get("functions"), "functions"):
+        made["tools"] = tools
+    if options := _options_of(beside.get("chat_template_kwargs")):
+        made["options"] = options
+    return made
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
@@ -88,6 +97,16 @@ def tools_of(value: Any, column: str = "tools") -> list[dict[str, Any]]:
     ]
 
 
+def _options_of(value: Any) -> dict[str, Any]:
+    """Variables of the chat template that a row has of its own, as TRL reads them."""
+    value = parsed(value, "chat_template_kwargs") if value else {}
+    if not isinstance(value, dict):
+        raise RowError(
+            f"'chat_template_kwargs' is {shown(value)}, not an object like {{enable_thinking: false}}"
+        )
+    return _without_null(value)
+
+
 def with_system(messages: list[Message], system: str | None) -> list[Message]:
     """The turns behind a system prompt that stands in a column of its own."""
     if not system or messages[0] == {"role": "system", "content": system}:
@@ -117,8 +136,9 @@ def parsed(value: Any, name: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
+        pythons = "; it is Python's: write it with json.dumps" if _PYTHON_LIST.match(value) else ""
         raise RowError(
-            f"'{name}' is {shown(value)}, which is neither a list nor the JSON text of one"
+            f"'{name}' is {shown(value)}, which is neither a list nor the JSON text of one{pythons}"
         ) from None
 
 
@@ -140,6 +160,8 @@ def _message(turn: Any, place: str) -> Message:
     turn = _without_null(turn)
     if "role" not in turn and "from" in turn or turn.get("role") == "function_call":
         turn = _of_share_gpt(turn, place)
+    elif "value" in turn and "content" not in turn:
+        turn["content"] = turn.pop("value")
     role, content = turn.get("role"), turn.get("content")
     if type(role) is str and type(content) is str and len(turn) == 2 and role in ROLES:
         return turn  # most are like this
@@ -149,21 +171,28 @@ def _message(turn: Any, place: str) -> Message:
 def _whole_message(turn: dict[str, Any], place: str) -> Message:
     role = turn.pop("role", None)
     if not isinstance(role, str) or not role:
-        raise RowError(f"{place} needs a role and a content")
+        found = f", it has {', '.join(map(shown, turn))}" if turn else ""
+        raise RowError(f"{place} needs a role and a content (or from and value){found}")
     role = _ROLE_NAMES.get(role.lower(), role)
     if role not in ROLES and (meant := nearest(role, ROLES, 0.8)):
         raise RowError(f"{place} has the role {role!r}, where '{meant}' seems to be meant")
+    parts = turn["content"] if isinstance(turn.get("content"), list) else None
+    if parts is not None:
+        turn |= _of_parts(parts, place)
     calls = _tool_calls(turn, place)
     learned = _learned(turn, place)
+    if role == "assistant":
+        _refuse_unknown_marks([turn, *(parts or ())], place)
     reasoning = [turn.pop(name) for name in _REASONING if turn.get(name)]
     if "content" not in turn and not calls and not reasoning:
-        raise RowError(f"{place} has no content")
+        other = ", ".join(name for name in turn if name not in (*_REASONING, "tool_calls"))
+        raise RowError(f"{place} has no content" + (f" (it has {other})" if other else ""))
     message: Message = {"role": role, "content": _text(turn.pop("content", ""), place)}
     if reasoning:
         message["reasoning_content"] = _text(reasoning[0], place)
     if calls:
         message["tool_calls"] = calls
-    if not learned:
+    if role == "assistant" and not learned:
         message["train"] = False
     return {**message, **{key: value for key, value in turn.items() if key not in _REASONING}}
 
@@ -180,22 +209,46 @@ def _of_share_gpt(turn: dict[str, Any], place: str) -> dict[str, Any]:
     return {"role": role, **({} if content is None else {"content": content}), **turn}
 
 
+def _of_parts(content: list[Any], place: str) -> dict[str, Any]:
+    """What a content in parts says: its text, what is thought and called, and whether it is learned."""
+    texts, thoughts, calls = [], [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "tool_call":
+            calls.append(parsed(part.get("value", part), place))
+        else:
+            (thoughts if kind in _REASONING else texts).append(_part(part, place))
+    marks = {bool(_learned(dict(part), place)) for part in content if isinstance(part, dict)}
+    if len(marks) > 1:
+        raise RowError(
+            f"{place} has parts that are learned and others that are not: a turn is learned whole or not at "
+            "all. Write them as turns of their own, or take the marks out"
+        )
+    found: dict[str, Any] = {"content": "".join(texts)}
+    if thoughts:
+        found["reasoning_content"] = "".join(thoughts)
+    if calls:
+        found["tool_calls"] = calls
+    return found | ({"train": False} if marks == {False} else {})
+
+
 def _text(content: Any, place: str) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, (int, float)) and not isinstance(content, bool):
         return str(content)
-    if not isinstance(content, list):
-        raise RowError(f"{place}: the content is {shown(content)}, where a text is expected")
-    return "".join(_part(part, place) for part in content)
+    raise RowError(f"{place}: the content is {shown(content)}, where a text is expected")
 
 
 def _part(part: Any, place: str) -> str:
-    if isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
-        return part["text"]
     if isinstance(part, str):
         return part
-    kind = part.get("type") if isinstance(part, dict) else None
+    kind = part.get("type", "text") if isinstance(part, dict) else None
+    if kind == "text" or kind in _REASONING:
+        names = (kind, *_TEXT_OF_PART)
+        text = next((part[name] for name in names if isinstance(part.get(name), str)), None)
+        if text is not None:
+            return text
     raise RowError(f"{place} has a part of type {shown(kind)}: only text can be learned from")
 
 
@@ -237,7 +290,7 @@ def _tool_call(call: Any, place: str) -> ToolCall:
 def _learned(turn: dict[str, Any], place: str) -> bool:
     if part := next((name for name in _IN_PART if turn.get(name)), None):
         raise RowError(f"{place} has {part}: a turn is learned whole or not at all. Take {part} out of it")
-    marks = [(name, turn.pop(name)) for name in _LEARNED if name in turn]
+    marks = [(name, turn.pop(name)) for name in _LEARNED if turn.get(name) is not None]
     for name, mark in marks:
         if mark not in (0, 1):
             raise RowError(
@@ -245,3 +298,13 @@ def _learned(turn: dict[str, Any], place: str) -> bool:
                 "alone)"
             )
     return all(mark for _, mark in marks)
+
+
+def _refuse_unknown_marks(items: Iterable[Any], place: str) -> None:
+    """Raises RowError for a key that seems to say what of an answer is learned, in words of another tool."""
+    names = (name for item in items if isinstance(item, dict) for name in item if name not in _LEARNED)
+    if unknown := next((name for name in names if _LIKE_A_MARK.search(name)), None):
+        raise RowError(
+            f"{place} has {shown(unknown)}, which is no mark that is known here: write `train: false` on "
+            "what is not to be learned, or take it out"
+        )

@@ -36,6 +36,17 @@ from .chat_templates import (
 )
 
 
+def test_variables_of_a_row_go_before_those_of_the_recipe(byte_level):
+    source = CHATML.replace("{% for", "{% if thinks %}<think>{% endif %}{% for", 1)
+    template = template_of(byte_level, source)
+    rows = [{**CONVERSATION, "options": {"thinks": thinks}} for thinks in (True, False)]
+    texts = [template.render(row)[0].text for row in (*rows, CONVERSATION)]
+    assert texts == ["<think>" + texts[2], texts[2], texts[2]]
+    assert template.prompt(rows[0]) == "<think>" + template.prompt(CONVERSATION)
+    assert template.complete(rows[0], "x").text.startswith("<think>")
+    assert learned(template, rows[0]) == learned(template, CONVERSATION)
+
+
 @pytest.mark.parametrize(
     "source, rows",
     [

@@ -44,6 +44,14 @@ def read(write, source):
         {"messages": {"role": ["user", "assistant"], "content": ["2 + 2?", "4"]}},
         {"messages": [{**ASKED, "tool_calls": None}, {**ANSWERED, "weight": 1, "tool_calls": []}]},
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "2 + "}, "2?"]}, ANSWERED]},
+        {
+            "messages": [
+                {**ASKED, "content": [{"type": "text", "value": "2 + 2?"}], "loss_weight": 0.0},
+                ANSWERED,
+            ]
+        },
+        {"messages": [ASKED, {**ANSWERED, "content": [{"type": "text", "text": "4", "train": True}, ""]}]},
+        {"messages": [{"role": "user", "value": "2 + 2?"}, {"role": "assistant", "value": "4"}]},
         {"messages": [ASKED, {"role": "assistant", "content": 4}]},
         {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]},
         {"conversations": [ASKED, ANSWERED], "system": ""},
@@ -134,11 +142,32 @@ def test_what_was_thought_and_what_is_not_learned(read):
     for name in ("reasoning_content", "reasoning", "thinking"):
         (row,) = read({"messages": [ASKED, {**ANSWERED, name: "easy"}]})
         assert row["messages"][1] == {**ANSWERED, "reasoning_content": "easy"}
-    for mark in ({"weight": 0}, {"train": False}, {"training": False}, {"loss": False}, {"loss": 0.0}):
+    for mark in (
+        {"weight": 0},
+        {"train": False},
+        {"training": False},
+        {"loss": False},
+        {"loss": 0.0},
+        {"loss_weight": 0.0},
+        {"content": [{"type": "text", "text": "4", "train": False}, {"text": "", "weight": 0}]},
+    ):
         (row,) = read({"messages": [ASKED, {**ANSWERED, **mark}]})
         assert row["messages"][1] == {**ANSWERED, "train": False}
     (row,) = read({"prompt": [ASKED, ANSWERED, ASKED], "completion": [ANSWERED]})
     assert [turn.get("train") for turn in row["messages"]] == [None, False, None, None]
+
+
+def test_what_is_thought_and_called_may_stand_in_parts(read):
+    parts = [
+        {"type": "reasoning", "value": "easy"},
+        {"type": "tool_call", "value": json.dumps(CALL["function"])},
+    ]
+    (row,) = read({"messages": [ASKED, {"role": "assistant", "content": parts}]})
+    said = {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [CALL]}
+    assert row["messages"][1] == said
+    parts = [{"type": "thinking", "thinking": "easy"}, {"type": "text", "text": "4"}]
+    (row,) = read({"messages": [ASKED, {"role": "assistant", "content": parts}]})
+    assert row["messages"][1] == {**ANSWERED, "reasoning_content": "easy"}
 
 
 def test_instructions_with_earlier_turns(read):
@@ -160,9 +189,21 @@ def test_instructions_with_earlier_turns(read):
     [
         ({"messages": []}, "'messages' is not a list of turns"),
         ({"messages": "hello"}, "neither a list nor the JSON text of one"),
+        ({"messages": str([ASKED, ANSWERED])}, "JSON text of one; it is Python's: write it with json.dumps"),
         ({"messages": ["hello"]}, "turn 1 of 'messages' is hello, not an object"),
         ({"messages": [{"role": "user"}]}, "turn 1 of 'messages' has no content"),
         ({"messages": [ASKED, {"content": "x"}]}, "turn 2 of 'messages' needs a role"),
+        ({"messages": [{"speaker": "bot", "text": "x"}]}, "(or from and value), it has speaker, text"),
+        ({"messages": [{"role": "user", "text": "x"}]}, "turn 1 of 'messages' has no content (it has text)"),
+        (
+            {"messages": [ASKED, {**ANSWERED, "content": [{"text": "a", "train": False}, {"text": "b"}]}]},
+            "turn 2 of 'messages' has parts that are learned and others that are not",
+        ),
+        (
+            {"messages": [ASKED, {**ANSWERED, "loss_mask": 0}]},
+            "has loss_mask, which is no mark that is known",
+        ),
+        ({"messages": [ASKED, {**ANSWERED, "masked": True}]}, "has masked, which is no mark"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "turn 1 of 'messages' has a part of type image_url: only text can be learned from",
@@ -250,6 +291,8 @@ def test_auto_goes_by_the_columns_of_the_recipe(write, source):
         (("Instruction", "Output"), "{instruction: Instruction, output: Output}"),
         (("instruction", " output"), '{output: " output"}'),
         (("prompt", "response"), "{completion: response}"),
+        (("prompt", "generation"), "{completion: generation}"),
+        (("article", "summary"), "{instruction: article, output: summary}"),
         (("instruction", "context", "response"), "{output: response, input: context}"),
         (
             ("system_prompt", "question", "response"),
@@ -283,6 +326,26 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
         ({"prompt": [ASKED], "completion": [ANSWERED], "label": True}, "rejected ones would be learned"),
         ({"data": [{"instruction": "a", "output": "b"}]}, "If 'data' holds the rows, write that list alone"),
         ({"version": 1, "rows": {"7": {"text": "a"}}}, "If 'rows' holds the rows"),
+        (
+            {"conversations": SAID, "kto_tag": False},
+            r"judged by a `kto_tag` .*KTO\), .* whose kto_tag is true",
+        ),
+        ({"messages": [ASKED, ANSWERED], "label": True}, "rejected ones would be learned"),
+        (
+            {"conversations": SAID[:1], "chosen": SAID[1], "rejected": SAID[1]},
+            "pairs for preference .* write it behind the other turns",
+        ),
+        (
+            {"messages": [ASKED, ANSWERED], "images": ["a.png"]},
+            "hold `images`, and linchain learns text alone",
+        ),
+        ({"instruction": "a", "output": "b", "video": "a.mp4"}, "hold `video`, and linchain learns text"),
+        ({"input_ids": [1, 2], "labels": [-100, 2]}, "They are tokens already"),
+        (
+            {"segments": [{"label": True, "text": "a"}]},
+            "whether it is learned. Write what is not .* as `prompt`",
+        ),
+        (ASKED, "Each of them is one turn"),
         ({"items": SAID}, "seem to be in 'items': set data.columns: {conversations: items}."),
         ({"items": json.dumps([ASKED])}, "seem to be in 'items': set data.columns: {messages: items}."),
     ],
@@ -291,6 +354,31 @@ def test_what_other_tools_take_is_told_with_what_to_do(write, source, row, remed
     path = write("y.json", json.dumps([row]))
     with pytest.raises(InputError, match=remedy):
         choose_template(resolve_source(source(path)), chats=True)
+
+
+def test_an_unlearned_or_empty_column_beside_a_conversation_is_no_reason_to_refuse_it(write, source):
+    turns = [ASKED, ANSWERED]
+    beside = {"images": [], "chosen": turns, "rejected": turns, "label": 3}
+    path = write("y.json", json.dumps([{"messages": turns, **beside}]))
+    assert choose_template(resolve_source(source(path)), chats=True).name == "chat"
+
+
+def test_pictures_that_the_model_is_not_shown_are_warned_of(prepare, write):
+    rows = [{"instruction": "a", "output": "b"}, {"instruction": "c", "output": "d", "images": ["x.png"]}]
+    path = str(write("x.jsonl", "".join(json.dumps(row) + "\n" for row in rows)))
+    told = f"{path}: rows hold `images`, which the model is not shown: text alone is learned"
+    assert told in prepare(path, validation=0, template="alpaca").report.warnings
+
+
+def test_a_conversation_may_have_variables_of_the_template_and_functions_beside_it(read):
+    plain = {"messages": [ASKED, ANSWERED]}
+    options = {"enable_thinking": False, "xml_tools": None}
+    for given in (options, json.dumps(options)):
+        assert read({**plain, "chat_template_kwargs": given}) == [
+            {**plain, "options": {"enable_thinking": False}}
+        ]
+    assert "not an object like {enable" in read({**plain, "chat_template_kwargs": ["a"]})[0]
+    assert read({**plain, "functions": [TOOL["function"]]}) == [{**plain, "tools": [TOOL]}]
 
 
 def test_a_judgement_that_is_the_answer_is_one(write, source):
