@@ -39,15 +39,29 @@ def locked(path: Path, wait: float | None = 0.0, *, needed: bool = True) -> Iter
         InUse: another process holds it, and still does after `wait` seconds.
         OSError: the lock file cannot be written.
     """
-    descriptor = os.open(lock_path(path), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    place = lock_path(path)
+    while True:
+        descriptor = os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            held = _acquire(descriptor, path, wait, needed)
+            if held and not is_at(descriptor, place):
+                continue  # its holder has removed the file: who comes next would lock another one
+            if held:
+                with contextlib.suppress(OSError):  # for the message of another process only
+                    os.truncate(descriptor, 0)
+                    os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
+            yield
+            return
+        finally:
+            os.close(descriptor)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that lies at `path` now."""
     try:
-        if _acquire(descriptor, path, wait, needed):
-            with contextlib.suppress(OSError):  # for the message of another process only
-                os.truncate(descriptor, 0)
-                os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
 
 
 def _acquire(descriptor: int, path: Path, wait: float | None, needed: bool) -> bool:

@@ -47,6 +47,24 @@ def test_one_waits_for_the_other_and_says_so(tmp_path, monkeypatch, caplog):
     assert f"Waiting for another linchain process ({os.getpid()} on " in record.getMessage()
 
 
+def test_whoever_waited_for_a_lock_file_that_is_gone_locks_the_new_one(tmp_path):
+    entered = threading.Event()
+
+    def second():
+        with locked(tmp_path / "a", wait=None):
+            entered.set()
+            time.sleep(0.3)
+
+    with locked(tmp_path / "a"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        locks.lock_path(tmp_path / "a").unlink()
+    assert entered.wait(10)
+    assert in_use(tmp_path / "a"), "it holds what others find"
+    thread.join(10)
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
 def test_without_file_locks_it_goes_on_and_says_what_to_see_to(tmp_path, monkeypatch, caplog, code):
     def flock(handle, operation):

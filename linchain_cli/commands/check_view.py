@@ -124,6 +124,12 @@ def sources(console: Console, data: PreparedData) -> None:
         notes(console, [*report.notes, *report.warnings])
 
 
+def cache(console: Console, directory: str, bytes: int, days: float) -> None:
+    """Where encoded rows are kept, how much is there, and for how long."""
+    told = f"; what nobody reads for {days:g} days goes" if days < float("inf") else ""
+    console.print(f"kept, encoded, in the cache {directory} ({bytes / 1e9:.2f} GB in all{told})")
+
+
 def labels(console: Console, data: PreparedData, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How often each class occurs, the most frequent first, or how numbers lie; returns it, for `train` and
     `validation`."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from linchain_cli.cache import cache_root
+from linchain_cli.cache import cache_root, keep, remove_unused
 from linchain_cli.data.readers import CsvReader, JsonLinesReader, JsonReader, Reader, TsvReader, starts_list
 from linchain_cli.data.streams import COMPRESSIONS, ending
 from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
@@ -217,11 +217,13 @@ def _fetched(system: AbstractFileSystem, path: str) -> Path:
     marks = [about.get(key) for key in ("ETag", "etag", "sha", "blob_id", "mtime", "LastModified", "size")]
     name = sha256_bytes(repr([system.unstrip_protocol(path), *map(str, marks)]).encode())[:24]
     target = cache_root() / "downloads" / name / _last_part(path)
-    if target.is_file() and any(mark is not None for mark in marks[:-1]):
+    if target.is_file() and any(mark is not None for mark in marks[:-1]) and keep(target):
         return target
     make_directory(target.parent)
     with staged_file(target) as partial:
         system.get_file(path, str(partial))
+    keep(target)
+    remove_unused(cache_root())
     return target
 
 

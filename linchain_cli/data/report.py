@@ -11,6 +11,9 @@ import numpy as np
 
 from linchain_cli.data.batches import step_rows, steps_per_epoch
 
+# Rises with every change of what encoding rows reports of them: what an earlier version told is told anew.
+REPORT_VERSION = 2
+
 
 @dataclass
 class SourceReport:
@@ -118,14 +121,7 @@ class DataReport:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> DataReport:
-        return cls(
-            **{
-                **values,
-                "sources": [
-                    SourceReport(**{"rows": source["kept"], **source}) for source in values["sources"]
-                ],
-            }
-        )
+        return cls(**{**values, "sources": [SourceReport(**source) for source in values["sources"]]})
 
 
 @dataclass(frozen=True)

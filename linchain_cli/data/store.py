@@ -11,7 +11,7 @@ row.
     hashes.uint64      (rows,): a hash of a row's tokens, to find rows that occur twice
     groups.int32       (rows,): which row of the sources it was made of, counted from 0; absent where each
                        made one
-    meta.json          sizes, and what the encoding reported
+    meta.json          sizes
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from linchain_cli.data.encoding import EncodedText
 from linchain_cli.storage import json_bytes, naming, write_durable
 
 FORMAT_VERSION = 1
+META_FILE = "meta.json"
 _FILES = {
     "tokens": np.dtype(np.int32),
     "supervised": np.dtype(np.bool_),
@@ -91,8 +92,8 @@ class StoreWriter:
         self._groups += len(groups)
         self._tokens = int(ends[-1])
 
-    def finish(self, report: dict[str, Any]) -> None:
-        meta = {"format": FORMAT_VERSION, "rows": self.rows, "tokens": self._tokens, "report": report}
+    def finish(self) -> None:
+        meta = {"format": FORMAT_VERSION, "rows": self.rows, "tokens": self._tokens}
         if self._groups != self.rows:
             meta["groups"] = self._groups
         for name in ("segments", "targets"):
@@ -101,7 +102,7 @@ class StoreWriter:
         for name in _OPTIONAL:
             if name not in meta:
                 _file(self._directory, name).unlink()
-        write_durable(self._directory / "meta.json", json_bytes(meta))
+        write_durable(self._directory / META_FILE, json_bytes(meta))
 
 
 def _hash(input_ids: np.ndarray) -> int:
@@ -116,10 +117,9 @@ class EncodedStore:
     """
 
     def __init__(self, directory: Path):
-        meta = json.loads((directory / "meta.json").read_bytes())
+        meta = json.loads((directory / META_FILE).read_bytes())
         if meta["format"] != FORMAT_VERSION:
             raise ValueError(f"format {meta['format']}, not {FORMAT_VERSION}")
-        self.report: dict[str, Any] = meta["report"]
         self.num_rows: int = meta["rows"]
         self.num_groups: int = meta.get("groups", self.num_rows)
         self._directory = directory

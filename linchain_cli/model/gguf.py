@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linchain_cli.cache import cache_root, remembered_sha256
+from linchain_cli.cache import cache_root, keep, remembered_sha256, remove_unused
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
 from linchain_cli.model.portable import make_portable
@@ -38,16 +38,25 @@ def converted_gguf(path: Path) -> Path:
     """The cached checkpoint directory of a .gguf file, made on first use and found by name and content."""
     _check_gguf(path)
     target = cache_root() / "gguf" / f"{path.stem}-{remembered_sha256(path, cache_root())[:16]}"
-    if not target.is_dir():
+    if not _is_converted(target):
         with _cache_problems(target):
             make_directory(target.parent)
             with locked(target, wait=None, needed=False):
-                if not target.is_dir():
+                if not _is_converted(target):
                     remove_staging(target.parent, spare_living=True)
                     convert_gguf(path, target)
+                    _is_converted(target)
+            remove_unused(cache_root())
     with contextlib.suppress(OSError):  # an earlier version wrote transformers 5's names alone
         make_portable(target)
     return target
+
+
+def _is_converted(target: Path) -> bool:
+    """Whether the directory is there, which this process keeps from then on."""
+    with contextlib.suppress(FileNotFoundError):
+        return keep(target / "config.json")
+    return False
 
 
 def convert_gguf(path: Path, target: Path) -> None:

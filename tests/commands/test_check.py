@@ -94,6 +94,7 @@ def test_everything_is_shown(recipe, capsys):
     assert lines_of(out, "train.jsonl") == [["train.jsonl", "alpaca", "41", "40", "1", "0", "0"]]
     assert "36 rows to train on, 4 to validate on" in out
     assert "skipped train.jsonl:41 (row 41): not JSON" in out
+    assert f"in the cache {recipe.parent / 'cache'} (0.00 GB in all; what nobody reads for 30 days" in out
     assert lines_of(out, "steps") == [["steps", "5"]] and "the run takes 10 steps (2.00 epochs)" in out
     assert len(lines_of(out, "padding")) == 2 and "straddle" in out
     assert out.count("⟦the correct answer is ") == 3 and out.count("<|im_end|>⟧") == 3

@@ -32,6 +32,13 @@ def test_a_second_call_opens_what_the_first_wrote(prepare, train, monkeypatch):
     assert again.report.counts() == first.report.counts()
 
 
+def entry_of(tmp_path: Path) -> Path:
+    (directory,) = (
+        path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "hashes"
+    )
+    return directory
+
+
 def change_source(path: str) -> None:
     """One letter, with size and modification time as before."""
     status = os.stat(path)
@@ -97,9 +104,7 @@ def test_a_report_speaks_of_where_the_files_lie_now(prepare, write, rows, tmp_pa
 
 def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
     expected = all_rows(prepare(train).train)
-    (directory,) = (
-        path for path in (tmp_path / "cache").iterdir() if path.is_dir() and path.name != "hashes"
-    )
+    directory = entry_of(tmp_path)
     for damage in (
         lambda: os.truncate(directory / "tokens.int32", 100),
         lambda: (directory / "meta.json").write_text("{}"),
@@ -110,6 +115,33 @@ def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
         prepared = prepare(train)
         assert not prepared.report.cached
         assert all_rows(prepared.train) == expected
+
+
+def test_what_another_version_told_of_rows_is_told_anew(prepare, train, tmp_path, monkeypatch):
+    first = prepare(train)
+    directory = entry_of(tmp_path)
+    (report,) = directory.glob("report-*.json")
+    told = json.loads(report.read_bytes())
+    report.unlink()
+    (directory / "report-1.json").write_text("what an earlier version told")
+    rows = {path.name: path.stat().st_ino for path in directory.glob("*.*[0-9]")}
+    again = prepare(train)
+    assert again.report.cached and again.report.fingerprint == first.report.fingerprint
+    assert again.report.counts() == first.report.counts()
+    assert json.loads(report.read_bytes()) == {**told, "cached": False}
+    assert rows == {path.name: path.stat().st_ino for path in directory.glob("*.*[0-9]")}, "rows stay"
+    assert (directory / "report-1.json").exists(), "the other version may still be in use"
+    monkeypatch.setattr(cache, "_report_anew", None)  # calling it would fail
+    assert prepare(train).report.counts() == first.report.counts()
+
+
+def test_rows_that_this_version_would_encode_otherwise_are_told(prepare, train, tmp_path, monkeypatch):
+    prepare(train)
+    (report,) = entry_of(tmp_path).glob("report-*.json")
+    report.unlink()
+    monkeypatch.setattr(cache._Counted, "append", lambda self, groups: None)
+    with pytest.raises(LinchainError, match=f"{entry_of(tmp_path)} .*: remove that directory"):
+        prepare(train)
 
 
 def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
@@ -177,6 +209,19 @@ AutoTokenizer.from_pretrained(sys.argv[2]),
                         cache_dir=Path(sys.argv[3]))
 print(len(prepared.train), prepared.report.cached, prepared.report.tokens)
 """
+
+
+def test_rows_that_nobody_reads_any_more_go_when_others_are_encoded(
+    byte_level, train, data_config, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("LINCHAIN_CACHE_DAYS", "0")
+    encoded = tmp_path / "elsewhere" / "encoded"
+    in_use = prepare_data(data_config(train), byte_level).report.fingerprint[:32]
+    (encoded / "forgotten").mkdir()
+    (encoded / "forgotten" / "meta.json").write_text("{}")
+    other = prepare_data(data_config(train, max_length=255), byte_level).report.fingerprint[:32]
+    assert sorted(path.name for path in encoded.glob("[!.]*")) == sorted([in_use, other])
 
 
 def test_two_processes_at_once(write, commonsense_rows, tiny_tokenizer_dir, tmp_path):

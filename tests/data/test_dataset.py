@@ -286,7 +286,7 @@ def test_the_rows_of_one_conversation_are_held_out_together(tmp_path):
     with StoreWriter(tmp_path) as writer:
         writer.append([row(token, length) for length in range(1, token % 3 + 1)] for token in range(20))
         writer.append([[row(20, 4)]])
-        writer.finish({})
+        writer.finish()
     store = EncodedStore(tmp_path)
     assert store.num_groups == 14 + 0 and store.num_rows == 20
     train, validation = hold_out(store, 4, 42)

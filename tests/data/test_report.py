@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from linchain_cli.data.batches import micro_batches, step_rows, steps_per_epoch
-from linchain_cli.data.report import DataReport, SourceReport, epoch_plan, length_histogram
+from linchain_cli.data.dataset import prepare_data
+from linchain_cli.data.report import (
+    REPORT_VERSION,
+    DataReport,
+    SourceReport,
+    epoch_plan,
+    length_histogram,
+)
 
 
 @settings(max_examples=60, derandomize=True, deadline=None)
@@ -61,3 +71,56 @@ def test_a_report_survives_json():
     )
     assert DataReport.from_dict(report.to_dict()) == report
     assert report.skipped == report.counts()["sources"][0]["skipped"] == 3
+
+
+def test_a_report_that_tells_otherwise_is_another_version(write, byte_level, data_config, tmp_path):
+    """A cache keeps reports by their version: where this fails, raise REPORT_VERSION, and write here what the
+    new one tells."""
+    rows = [
+        {"instruction": "a", "output": "b", "note": "c", "system": "d"},
+        {"instruction": "</s> a", "output": "b", "note": "c", "system": "d"},
+        {"instruction": "a", "output": None},
+        {"instruction": "a" * 300, "output": "b"},
+        {"instruction": "a", "output": "b" * 300},
+    ]
+    chats = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 9}] * 20}]
+    write("rows.json", json.dumps(rows))
+    write("chats.json", json.dumps(chats))
+    sources = [
+        {"path": str(tmp_path / "rows.json"), "template": "alpaca"},
+        {"path": str(tmp_path / "chats.json"), "template": "chat"},
+    ]
+    tokenizer = copy.deepcopy(byte_level)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    config = data_config(sources, max_length=200, on_bad_row="skip", max_unsupervised_share=1.0)
+    prepare_data(config, tokenizer, cache_dir=tmp_path / "cache")
+    (path,) = (tmp_path / "cache").glob("*/report-*.json")
+    told = json.loads(path.read_text().replace(f"{tmp_path}/", ""))
+    del told["fingerprint"]
+    of_rows = {"name": "rows.json", "location": "rows.json", "template": "alpaca", "total": 5, "kept": 3}
+    of_chats = {"name": "chats.json", "location": "chats.json", "template": "chat", "total": 1, "kept": 1}
+    of_rows |= {"bad": 1, "unsupervised": 1, "long": 0, "rows": 3}
+    of_chats |= {"bad": 0, "unsupervised": 0, "long": 0, "rows": 1}
+    version_2 = {
+        "template": "",
+        "cached": False,
+        "sources": [
+            of_rows | {"unread": ["note", "system"], "unshown": ["system"]},
+            of_chats | {"unread": [], "unshown": []},
+        ],
+        "tokens": 469,
+        "supervised_tokens": 325,
+        "longest": 440,
+        "truncated": 2,
+        "straddling_rows": 0,
+        "straddling_tokens": 0,
+        "answers_cut_away": 0,
+        "control_rows": 1,
+        "remarks": {},
+        "bad_examples": ["rows.json:1 (row 3): 'output' is null, where a value is expected"],
+        "unsupervised_examples": ["rows.json:1 (row 4): 333 tokens"],
+        "control_examples": ["rows.json:1 (row 2): </s>"],
+        "notes": [],
+        "warnings": [],
+    }
+    assert (REPORT_VERSION, told) == (2, version_2)
