@@ -11,16 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from linchain_cli.errors import InputError
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(ROOT))
 
-import pretend_gpu  # noqa: E402
-from classifiers import make_checkpoint, pair_rows  # noqa: E402
-
-from linchain_cli.errors import InputError  # noqa: E402
 from scripts.glue_runs import __main__ as glue_runs  # noqa: E402
 from scripts.glue_runs.plan import CHOOSING_SEED, Cell, Plan  # noqa: E402
 from scripts.glue_runs.pool import Results, work, work_in_processes  # noqa: E402
+
+from . import pretend_gpu  # noqa: E402
+from .classifiers import make_checkpoint, pair_rows  # noqa: E402
 
 BERTS = ["query", "key", "value", "intermediate.dense"]
 ONE = Plan(["all"], ["rte"], [16], {"all": 2, "few": 2}, {"all": 1, "few": 1}, ["LoRA"])

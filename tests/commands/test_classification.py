@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,7 @@ from linchain_cli.chain.files import adapter_hash
 from linchain_cli.cli import main
 from linchain_cli.evaluation.statistics import wilson_interval
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import make_checkpoint, pair_rows, write_rows  # noqa: E402
+from ..classifiers import make_checkpoint, pair_rows, write_rows
 
 
 def linchain(*arguments) -> int:

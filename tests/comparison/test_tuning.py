@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,8 +28,7 @@ from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import loop, range_test
 from linchain_cli.training.range_test import RangePoint, rising_rates
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import KINDS, make_checkpoint, pair_rows, write_rows  # noqa: E402
+from ..classifiers import KINDS, make_checkpoint, pair_rows, write_rows
 
 # Of 60 steps each part takes 12: the tiny model learns something, and a rate of 0.3 is too high for it.
 WORDS = ["training.max_steps=60", "training.learning_rate=auto"]

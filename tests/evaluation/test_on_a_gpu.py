@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -19,8 +16,7 @@ from linchain_cli.model.fast import record
 from linchain_cli.model.flat_rows import in_one_copy
 from linchain_cli.model.loading import load_model
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import pretend_gpu  # noqa: E402
+from .. import pretend_gpu
 
 DEVICE = pretend_gpu.DEVICE
 FAMILIES = [

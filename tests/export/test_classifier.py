@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +24,7 @@ from linchain_cli.model.config import text_decoder_prefix
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.loading import load_model
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import KINDS, make_checkpoint  # noqa: E402
+from ..classifiers import KINDS, make_checkpoint
 
 CLASSES = ("bad", "so so", "good")
 PROMPTS = [[2, 5, 6, 3], [2, 7, 8, 9, 10, 3, 11, 3]]

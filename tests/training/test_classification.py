@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +21,7 @@ from linchain_cli.training.runner import run_training
 from linchain_cli.training.signals import stop_requests
 from linchain_cli.training.step import optimizer_step
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import KINDS, make_checkpoint, pair_rows, write_rows  # noqa: E402
+from ..classifiers import KINDS, make_checkpoint, pair_rows, write_rows
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,8 +23,7 @@ from linchain_cli.training.forecast.memory import saved_bytes
 from linchain_cli.training.forecast.model import forecast_model
 from linchain_cli.training.forecast.time import computed_share
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from classifiers import KINDS, make_checkpoint  # noqa: E402
+from ..classifiers import KINDS, make_checkpoint
 
 CPU = torch.device("cpu")
 CHAINS = ChainConfig(rank=4, depth=2, target_modules=["q_proj", "down_proj"])

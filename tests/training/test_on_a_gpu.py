@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,9 +32,8 @@ from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.state import TrainingState
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-import pretend_gpu  # noqa: E402
-from classifiers import KINDS, make_checkpoint  # noqa: E402
+from .. import pretend_gpu
+from ..classifiers import KINDS, make_checkpoint
 
 DEVICE = pretend_gpu.DEVICE
 
