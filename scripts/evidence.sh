@@ -101,6 +101,11 @@ finish() {  # NAME STAGE: waits for those started (one that failed is told, the 
         failed=1
     done
     children=() logs=()
+    if [ ! -f "$out/$1/comparison.json" ]; then
+        echo "evidence.sh: $2: nothing was begun" >&2
+        failed=1
+        return
+    fi
     "$python" -c "$tables" "$out/$1" "$2" || failed=1
     echo "evidence.sh: $2 done after $SECONDS s, $out/$1/results-$2.json"
 }
