@@ -50,7 +50,7 @@ from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.objective import Objective, objective_of
 from linchain_cli.training.rate import with_rate
 from linchain_cli.training.runner import run_training
-from linchain_cli.training.schedule import total_steps
+from linchain_cli.training.schedule import total_steps, validations
 from linchain_cli.training.signals import stop_requests
 
 _WAIT = 60.0  # seconds for another process to write the definition or the results
@@ -330,11 +330,11 @@ class _Runner:
     def _note_sparse_validation(self, data: PreparedData) -> None:
         training = self.definition.base.training
         steps = total_steps(training, len(data.train))
-        if steps / training.eval_every < 5:
+        times = validations(training, steps, len(data.train))
+        if times < 5:
             note(
-                f"only {steps // training.eval_every + (steps % training.eval_every > 0)} validation(s) in"
-                f" {steps} steps: the loss curves will be coarse; training.eval_every={max(1, steps // 10)}"
-                " would give ten"
+                f"only {times} validation(s) in {steps} steps: the loss curves will be coarse;"
+                f" training.eval_every={max(1, steps // 10)} would give ten"
             )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from linchain_cli.recipe.data import DataConfig
 from linchain_cli.recipe.fields import Count, CountFromZero, FileName, Text
@@ -137,6 +137,18 @@ MicroBatch = Annotated[
     choose(_number_or_auto),
     Expected("a whole number of at least 1, auto"),  # or null, as its field says
 ]
+
+
+def _steps_or_epochs(value: Any) -> str:
+    return "epochs" if str(value).startswith("epoch") else "steps"
+
+
+Every = Annotated[
+    tagged(Count, "steps")
+    | tagged(Annotated[str, StringConstraints(pattern=r"^epoch(/[1-9]\d{0,3})?$")], "epochs"),
+    choose(_steps_or_epochs),
+    Expected("a whole number of steps, epoch, or epoch/4 for four times an epoch"),
+]
 BestBy = Literal["auto", "loss", "accuracy", "f1", "matthews", "pearson", "spearman"]
 Tracker = Literal[
     "tensorboard", "wandb", "mlflow", "aim", "clearml", "comet_ml", "dvclive", "swanlab", "trackio"
@@ -192,10 +204,11 @@ class TrainingConfig(StrictModel):
     computes. Slower, for bases that do not fit otherwise."""
     log_every: Count = 10
     """Steps between rows of metrics.jsonl."""
-    eval_every: Count = 200
-    """Steps between validation losses; there is one after the last step in any case."""
-    save_every: Count = 200
-    """Steps between checkpoints."""
+    eval_every: Every = 200
+    """Steps between validation losses, or epoch, or epoch/4 for four times an epoch; there is one after the
+    last step in any case."""
+    save_every: Every = 200
+    """Steps between checkpoints, or epoch, or epoch/4."""
     keep_checkpoints: Count = 2
     """Newest checkpoints kept on disk."""
     keep: Literal["best", "last"] = "best"

@@ -19,7 +19,7 @@ from linchain_cli.training.history import StepsUnderWay, record
 from linchain_cli.training.job import Job
 from linchain_cli.training.memory import within_budget
 from linchain_cli.training.processes import on_main, raise_on_all
-from linchain_cli.training.schedule import learning_rate, warmup_steps
+from linchain_cli.training.schedule import due, learning_rate, warmup_steps
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.step import optimizer_step
 from linchain_cli.training.threads import LoadedCpus
@@ -48,8 +48,9 @@ def train(job: Job, display: Display, stop: StopRequest, cpus: LoadedCpus) -> No
         steps.add(optimizer_step(job, rows, rate, stop), rows, rate, began)
 
         last = state.step == job.total_steps
-        validates = job.data.validation is not None and (state.step % training.eval_every == 0 or last)
-        saves = state.step % training.save_every == 0 or last
+        validates = last or due(state.step, training.eval_every, job.steps_per_epoch)
+        validates = validates and job.data.validation is not None
+        saves = last or due(state.step, training.save_every, job.steps_per_epoch)
         steps.finish(all_of_them=validates or saves)
         if validates:
             validate(job, display)

@@ -28,6 +28,26 @@ def warmup_steps(training: TrainingConfig, total: int) -> int:
     return wanted if isinstance(wanted, int) else _share(wanted, total)
 
 
+def due(step: int, every: int | str, per_epoch: int) -> bool:
+    """Whether what comes `every` so many steps, `epoch` or `epoch/4`, comes behind optimizer step `step`
+    (1-based); an epoch has `per_epoch` steps."""
+    return times_due(step, every, per_epoch) > times_due(step - 1, every, per_epoch)
+
+
+def times_due(steps: int, every: int | str, per_epoch: int) -> int:
+    """How often it has come after so many steps, at most once behind each."""
+    if isinstance(every, int):
+        return steps // every
+    times = int(every.partition("/")[2] or 1)
+    return steps * min(times, per_epoch) // per_epoch
+
+
+def validations(training: TrainingConfig, total: int, rows: int) -> int:
+    """How often a run of `total` steps over `rows` training rows is validated, the last step included."""
+    per_epoch = steps_per_epoch(rows, training.global_batch_size)
+    return times_due(total - 1, training.eval_every, per_epoch) + 1
+
+
 def _share(factor: float, steps: int) -> int:
     """factor · steps rounded up, the factor as it is written: as binary numbers 0.1 · 30 is above 3."""
     return math.ceil(Fraction(str(factor)) * steps)
@@ -49,12 +69,12 @@ def unreachable(training: TrainingConfig, rows: int, validates: bool) -> Iterato
             f"training.global_batch_size: {training.global_batch_size} rows are wanted for each step, and"
             f" there are {rows} to train on: every step takes them all"
         )
-    validations = math.ceil(total / training.eval_every) if validates else 0
+    times = validations(training, total, rows) if validates else 0
     patience = training.early_stopping
-    if patience is not None and patience >= validations - 1:  # the first one always counts as lower
+    if patience is not None and patience >= times - 1:  # the first one always counts as lower
         yield (
             f"training.early_stopping: {patience} validations without a lower loss cannot come before the"
-            f" last of the run's {validations} (training.eval_every is {training.eval_every}, its steps"
+            f" last of the run's {times} (training.eval_every is {training.eval_every}, its steps"
             f" {total})"
         )
 

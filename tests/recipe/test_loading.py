@@ -238,6 +238,8 @@ def test_one_problem_is_one_line(write):
         ("training.micro_batch_size=many", "expected a whole number of at least 1, auto or null, got 'many'"),
         ("training.trackers=[tensorbord]", "Did you mean 'tensorboard'?"),
         ("training=3", "training: expected a mapping"),
+        ("training.eval_every=0.5", "a whole number of steps, epoch, or epoch/4 for four times an epoch"),
+        ("training.save_every=epoch/0", "epoch/4 for four times an epoch, got 'epoch/0'"),
         ("adapter.target_modules=[]", "adapter.target_modules: expected"),
         (
             "adapter.target_modules='(q_proj'",

@@ -159,6 +159,15 @@ def test_an_epoch_is_every_row_once(run_tiny):
     assert sorted(index for row in rows[:3] for index in row["rows"]) == list(range(40))
 
 
+def test_validation_and_checkpoints_may_be_told_in_epochs(run_tiny):
+    """Ten steps an epoch."""
+    changes = {"training.max_steps": 12, "training.eval_every": "epoch/2", "training.save_every": "epoch"}
+    job = run_tiny({**changes, "training.keep_checkpoints": 9})
+    validated = [row["step"] for row in read_jsonl(job.run.metrics_path) if "eval_loss" in row]
+    assert validated == [5, 10, 12]
+    assert sorted(path.name for path in job.run.checkpoints_dir.iterdir()) == ["step-000010", "step-000012"]
+
+
 def worsening(monkeypatch, losses: list[float]) -> None:
     values = iter(losses)
     monkeypatch.setattr(loop, "validation", lambda job: {"loss": next(values)})

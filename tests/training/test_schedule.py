@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from linchain_cli.recipe import TrainingConfig
-from linchain_cli.training.schedule import learning_rate, total_steps, unreachable, warmup_steps
+from linchain_cli.training.schedule import (
+    due,
+    learning_rate,
+    times_due,
+    total_steps,
+    unreachable,
+    validations,
+    warmup_steps,
+)
 
 
 def rates(total: int, warmup: int, scheduler: str, peak: float = 1.0) -> list[float]:
@@ -69,6 +77,35 @@ def test_never_negative_nor_above_the_peak_not_even_when_warm_up_is_longer_than_
 )
 def test_total_steps(length, rows, steps):
     assert total_steps(TrainingConfig(**length), rows) == steps
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [
+        (4, [4, 8, 12, 16, 20]),
+        ("epoch", [10, 20]),
+        ("epoch/1", [10, 20]),
+        ("epoch/4", [3, 5, 8, 10, 13, 15, 18, 20]),
+        ("epoch/1000", list(range(1, 21))),
+    ],
+)
+def test_what_comes_every_so_many_steps_or_times_an_epoch(every, steps):
+    """Epochs of ten steps."""
+    assert [step for step in range(1, 21) if due(step, every, 10)] == steps
+    assert [times_due(step, every, 10) for step in range(21)] == [
+        sum(one <= step for one in steps) for step in range(21)
+    ]
+
+
+def test_validations_are_those_due_and_the_last_step():
+    for every, total, times in (
+        (5, 10, 2),
+        (5, 11, 3),
+        ("epoch", 30, 3),
+        ("epoch", 31, 4),
+        ("epoch/2", 20, 4),
+    ):
+        assert validations(TrainingConfig(eval_every=every, max_steps=total), total, 160) == times
 
 
 @pytest.mark.parametrize(

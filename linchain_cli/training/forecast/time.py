@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from linchain_cli.model.head import decoder_blocks
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast.model import UNSUPPORTED, attention_of, micro_batch_size, recipe_epoch
 from linchain_cli.training.norms import make_norms_lean
+from linchain_cli.training.schedule import validations
 
 _SAMPLED_STEPS = 8
 _TIMED_BLOCKS = 4
@@ -93,7 +93,7 @@ def _time(
     validate = 0.0
     if validation is not None:
         held_out = recipe_epoch(recipe, validation, device)
-        times = math.ceil(steps / recipe.training.eval_every)
+        times = validations(recipe.training, steps, len(rows))
         blocks = forward * positions(validation, held_out, False)
         validate = times * (blocks + each_label * held_out.supervised_tokens)
     return TimeForecast(round(train, 2), round(validate, 2), round(epoch.tokens / epoch_seconds, 2))
