@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,6 @@ from pathlib import Path
 from linchain_cli.errors import InputError, InUse
 from linchain_cli.locks import is_at, lock_path, locked
 from linchain_cli.storage import (
-    REMOVED_PREFIX,
-    STAGING_PREFIX,
     expand,
     remove_directory,
     sha256_bytes,
@@ -39,9 +38,15 @@ logger = logging.getLogger(__name__)
 DAYS_VARIABLE = "LINCHAIN_CACHE_DAYS"
 _DAYS = 30.0
 _DAY = 24 * 3600.0  # seconds
-# Where entries lie, and which file of one its users lock.
-_MARKERS = {"encoded": "meta.json", "gguf": "config.json", "downloads": "*"}
+# Where entries lie, what they are called, and which file of one its users lock. What has another name is not
+# the tool's: $LINCHAIN_CACHE may be a directory that serves for more.
+_ENTRIES = {
+    "encoded": (re.compile(r"[0-9a-f]{32}"), "meta.json"),
+    "gguf": (re.compile(r".+-[0-9a-f]{16}"), "config.json"),
+    "downloads": (re.compile(r"[0-9a-f]{24}"), "*"),
+}
 _HASHES = ("hashes", "encoded/hashes")
+_NOTE = re.compile(r"[0-9a-f]{32}\.json")
 # A file that changed this recently may change again within the clock's resolution, and look the same.
 SETTLED_AFTER = 2.0  # seconds
 
@@ -79,6 +84,11 @@ def cache_bytes(root: Path) -> int:
     return size
 
 
+def cache_size() -> int:
+    """Bytes of what the tool keeps below `cache_root()`."""
+    return sum(cache_bytes(cache_root() / folder) for folder in (*_ENTRIES, "hashes"))
+
+
 _kept: dict[Path, int] = {}  # open files with a shared lock, by their names
 
 
@@ -113,13 +123,13 @@ def remove_unused(root: Path) -> None:
     days = cache_days()
     before = time.time() - days * _DAY
     count = size = 0
-    for folder, marker in _MARKERS.items():
-        for entry in _entries(root / folder):
+    for folder, (names, marker) in _ENTRIES.items():
+        for entry in _named(root / folder, names):
             with contextlib.suppress(OSError, InUse):
                 if (freed := _remove_entry(entry, marker, before)) is not None:
                     count, size = count + 1, size + freed
     for folder in _HASHES:
-        for note in (root / folder).glob("*.json"):
+        for note in _named(root / folder, _NOTE):
             with contextlib.suppress(OSError):
                 if _last_use(note) < before:
                     note.unlink()
@@ -134,12 +144,9 @@ def remove_unused(root: Path) -> None:
         )
 
 
-def _entries(folder: Path) -> Iterator[Path]:
-    passing = (STAGING_PREFIX, REMOVED_PREFIX)
+def _named(folder: Path, names: re.Pattern[str]) -> Iterator[Path]:
     with contextlib.suppress(OSError):
-        for entry in folder.iterdir():
-            if entry.name != "hashes" and not entry.name.startswith(passing) and entry.is_dir():
-                yield entry
+        yield from (path for path in folder.iterdir() if names.fullmatch(path.name))
 
 
 def _remove_entry(entry: Path, marker: str, before: float) -> int | None:

@@ -15,6 +15,7 @@ import pytest
 from linchain_cli import cache
 from linchain_cli.errors import InputError
 from linchain_cli.locks import locked
+from linchain_cli.storage import sha256_bytes
 
 
 def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch):
@@ -39,9 +40,21 @@ def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch
 DAY = 24 * 3600.0
 
 
+def place(root: Path, name: str) -> Path:
+    """Where the entry FOLDER/WORD lies, which is named as the tool names those of that folder."""
+    folder, word = name.split("/")
+    mark = sha256_bytes(word.encode())
+    names = {"encoded": mark[:32], "gguf": f"{word}-{mark[:16]}", "downloads": mark[:24]}
+    return root / folder / names[folder]
+
+
 def entry(root: Path, name: str, days: float, marker: str = "meta.json") -> Path:
     """An entry of the cache that was last used so many days ago."""
-    path = root / name
+    return left(place(root, name), days, marker)
+
+
+def left(path: Path, days: float, marker: str) -> Path:
+    """A directory with one file, which nobody has touched for so many days."""
     path.mkdir(parents=True)
     (path / marker).write_text("{}")
     for each in (path / marker, path):
@@ -72,7 +85,7 @@ def test_what_nobody_has_used_for_long_goes_and_what_a_process_uses_stays(tmp_pa
     in_use, made = entry(tmp_path, "encoded/in-use", 31), entry(tmp_path, "encoded/made", 31)
     (tmp_path / "hashes").mkdir()
     for days in (1, 31):
-        note = tmp_path / "hashes" / f"{days}.json"
+        note = tmp_path / "hashes" / f"{days:032x}.json"
         note.write_text("{}")
         os.utime(note, (time.time() - days * DAY,) * 2)
     user = subprocess.Popen(
@@ -89,18 +102,27 @@ def test_what_nobody_has_used_for_long_goes_and_what_a_process_uses_stays(tmp_pa
         user.communicate(timeout=60)
     assert not any(path.exists() for path in unused)
     assert all(path.is_dir() for path in (fresh, opened, in_use, made))
-    assert [path.name for path in (tmp_path / "hashes").iterdir()] == ["1.json"]
+    assert [path.name for path in (tmp_path / "hashes").iterdir()] == [f"{1:032x}.json"]
     assert "4 entries" in caplog.text and "LINCHAIN_CACHE_DAYS" in caplog.text
     cache.remove_unused(tmp_path)
     assert not in_use.exists(), "its process has ended"
-    left = [path.name for path in tmp_path.rglob(".*")]
-    assert left == [], "neither locks nor what was on its way out stay"
+    hidden = [path.name for path in tmp_path.rglob(".*")]
+    assert hidden == [], "neither locks nor what was on its way out stay"
+
+
+def test_what_is_not_the_tool_s_stays_where_the_cache_is_a_directory_for_more(tmp_path):
+    files = {"downloads/holiday": "photo.jpg", "gguf/llama-3": "config.json", "encoded/talks": "meta.json"}
+    foreign = [left(tmp_path / name, 400, file) / file for name, file in files.items()]
+    foreign.append(left(tmp_path / "hashes", 400, "passwords.json") / "passwords.json")
+    old = entry(tmp_path, "downloads/rows", 31, "rows.json")
+    cache.remove_unused(tmp_path)
+    assert all(path.is_file() for path in foreign) and not old.exists()
 
 
 def test_using_an_entry_is_noted_and_what_is_being_removed_is_not_used(tmp_path):
     used = entry(tmp_path, "encoded/a", 31)
     with pytest.raises(FileNotFoundError):
-        cache.keep(tmp_path / "encoded/b/meta.json")
+        cache.keep(place(tmp_path, "encoded/b") / "meta.json")
     with open(used / "meta.json", "r+b") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         assert not cache.keep(used / "meta.json")

@@ -152,7 +152,7 @@ def _rows(
     console: Console,
 ) -> tuple[dict[str, Any], list[str]]:
     """The rows, the steps that they make, and what the run is too short for."""
-    from linchain_cli.cache import cache_bytes, cache_days, cache_root
+    from linchain_cli.cache import cache_days, cache_root, cache_size
     from linchain_cli.commands import check_view
     from linchain_cli.training.forecast import recipe_epoch
     from linchain_cli.training.schedule import total_steps, unreachable
@@ -160,7 +160,7 @@ def _rows(
     classes = outputs and outputs.classes
     epoch = recipe_epoch(recipe, data.train, device)
     check_view.sources(console, data)
-    cache = {"directory": str(cache_root()), "bytes": cache_bytes(cache_root())}
+    cache = {"directory": str(cache_root()), "bytes": cache_size()}
     check_view.cache(console, **cache, days=cache_days())
     labels = check_view.labels(console, data, classes) if outputs else None
     check_view.lengths(console, data, data.config.max_length)

@@ -218,8 +218,9 @@ def test_rows_that_nobody_reads_any_more_go_when_others_are_encoded(
     monkeypatch.setenv("LINCHAIN_CACHE_DAYS", "0")
     encoded = tmp_path / "elsewhere" / "encoded"
     in_use = prepare_data(data_config(train), byte_level).report.fingerprint[:32]
-    (encoded / "forgotten").mkdir()
-    (encoded / "forgotten" / "meta.json").write_text("{}")
+    forgotten = encoded / ("f" * 32)
+    forgotten.mkdir()
+    (forgotten / "meta.json").write_text("{}")
     other = prepare_data(data_config(train, max_length=255), byte_level).report.fingerprint[:32]
     assert sorted(path.name for path in encoded.glob("[!.]*")) == sorted([in_use, other])
 
