@@ -307,3 +307,15 @@ def launched_as(monkeypatch) -> Callable[..., None]:
             monkeypatch.setenv(name, str(value))
 
     return launched_as
+
+
+@pytest.fixture
+def harness_alone(monkeypatch) -> None:
+    """lm-evaluation-harness without its own thousands of tasks, which take seconds to look through."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+
+    class Few(tasks.TaskManager):
+        def __init__(self, include_path: list[str] | None):
+            super().__init__(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr(tasks, "TaskManager", Few)

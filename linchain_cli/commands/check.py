@@ -194,18 +194,20 @@ def _tasks(
 ) -> tuple[dict[str, int], list[str]]:
     """How many rows each task has that the run is evaluated on, and what is to be said of them."""
     from linchain_cli.commands import check_view
+    from linchain_cli.evaluation.asked import harness_tasks, own_tasks, recipe_tasks
     from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions
-    from linchain_cli.evaluation.tasks import recipe_tasks
 
     warnings: list[str] = []
     if outputs is not None:
         labelled = recipe_labelled(recipe, outputs, tokenizer, readable)
         found = {task.name: (len(task.data.train), task.source) for task in labelled}
     else:
-        tasks, protocol = recipe_tasks(recipe), recipe.evaluation.protocol
-        warnings = check_questions(tokenizer, data.template, tasks, protocol, readable)
-        found = {task.name: (len(task.rows), task.source) for task in tasks}
+        tasks, section = recipe_tasks(recipe), recipe.evaluation
+        own, theirs = own_tasks(tasks), harness_tasks(tasks)
+        warnings = check_questions(tokenizer, data.template, own, section.protocol, readable)
+        found = {task.name: (len(task.rows), task.source) for task in own}
+        found |= {task.name: (sum(task.counts(section.limit)), task.source) for task in theirs}
     check_view.tasks(console, found, recipe)
     check_view.notes(console, warnings)
     return {name: rows for name, (rows, _) in found.items()}, warnings

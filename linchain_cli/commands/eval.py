@@ -19,8 +19,6 @@ from linchain_cli.commands.eval_labels import (
 )
 from linchain_cli.commands.options import AllowOtherBase, Base, Json, ModelDtype, ModelName, PromptTemplate
 from linchain_cli.commands.subject import (
-    Asked,
-    LoadedModel,
     Subject,
     choose_template,
     find_subject,
@@ -33,9 +31,8 @@ from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from linchain_cli.evaluation.harness import HarnessTask
+    from linchain_cli.evaluation.asked import AskedTask
     from linchain_cli.evaluation.results import Results
-    from linchain_cli.evaluation.task import Task
 
 
 def run(
@@ -120,10 +117,9 @@ def run(
     subject = find_subject(model, base, allow_other_base)
     earlier = Path(against) if against is not None and against.endswith(".json") else None
     other = find_subject(against) if against is not None and earlier is None else None
-    from linchain_cli.evaluation.harness import load_harness, split_names
+    from linchain_cli.evaluation.asked import load_asked, own_tasks
     from linchain_cli.evaluation.results import read_results, refuse_other_rows
     from linchain_cli.evaluation.store import results_directory
-    from linchain_cli.evaluation.tasks import load_tasks
 
     # Before rows are fetched and before the first evaluation, which may take long, it is known that both
     # models are there, and that their results can be written.
@@ -148,15 +144,13 @@ def run(
             seconds = [labels.evaluate(other, other.results_dir, like=subject)]
         _tell(firsts, seconds, json, references)
         return
-    own, foreign = split_names(_task_names(tasks, subject))
-    if foreign:
-        _refuse_with_harness(own, out, earlier)
-    harness = load_harness(foreign) if foreign else []
-    loaded_tasks = load_tasks(own, data_dir, limit) if own or not foreign else []
+    names = _task_names(tasks, subject)
+    _refuse_with_harness(names, out, earlier)
+    loaded_tasks = load_asked(names, data_dir, limit)
     if second is not None:
-        refuse_other_rows(second, loaded_tasks, earlier)
+        refuse_other_rows(second, own_tasks(loaded_tasks), earlier)
         second = second.of_tasks(task.name for task in loaded_tasks)
-    settings = _Settings(protocol, beams, normalise, template, dtype, limit, batch_tokens, harness)
+    settings = _Settings(protocol, beams, normalise, template, dtype, limit, batch_tokens)
     firsts = settings.evaluate(subject, loaded_tasks, place)
     seconds = [second] * len(firsts)
     if other is not None:
@@ -197,16 +191,15 @@ def _task_names(tasks: str | None, subject: Subject) -> Sequence[str]:
     return section.tasks
 
 
-def _refuse_with_harness(own: Sequence[str], out: Path | None, earlier: Path | None) -> None:
+def _refuse_with_harness(names: Sequence[str], out: Path | None, earlier: Path | None) -> None:
     """What tasks of lm-evaluation-harness, whose result is one of its own, do not go with."""
-    if earlier is not None:
-        raise InputError(f"--against {earlier}: name the second model itself where tasks are lm_eval's")
-    if own and out is not None and out.suffix == ".json":
-        raise InputError(f"--out {out}: lm_eval's tasks have a result of their own: name a directory")
-    from linchain_cli.training.launch import world_size
+    from linchain_cli.evaluation.harness import split_names
 
-    if world_size() > 1:
-        raise InputError("lm_eval's tasks are evaluated by one process: start linchain eval without torchrun")
+    own, theirs = split_names(names)
+    if theirs and earlier is not None:
+        raise InputError(f"--against {earlier}: name the second model itself where tasks are lm_eval's")
+    if theirs and own and out is not None and out.suffix == ".json":
+        raise InputError(f"--out {out}: lm_eval's tasks have a result of their own: name a directory")
 
 
 @dataclass(frozen=True)
@@ -218,54 +211,31 @@ class _Settings:
     dtype: str | None
     limit: int | None
     batch_tokens: int | None
-    harness: Sequence[HarnessTask]
 
     def evaluate(
-        self, subject: Subject, tasks: Sequence[Task], out: Path, like: Subject | None = None
+        self, subject: Subject, tasks: Sequence[AskedTask], out: Path, like: Subject | None = None
     ) -> list[Results]:
-        """Loads the subject, evaluates it on our tasks and on lm_eval's, and lets go of it again."""
+        """Loads the subject, evaluates it, and lets go of it again."""
+        from linchain_cli.evaluation.asked import evaluate_asked
+        from linchain_cli.evaluation.evaluate import BEAMS
+        from linchain_cli.training.processes import told_when_lost
+        from linchain_cli.training.signals import stop_requests
+
         tokenizer = subject_tokenizer(subject)
         asked = choose_template(subject, tokenizer, self.template, like)
         loaded = load_subject(subject, self.dtype, tokenizer)
         if is_first_process():
             console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")
-        results = [self._own(subject, loaded, asked, tasks, out)] if tasks else []
-        if self.harness:
-            results.append(self._of_harness(subject, loaded, asked, out))
-        return results
-
-    def _of_harness(self, subject: Subject, loaded: LoadedModel, asked: Asked, out: Path) -> Results:
-        from linchain_cli.evaluation.harness import evaluate_harness
-
-        return evaluate_harness(
-            loaded.model,
-            loaded.tokenizer,
-            asked.template,
-            self.harness,
-            name=subject.name,
-            system=asked.system,
-            limit=self.limit,
-            base_sha256=loaded.base_sha256,
-            quantization=loaded.quantization,
-            out=out,
-        )
-
-    def _own(
-        self, subject: Subject, loaded: LoadedModel, asked: Asked, tasks: Sequence[Task], out: Path
-    ) -> Results:
-        from linchain_cli.evaluation.evaluate import BEAMS, evaluate
-        from linchain_cli.training.processes import told_when_lost
-        from linchain_cli.training.signals import stop_requests
-
         stopped = "stopped: the rows that are done are kept, and the same command goes on from them"
-        shown = console.Progress(quiet=not is_first_process())
-        with told_when_lost(), stop_requests(stopped), shown as progress:
-            return evaluate(
+        with told_when_lost(), stop_requests(stopped):
+            return evaluate_asked(
                 loaded.model,
                 loaded.tokenizer,
                 asked.template,
                 tasks,
                 name=subject.name,
+                title=subject.name,
+                system=asked.system,
                 protocol=self.protocol,
                 beams=self.beams or BEAMS,
                 normalise=self.normalise,
@@ -275,7 +245,6 @@ class _Settings:
                 base_sha256=loaded.base_sha256,
                 quantization=loaded.quantization,
                 out=out,
-                on_progress=lambda task, done, total: progress.show(subject.name, done, total, task),
             )
 
 

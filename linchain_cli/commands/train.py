@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,14 +18,12 @@ from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from linchain_cli.evaluation.asked import AskedTask
     from linchain_cli.evaluation.labels import LabelledTask
     from linchain_cli.evaluation.results import Results
-    from linchain_cli.evaluation.task import Task
     from linchain_cli.recipe import EvaluationConfig, Recipe
     from linchain_cli.run import RunDirectory
     from linchain_cli.training.job import Job
-
-    OnProgress = Callable[[str, int, int], None]
 
 
 def run(
@@ -46,7 +44,7 @@ def run(
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
         raise InputError("--resume continues the run and --fresh replaces it: give one of them.")
-    from linchain_cli.evaluation.tasks import recipe_tasks
+    from linchain_cli.evaluation.asked import recipe_tasks
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import RunDirectory
 
@@ -87,7 +85,7 @@ def _refuse_moved(recipe: Path, overrides: Sequence[str], directory: RunDirector
 def _train(
     recipe: Recipe,
     directory: RunDirectory,
-    tasks: Sequence[Task | LabelledTask],
+    tasks: Sequence[AskedTask | LabelledTask],
     resume: bool,
     fresh: bool,
     json: bool,
@@ -123,25 +121,27 @@ def _train(
     disconnect()
 
 
-def _checked_tasks(job: Job, tasks: Sequence[Task | LabelledTask]) -> Sequence[Task | LabelledTask]:
+def _checked_tasks(job: Job, tasks: Sequence[AskedTask | LabelledTask]) -> Sequence[AskedTask | LabelledTask]:
     """Tells what is wrong with the evaluation while nothing is spent. Labelled rows are read here, where the
     classes are known."""
+    from linchain_cli.evaluation.asked import own_tasks
     from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions
     from linchain_cli.model.limits import limits
 
+    readable, tokenizer = limits(job.model), job.base.tokenizer
     if job.base.outputs is not None:
-        return recipe_labelled(job.recipe, job.base.outputs, job.base.tokenizer, limits(job.model))
+        return recipe_labelled(job.recipe, job.base.outputs, tokenizer, readable)
     protocol = job.recipe.evaluation.protocol
-    for warning in check_questions(job.base.tokenizer, job.data.template, tasks, protocol, limits(job.model)):
+    for warning in check_questions(tokenizer, job.data.template, own_tasks(tasks), protocol, readable):
         if is_first_process():
             console.warn(f"evaluation.tasks: {warning}")
     return tasks
 
 
-def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: Sequence[Task | LabelledTask]) -> bool:
+def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: Sequence[AskedTask | LabelledTask]) -> bool:
     """Whether the run's adapter has been evaluated as the recipe says; the first process looks."""
-    from linchain_cli.evaluation.store import has_result
+    from linchain_cli.evaluation.asked import has_result
     from linchain_cli.training.processes import connect, from_main
 
     accelerator = connect()
@@ -157,33 +157,31 @@ def _plot(directory: RunDirectory) -> None:
             loss_plot(directory)
 
 
-def _evaluate(job: Job, recipe: Recipe, tasks: Sequence[Task | LabelledTask], quiet: bool) -> None:
+def _evaluate(job: Job, recipe: Recipe, tasks: Sequence[AskedTask | LabelledTask], quiet: bool) -> None:
     from linchain_cli.evaluation.show import print_results
     from linchain_cli.training.processes import told_when_lost
     from linchain_cli.training.signals import stop_requests
 
     left = f"{job.run.path} is finished, its evaluation is not: --resume continues it"
-    shown = console.Progress(quiet=not is_first_process())
-    with told_when_lost(), stop_requests(left), shown as progress:
-
-        def show(task: str, done: int, total: int) -> None:
-            progress.show("evaluating", done, total, task)
-
-        results = (_labels if recipe.task != "causal" else _answers)(job, recipe.evaluation, tasks, show)
+    with told_when_lost(), stop_requests(left):
+        results = (_labels if recipe.task != "causal" else _answers)(job, recipe.evaluation, tasks)
     if is_first_process() and not quiet:
-        print_results(results)
+        for one in results:
+            print_results(one)
 
 
-def _answers(job: Job, section: EvaluationConfig, tasks: Sequence[Task], show: OnProgress) -> Results:
+def _answers(job: Job, section: EvaluationConfig, tasks: Sequence[AskedTask]) -> list[Results]:
     from linchain_cli.data.asking import straddle_mostly
-    from linchain_cli.evaluation.evaluate import evaluate
+    from linchain_cli.evaluation.asked import evaluate_asked
 
-    return evaluate(
+    return evaluate_asked(
         job.model,
         job.base.tokenizer,
         job.data.template,
         tasks,
         name=str(job.run.path),
+        title="evaluating",
+        system=job.recipe.data.chat.system,
         protocol=section.protocol,
         limit=section.limit,
         straddles=straddle_mostly(job.data.report.counts()),
@@ -191,24 +189,26 @@ def _answers(job: Job, section: EvaluationConfig, tasks: Sequence[Task], show: O
         quantization=job.recipe.model.quantization,
         out=job.run.eval_dir,
         share=not job.base.sharded,
-        on_progress=show,
     )
 
 
-def _labels(job: Job, section: EvaluationConfig, tasks: Sequence[LabelledTask], show: OnProgress) -> Results:
+def _labels(job: Job, section: EvaluationConfig, tasks: Sequence[LabelledTask]) -> list[Results]:
     from linchain_cli.chain.files import TENSORS_FILE, adapter_files
     from linchain_cli.evaluation.labels import evaluate_labels
     from linchain_cli.storage import sha256_bytes
 
-    return evaluate_labels(
-        job.model,
-        job.base.tokenizer,
-        job.base.outputs,
-        tasks,
-        name=str(job.run.path),
-        limit=section.limit,
-        base_sha256=job.base.hash,
-        adapter_sha256=sha256_bytes(adapter_files(job.adapter())[TENSORS_FILE]),
-        out=job.run.eval_dir,
-        on_progress=show,
-    )
+    with console.Progress(quiet=not is_first_process()) as progress:
+        return [
+            evaluate_labels(
+                job.model,
+                job.base.tokenizer,
+                job.base.outputs,
+                tasks,
+                name=str(job.run.path),
+                limit=section.limit,
+                base_sha256=job.base.hash,
+                adapter_sha256=sha256_bytes(adapter_files(job.adapter())[TENSORS_FILE]),
+                out=job.run.eval_dir,
+                on_progress=lambda task, done, total: progress.show("evaluating", done, total, task),
+            )
+        ]

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 from linchain_cli.chain.files import adapter_hash
-from linchain_cli.comparison.measure import asked_tasks
 from linchain_cli.comparison.statistics import t_quantile
 from linchain_cli.comparison.tables import Candidate, reference_of
+from linchain_cli.evaluation.asked import asked_results
 from linchain_cli.evaluation.results import read_results
 from linchain_cli.evaluation.statistics import crossed
 from linchain_cli.evaluation.store import stored_result
-from linchain_cli.evaluations import Evaluation, TaskScore
+from linchain_cli.evaluations import TaskScore
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import ComparisonDirectory, RunDirectory
 
@@ -26,13 +26,13 @@ AVERAGE = "average"
 
 @dataclass(frozen=True)
 class _Answered:
-    """One evaluation: its scores, and by task where the answers were right, (rows,) of 0.0 and 1.0."""
+    """A model's scores, and by task where its answers were right, (rows,) of 0.0 and 1.0."""
 
-    evaluation: Evaluation
+    scores: Mapping[str, TaskScore]
     right: Mapping[str, np.ndarray]
 
     def score(self, task: str) -> TaskScore:
-        return self.evaluation.tasks[task]
+        return self.scores[task]
 
 
 def accuracy_table(
@@ -94,17 +94,18 @@ def _by_seed(directory: ComparisonDirectory, recipe: Recipe, one: Candidate) -> 
 
 
 def _answered(place: Path, adapter_sha256: str | None, recipe: Recipe) -> _Answered | None:
-    wanted = asked_tasks(recipe.evaluation)
-    found = stored_result(place, adapter_sha256, recipe.evaluation, wanted or ())
-    if found is None:
-        return None
-    results = read_results(found.path)
-    right = {
-        name: np.array([row["correct"] for row in results.predictions if row["task"] == name], dtype=float)
-        for name, score in results.summary.tasks.items()
-        if score.accuracy is not None and not score.is_group and (wanted is None or name in wanted)
-    }
-    return _Answered(results.summary, right)
+    scores, right = {}, {}
+    for protocol, wanted in asked_results(recipe.evaluation).items():
+        found = stored_result(place, adapter_sha256, recipe.evaluation, wanted or (), protocol)
+        if found is None:
+            continue
+        results = read_results(found.path)
+        for name, score in results.summary.tasks.items():
+            correct = [row.get("correct") for row in results.predictions if row["task"] == name]
+            whole = score.accuracy is not None and not score.is_group and None not in correct
+            if whole and (wanted is None or name in wanted):
+                scores[name], right[name] = score, np.array(correct, dtype=float)
+    return _Answered(scores, right) if right else None
 
 
 def _estimate(

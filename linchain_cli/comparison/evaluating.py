@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from linchain_cli.chain.files import adapter_hash
 from linchain_cli.console import Progress
 from linchain_cli.data.asking import straddle_mostly
 from linchain_cli.data.templates import template_of
-from linchain_cli.evaluation.evaluate import evaluate
+from linchain_cli.evaluation.asked import AskedTask, evaluate_asked
 from linchain_cli.evaluation.labels import LabelledTask, evaluate_labels
-from linchain_cli.evaluation.task import Task
 from linchain_cli.recipe import EvaluationConfig, Recipe, load_recipe
 from linchain_cli.run import RunDirectory
 from linchain_cli.training.base import Base
 
-Show = Callable[[str, int, int], None]
 
-
-def evaluate_run(asked: Recipe, run: RunDirectory, base: Base, tasks: Sequence[Task | LabelledTask]) -> None:
+def evaluate_run(
+    asked: Recipe, run: RunDirectory, base: Base, tasks: Sequence[AskedTask | LabelledTask]
+) -> None:
     """Evaluates a run, whose adapter is attached to `base`, as the comparison's recipe `asked` says."""
+    if base.outputs is None:
+        own, straddles = load_recipe(run.recipe_path), straddle_mostly(run.read_status().rows)
+        _answers(asked.evaluation, own, base, tasks, str(run.path), run.path.name, run.eval_dir, straddles)
+        return
     with Progress() as progress:
-
-        def show(task: str, done: int, total: int) -> None:
-            progress.show(run.path.name, done, total, task)
-
-        if base.outputs is None:
-            own, straddles = load_recipe(run.recipe_path), straddle_mostly(run.read_status().rows)
-            _answers(asked.evaluation, own, base, tasks, str(run.path), run.eval_dir, straddles, show)
-            return
         evaluate_labels(
             base.model,
             base.tokenizer,
@@ -40,44 +35,40 @@ def evaluate_run(asked: Recipe, run: RunDirectory, base: Base, tasks: Sequence[T
             base_sha256=base.hash,
             adapter_sha256=adapter_hash(run.adapter_dir),
             out=run.eval_dir,
-            on_progress=show,
+            on_progress=lambda task, done, total: progress.show(run.path.name, done, total, task),
         )
 
 
 def evaluate_base(
-    asked: Recipe, base: Base, tasks: Sequence[Task], out: Path, straddles: bool | None
+    asked: Recipe, base: Base, tasks: Sequence[AskedTask], out: Path, straddles: bool | None
 ) -> None:
     """Evaluates the base alone into the directory `out`, asked as the runs are: with the training rows'
     template, and prompts that end as theirs do (`straddles`)."""
-    with Progress() as progress:
-
-        def show(task: str, done: int, total: int) -> None:
-            progress.show("base", done, total, task)
-
-        _answers(asked.evaluation, asked, base, tasks, asked.model.path, out, straddles, show)
+    _answers(asked.evaluation, asked, base, tasks, asked.model.path, "base", out, straddles)
 
 
 def _answers(
     section: EvaluationConfig,
     recipe: Recipe,
     base: Base,
-    tasks: Sequence[Task],
+    tasks: Sequence[AskedTask],
     name: str,
+    title: str,
     out: Path,
     straddles: bool | None,
-    show: Show,
 ) -> None:
-    evaluate(
+    evaluate_asked(
         base.model,
         base.tokenizer,
         template_of(recipe.data, base.tokenizer),
         tasks,
         name=name,
+        title=title,
+        system=recipe.data.chat.system,
         protocol=section.protocol,
         limit=section.limit,
         straddles=straddles,
         base_sha256=base.hash,
         quantization=recipe.model.quantization,
         out=out,
-        on_progress=show,
     )

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from linchain_cli.comparison.halves import read_halves
+from linchain_cli.evaluation.asked import asked_results
 from linchain_cli.evaluation.store import run_result
-from linchain_cli.evaluation.tasks import expand_tasks
 from linchain_cli.recipe.schema import EvaluationConfig
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
@@ -150,19 +150,14 @@ def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]
     )
 
 
-def asked_tasks(section: EvaluationConfig) -> list[str] | None:
-    """The names of the tasks that an evaluation of answers asks for; None where only files have them."""
-    # The name of a task of the user's own stands in its file, which need not be there any more.
-    if not section.tasks or any(name.endswith((".yaml", ".yml")) for name in section.tasks):
-        return None
-    return expand_tasks(section.tasks)
-
-
 def _accuracies(run: RunDirectory, section: EvaluationConfig, protocol: str) -> dict[str, float]:
-    wanted = asked_tasks(section) if protocol == section.protocol else section.tasks or None
-    result = run_result(run, section, wanted or (), protocol)
-    return {
-        name: score.accuracy
-        for name, score in (result.tasks.items() if result else ())
-        if score.accuracy is not None and (wanted is None or name in wanted)
-    }
+    asked = asked_results(section) if protocol == section.protocol else {protocol: section.tasks or None}
+    found = {}
+    for by, wanted in asked.items():
+        result = run_result(run, section, wanted or (), by)
+        found |= {
+            name: score.accuracy
+            for name, score in (result.tasks.items() if result else ())
+            if score.accuracy is not None and not score.is_group and (wanted is None or name in wanted)
+        }
+    return found

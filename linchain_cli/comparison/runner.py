@@ -28,11 +28,9 @@ from linchain_cli.data.asking import straddle_mostly
 from linchain_cli.data.dataset import PreparedData, prepare_data
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError, InUse, LinchainError, Stopped
+from linchain_cli.evaluation.asked import AskedTask, has_result, is_measured, own_tasks, recipe_tasks
 from linchain_cli.evaluation.labels import LabelledTask, recipe_labelled
 from linchain_cli.evaluation.questions import check_questions
-from linchain_cli.evaluation.store import covers, has_result, stored_result
-from linchain_cli.evaluation.task import Task
-from linchain_cli.evaluation.tasks import recipe_tasks
 from linchain_cli.machine import collect_memory
 from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.config import empty_model
@@ -177,7 +175,7 @@ class _Runner:
         self,
         directory: ComparisonDirectory,
         definition: Definition,
-        tasks: Sequence[Task | LabelledTask],
+        tasks: Sequence[AskedTask | LabelledTask],
         base: Base | None = None,
     ):
         self.directory, self.definition, self.tasks = directory, definition, tasks
@@ -324,7 +322,7 @@ class _Runner:
             self.tasks = recipe_labelled(recipe, base.outputs, base.tokenizer, readable)
             return data
         protocol = recipe.evaluation.protocol
-        check_questions(base.tokenizer, data.template, self.tasks, protocol, readable)
+        check_questions(base.tokenizer, data.template, own_tasks(self.tasks), protocol, readable)
         return data
 
     def _note_sparse_validation(self, data: PreparedData) -> None:
@@ -351,10 +349,9 @@ class _Runner:
         recipe, place = self.definition.base, self.directory.base_dir
         if recipe.task != "causal" or not self.tasks:
             return True
-        names = [task.name for task in self.tasks]
         try:
             with locked(place):
-                if not covers(stored_result(place, None, recipe.evaluation, names), self.tasks):
+                if not is_measured(place, None, recipe.evaluation, self.tasks):
                     note(f"evaluating the base without an adapter: {recipe.model.path}")
                     base = self._loaded(recipe)
                     evaluate_base(recipe, base, self.tasks, place, self._straddles)

@@ -11,6 +11,7 @@ from linchain_cli.data.glue import PREFIX
 from linchain_cli.data.sources import DATASET_NAMES
 from linchain_cli.recipe import Recipe
 from linchain_cli.recipe.data import SourceConfig
+from linchain_cli.recipe.schema import HARNESS_PREFIX
 from linchain_cli.run import RunDirectory
 from linchain_cli.storage import expand
 
@@ -26,6 +27,11 @@ def recipe_from_here(recipe: Recipe, run: RunDirectory) -> Recipe:
     def found(path: str) -> str:
         return _found(path, places)
 
+    def task(name: str) -> str:
+        prefix = HARNESS_PREFIX if name.startswith(HARNESS_PREFIX) else ""
+        path = name.removeprefix(prefix)
+        return prefix + (found(path) if "." in path or "/" in path else path)
+
     def source(one: SourceConfig) -> SourceConfig:
         return one.model_copy(update={"path": found(one.path)})
 
@@ -35,7 +41,7 @@ def recipe_from_here(recipe: Recipe, run: RunDirectory) -> Recipe:
         changes["validation"] = source(data.validation)
     elif data.validation_source is not None:
         changes["validation"] = found(data.validation_source.path)
-    tasks = [found(name) if "." in name or "/" in name else name for name in evaluation.tasks]
+    tasks = [task(name) for name in evaluation.tasks]
     folder = evaluation.data_dir and found(evaluation.data_dir)
     start = adapter.init_from and found(adapter.init_from)
     return recipe.model_copy(

@@ -20,7 +20,7 @@ from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.jobs import EvaluationJob, NormaliseName, ProtocolName, Setup, halved, make_job
 from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.questions import check_questions, task_template
-from linchain_cli.evaluation.results import Prediction, Results, fingerprint, summarise
+from linchain_cli.evaluation.results import Results, fingerprint, summarise
 from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluation.task import Task, check_protocol
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
@@ -245,10 +245,10 @@ def refuse_unlike(fingerprints: Mapping[str, str]) -> None:
     raise SystemExit(error.exit_code)
 
 
-def gather(predictions: list[Prediction], world: int) -> list[Prediction]:
-    """The rows of all processes, on each of them."""
+def gather(own: list[Any], world: int) -> list[Any]:
+    """What all processes have, such as rows, on each of them."""
     if world == 1:
-        return predictions
+        return own
     parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, predictions)
-    return [prediction for part in parts for prediction in part]
+    torch.distributed.all_gather_object(parts, own)
+    return [one for part in parts for one in part]

@@ -21,22 +21,21 @@ from typing import TYPE_CHECKING, Any
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import InputError, first_line, nearest
-from linchain_cli.evaluation.evaluate import evaluating, setting_of
+from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
 from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.results import Prediction, Results, averaged
 from linchain_cli.evaluation.statistics import normal_interval
 from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore
+from linchain_cli.recipe.schema import HARNESS_PREFIX
 from linchain_cli.run import now
-from linchain_cli.storage import sha256_bytes
+from linchain_cli.storage import expand, sha256_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PREFIX = "lm_eval:"
 PROTOCOL = "lm_eval"
 OWN_PROMPTS = "the harness's own"
-BATCH_SIZE = {"cpu": 8, "cuda": 32}
 # How like another a task's name has to be to be suggested: of thousands some are a little like any word.
 LIKE_A_TASK = 0.8
 # The metric that stands as the accuracy of a task, in this order; the others stand beside it.
@@ -48,8 +47,8 @@ _ELSE = ("perplexity", "bits_per_byte", "bleu", "rouge", "ter", "chrf", "brier",
 def split_names(tasks: Sequence[str]) -> tuple[list[str], list[str]]:
     """Our own task names, and the harness's without their prefix."""
     names = [name.strip() for listed in tasks for name in listed.split(",") if name.strip()]
-    theirs = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
-    return [name for name in names if not name.startswith(PREFIX)], theirs
+    theirs = [name.removeprefix(HARNESS_PREFIX) for name in names if name.startswith(HARNESS_PREFIX)]
+    return [name for name in names if not name.startswith(HARNESS_PREFIX)], theirs
 
 
 def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
@@ -62,25 +61,25 @@ def find_tasks(names: Sequence[str]) -> tuple[Any, list[str]]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
-            f"{PREFIX}{names[0]} needs lm-evaluation-harness, which cannot be imported ({error}): pip install"
-            " lm-eval"
+            f"{HARNESS_PREFIX}{names[0]} needs lm-evaluation-harness, which cannot be imported ({error}):"
+            " pip install lm-eval"
         ) from None
     if not hasattr(TaskManager, "load"):
-        raise InputError(f"{PREFIX}{names[0]} needs lm-eval 0.4.12 or later: pip install -U lm-eval")
+        raise InputError(f"{HARNESS_PREFIX}{names[0]} needs lm-eval 0.4.12 or later: pip install -U lm-eval")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    files = [Path(name) for name in names if name.endswith((".yaml", ".yml"))]
+    files = [expand(name) for name in names if name.endswith((".yaml", ".yml"))]
     for file in files:
         if not file.is_file():
             raise InputError(f"there is no task file {file}")
     manager = TaskManager(
         include_path=[str(folder) for folder in dict.fromkeys(f.parent for f in files)] or None
     )
-    known = [_name_in(Path(name)) if name.endswith((".yaml", ".yml")) else name for name in names]
+    known = [_name_in(expand(name)) if name.endswith((".yaml", ".yml")) else name for name in names]
     for name in known:
         if name not in manager.all_tasks:
             found = nearest(name, manager.all_tasks, LIKE_A_TASK)
-            guess = f" Did you mean '{PREFIX}{found}'?" if found else ""
-            raise InputError(f"{PREFIX}{name}: lm-evaluation-harness knows no such task.{guess}")
+            guess = f" Did you mean '{HARNESS_PREFIX}{found}'?" if found else ""
+            raise InputError(f"{HARNESS_PREFIX}{name}: lm-evaluation-harness knows no such task.{guess}")
     return manager, known
 
 
@@ -100,11 +99,26 @@ class HarnessTask:
         """What the harness is given: the group, which brings its tasks, or the tasks."""
         return [self.groups[self.name]] if self.name in self.groups else list(self.tasks.values())
 
+    @property
+    def source(self) -> str:
+        return "lm-evaluation-harness"
+
+    def counts(self, limit: int | None = None) -> list[int]:
+        """How many rows each of its tasks asks."""
+        return [sum(1 for _ in islice(task.eval_docs, limit)) for task in self.tasks.values()]
+
+    def rows(self, limit: int | None) -> dict[str, str]:
+        """SHA-256 of each task and group, over its rows and how they are asked and counted: two results can
+        be compared only where it is equal."""
+        return self._digests([self.code], limit)
+
     def fingerprints(self, setting: Evaluation, system: str | None) -> dict[str, str]:
         """Of each task and group what changes with anything that its numbers depend on: the setting, its
         configuration, and the rows that are asked and shown as examples."""
-        about = [setting.setting_sha256, system, self.code]
-        found = {name: _digest([*about, *_content(task, setting.limit)]) for name, task in self.tasks.items()}
+        return self._digests([setting.setting_sha256, system, self.code], setting.limit)
+
+    def _digests(self, about: Sequence[Any], limit: int | None) -> dict[str, str]:
+        found = {name: _digest([*about, *_content(task, limit)]) for name, task in self.tasks.items()}
         of_groups = {
             name: _digest([group.to_dict(), *(found[task.task_name] for task in group.get_all_tasks())])
             for name, group in self.groups.items()
@@ -131,17 +145,21 @@ def load_harness(names: Sequence[str]) -> list[HarnessTask]:
         try:
             loaded = manager.load([name])
         except Exception as error:  # a task is a program, and its data set may be anywhere
-            raise InputError(f"{PREFIX}{asked}: {type(error).__name__}: {first_line(error)}") from error
-        code = _code_beside(Path(asked)) if asked != name else ""
+            raise InputError(
+                f"{HARNESS_PREFIX}{asked}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        code = _code_beside(expand(asked)) if asked != name else ""
         found.append(HarnessTask(name, manager, loaded["tasks"], loaded["groups"], code))
     for name, count in Counter(name for task in found for name in task.tasks).items():
         if count > 1:
-            raise InputError(f"{PREFIX}{name} is asked for {count} times: leave out all but one")
+            raise InputError(f"{HARNESS_PREFIX}{name} is asked for {count} times: leave out all but one")
     for name, task in ((name, task) for one in found for name, task in one.tasks.items()):
         if getattr(task, "UNSAFE_CODE", False):
-            raise InputError(f"{PREFIX}{name} runs code that the model writes, which linchain does not do")
+            raise InputError(
+                f"{HARNESS_PREFIX}{name} runs code that the model writes, which linchain does not do"
+            )
         if getattr(task, "MULTIMODAL", False):
-            raise InputError(f"{PREFIX}{name} asks about more than text, which linchain does not do")
+            raise InputError(f"{HARNESS_PREFIX}{name} asks about more than text, which linchain does not do")
     return found
 
 
@@ -153,7 +171,8 @@ def _content(task: Any, limit: int | None) -> Iterator[Any]:
     """What a task asks, and how."""
     config = task.dump_config()
     shots = config.get("num_fewshot") or 0
-    yield config | {"num_fewshot": shots}
+    # An evaluation adds keys to it, behind the others.
+    yield dict(sorted((config | {"num_fewshot": shots}).items()))
     yield from islice(task.eval_docs, limit)
     if shots:
         yield from task.fewshot_docs()
@@ -181,26 +200,30 @@ def evaluate_harness(
     name: str,
     system: str | None = None,
     limit: int | None = None,
-    batch_size: int | None = None,
     base_sha256: str | None = None,
     quantization: str = "none",
     out: Path | None = None,
+    share: bool = True,
 ) -> Results:
-    """Evaluates a loaded model on tasks of the harness, in this process alone.
+    """Evaluates a loaded model on tasks of the harness.
 
     Args:
         template: `chat` makes the harness use the model's chat template, with the system prompt `system`;
             with any other the prompts are the harness's own.
         limit: rows of each task at most.
         out: where the result goes; tasks that were measured so before are not measured again.
+        share: under torch.distributed the processes share the rows, each returns all results, and the first
+            one writes. Otherwise each process asks all rows.
 
     Raises:
         InputError: nothing can be written at `out`, or the harness cannot evaluate these tasks.
+        LinchainError: the processes do not hold the same adapter, rows and settings.
     """
     from importlib.metadata import version
 
     from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
+
+    from linchain_cli.evaluation.harness_model import SharedModel
 
     chat = template.name == "chat"
     of_base = base_sha256, tokenizer_sha256(tokenizer) if tokenizer.is_fast else None, quantization
@@ -212,20 +235,21 @@ def evaluate_harness(
     store = ResultStore(out, setting) if out is not None else None
     own = [task.fingerprints(setting, system if chat else None) for task in tasks]
     fingerprints = {name: value for of_task in own for name, value in of_task.items()}
+    refuse_unlike(fingerprints)
     earlier = store.measured(fingerprints) if store else None
     known = earlier.summary.tasks if earlier else {}
     missing = [task for task, names in zip(tasks, own, strict=True) if not names.keys() <= known.keys()]
     if not missing:
         return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
-    device = model.get_input_embeddings().weight.device.type
+    rank, world = processes()
+    # The harness has no row for a process that gets none.
+    shared = share and all(count >= world for task in missing for count in task.counts(limit))
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer, template)
     try:
         with evaluating(model):
-            batch = batch_size or BATCH_SIZE.get(device, BATCH_SIZE["cuda"])
-            wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch)
             found = simple_evaluate(
-                wrapped,
+                SharedModel(model, tokenizer, *((rank, world) if shared else ())),
                 tasks=[item for task in missing for item in task.items],
                 task_manager=missing[0].manager,
                 limit=limit,
@@ -235,34 +259,36 @@ def evaluate_harness(
                 log_samples=True,
             )
     except (OSError, ImportError) as error:
-        raise InputError(f"{PREFIX}{missing[0].name}: {type(error).__name__}: {first_line(error)}") from error
+        raise InputError(
+            f"{HARNESS_PREFIX}{missing[0].name}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     finally:
         model.generation_config.eos_token_id = before
-    return keep(results_of(found, setting, fingerprints), store, earlier, fingerprints)
+    rows = {name: value for task in missing for name, value in task.rows(limit).items()}
+    (results,) = gather([results_of(found, setting, fingerprints, rows)] if rank == 0 else [], world)
+    return keep(results, store if rank == 0 else None, earlier, fingerprints)
 
 
 def results_of(
-    found: Mapping[str, Any], setting: Evaluation, fingerprints: Mapping[str, str] | None = None
+    found: Mapping[str, Any], setting: Evaluation, fingerprints: Mapping[str, str], rows: Mapping[str, str]
 ) -> Results:
-    """The harness's own numbers and samples in our form; a group has numbers alone."""
+    """The harness's own numbers and samples in our form; a group has numbers alone. `rows` are what tells
+    the tasks' rows from others."""
     tasks, predictions = {}, []
     for name, metrics in found["results"].items():
         samples = found.get("samples", {}).get(name, [])
-        # Every filter has its own copy of the samples.
+        # Every filter has its own copy of the samples, and those of several processes follow one another.
         samples = [sample for sample in samples if sample.get("filter") == samples[0].get("filter")]
-        rows = sha256_bytes(
-            json.dumps([[sample.get("doc_hash"), sample.get("prompt_hash")] for sample in samples]).encode()
-        )
-        fingerprint = (fingerprints or {}).get(name)
-        tasks[name] = _score(name, metrics, found, rows, samples).model_copy(
-            update={"fingerprint": fingerprint}
+        samples.sort(key=lambda sample: sample.get("doc_id", 0))
+        tasks[name] = _score(name, metrics, found, samples).model_copy(
+            update={"fingerprint": fingerprints.get(name), "rows_sha256": rows.get(name)}
         )
         predictions += _rows(name, samples)
     return Results(averaged(setting.model_copy(update={"tasks": tasks})), predictions)
 
 
 def _score(
-    name: str, metrics: Mapping[str, Any], found: Mapping[str, Any], rows: str, samples: Sequence[Any]
+    name: str, metrics: Mapping[str, Any], found: Mapping[str, Any], samples: Sequence[Any]
 ) -> TaskScore:
     values = {}
     for key, value in metrics.items():
@@ -288,7 +314,6 @@ def _score(
         metrics=values,
         source=f"lm-evaluation-harness, version {version}, {shots} examples"
         + (f", {first}" if first else ""),
-        rows_sha256=rows,
         measured_at=now(),
     )
 

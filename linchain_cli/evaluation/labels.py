@@ -31,7 +31,7 @@ from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Metric, TaskScore
 from linchain_cli.model.classifier import Outputs, padding, predictions, row_logits
 from linchain_cli.recipe import DataConfig, Recipe, SourceConfig
-from linchain_cli.recipe.schema import METRICS
+from linchain_cli.recipe.schema import HARNESS_PREFIX, METRICS
 from linchain_cli.run import now
 
 if TYPE_CHECKING:
@@ -131,6 +131,11 @@ def _source(
 ) -> SourceConfig:
     """The source of that name; a colon and a split may stand behind it: `glue/mnli:validation_mismatched`.
     It has the columns and labels of `like`; where it lacks these columns, those that are found."""
+    if name.startswith(HARNESS_PREFIX):
+        raise InputError(
+            f"{name} asks a model that writes, and this one tells labels: name labelled rows, such as"
+            " dev.tsv or glue/rte"
+        )
     path, colon, split = name.rpartition(":")
     if not colon or "/" in split or not split:
         path, split = name, "validation"

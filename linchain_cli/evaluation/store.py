@@ -7,7 +7,7 @@ what the others have added in the meantime.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,10 +16,9 @@ from typing import Any
 from linchain_cli.chain.files import adapter_hash
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import Results, predictions_path, read_results
-from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluations import Evaluation, Found, describe, find_evaluations, first_of, read_evaluation
 from linchain_cli.locks import locked
-from linchain_cli.recipe import EvaluationConfig, Recipe
+from linchain_cli.recipe import EvaluationConfig
 from linchain_cli.run import RunDirectory
 from linchain_cli.storage import expand, make_directory
 
@@ -164,24 +163,6 @@ def run_result(
     """`stored_result` of those below the run's eval/: of its adapter as it is now."""
     found = stored_result(run.eval_dir, adapter_hash(run.adapter_dir), section, tasks, protocol)
     return found and found.evaluation
-
-
-def has_result(run: RunDirectory, recipe: Recipe, tasks: Sequence[Task]) -> bool:
-    """Whether the run's adapter has a result of exactly these tasks' rows; a classifier's, of rows of the
-    recipe's names."""
-    section = recipe.evaluation
-    if recipe.task != "causal":
-        return run_result(run, section, section.tasks, recipe.evaluated_by) is not None
-    names = [task.name for task in tasks]
-    return covers(stored_result(run.eval_dir, adapter_hash(run.adapter_dir), section, names), tasks)
-
-
-def covers(found: Found | None, tasks: Sequence[Task]) -> bool:
-    """Whether a result is there and is of exactly these tasks' rows."""
-    if found is None:
-        return False
-    scores = found.evaluation.tasks
-    return all(task.name in scores and scores[task.name].rows_sha256 == task.fingerprint for task in tasks)
 
 
 def results_directory(out: Path) -> Path:

@@ -19,8 +19,7 @@ from linchain_cli.data.sources import DATA_DIR_VARIABLE
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import RAW_SOURCES
-from linchain_cli.evaluation.task import Task, check_protocol, read_row
-from linchain_cli.recipe import Recipe
+from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.storage import expand
 
 COMMONSENSE_TOKENS = 32
@@ -61,6 +60,7 @@ SPECS: dict[str, Spec] = {
     "everyday": Spec("everyday", AnswerRule("options"), COMMONSENSE_TOKENS),
 }
 GROUPS = ("commonsense", "arithmetic")
+_KNOWN = f"{', '.join([*SPECS, *GROUPS])}, a task's .yaml file, or lm_eval:NAME of lm-evaluation-harness"
 
 
 def task_names() -> list[str]:
@@ -81,33 +81,10 @@ def expand_tasks(names: Iterable[str]) -> list[str]:
         elif name in SPECS or name.endswith((".yaml", ".yml")):
             expanded[name] = None
         elif name:
-            raise InputError(
-                f"unknown task '{name}'.{did_you_mean(name, task_names())}"
-                f" Known: {', '.join(task_names())}, or a task's .yaml file."
-            )
+            raise InputError(f"unknown task '{name}'.{did_you_mean(name, task_names())} Known: {_KNOWN}.")
     if not expanded:
-        raise InputError(f"no task is named. Known: {', '.join(task_names())}, or a task's .yaml file.")
+        raise InputError(f"no task is named. Known: {_KNOWN}.")
     return list(expanded)
-
-
-def recipe_tasks(recipe: Recipe) -> list[Task]:
-    """The tasks that a recipe's run is evaluated on. A classifier's labelled rows are none of them: they are
-    read when its classes are known, and here only looked for.
-
-    Raises:
-        InputError: as `load_tasks`.
-    """
-    section = recipe.evaluation
-    if recipe.task != "causal":
-        from linchain_cli.evaluation.labels import find_labelled
-
-        find_labelled(recipe)
-    if recipe.task != "causal" or not section.tasks:
-        return []
-    for name in expand_tasks(section.tasks):
-        if spec := SPECS.get(name):  # before its rows are asked for, which may take a while
-            check_protocol(name, spec.rule, section.protocol)
-    return load_tasks(section.tasks, Path(section.data_dir) if section.data_dir else None, section.limit)
 
 
 def load_tasks(

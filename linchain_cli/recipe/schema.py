@@ -264,12 +264,17 @@ METRICS: dict[Task, tuple[str, ...]] = {
 }
 
 
+# What stands before the name, or the file, of a task of lm-evaluation-harness.
+HARNESS_PREFIX = "lm_eval:"
+
+
 class EvaluationConfig(StrictModel):
     """What `linchain train` evaluates when it is done."""
 
     tasks: list[Text] = []
-    """Task names, as `linchain eval --tasks` takes them; none by default. Of a classification or regression:
-    labelled rows, as data.train takes them; a data set's split `validation` unless it is a file."""
+    """Task names, as `linchain eval --tasks` takes them (lm_eval:NAME among them); none by default. Of a
+    classification or regression: labelled rows, as data.train takes them; a data set's split `validation`
+    unless it is a file."""
     protocol: Protocol = "likelihood"
     """likelihood compares the options' probabilities; generate lets the model write and reads its answer."""
     limit: Count | None = None

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from linchain_cli.recipe.schema import HARNESS_PREFIX
+
 Row = Mapping[str, Any]
 
 FIRST_COLUMN = "arm"
@@ -115,7 +117,9 @@ def accuracy_title(results: Mapping[str, Any]) -> str:
     """What stands above `accuracy_cells`."""
     section = results["recipe"]["evaluation"]
     limit = f", first {section['limit']:,} rows of each task" if section["limit"] else ""
-    return f"Accuracy by task, each arm at its best learning rate ({section['protocol']}{limit})"
+    theirs = [name.startswith(HARNESS_PREFIX) for name in section["tasks"]]
+    by = [*([] if all(theirs) else [section["protocol"]]), *(["lm_eval"] if any(theirs) else [])]
+    return f"Accuracy by task, each arm at its best learning rate ({' and '.join(by)}{limit})"
 
 
 def accuracy_cells(results: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from linchain_cli import cli
 from linchain_cli.recipe import load_recipe
 from linchain_cli.run import RunDirectory, read_jsonl
+
+from ..harness import ROWS, write_task
 
 RECIPE = """
 name: tiny
@@ -162,6 +165,30 @@ def test_tasks_are_evaluated_at_the_end(linchain, recipe, run):
     results = json.loads((run.eval_dir / "likelihood.json").read_bytes())
     assert results["tasks"]["everyday"]["n"] == 4 and results["model"] == str(run.path)
     assert len(read_jsonl(run.eval_dir / "likelihood.predictions.jsonl")) == 4
+
+
+def test_tasks_of_the_harness_are_evaluated_at_the_end(linchain, recipe, run, tmp_path, harness_alone):
+    task = f"lm_eval:{write_task(tmp_path / 'tasks')}"
+    words = ("train", recipe, "training.max_steps=1", f"evaluation.tasks=[everyday,{task}]")
+    limited = (*words, "evaluation.limit=4")
+    code, out, err = linchain("check", recipe, f"evaluation.tasks=[{task}]")
+    assert code == 0 and re.search(r"linchain_test_places +9 +lm-evaluation-harness", out), err
+    code, out, err = linchain(*limited)
+    assert code == 0 and "everyday" in out and "linchain_test_places" in out, err
+    results = json.loads((run.eval_dir / "lm_eval.json").read_bytes())
+    assert results["tasks"]["linchain_test_places"]["n"] == 4 and results["model"] == str(run.path)
+    assert list(json.loads((run.eval_dir / "likelihood.json").read_bytes())["tasks"]) == ["everyday"]
+    code, out, err = linchain(*limited, "--resume")
+    assert (code, out) == (0, "") and "is finished already" in err
+    # What is missing is made up, also of rows that have changed.
+    write_task(tmp_path / "tasks", ROWS[::-1])
+    code, out, err = linchain(*limited, "--resume")
+    assert code == 0 and "linchain_test_places" in out
+    assert len(list(run.eval_dir.glob("lm_eval*.json"))) == 2
+    code, out, err = linchain("eval", run.path)  # which asks for what the recipe names, all rows of it
+    assert code == 0 and "linchain_test_places" in out, err
+    code, _, err = linchain("train", recipe, f"evaluation.tasks=[{task}]", "--fresh", "task=classification")
+    assert code == 2 and "asks a model that writes, and this one tells labels" in err
 
 
 def test_a_wrong_task_is_told_before_training(linchain, recipe, run, tmp_path):

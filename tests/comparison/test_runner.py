@@ -35,6 +35,8 @@ from linchain_cli.run import (
 from linchain_cli.training.display import Display
 from linchain_cli.training.runner import run_training
 
+from ..harness import write_task
+
 WORDS = ["adapter.depth=0,3"]
 TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
 
@@ -365,6 +367,30 @@ def test_named_tasks_are_evaluated_for_every_arm(recipe_path, tmp_path, commonse
     assert json.loads((eval_dir / "likelihood.json").read_bytes())["tasks"]["boolq"]["n"] == 6
     assert metrics(RunDirectory(tmp_path / "tiny" / results["runs"][0]["directory"])) == before
     assert len(loads) == 3
+
+
+def test_tasks_of_the_harness_are_evaluated_for_every_arm(recipe_path, tmp_path, harness_alone, loads):
+    tasks = [f"lm_eval:{write_task(tmp_path / 'tasks')}", "everyday"]
+    words = ["adapter.depth=0,1", "training.max_steps=1", f"evaluation.tasks=[{','.join(tasks)}]"]
+    results = run_comparison(expand(recipe_path, [*words, "evaluation.limit=6"]), [1])
+    for run in results["runs"]:
+        found = json.loads((tmp_path / "tiny" / run["directory"] / "eval" / "lm_eval.json").read_bytes())
+        own = found["tasks"]["linchain_test_places"]["accuracy"]
+        assert run["accuracies"].keys() == {"everyday", "linchain_test_places"}
+        assert run["accuracies"]["linchain_test_places"] == own
+    rows = {(row["task"], row["arm"]): row for row in results["accuracies"]}
+    assert len(rows) == 6  # two tasks and their average
+    base = json.loads((tmp_path / "tiny" / "base" / "lm_eval.json").read_bytes())
+    for run in results["runs"]:
+        row = rows["linchain_test_places", run["arm"]]
+        own = run["accuracies"]["linchain_test_places"]
+        assert (row["rows"], row["accuracy"]["mean"]) == (6, own)
+        assert row["base"] == base["tasks"]["linchain_test_places"]["accuracy"]
+        assert row["minus_base"]["mean"] == pytest.approx(own - row["base"])
+    assert any("(likelihood and lm_eval, first 6 rows" in line for line in lines(results))
+    before = len(loads)
+    run_comparison(expand(recipe_path, [*words, "evaluation.limit=6"]), [1])
+    assert len(loads) == before  # all of it is there
 
 
 def test_a_misspelt_task_is_told_before_anything_is_trained(recipe_path, tmp_path):

@@ -30,7 +30,10 @@ def recipe(tmp_path: Path, monkeypatch) -> Recipe:
             "name": "r",
             "model": {"path": "org/model"},
             "data": DATA,
-            "evaluation": {"tasks": ["boolq", "task.yaml"], "data_dir": "tests"},
+            "evaluation": {
+                "tasks": ["boolq", "task.yaml", "lm_eval:mmlu", "lm_eval:task.yaml"],
+                "data_dir": "tests",
+            },
         }
     )
 
@@ -57,7 +60,8 @@ def test_files_are_found_where_the_run_was_started_or_around_it(recipe, tmp_path
         *DATA["train"][2:],
     ]
     assert here.data.validation == f"{rows / 'b.json'}"
-    assert here.evaluation.tasks == ["boolq", f"{project / 'task.yaml'}"]
+    file = project / "task.yaml"
+    assert here.evaluation.tasks == ["boolq", f"{file}", "lm_eval:mmlu", f"lm_eval:{file}"]
     assert here.evaluation.data_dir == f"{project / 'tests'}"
     assert here.model_copy(update={"data": recipe.data, "evaluation": recipe.evaluation}) == recipe
 

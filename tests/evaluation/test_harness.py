@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import sys
 
 import pytest
+import torch
 
+from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
@@ -16,47 +20,19 @@ from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.loading import load_model
 from linchain_cli.model.tokenizer import load_tokenizer
 
+from ..harness import ROWS, write_task
+
 pytest.importorskip("lm_eval")
-
-ROWS = [
-    {
-        "q": f"Where is horse {number}?",
-        "options": ["in the kitchen", "at the harbour by the station"],
-        "gold": number % 2,
-    }
-    for number in range(9)
-]
-
-
-@pytest.fixture
-def own_tasks_alone(monkeypatch):
-    """The harness without its own thousands of tasks, which take seconds to look through."""
-    from lm_eval import tasks
-
-    class Few(tasks.TaskManager):
-        def __init__(self, include_path):
-            super().__init__(include_path=include_path, include_defaults=False)
-
-    monkeypatch.setattr(tasks, "TaskManager", Few)
 
 
 @pytest.fixture(scope="module")
 def task_file(tmp_path_factory):
     """A multiple-choice task in the harness's own format, with the prompts of the template below."""
-    folder = tmp_path_factory.mktemp("harness")
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    (folder / "places.yaml").write_text(
-        "task: linchain_test_places\ndataset_path: json\n"
-        f'dataset_kwargs: {{data_files: {{test: "{folder}/rows.jsonl"}}}}\n'
-        'test_split: test\noutput_type: multiple_choice\ndoc_to_text: "{{q}} A:"\n'
-        "doc_to_choice: \"{{options}}\"\ndoc_to_target: gold\ntarget_delimiter: ' '\n"
-        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
-    )
-    return str(folder / "places.yaml")
+    return write_task(tmp_path_factory.mktemp("harness"))
 
 
 @pytest.fixture
-def loaded(tiny_llama_dir, own_tasks_alone):
+def loaded(tiny_llama_dir, harness_alone):
     return load_model(tiny_llama_dir, dtype="float32", device="cpu"), load_tokenizer(tiny_llama_dir)
 
 
@@ -129,6 +105,8 @@ def test_what_was_measured_is_not_measured_again_unless_something_changed(loaded
     first = str(tmp_path / "tasks" / "first.yaml")
     whole = evaluated([group])
     names = {"linchain_test_both", "linchain_test_first", "linchain_test_second"}
+    scores = whole.summary.tasks
+    assert {name: score.rows_sha256 for name, score in scores.items()} == load_harness([group])[0].rows(None)
     assert whole.summary.tasks.keys() == names and not whole.known
     assert set(evaluated([group]).known) == names and len(measured) == 1
     # A task of the group that is asked for by itself; then other rows, another configuration, other code.
@@ -175,7 +153,7 @@ def test_names_are_split_and_unknown_ones_told(tmp_path):
         find_tasks([str(tmp_path / "other.yaml")])
 
 
-def test_a_task_twice_is_refused_before_a_model_is_loaded(tmp_path, own_tasks_alone):
+def test_a_task_twice_is_refused_before_a_model_is_loaded(tmp_path, harness_alone):
     group = grouped(tmp_path / "tasks", ROWS)
     with pytest.raises(InputError, match="lm_eval:linchain_test_first is asked for 2 times"):
         load_harness([group, str(tmp_path / "tasks" / "first.yaml")])
@@ -185,8 +163,53 @@ def test_a_task_twice_is_refused_before_a_model_is_loaded(tmp_path, own_tasks_al
 
 
 def test_without_the_harness_the_remedy_is_told(monkeypatch):
-    import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(InputError, match="pip install lm-eval"):
         find_tasks(["mmlu"])
+
+
+def test_processes_share_the_rows_and_find_what_one_finds(loaded, task_file, tmp_path):
+    model, tokenizer = loaded
+    template, tasks = get_template("plain", tokenizer), load_harness([task_file])
+    alone = evaluate_harness(model, tokenizer, template, tasks, name="tiny")
+
+    def work(rank):
+        place = f"file://{tmp_path}/store"
+        torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
+        asked, forward = [], model.forward
+
+        def counted(input_ids, **options):
+            asked.append(len(input_ids))
+            return forward(input_ids, **options)
+
+        model.forward = counted
+        found = evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path / "out")
+        assert found.predictions == alone.predictions and 0 < sum(asked) < 18
+        # Of one row there is none for the second process: both ask it.
+        one = evaluate_harness(model, tokenizer, template, tasks, name="tiny", limit=1)
+        assert one.predictions == alone.predictions[:1]
+        torch.distributed.destroy_process_group()
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    written = read_results(tmp_path / "out" / "lm_eval.json").summary.tasks["linchain_test_places"]
+    of_one = alone.summary.tasks["linchain_test_places"]
+    assert (written.accuracy, written.metrics) == (of_one.accuracy, of_one.metrics)
+    assert (written.fingerprint, written.rows_sha256) == (of_one.fingerprint, of_one.rows_sha256)
+
+
+def test_an_evaluation_leaves_tokenizer_and_tasks_what_they_were(loaded, task_file, tmp_path):
+    """A comparison's arms are evaluated on the same ones, one after another."""
+    model, tokenizer = loaded
+    template, tasks = get_template("plain", tokenizer), load_harness([task_file])
+    before, rows = tokenizer_sha256(tokenizer), tasks[0].rows(None)
+    evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path)
+    assert (tokenizer_sha256(tokenizer), tasks[0].rows(None)) == (before, rows)
+    assert evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path).known
