@@ -30,6 +30,7 @@ SETTING = (
     "quantization",
     "limit",
     "base_sha256",
+    "config_sha256",
     "tokenizer_sha256",
     "adapter_sha256",
     "versions",
@@ -111,6 +112,7 @@ class Evaluation(_Stored):
     quantization: str | None = None
     limit: int | None = None
     base_sha256: str | None = None
+    config_sha256: str | None = None
     tokenizer_sha256: str | None = None
     adapter_sha256: str | None = None
     versions: dict[str, str] = {}

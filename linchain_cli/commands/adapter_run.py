@@ -37,6 +37,8 @@ def write_adapter_run(
     from linchain_cli.data.asking import write_asking
     from linchain_cli.export.output import staged_output
     from linchain_cli.export.receipts import ImportReceipt, hash_files
+    from linchain_cli.model.computed import computed_values
+    from linchain_cli.model.files import read_config
     from linchain_cli.records import write_record
     from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
 
@@ -52,6 +54,7 @@ def write_adapter_run(
             commit=place and place.commit,
             source=place and place.source,
             directory=place and str(place.directory.resolve()),
+            config=place and computed_values(read_config(place.directory)),
         ),
         imported=origin,
     )

@@ -55,6 +55,9 @@ class Cast:
         tokenizer = subject_tokenizer(first)
         self._asked = {subject.name: choose_template(subject, tokenizer, template) for subject in subjects}
         self._loaded = load_subject(first, dtype, tokenizer)
+        for subject in subjects[1:]:
+            if subject.named is not None:
+                subject.named.warn_of_changed_base(directory, tokenizer)
         self.names = list(self._asked) + ([BASE] if self._adapters else [])
         self.current = ""
 

@@ -45,7 +45,7 @@ def run(
     # Before a base is fetched or converted, which may take long.
     check_output(out, ExportReceipt, overwrite=overwrite, sources=subject.inputs)
     found = subject.find_base(base, weights=False)
-    subject.warn_of_other_tokenizer(found.directory)
+    subject.warn_of_changed_base(found.directory)
     receipt = export_run(subject, found, base, out, format, overwrite)
     if json:
         console.print_json({"directory": str(out), **asdict(receipt)})

@@ -88,7 +88,7 @@ def run(
     check_output(out, receipt, overwrite=overwrite, sources=keep)
     found = subject.find_base(base)
     for each in subjects:
-        each.warn_of_other_tokenizer(found.directory)
+        each.warn_of_changed_base(found.directory)
     summed = sum_runs(subjects, factors, found.directory, allow_other_base) if factors else None
     if as_adapter:
         _write_adapter(summed, found, out, overwrite, json)

@@ -60,21 +60,30 @@ class NamedRun:
             return None
         return asking_of(self.recipe.data, self.opened.status.rows)
 
-    def warn_of_other_tokenizer(
+    def warn_of_changed_base(
         self, base_directory: Path, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> None:
-        """Says so where the base's tokenizer (read here, if it is not given) was changed since the run was
-        trained, which no hash of weights shows."""
+        """Says so where the base's tokenizer (read here, if it is not given) or config.json was changed since
+        the run was trained, which no hash of weights shows."""
         from linchain_cli.data.fingerprint import is_other_tokenizer
+        from linchain_cli.model.computed import changed_values, computed_values
+        from linchain_cli.model.files import read_config
         from linchain_cli.model.tokenizer import load_tokenizer
 
-        wanted = self.opened.status.hashes.get("tokenizer")
-        if not (wanted and is_first_process()):
+        if not is_first_process():
             return
-        if is_other_tokenizer(tokenizer or load_tokenizer(base_directory), wanted):
+        status, way = self.opened.status, "or name the base that has {} with --base MODEL"
+        wanted = status.hashes.get("tokenizer")
+        if wanted and is_other_tokenizer(tokenizer or load_tokenizer(base_directory), wanted):
             console.warn(
                 f"{self.opened.name} was trained with another tokenizer than {base_directory} has now: put"
-                " back its tokenizer files, or name the base that has them with --base MODEL"
+                f" back its tokenizer files, {way.format('them')}"
+            )
+        config = status.base and status.base.config
+        if config and (changed := changed_values(config, computed_values(read_config(base_directory)))):
+            console.warn(
+                f"{self.opened.name} was trained with another config.json than {base_directory} has now"
+                f" ({'; '.join(changed)}), so its base computes otherwise: put it back, {way.format('it')}"
             )
 
     def travelling_files(self, base_directory: Path) -> dict[str, bytes]:

@@ -98,6 +98,7 @@ def _directory(source: str | None, merged: bool, base: str | None, scratch: Path
             f"the base of {subject.opened.name} is {found.source}, which nobody else can load: name it by its"
             " hub id with --base ORG/NAME, or publish the merged checkpoint with --merged"
         )
+    subject.warn_of_changed_base(found.directory)
     export_run(subject, found, base, scratch, "peft")
     return scratch
 

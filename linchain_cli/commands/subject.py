@@ -217,7 +217,7 @@ def load_subject(
     weights = refuse_other_base(directory, wanted, subject.name, allow=subject.allow_other_base)
     tokenizer = tokenizer or subject_tokenizer(subject)
     if subject.named is not None:
-        subject.named.warn_of_other_tokenizer(directory, tokenizer)
+        subject.named.warn_of_changed_base(directory, tokenizer)
     outputs = _outputs(subject, adapter, directory)
     model = load_model(directory, dtype=dtype, device=device, outputs=outputs, **options)
     values = None

@@ -33,6 +33,7 @@ from linchain_cli.evaluation.labels import LabelledTask, recipe_labelled
 from linchain_cli.evaluation.questions import check_questions
 from linchain_cli.machine import collect_memory
 from linchain_cli.model.classifier import Outputs
+from linchain_cli.model.computed import changed_values
 from linchain_cli.model.config import empty_model
 from linchain_cli.model.files import locate
 from linchain_cli.model.hashing import is_same_base
@@ -308,10 +309,13 @@ class _Runner:
         now = {"data": data.report.fingerprint, "base": base.hash}
         for path in sorted(self.directory.arms_dir.iterdir()) if self.directory.arms_dir.is_dir() else ():
             run = RunDirectory(path)
-            before = run.read_status().hashes if run.exists() else {}
+            status = run.read_status() if run.exists() else RunStatus(status="running")
+            before, known = status.hashes, status.base
             changed = [name for name in now if before.get(name, now[name]) != now[name]]
             if "base" in changed and is_same_base(base.directory, base.hash, before["base"]):
                 changed.remove("base")
+            config = changed_values(known and known.config, base.config)
+            changed += [f"the base's config.json ({change})" for change in config]
             if changed:
                 raise InputError(
                     f"{' and '.join(changed)} changed since {path.name} was trained, so new runs could not"

@@ -24,6 +24,7 @@ from linchain_cli.evaluation.results import Results, fingerprint, summarise
 from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluation.task import Task, check_protocol
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
+from linchain_cli.model.computed import computed_sha256
 from linchain_cli.model.limits import limits
 from linchain_cli.model.products import fast_products
 from linchain_cli.storage import sha256_bytes, tensor_bytes
@@ -202,6 +203,7 @@ def setting_of(
         quantization=quantization,
         limit=limit,
         base_sha256=base_sha256,
+        config_sha256=computed_sha256(model.config),
         tokenizer_sha256=tokenizer_sha256,
         adapter_sha256=_adapter_hash(model),
         versions={

@@ -24,6 +24,7 @@ class RunBase:
     source: absolute path of a local checkpoint directory or .gguf file (None for a hub id)
     directory: absolute path of the checkpoint directory that was read
     dtype: of the weights in memory
+    config: what its config.json says of what it computes; None of a run that did not record it
     """
 
     path: str
@@ -32,6 +33,7 @@ class RunBase:
     source: str | None = None
     directory: str | None = None
     dtype: str | None = None
+    config: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

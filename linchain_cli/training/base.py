@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -15,9 +15,10 @@ from torch import nn
 from linchain_cli.data.labelled import find_classes
 from linchain_cli.errors import InputError
 from linchain_cli.model.classifier import Outputs, is_classifier, padding
+from linchain_cli.model.computed import computed_values
 from linchain_cli.model.config import empty_model
 from linchain_cli.model.fast import changing_nothing
-from linchain_cli.model.files import FoundBase, find_base
+from linchain_cli.model.files import FoundBase, find_base, read_config
 from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.head import check_split, decoder_blocks
@@ -42,7 +43,7 @@ class Base:
     """A frozen base model with its tokenizer; one may serve several runs after another.
 
     `source` and `commit` are those of model.files.FoundBase; `outputs` are those of a classifier, None of a
-    language model.
+    language model; `config` is what its config.json said of what it computes.
     """
 
     directory: Path
@@ -53,6 +54,10 @@ class Base:
     source: str | None = None
     commit: str | None = None
     outputs: Outputs | None = None
+    config: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.config = computed_values(read_config(self.directory))
 
     @property
     def pad_id(self) -> int:

@@ -5,7 +5,7 @@ same.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,17 @@ def fingerprints(recipe: Recipe, held_out: int | None, **others: Any) -> dict[st
 
 
 def compare(
-    saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Path, places: Mapping[str, str]
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    checkpoint: Path,
+    places: Mapping[str, str],
+    config: Sequence[str] = (),
 ) -> list[str]:
     """Compares the fingerprints of a checkpoint with those of the run that wants to continue it.
 
     Args:
         places: where what the current fingerprints are of was found.
+        config: what the base's config.json says otherwise than it did.
 
     Returns:
         What is to be said of the differences that leave the result as it is but for its last bits.
@@ -101,6 +106,7 @@ def compare(
                 restore.append(f"--nproc {saved[key]}")
             if key == "threads" and saved.get(key):
                 restore.append(f"OMP_NUM_THREADS={saved[key]} in the environment")
+    lines += [f"  {places.get('base', 'base')}/config.json: {change}" for change in config]
     if lines:
         how = f" ({' '.join(restore)})" if restore else ""
         raise InputError(

@@ -32,6 +32,7 @@ from linchain_cli.data.fingerprint import tokenizer_hash
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_info
+from linchain_cli.model.computed import changed_values
 from linchain_cli.model.config import text_decoder_prefix
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
@@ -138,7 +139,12 @@ class Job:
         files[states.OPTIMIZER_FILE] = storage.tensor_bytes(self.optimizer.named_state())
         if self.best is not None and self.state.best_step != self.state.step:
             files[states.BEST_FILE] = storage.tensor_bytes(self.best)
-        about = {"fingerprints": self.fingerprints, "total_steps": self.total_steps, "versions": versions()}
+        about = {
+            "fingerprints": self.fingerprints,
+            "config": self.base.config,
+            "total_steps": self.total_steps,
+            "versions": versions(),
+        }
         files[states.STATE_FILE] = states.state_bytes(self.state, about)
         return files
 
@@ -156,7 +162,8 @@ class Job:
         if is_same_base(self.base.directory, self.base.hash, before["base"]):  # of either kind of hash
             before = before | {"base": self.base.hash}
         places = {"base": str(self.base.directory), "data": self.data.report.names}
-        about["notes"] = compare(before, self.fingerprints, self.store.path(step), places)
+        config = changed_values(about.get("config"), self.base.config)
+        about["notes"] = compare(before, self.fingerprints, self.store.path(step), places, config)
         if before["recipe"][MICRO_BATCH] != self.fingerprints["recipe"][MICRO_BATCH]:
             state.micro_batch_size = state.micro_batch_tokens = None  # to be settled anew
             if self.recipe.adapter.dropout:
@@ -382,6 +389,7 @@ def description(job: Job) -> dict[str, Any]:
             source=job.base.source,
             directory=str(job.base.directory.resolve()),
             dtype=_name(job.model.dtype),
+            config=job.base.config,
         ),
         "learning_rate": recipe.training.learning_rate,
         "auto_rate": job.auto_rate and job.auto_rate.reason,

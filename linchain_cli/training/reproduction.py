@@ -14,6 +14,7 @@ from linchain_cli.chain import load_adapter
 from linchain_cli.chain.files import adapter_hash, named_tensors
 from linchain_cli.data.relocation import recipe_from_here
 from linchain_cli.errors import InputError
+from linchain_cli.model.computed import changed_values
 from linchain_cli.model.hashing import is_same_base
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
@@ -72,7 +73,7 @@ def check_recipe(run: RunDirectory, recipe: Recipe, status: RunStatus) -> None:
 
 
 def check_job(job: Job, status: RunStatus, run: RunDirectory) -> None:
-    """Raises InputError where the rows or the base's weights are others than the run had."""
+    """Raises InputError where the rows, the base's weights or its config.json are others than the run had."""
     wrong = []
     if (wanted := status.hashes.get("data")) != job.data.report.fingerprint:
         wrong.append(
@@ -81,6 +82,8 @@ def check_job(job: Job, status: RunStatus, run: RunDirectory) -> None:
     base = status.hashes.get("base")
     if base is not None and not is_same_base(job.base.directory, job.base.hash, base):
         wrong.append(f"the base's weights are others ({base.removeprefix('tensors:')[:12]}… in run.json)")
+    for change in changed_values(status.base and status.base.config, job.base.config):
+        wrong.append(f"the base's config.json was changed ({change})")
     if wrong:
         raise InputError(f"{run.path} cannot be reproduced: {'; '.join(wrong)}")
 

@@ -167,6 +167,21 @@ def test_what_was_measured_is_not_measured_again(workplace, capsys, monkeypatch)
     assert again.startswith("measured before: boolq") and again.endswith(shown)
 
 
+def test_an_edited_configuration_is_another_model_of_the_same_weights(workplace, capsys):
+    arguments = ("eval", "base", "--data-dir", "data", "--tasks", "boolq", "--out", "results")
+    assert linchain(*arguments) == 0
+    config = read("base/config.json")
+    Path("base/config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    capsys.readouterr()
+    assert linchain(*arguments) == 0
+    assert "measured before" not in capsys.readouterr().out
+    found = {path: json.loads(data) for path, data in contents("results").items() if path.suffix == ".json"}
+    assert len(found) == 2 and len({one["config_sha256"] for one in found.values()}) == 2
+    Path("base/config.json").write_text(json.dumps(config | {"transformers_version": "4.40.0"}))
+    assert linchain(*arguments) == 0
+    assert capsys.readouterr().out.startswith("measured before: boolq")
+
+
 def test_the_second_models_results_are_kept(workplace, capsys):
     make_run("other", template="alpaca")
     task = ("--tasks", "boolq", "--data-dir", "data")

@@ -80,6 +80,10 @@ def test_what_is_not_as_it_was_is_refused_before_training(run, capsys, tmp_path,
     run.status_path.write_text(json.dumps(other))
     assert linchain("reproduce", run.path) == 2
     assert "the base's weights are others (000000000000…" in capsys.readouterr().err
+    config = {**status["base"]["config"], "rms_norm_eps": 0.25}
+    run.status_path.write_text(json.dumps(status | {"base": {**status["base"], "config": config}}))
+    assert linchain("reproduce", run.path) == 2
+    assert "the base's config.json was changed (rms_norm_eps: 0.25, now 1e-06)" in capsys.readouterr().err
     run.status_path.write_text(json.dumps(status | {"status": "stopped"}))
     assert linchain("reproduce", run.path) == 2
     assert "only a finished run can be compared" in capsys.readouterr().err

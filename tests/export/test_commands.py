@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from linchain_cli import storage
 from linchain_cli.chain import delta_weight, load_adapter
 from linchain_cli.cli import main
 from linchain_cli.data.fingerprint import tokenizer_hash
+from linchain_cli.model.computed import computed_values
 from linchain_cli.model.tokenizer import load_tokenizer
-from linchain_cli.run import RunDirectory
+from linchain_cli.run import RunBase, RunDirectory
 
 
 def linchain(*arguments) -> int:
@@ -217,6 +219,22 @@ def test_a_tokenizer_that_was_changed_since_is_told(make_run, checkpoint, capsys
     run.update_status(hashes={"tokenizer": f"tokenizers-0.0.1:{trained_with.partition(':')[2]}"})
     assert linchain("export", run.path, "--overwrite") == 0
     assert "tokenizer" not in capsys.readouterr().err, "another version may write the same one otherwise"
+
+
+def test_a_configuration_that_was_changed_since_is_told(make_run, checkpoint, capsys):
+    run = make_run(checkpoint)
+    config = json.loads((checkpoint / "config.json").read_bytes())
+    place = run.read_status().base or RunBase(path=str(checkpoint), source=str(checkpoint))
+    run.update_status(base=replace(place, config=computed_values(config)))
+    (checkpoint / "config.json").write_text(json.dumps(config | {"transformers_version": "4.40.0"}))
+    assert linchain("export", run.path) == 0
+    assert "config.json" not in capsys.readouterr().err
+    (checkpoint / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.25}))
+    for words in (["export", run.path, "--overwrite"], ["merge", run.path, "--no-proof"]):
+        assert linchain(*words) == 0
+        told = capsys.readouterr().err
+        assert f"warning: {run.path} was trained with another config.json than {checkpoint}" in told
+        assert "(rms_norm_eps: 1e-06, now 0.25)" in told
 
 
 def test_rows_that_are_gone_do_not_stop_a_merge(make_run, base_of, capsys, tmp_path):

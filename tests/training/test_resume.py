@@ -92,6 +92,11 @@ def test_other_rows_another_base_or_more_threads_are_refused(
         with pytest.raises(InputError, match=r"base: .* now \(.*\): the base model's weights are others"):
             run_tiny(resume=True)
 
+    with monkeypatch.context() as patch:
+        patch.setattr(base, "config", {**base.config, "rms_norm_eps": 0.25})
+        with pytest.raises(InputError, match=r"config.json: rms_norm_eps: 1e-06, now 0.25"):
+            run_tiny(resume=True)
+
     torch.set_num_threads(2)
     try:
         with pytest.raises(
