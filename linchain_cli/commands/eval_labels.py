@@ -30,7 +30,7 @@ class LabelSettings:
     def evaluate(self, subject: Subject, out: Path, like: Subject | None = None) -> Results:
         """Loads the subject, has it tell the rows, and lets go of it again. Rows are read as the subject's
         recipe says, or else as that of `like`."""
-        from linchain_cli.evaluation.labels import evaluate_labels, load_labelled
+        from linchain_cli.evaluation.labels import evaluate_labels, load_labelled, named_length
         from linchain_cli.model.limits import limits
         from linchain_cli.training.processes import told_when_lost
 
@@ -48,10 +48,8 @@ class LabelSettings:
         if is_first_process():
             if rows_like is None:
                 longest = tasks[0].data.config.max_length
-                console.note(
-                    f"{subject.name}: rows of up to {longest:,} tokens are read, as the model can; a run's"
-                    " recipe may cut them earlier"
-                )
+                says = "its tokenizer says" if named_length(loaded.tokenizer) else "the model can"
+                console.note(f"{subject.name}: rows of up to {longest:,} tokens are read, as {says}")
             for report in (task.data.report for task in tasks):
                 for told in report.notes:
                     console.note(told)

@@ -95,5 +95,7 @@ def export_run(
         keep=subject.inputs,
         template=None if subject.imported else subject.recipe.data.template,
         files=subject.travelling_files(found.directory),
-        loading=loading_of(model, subject.adapter.head, found.directory),
+        loading=loading_of(
+            model, subject.adapter.head, found.directory, subject.longest_row(found.directory)
+        ),
     )

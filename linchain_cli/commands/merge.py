@@ -102,6 +102,7 @@ def run(
         prompts=() if no_proof else _prompts(subject, found.directory),
         quantization=subject.recipe.model.quantization,
         chat_template=subject.recipe.data.chat.template,
+        max_length=subject.longest_row(found.directory),
         files=subject.travelling_files(found.directory),
     )
     adapter, origin = subject.adapter, subject.origin(found, base)

@@ -103,6 +103,22 @@ class NamedRun:
             console.note(f"How to ask the model is not written beside it: {error}")
             return {}
 
+    def longest_row(self, base_directory: Path) -> int | None:
+        """The tokens that a classifier's rows were cut to. None of a model that writes, and where nobody
+        knows: of one that was imported without a record."""
+        recipe = self.recipe
+        if recipe.task == "causal" or (self.imported and recipe.data.max_length == "auto"):
+            return None
+        from linchain_cli.data.dataset import longest_row
+        from linchain_cli.model.classifier import Outputs
+        from linchain_cli.model.config import empty_model
+        from linchain_cli.model.limits import limits
+        from linchain_cli.model.tokenizer import load_tokenizer
+
+        readable = limits(empty_model(base_directory, Outputs.unknown(recipe.task)))
+        positions = readable.positions if readable.table else None
+        return longest_row(recipe.data, load_tokenizer(base_directory), positions)
+
     def find_base(self, base: str | None = None, weights: bool = True) -> FoundBase:
         """The base's checkpoint: at `base`, or where the run found it.
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -87,6 +87,7 @@ class Labelling:
     paired: whether the tokenizer has a separator for two texts; if not, a line break stands between them
     segments: whether the model is told which of two texts a token is of
     splits: whether the tokenizer takes control tokens in a text for letters (its `split_special_tokens`)
+    keeps_end: whether it cuts a text that is too long at its beginning (its `truncation_side`)
     """
 
     name: LabelledTask
@@ -94,6 +95,7 @@ class Labelling:
     paired: bool = True
     segments: bool = False
     splits: bool = False
+    keeps_end: bool = False
     layouts: tuple[Layout, ...] = (_LAYOUT,)
     adds_bos: bool = True
 
@@ -101,11 +103,13 @@ class Labelling:
     def of(cls, task: LabelledTask, classes: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Labelling:
         paired = joins_pairs(tokenizer)
         segments = paired and "token_type_ids" in tokenizer.model_input_names
-        return cls(task, tuple(classes), paired, segments, tokenizer.split_special_tokens)
+        keeps_end = tokenizer.truncation_side == "left"
+        return cls(task, tuple(classes), paired, segments, tokenizer.split_special_tokens, keeps_end)
 
     @property
     def fingerprint(self) -> str:
-        parts = [self.name, self.classes, self.paired, self.segments, *([True] if self.splits else [])]
+        parts: list[Any] = [self.name, self.classes, self.paired, self.segments]
+        parts += [*([True] if self.splits else []), *(["keeps_end"] if self.keeps_end else [])]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -290,7 +294,8 @@ def encoder_for(template: Template | Labelling, tokenizer: PreTrainedTokenizerBa
 class LabelledEncoder:
     """Encodes labelled rows as the tokenizer does: with all its special tokens, two texts as its pair.
 
-    Where a row is too long, the longer of its texts loses tokens at its end, one at a time.
+    Where a row is too long, the longer of its texts loses tokens, one at a time: at its end, unless the
+    tokenizer says otherwise.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, labelling: Labelling):
@@ -336,7 +341,8 @@ class LabelledEncoder:
                 f"data.max_length: {max_length} leaves no room for the texts beside {special} special tokens."
                 " Raise it."
             )
-        self._tokenizer.enable_truncation(max_length, strategy="longest_first")
+        side = "left" if self._labelling.keeps_end else "right"
+        self._tokenizer.enable_truncation(max_length, strategy="longest_first", direction=side)
         try:
             return self._tokenizer.encode_batch(inputs)
         finally:

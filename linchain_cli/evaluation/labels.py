@@ -70,7 +70,8 @@ def load_labelled(
 
     Args:
         like: the data section of the model's recipe: how long rows may be, and of files that are not a task
-            of GLUE the columns (where they have these) and the labels' words.
+            of GLUE the columns (where they have these) and the labels' words. Without it the tokenizer says
+            how long.
         readable: what the model can read.
 
     Raises:
@@ -84,7 +85,7 @@ def load_labelled(
         section = DataConfig(
             train=[source],
             validation=0,
-            max_length=like.max_length if like else "auto",
+            max_length=like.max_length if like else named_length(tokenizer, readable) or "auto",
             on_bad_row=like.on_bad_row if like else "error",
         )
         try:
@@ -103,6 +104,15 @@ def load_labelled(
             raise InputError(f"{error.place}: {error.reason}. {remedy}.") from None
         found.append(LabelledTask(name, data, _fingerprint(section, data, data_dir)))
     return found
+
+
+def named_length(tokenizer: PreTrainedTokenizerBase, readable: Limits | None = None) -> int | None:
+    """The tokens to which a tokenizer itself cuts rows, as far as the model reads them; None where it names
+    no number."""
+    named = tokenizer.model_max_length
+    if not 2 <= named <= 10**9:  # a tokenizer that names none has a huge one
+        return None
+    return min(named, readable.positions) if readable and readable.table else named
 
 
 def _glue_labels(name: str, task: GlueTask, outputs: Outputs) -> dict[str, str] | None:

@@ -141,6 +141,11 @@ def _labels(head: Head | None, loading: Loading | None, recipe: str | None) -> s
         return ""
     told = "\n".join(f"{number}. `{name}`" for number, name in enumerate(head.classes))
     parts = ["## Labels", told or "One number: a regression."]
+    if loading and loading.max_length:
+        cut = f"`truncation=True, max_length={loading.max_length}`"
+        parts.append(
+            f"Rows were read up to {loading.max_length:,} tokens: call tokenizer or pipeline with {cut}."
+        )
     if loading and not loading.paired and "text_pair" in (recipe or ""):
         parts.append('Two texts were given as one, with a line break between them: `f"{first}\\n{second}"`.')
     return "\n\n".join(parts)

@@ -36,7 +36,7 @@ def write_companions(
     restored: str | None = None,
     own: Mapping[str, bytes] | None = None,
     config: Mapping[str, Any] | None = None,
-    pad_token: str | None = None,
+    tokenizer: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Copies `files` of the base at `source`; returns what was changed, in sentences for people.
 
@@ -45,7 +45,7 @@ def write_companions(
         restored: the method by which the base's weights were quantised, which they no longer are.
         own: files by name that come in place of the base's, or beside them.
         config: keys of config.json that are set, and make it no language model's: nothing generates with it.
-        pad_token: what the tokenizer shall fill short rows with, where it names nothing.
+        tokenizer: keys of tokenizer_config.json that are set.
 
     Raises:
         InputError: a configuration is no JSON object.
@@ -67,8 +67,11 @@ def write_companions(
         )
     if config is not None:
         _change(directory / CONFIG_FILE, lambda stored: {**stored, **config})
-    if pad_token is not None:
-        _change(directory / TOKENIZER_FILE, lambda stored: {**stored, "pad_token": pad_token})
+    if tokenizer:
+        path = directory / TOKENIZER_FILE
+        if not path.is_file():
+            path.write_text("{}")
+        _change(path, lambda stored: {**stored, **tokenizer})
     if dtype is not None:
         _change(directory / CONFIG_FILE, lambda config: _with_dtype(config, dtype))
     for name in _PLACES:

@@ -59,6 +59,7 @@ class MergeOptions:
     prompts: token ids of the prompts whose logits are compared; empty skips that half of the proof
     quantization: how the run had rounded its base; its logits are compared as well
     chat_template: what the adapter was trained with, where it is not the base's own
+    max_length: the tokens that a classifier's rows were cut to; None where nobody knows
     files: further files of the checkpoint, by name, in place of the base's where it has them
     parts, sum_error: of an adapter that is a weighted sum, as the receipt has them
     """
@@ -71,6 +72,7 @@ class MergeOptions:
     prompts: Sequence[Sequence[int]] = ()
     quantization: str = "none"
     chat_template: str | None = None
+    max_length: int | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     parts: Sequence[ReceiptPart] = ()
     sum_error: float | None = None
@@ -109,12 +111,11 @@ def merge_checkpoint(
     base = open_weights(base_directory)
     restored = quantization_method(read_config(base_directory), base_directory)
     model = empty_base(base_directory, adapter.head)
-    stored, config, told, pad_token = base, None, [], None
-    if loading := loading_of(model, adapter.head, base_directory):
+    stored, config, told = base, None, []
+    if loading := loading_of(model, adapter.head, base_directory, options.max_length):
         stored, left_out = as_classifier(base, model, adapter.head)
         config = classifier_config(model, outputs_of(adapter.head), base_directory)
-        pad_token = loading.pad_token
-        told = changes(config, left_out, pad_token)
+        told = changes(config, left_out, loading)
     plan = plan_merge(stored, adapter, model)
     check_factors(adapter)
     tensors = new_tensors(plan, options.dtype)
@@ -137,7 +138,7 @@ def merge_checkpoint(
             restored=restored,
             own=options.files,
             config=config,
-            pad_token=pad_token,
+            tokenizer=loading.settings if loading else {},
         )
         if options.chat_template is not None:
             (staging / "chat_template.jinja").write_bytes(options.chat_template.encode())

@@ -6,11 +6,11 @@ row's end, is said here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _SUFFIX = "ForSequenceClassification"
+# What tells segments apart in its attention, and has no table of them that its configuration could name.
+_SEGMENTS_WITHOUT_TABLE = ("xlnet", "funnel")
 
 
 class ModelInputs(Protocol):
-    """What a model reads of a batch, see data/labelled_batches.py."""
+    """What a model reads of a right-padded batch, see data/labelled_batches.py."""
 
     input_ids: Tensor
     attention_mask: Tensor
@@ -168,18 +170,43 @@ def named_padding(model: nn.Module) -> int | None:
     return getattr(model.config.get_text_config(), "pad_token_id", None)
 
 
+def tells_segments(config: PretrainedConfig) -> bool:
+    """Whether a model can be told which of two texts a token is of. RoBERTa's table of them has one row, and
+    GPT-2 would take their numbers for words."""
+    if config.model_type in _SEGMENTS_WITHOUT_TABLE:
+        return True
+    kinds = getattr(config, "type_vocab_size", None)
+    return isinstance(kinds, int) and kinds > 1
+
+
+def padding_side(model: nn.Module) -> Literal["left", "right"]:
+    """Where short rows have to be filled: before them, where the head reads the last place whatever is there
+    (XLNet's)."""
+    summary = getattr(model, "sequence_summary", None)
+    return "left" if getattr(summary, "summary_type", None) == "last" else "right"
+
+
 def row_logits(model: nn.Module, batch: ModelInputs) -> Tensor:
     """What the head gives for each row of a padded batch: (batch, classes or 1), in float32 at least."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    # RoBERTa's embeddings have one row for them, and GPT-2 would take them for words.
-    if batch.token_type_ids is not None and getattr(model.config, "type_vocab_size", 0) > 1:
+    if batch.token_type_ids is not None and tells_segments(model.config):
         inputs["token_type_ids"] = batch.token_type_ids
+    if batch.is_padded and padding_side(model) == "left":
+        inputs = _moved_right(inputs, batch.attention_mask)
     told = PADDED.set(batch.is_padded)
     try:
         logits = model(**inputs).logits
     finally:
         PADDED.reset(told)
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _moved_right(inputs: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Right-padded rows, each (batch, length), with their padding before them."""
+    length = mask.shape[1]
+    missing = length - mask.sum(1, keepdim=True)
+    places = (torch.arange(length, device=mask.device) - missing) % length
+    return {name: tensor.gather(1, places) for name, tensor in inputs.items()}
 
 
 def predictions(logits: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
@@ -41,7 +42,7 @@ def workplace(tmp_path_factory):
             "name": "one",
             "model": {"path": "bert", "dtype": "float32"},
             "adapter": {"rank": 4, "depth": 1, "target_modules": ["query", "value"]},
-            "data": {"train": "train.jsonl", "validation": 8, "max_length": 32},
+            "data": {"train": "train.jsonl", "validation": 8, "max_length": 16},
             "training": {"max_steps": 12, "global_batch_size": 8, "learning_rate": 0.01, "eval_every": 6},
             "evaluation": {"tasks": ["dev.jsonl"]},
         }
@@ -100,18 +101,40 @@ def test_two_runs_are_compared_row_by_row(workplace, capsys):
 def test_eval_tells_what_becomes_of_odd_rows(workplace, capsys):
     assert linchain("eval", "runs/one", "--tasks", "odd.jsonl", "--limit", 1, "--out", "odd") == 0
     told = " ".join(capsys.readouterr().err.split())
-    assert "1 of 1 rows are longer than data.max_length (32 tokens" in told
+    assert "1 of 1 rows are longer than data.max_length (16 tokens" in told
     assert "1 of 1 rows hold control tokens of the tokenizer in their texts (first odd.jsonl:1" in told
 
 
 def test_a_merged_classifier_tells_the_same(workplace, capsys):
+    """Also of rows that the run had to cut, and to transformers' own pipeline."""
+    from transformers import pipeline
+
     assert linchain("merge", "runs/one", "--overwrite") == 0
     printed = capsys.readouterr().out
     assert "logits, merged against adapted" in printed and "generate" not in printed
+    assert "the tokenizer's model_max_length is 16, to which the run cut its rows" in printed
+    assert "`truncation=True, max_length=16`" in Path("runs/one/merged/README.md").read_text()
     assert linchain("eval", "runs/one/merged", "--tasks", "dev.jsonl", "--out", "merged") == 0
-    assert "runs/one/merged: rows of up to 60 tokens are read" in capsys.readouterr().err
-    merged, run = result_of("merged/classification.json"), result_of("runs/one/eval/classification.json")
-    assert merged["tasks"]["dev.jsonl"]["accuracy"] == run["tasks"]["dev.jsonl"]["accuracy"]
+    told = capsys.readouterr().err
+    assert "runs/one/merged: rows of up to 16 tokens are read, as its tokenizer says" in told
+    assert "rows are longer than data.max_length (16 tokens" in told
+    merged, run = (
+        [json.loads(line) for line in Path(place, "classification.predictions.jsonl").open()]
+        for place in ("merged", "runs/one/eval")
+    )
+    scores = [[list(row["scores"].values()) for row in rows] for rows in (merged, run)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+    rows = [json.loads(line) for line in Path("dev.jsonl").open()]
+    classify = pipeline("text-classification", "runs/one/merged", device="cpu")
+    told = classify(
+        [{"text": row["sentence1"], "text_pair": row["sentence2"]} for row in rows],
+        truncation=True,
+        batch_size=4,
+        top_k=None,
+        function_to_apply="none",
+    )
+    piped = [{one["label"]: one["score"] for one in row} for row in told]
+    np.testing.assert_allclose([[row["bad"], row["good"]] for row in piped], scores[1], atol=1e-5)
     assert json.loads(Path("runs/one/merged/config.json").read_text())["id2label"] == {
         "0": "bad",
         "1": "good",

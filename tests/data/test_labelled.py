@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -64,6 +65,17 @@ def test_a_pair_is_encoded_as_the_tokenizer_itself_does(bert_tokenizer):
         assert getattr(batch, name).equal(expected[name]), name
     assert data.template.classes == ("maybe", "no", "yes")  # by the alphabet
     assert batch.targets.tolist() == [2, 1, 0] and batch.counts.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_row_is_cut_where_the_tokenizer_cuts(bert_tokenizer, side):
+    tokenizer = copy.deepcopy(bert_tokenizer)
+    tokenizer.truncation_side = side
+    section = config(write("rows.jsonl", PAIRS), max_length=7)
+    data = prepare_data(section, tokenizer, task="classification")
+    texts = [[row[name] for row in PAIRS] for name in ("premise", "hypothesis")]
+    expected = tokenizer(*texts, truncation=True, max_length=7)["input_ids"]
+    assert [data.train[number][0].tolist() for number in range(3)] == expected
 
 
 def test_every_row_counts_one_supervised_place(bert_tokenizer):
@@ -328,5 +340,6 @@ def test_a_labelling_is_told_from_another_by_all_that_changes_rows():
         Labelling("classification", ("a", "b"), paired=False),
         Labelling("classification", ("a", "b"), segments=True),
         Labelling("classification", ("a", "b"), splits=True),
+        Labelling("classification", ("a", "b"), keeps_end=True),
     ]
-    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 5
+    assert len({one.fingerprint, *(other.fingerprint for other in others)}) == 6

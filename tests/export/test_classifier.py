@@ -101,6 +101,49 @@ def test_peft_loads_chains_and_head(tmp_path, kind):
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["roberta", "llama", "gpt2"])
+def test_a_merged_tokenizer_gives_what_the_model_was_trained_on(tmp_path, kind):
+    """Rows that are cut, padding behind them, and no segment ids, which GPT-2 would take for words. Without a
+    tokenizer_config.json, too."""
+    from transformers import AutoTokenizer, pipeline
+
+    base = make_checkpoint(kind, tmp_path / "base")
+    settings = json.loads((base / "tokenizer_config.json").read_text()) | {"padding_side": "left"}
+    (base / "tokenizer_config.json").write_text(json.dumps(settings))
+    adapter, model = trained(base, kind)
+    options = MergeOptions(prompts=PROMPTS, max_length=8)
+    result = merge_checkpoint(base, adapter, tmp_path / "merged", options, Origin(kind))
+    for told in ("model_max_length is 8", "short rows on the right", "gives no segment ids"):
+        assert any(told in change for change in result.receipt.changes), told
+    read = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert (read.model_max_length, read.padding_side) == (8, "right")
+    classify = pipeline("text-classification", str(tmp_path / "merged"), device="cpu")
+    pairs = [("the cat sat", "a dog"), ("a dog ran on the mat", "under a tree near it"), ("rain", "fell")]
+    told = classify(
+        [dict(zip(("text", "text_pair"), pair, strict=True)) for pair in pairs],
+        **{"batch_size": 3, "truncation": True, "top_k": None, "function_to_apply": "none"},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for found, pair in zip(told, pairs, strict=True):
+        ids = tokenizer(*pair, truncation=True, max_length=8, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits[0].tolist()
+        scores = {one["label"]: one["score"] for one in found}
+        assert [scores[name] for name in CLASSES] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_tokenizer_without_a_configuration_gets_one(tmp_path):
+    from transformers import AutoTokenizer
+
+    base = make_checkpoint("bert", tmp_path / "base")
+    (base / "tokenizer_config.json").unlink()
+    adapter, _ = trained(base, "bert")
+    merge_checkpoint(base, adapter, tmp_path / "merged", MergeOptions(max_length=8), Origin("bert"))
+    read, before = (AutoTokenizer.from_pretrained(place) for place in (tmp_path / "merged", base))
+    assert read.model_max_length == 8 and type(read) is type(before)
+    assert read("the cat", "sat")["input_ids"] == before("the cat", "sat")["input_ids"]
+
+
 def test_a_head_of_other_classes_is_replaced_where_peft_loads_the_base(tmp_path):
     from peft import AutoPeftModelForSequenceClassification
 
