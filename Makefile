@@ -3,7 +3,7 @@
 # make lint         ruff
 # make bench        benchmarks
 # make serve-check  a finished run (RUN=runs/quickstart) in real engines, which it installs: vLLM, llama.cpp, mlx-lm
-# make docs         what is generated: docs/recipe.md, docs/memory.md's table
+# make docs         what is generated: docs/recipe.md, docs/coming-from.md, docs/memory.md's table
 # make clean        remove build output and caches; .venv, models and runs stay
 #
 # Each target sets .venv up first, with the exact versions of constraints.txt. VENV=... puts it elsewhere.

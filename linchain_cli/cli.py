@@ -69,10 +69,11 @@ app.command("reproduce", no_args_is_help=True)(reproduce.run)
 app.command("push", no_args_is_help=True)(push.run)
 
 recipes_app = typer.Typer(
-    help="List, copy and describe recipes.", no_args_is_help=True, rich_markup_mode=None
+    help="List, copy, convert and describe recipes.", no_args_is_help=True, rich_markup_mode=None
 )
 recipes_app.command("list")(recipes.list_recipes)
 recipes_app.command("copy", no_args_is_help=True)(recipes.copy)
+recipes_app.command("convert", no_args_is_help=True)(recipes.convert)
 recipes_app.command("schema")(recipes.schema)
 app.add_typer(recipes_app, name="recipes")
 

@@ -112,7 +112,7 @@ def test_every_option_is_there_and_has_a_help_text(command, capsys):
 
 
 # What each prints is no report: a conversation, a sentence about a file, JSON as it is.
-WITHOUT_JSON = {"chat", "recipes copy", "recipes schema"}
+WITHOUT_JSON = {"chat", "recipes copy", "recipes convert", "recipes schema"}
 # What each replaces only where --overwrite says so.
 WITH_OVERWRITE = {"train", "compare", "tune", "merge", "export", "import", "reproduce", "recipes copy"}
 

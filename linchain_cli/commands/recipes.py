@@ -57,6 +57,15 @@ def copy(
     print(f"{target} written. Train with: linchain train {target}")
 
 
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Axolotl's, LLaMA-Factory's or TRL's YAML.")],
+) -> None:
+    """Print a configuration of another tool as a recipe."""
+    from linchain_cli.recipe import convert_recipe
+
+    print(convert_recipe(file), end="")
+
+
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from linchain_cli.recipe import json_schema

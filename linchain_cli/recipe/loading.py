@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from linchain_cli.errors import InputError, did_you_mean, nearest
+from linchain_cli.errors import InputError, did_you_mean, nearest, some
 from linchain_cli.recipe import strict_yaml
+from linchain_cli.recipe.conversion import converted, foreign_keys
 from linchain_cli.recipe.other_tools import CALLED_HERE
 from linchain_cli.recipe.schema import Recipe
 from linchain_cli.recipe.validation import MOST_PROBLEMS, Key, check, dotted_fields
@@ -93,7 +95,27 @@ def _summary(path: Path, complaints: list[tuple[int, str]]) -> str:
     return f"{path} has {len(lines)} problems{some}:\n{shown}"
 
 
-def _read(path: Path) -> _Draft:
+def convert_recipe(path: Path | str) -> str:
+    """A configuration of another tool as a recipe, with comments on what that does not say.
+
+    Raises:
+        InputError: the file cannot be read, or is none.
+    """
+    path = Path(path)
+    document = _parsed(path)
+    if document.problems:
+        problem = document.problems[0]
+        raise InputError(f"{path}:{problem.line}: {dotted(problem.key)}: {problem.message}")
+    if not foreign_keys(document.value):
+        raise InputError(
+            f"{path}: no configuration of Axolotl, LLaMA-Factory or TRL: at least three of its keys would be "
+            "theirs (base_model, model_name_or_path, lora_r, ...)."
+        )
+    return converted(document.value, path.name)
+
+
+def _parsed(path: Path) -> strict_yaml.Document:
+    """A file's document, which is a mapping."""
     text = _read_text(path)
     try:
         document = strict_yaml.parse(text)
@@ -106,6 +128,16 @@ def _read(path: Path) -> _Draft:
     if not isinstance(document.value, dict):
         raise InputError(
             f"{path}: a recipe is a mapping that begins like `name: my-run`, this is not one. {_START}"
+        )
+    return document
+
+
+def _read(path: Path) -> _Draft:
+    document = _parsed(path)
+    if foreign := foreign_keys(document.value):
+        raise InputError(
+            f"{path}: a configuration of another tool ({some(foreign)}), no recipe. `linchain recipes "
+            f"convert {shlex.quote(str(path))}` writes it as one, and what a recipe does not say."
         )
     places = {key: _Place(f"{path}:{line}", line) for key, line in document.lines.items()}
     draft = _Draft(document.value, str(path), places, broken=document.broken)

@@ -212,7 +212,8 @@ class TrainingConfig(StrictModel):
     keep_checkpoints: Count = 2
     """Newest checkpoints kept on disk."""
     keep: Literal["best", "last"] = "best"
-    """What adapter/ holds at the end: the values of the best validation, or the last ones."""
+    """What adapter/ holds at the end: the values of the best validation, or the last ones; without
+    validation rows (data.validation: 0) the last ones, if this is left out."""
     best_by: BestBy = "auto"
     """What tells the best validation: its loss, or how well labels are told (accuracy, f1 and matthews of
     classes; pearson and spearman of numbers). auto: the loss where text is learned, what GLUE goes by for
@@ -315,7 +316,7 @@ class Recipe(StrictModel):
         if not isinstance(value, Mapping):
             return value
         empty = {name: {} for name in SECTIONS if value.get(name) is None}
-        return {**value, **empty}
+        return _with_last_kept({**value, **empty})
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from self._conflicts_of_task()
@@ -408,6 +409,16 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def within(key: str, names: Iterable[str]) -> bool:
     """Whether a dotted key is one of `names`, or lies in a section that is."""
     return any(key == name or key.startswith(name + ".") for name in names)
+
+
+def _with_last_kept(recipe: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Says that the last adapter is kept where nothing validates and nothing else is said."""
+    data, training = recipe["data"], recipe["training"]
+    if not isinstance(data, Mapping) or not isinstance(training, Mapping) or "keep" in training:
+        return recipe
+    if not re.fullmatch(r"0+(\.0+)?%?", str(data.get("validation"))):
+        return recipe
+    return {**recipe, "training": {**training, "keep": "last"}}
 
 
 SECTIONS = ("model", "adapter", "data", "training", "evaluation")

@@ -18,12 +18,13 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from linchain_cli.errors import did_you_mean, nearest
-from linchain_cli.recipe.other_tools import CALLED_HERE, NOT_HERE
+from linchain_cli.recipe.other_tools import CALLED_HERE, instead_of
 from linchain_cli.recipe.strict_yaml import Key
 
 Model = TypeVar("Model", bound=BaseModel)
 
 CONFLICT = "conflict"
+_ALIKE_ELSEWHERE = 0.75  # of 1: a field of another section is meant less often than one beside the key
 MOST_PROBLEMS = 50  # of one recipe; whoever has more has given another kind of file
 # pydantic puts the tag of a union's branch among the keys of an error; nobody's key begins like this.
 TAG_MARK = "\0"
@@ -175,12 +176,12 @@ def _unknown_key(key: Key, model: type[BaseModel]) -> Problem:
         *section, field = called.split(".")
         shown = field if field in siblings else called
         return Problem(key, f"unknown key. Did you mean '{shown}'?", (key,), guess=(*section, field))
-    if said := NOT_HERE.get(str(name)):
+    if said := instead_of(str(name)):
         return Problem(key, f"unknown key; {said}.", (key,))
     initials = {"".join(word[0] for word in field.split("_")): field for field in siblings}
     if found := nearest(str(name), siblings) or initials.get(str(name)):
         return Problem(key, f"unknown key. Did you mean '{found}'?", (key,), guess=(*parent, found))
-    if found := nearest(str(name), elsewhere):
+    if found := nearest(str(name), elsewhere, _ALIKE_ELSEWHERE):
         return Problem(key, f"unknown key. Did you mean '{elsewhere[found]}'?", (key,))
     known = f" Known here: {', '.join(siblings)}." if siblings else ""
     return Problem(key, f"unknown key.{known}", (key,))

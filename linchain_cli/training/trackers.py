@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from linchain_cli.errors import InputError
@@ -30,8 +31,8 @@ def check_trackers(recipe: Recipe) -> None:
 @contextlib.contextmanager
 def tracking(job: Job) -> Iterator[None]:
     """In the block the recipe's trackers get what is recorded. They begin with the recipe as their
-    configuration, and nothing of the environment; they end with the block, or the next run of this process
-    (a comparison's next arm) would be the same one to them.
+    configuration, and nothing of the environment but the name of wandb's project ($WANDB_PROJECT); they end
+    with the block, or the next run of this process (a comparison's next arm) would be the same one to them.
     """
     if not job.recipe.training.trackers:
         yield
@@ -46,7 +47,8 @@ def tracking(job: Job) -> Iterator[None]:
         key: value if isinstance(value, (str, int, float, bool)) else str(value)
         for key, value in job.recipe.flat().items()
     }
-    job.accelerator.init_trackers("linchain", config=config, init_kwargs=options)
+    project = os.environ.get("WANDB_PROJECT") if "wandb" in job.recipe.training.trackers else None
+    job.accelerator.init_trackers(project or "linchain", config=config, init_kwargs=options)
     try:
         yield
     finally:

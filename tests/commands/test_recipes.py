@@ -39,6 +39,16 @@ def test_purposes_are_first_lines_that_are_comments():
         assert path.read_text(encoding="utf-8").startswith("# "), path
 
 
+def test_convert_prints_a_recipe_that_says_the_same(elsewhere, capsys):
+    (elsewhere / "theirs.yml").write_text("base_model: m\nlora_r: 8\ndatasets: [{path: x.jsonl}]\n")
+    assert recipes("convert", "theirs.yml") == 0
+    (elsewhere / "ours.yaml").write_text(capsys.readouterr().out)
+    recipe = load_recipe("ours.yaml")
+    assert (recipe.name, recipe.model.path, recipe.adapter.rank) == ("theirs", "m", 8)
+    assert recipes("convert", "ours.yaml") == 2
+    assert "ours.yaml: no configuration of Axolotl" in capsys.readouterr().err
+
+
 def test_copy_writes_the_same_bytes_and_never_over_a_file(elsewhere, capsys):
     assert recipes("copy", "figure2") == 0
     copied = elsewhere / "figure2.yaml"

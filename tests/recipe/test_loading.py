@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import Recipe, SourceConfig, TemplateConfig, load_recipe
-from linchain_cli.recipe.other_tools import CALLED_HERE, NOT_HERE
-from linchain_cli.recipe.validation import dotted_fields
+from linchain_cli.recipe import SourceConfig, TemplateConfig, load_recipe
 
 VALID = """\
 name: my-run
@@ -206,13 +204,6 @@ def test_keys_of_other_tools_are_told_by_our_names(write):
     assert lines[0].startswith(f"  {path}: name: missing.")
 
 
-def test_what_other_tools_call_settings_is_a_field_here_and_no_name_of_ours():
-    fields = set(dotted_fields(Recipe))
-    assert set(CALLED_HERE.values()) <= fields
-    own = {field.rpartition(".")[2] for field in fields}
-    assert not own & NOT_HERE.keys() and own & CALLED_HERE.keys() <= {"template"}
-
-
 def test_one_problem_is_one_line(write):
     path = write(VALID.replace("rank: 8", "rank: 0"))
     assert message(path) == f"{path}:7: adapter.rank: expected a whole number from 1 to 65,536, got '0'."
@@ -287,7 +278,7 @@ def test_steps_and_epochs_exclude_each_other_and_an_override_of_one_drops_the_ot
 
 def test_fields_that_do_not_go_together(write):
     path = write(MINIMAL)
-    found = message(path, "data.validation=0", "training.early_stopping=2")
+    found = message(path, "data.validation=0", "training.early_stopping=2", "training.keep=best")
     assert "training.keep: 'best' is by validation loss" in found
     assert "training.early_stopping: early stopping is by validation loss" in found
     assert load_recipe(path, ["data.validation=0", "training.keep=last"]).data.validation == 0
@@ -303,7 +294,7 @@ def test_what_is_offloaded_has_to_be_there(write):
 
 
 def test_a_wrong_value_hides_no_conflict_elsewhere_and_makes_none_up(write):
-    found = message(write(MINIMAL), "data.validation=0", "adapter.rank=x")
+    found = message(write(MINIMAL), "data.validation=0", "training.keep=best", "adapter.rank=x")
     assert "'best' is by validation loss" in found and "adapter.rank" in found
     assert "left open" not in message(write(MINIMAL), "training.epochs=x")
 

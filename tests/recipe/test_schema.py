@@ -142,6 +142,15 @@ def test_json_schema_describes_what_the_loader_takes():
     assert schema["$defs"]["AdapterConfig"]["properties"]["depth"]["description"]
 
 
+def test_the_last_is_kept_where_nothing_validates():
+    minimal = {"name": "x", "model": {"path": "m"}}
+    for rows in (0, "0", "0%"):
+        data = {"train": "a.json", "validation": rows}
+        assert Recipe(**minimal, data=data).training.keep == "last"
+        assert Recipe(**minimal, data=data, training={"epochs": 1}).training.keep == "last"
+    assert Recipe(**minimal, data={"train": "a.json", "validation": "5%"}).training.keep == "best"
+
+
 def test_the_reference_is_up_to_date():
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/generate_reference.py", "--check"], capture_output=True, text=True

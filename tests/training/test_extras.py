@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.run import read_jsonl
-from linchain_cli.training import runner
+from linchain_cli.training import runner, trackers
 
 
 def test_init_from_continues_where_the_adapter_stands(run_tiny, job_of, base):
@@ -113,6 +114,22 @@ def test_trackers_end_with_their_run(run_tiny, monkeypatch):
     with pytest.raises(LinchainError, match="nan"):
         run_tiny({**changes, "name": "second"})
     assert told == ["start", "finish"] * 2
+
+
+def test_wandbs_project_is_that_of_the_environment(recipe_of, monkeypatch):
+    started = []
+    accelerator = SimpleNamespace(init_trackers=lambda project, **rest: started.append(project), trackers=[])
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    for names in (["wandb"], ["tensorboard"]):
+        job = SimpleNamespace(
+            recipe=recipe_of({"training.trackers": names}),
+            run=SimpleNamespace(path="x"),
+            state=SimpleNamespace(step=0),
+            accelerator=accelerator,
+        )
+        with trackers.tracking(job):
+            pass
+    assert started == ["mine", "linchain"]
 
 
 def test_no_tracker_unless_asked_for(run_tiny):

@@ -1,0 +1,276 @@
+"""Configurations of other tools: known as such, and converted to recipes that say the same."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from linchain_cli.errors import InputError
+from linchain_cli.recipe import Recipe, convert_recipe, load_recipe
+from linchain_cli.recipe.other_tools import (
+    CALLED_HERE,
+    NOT_NEEDED,
+    NOT_THERE,
+    SAID_OTHERWISE,
+    is_known,
+    said_of,
+)
+from linchain_cli.recipe.validation import dotted_fields
+
+AXOLOTL = """
+base_model: org/model
+load_in_4bit: true
+datasets:
+  - {path: rows.jsonl, type: alpaca, split: train}
+  - path: org/chats
+    name: en
+    type: chat_template
+    field_messages: turns
+    message_property_mappings: {role: from, content: value}
+  - {path: old.jsonl, type: jeopardy, shards: 3}
+val_set_size: 0.05
+output_dir: ./outputs/my run
+adapter: qlora
+sequence_len: 4096
+sample_packing: true
+lora_r: 32
+lora_alpha: 16
+lora_target_linear: true
+wandb_project: mine
+wandb_entity:
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 2
+optimizer: adamw_bnb_8bit
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+tf32: false
+gradient_checkpointing: true
+attn_implementation: flash_attention_2
+warmup_ratio: 0.1
+evals_per_epoch: 4
+saves_per_epoch: 1
+weight_decay: 0.0
+special_tokens: {pad_token: </s>}
+chat_template: tokenizer_default
+"""
+LLAMA_FACTORY = """
+model_name_or_path: org/model
+stage: sft
+finetuning_type: lora
+lora_rank: 8
+lora_target: q_proj,v_proj
+dataset: one,two
+template: llama3
+cutoff_len: 2048
+max_samples: 1000
+output_dir: saves/run/sft
+logging_steps: 10
+save_steps: 500
+overwrite_output_dir: true
+report_to: none
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 8
+learning_rate: 1.0e-4
+num_train_epochs: 3.0
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+bf16: true
+neftune_noise_alpha: 5
+val_size: 0
+"""
+TRL = """
+model_name_or_path: org/model
+dataset_name: org/rows
+use_peft: true
+lora_r: 16
+lora_alpha: 64
+use_rslora: true
+max_length: 1024
+max_steps: 100
+num_train_epochs: 3
+eval_strategy: epoch
+load_best_model_at_end: true
+report_to: [wandb, tensorboard]
+assistant_only_loss: false
+"""
+
+
+@pytest.fixture
+def convert(tmp_path):
+    """`convert(text)`: the recipe's text, and the recipe as it loads."""
+
+    def call(text: str) -> tuple[str, Recipe]:
+        path = tmp_path / "theirs.yaml"
+        path.write_text(text, encoding="utf-8")
+        made = convert_recipe(path)
+        (tmp_path / "recipe.yaml").write_text(made, encoding="utf-8")
+        return made, load_recipe(tmp_path / "recipe.yaml")
+
+    return call
+
+
+def test_a_configuration_of_axolotl(convert):
+    text, recipe = convert(AXOLOTL)
+    assert yaml.safe_load(text) == {
+        "name": "my-run",
+        "output_dir": "outputs",
+        "model": {"path": "org/model", "quantization": "nf4"},
+        "adapter": {"rank": 32, "depth": 0, "alpha": 16, "target_modules": "all-linear"},
+        "data": {
+            "train": [
+                {"path": "rows.jsonl", "split": "train", "template": "alpaca"},
+                {"path": "org/chats", "config": "en", "template": "chat", "columns": {"messages": "turns"}},
+                "old.jsonl",
+            ],
+            "validation": "5%",
+            "max_length": 4096,
+        },
+        "training": {
+            "epochs": 2,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 2e-4,
+            "lr_scheduler": "cosine",
+            "warmup_steps": 0.1,
+            "weight_decay": 0.0,
+            "optimizer": "adamw",
+            "gradient_checkpointing": True,
+            "eval_every": "epoch/4",
+            "save_every": "epoch",
+            "trackers": ["wandb"],
+        },
+    }
+    assert recipe.model.attention == "auto" and recipe.training.keep == "best"
+    assert [line for line in text.splitlines() if line.startswith("#")] == [
+        "# Made from theirs.yaml. What it leaves open has the defaults of linchain: see `linchain check`.",
+        "# Not said above:",
+        "#   special_tokens: {pad_token: </s>}  (not here: the tokenizer's own are used; padding needs none)",
+        "#   datasets: type: jeopardy  (the rows' columns tell the format (data.template))",
+        "#   datasets: shards: 3  (linchain does not know it)",
+        "# Not needed: sample_packing, tf32",
+    ]
+
+
+def test_a_configuration_of_llama_factory(convert):
+    text, recipe = convert(LLAMA_FACTORY)
+    assert (recipe.name, recipe.output_dir) == ("sft", "saves/run")
+    assert (recipe.adapter.rank, recipe.adapter.alpha) == (8, 16), "alpha is twice the rank if it is left out"
+    assert recipe.adapter.target_modules == ["q_proj", "v_proj"] and recipe.model.dtype == "bfloat16"
+    assert [(source.path, source.max_rows) for source in recipe.data.train] == [("one", 1000), ("two", 1000)]
+    assert (recipe.data.validation, recipe.training.keep) == (0, "last")
+    assert (recipe.training.global_batch_size, recipe.training.trackers) == (8, [])
+    assert "#   neftune_noise_alpha: 5  (not here: noise on embeddings (NEFTune))" in text
+    assert "#   template: llama3  (the template that the model's tokenizer brings is used" in text
+
+
+def test_a_configuration_of_trl(convert):
+    _, recipe = convert(TRL)
+    assert recipe.adapter.alpha == 256, "64 / √16 is 256 / 16"
+    assert (recipe.training.max_steps, recipe.training.epochs) == (100, None)
+    assert (recipe.training.eval_every, recipe.training.keep) == ("epoch", "best")
+    assert recipe.training.trackers == ["wandb", "tensorboard"] and recipe.data.train_on_inputs
+    assert recipe.name == "theirs"
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("optim: galore_adamw", "#   training.optimizer: galore_adamw  (expected adamw, got 'galore_adamw'"),
+        (
+            "lr_scheduler_type: polynomial",
+            "training.lr_scheduler: polynomial  (expected one of linear, cosine",
+        ),
+        ("finetuning_type: full", "#   all weights are trained there; linchain trains an adapter"),
+        ("rl: dpo", "#   rl: dpo  (not here: preference training and RL)"),
+        ("layers_to_transform: [1, 2]", "(adapter.target_modules takes a regular expression over"),
+        ("something: 3", "#   something: 3  (linchain does not know it)"),
+        ("use_dora: false", "# Not needed: use_peft, use_dora"),
+        (
+            "eval_steps: 0.1",
+            "#   training.eval_every: 0.1  (expected a whole number of steps, epoch, or epoch/4",
+        ),
+        (
+            "quantization_config: {a: [b]}",
+            "#   model.quantization: {a: [b]}  (expected one of none, int8, nf4",
+        ),
+        ("dataset: {path: x.json, note: [1]}", "data:\n  train: x.json\n"),
+    ],
+)
+def test_what_a_recipe_cannot_say_is_told_beneath_it(convert, line, said):
+    kept = [old for old in TRL.splitlines() if old.partition(":")[0] != line.partition(":")[0]]
+    if line.startswith("dataset:"):
+        kept = [old for old in kept if not old.startswith("dataset_name")]
+    text, _ = convert("\n".join([*kept, line]))
+    assert said in text
+
+
+def test_what_is_missing_is_told(tmp_path):
+    path = tmp_path / "theirs.yaml"
+    path.write_text("lora_r: 8\nlora_alpha: 16\nlora_dropout: 0.1\n")
+    assert "# Missing: model.path\n# Missing: data.train\n" in convert_recipe(path)
+
+
+@pytest.mark.parametrize("text", [AXOLOTL, LLAMA_FACTORY, TRL])
+def test_a_whole_configuration_is_told_in_one_sentence(tmp_path, text):
+    path = tmp_path / "the irs.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        load_recipe(path, ["name=x"])
+    first = next(line.partition(":")[0] for line in text.splitlines() if line)
+    assert str(caught.value).startswith(f"{path}: a configuration of another tool ({first}, ")
+    assert f"`linchain recipes convert '{path}'` writes it as one" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("name: x\nrank: 8\nmodel: {path: m}\n", "no configuration of Axolotl, LLaMA-Factory or TRL"),
+        ("lora_r: 8\nlora_r: 9\nlora_alpha: 3\nbase_model: m\n", ":2: lora_r: given twice; first in line 1"),
+        ("- a\n", "a recipe is a mapping"),
+    ],
+)
+def test_what_cannot_be_converted(tmp_path, text, said):
+    path = tmp_path / "theirs.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=said):
+        convert_recipe(path)
+
+
+def test_what_other_tools_call_settings_is_a_field_here_and_no_name_of_ours():
+    fields = set(dotted_fields(Recipe))
+    assert set(CALLED_HERE.values()) <= fields
+    own = {part for field in fields for part in field.split(".")}
+    assert own & CALLED_HERE.keys() <= {"template"}
+    tables = (CALLED_HERE, SAID_OTHERWISE, NOT_NEEDED, NOT_THERE)
+    for number, table in enumerate(tables):
+        assert number == 0 or not [name for name in own if said_of(name, table)]
+        others = [other for other in tables if other is not table]
+        assert not [name for name in table if any(name in other for other in others)]
+
+
+# What is set most often in the examples of Axolotl and LLaMA-Factory, and on TRL's command line.
+OFTEN = """
+base_model datasets val_set_size output_dir sequence_len sample_packing pad_to_sequence_len lora_r
+lora_alpha lora_dropout lora_target_linear lora_target_modules lora_model_dir wandb_project wandb_entity
+wandb_watch wandb_name wandb_log_model gradient_accumulation_steps num_epochs bf16 fp16 tf32 load_in_4bit
+load_in_8bit resume_from_checkpoint logging_steps flash_attention attn_implementation warmup_ratio
+evals_per_epoch saves_per_epoch special_tokens chat_template plugins model_type tokenizer_type
+trust_remote_code dataset_prepared_path deepspeed fsdp fsdp_config eot_tokens
+gradient_checkpointing_kwargs save_safetensors group_by_length early_stopping_patience
+lora_modules_to_save neftune_noise_alpha flash_attn_rms_norm lora_mlp_kernel liger_rope model_name_or_path
+stage do_train finetuning_type lora_rank lora_target dataset template cutoff_len max_samples
+preprocessing_num_workers dataloader_num_workers plot_loss overwrite_output_dir save_only_model report_to
+per_device_train_batch_size num_train_epochs lr_scheduler_type ddp_timeout save_steps overwrite_cache
+val_size per_device_eval_batch_size eval_strategy eval_steps quantization_bit dataset_name use_peft
+push_to_hub lora_task_type save_strategy packing completion_only_loss assistant_only_loss use_dora
+use_rslora random_state max_seq_length use_gradient_checkpointing modules_to_save init_lora_weights
+label_smoothing_factor optim save_total_limit load_best_model_at_end
+""".split()
+
+
+@pytest.mark.parametrize("key", OFTEN)
+def test_what_is_set_often_is_known(key):
+    assert is_known(key) or key in Recipe.model_fields
