@@ -44,7 +44,6 @@ def run(
     """Fine-tune a model as a recipe says."""
     if resume and fresh:
         raise InputError("--resume continues the run and --fresh replaces it: give one of them.")
-    from linchain_cli.evaluation.asked import recipe_tasks
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import RunDirectory
 
@@ -54,6 +53,8 @@ def run(
         _refuse_moved(recipe, overrides or (), directory)
     if not (resume and directory.exists()):
         directory.check_free(replace=fresh)
+    from linchain_cli.evaluation.asked import recipe_tasks
+
     # A misspelt task should be told before hours of training, not after.
     tasks = recipe_tasks(loaded)
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes, wanted_processes
