@@ -127,8 +127,8 @@ def run(
         if each is not None:
             locate_subject(each)
     place = out if out is not None else subject.results_dir
-    for target in (place, other.results_dir if other is not None else place):
-        results_directory(target)
+    beside = results_directory(place)
+    of_other = beside if other is None else _place_of_second(other, beside)
     second = read_results(earlier) if earlier is not None else None
     refuse_other_kind(subject, other)
     if data_dir is None and (section := subject.evaluation) and section.data_dir is not None:
@@ -141,7 +141,7 @@ def run(
         firsts = [labels.evaluate(subject, place, like=other)]
         seconds = [second]
         if other is not None:
-            seconds = [labels.evaluate(other, other.results_dir, like=subject)]
+            seconds = [labels.evaluate(other, of_other, like=subject)]
         _tell(firsts, seconds, json, references)
         return
     names = _task_names(tasks, subject)
@@ -154,7 +154,7 @@ def run(
     firsts = settings.evaluate(subject, loaded_tasks, place)
     seconds = [second] * len(firsts)
     if other is not None:
-        seconds = settings.evaluate(other, loaded_tasks, other.results_dir, like=subject)
+        seconds = settings.evaluate(other, loaded_tasks, of_other, like=subject)
     _tell(firsts, seconds, json, references)
 
 
@@ -169,6 +169,17 @@ def _refuse_unused(protocol: str, beams: int | None, normalise: str) -> None:
             f"--normalise {normalise} is about likelihoods, and with --protocol generate the model writes:"
             " leave one of them out"
         )
+
+
+def _place_of_second(other: Subject, beside: Path) -> Path:
+    """Where the second model's results go: to its others, or beside the first one's where that can only be
+    read."""
+    from linchain_cli.evaluation.store import results_directory
+
+    try:
+        return results_directory(other.results_dir)
+    except InputError:
+        return beside
 
 
 def _tell(firsts: Sequence[Results], seconds: Sequence[Results | None], json: bool, references: bool) -> None:

@@ -21,6 +21,14 @@ def run(
         ),
     ] = None,
     base: Base = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where the page goes, such as page.html, or a directory; left out, report.html in RUN.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Write one HTML page about a run or a comparison."""
@@ -30,12 +38,12 @@ def run(
     if directory is not None and directory.exists():
         from linchain_cli.report.comparison_page import write_comparison_report
 
-        written = write_comparison_report(directory)
+        written = write_comparison_report(directory, out)
     else:
         found = find_run(path)
         from linchain_cli.report.run_page import write_run_report
 
-        written = write_run_report(found, base)
+        written = write_run_report(found, base, out)
     if json:
         console.print_json({"report": str(written)})
     else:

@@ -26,6 +26,14 @@ DIFFERENT = 1  # the exit code where another adapter comes out
 def run(
     run_path: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a finished run.")],
     base: Base = None,
+    output_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="In which directory RUN-reproduced goes; left out, in that of RUN.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run of an earlier reproduction.")
     ] = False,
@@ -37,6 +45,7 @@ def run(
     """
     from linchain_cli.recipe import load_recipe
     from linchain_cli.run import Opened, find_run
+    from linchain_cli.storage import expand
     from linchain_cli.training.launch import end_with_launcher, launched, run_processes
     from linchain_cli.training.reproduction import changed_surroundings, check_recipe, recipe_again
 
@@ -44,7 +53,8 @@ def run(
     status, recipe = first.read_status(), load_recipe(first.recipe_path)
     check_recipe(first, recipe, status)
     named = NamedRun(Opened(first, status, first.adapter_dir), recipe)
-    again = recipe_again(recipe, status, first, named.base_directory(base))
+    place = first.path.parent if output_dir is None else expand(output_dir)
+    again = recipe_again(recipe, status, first, named.base_directory(base), place)
     second = _free(again.run_path, overwrite)
     surroundings = changed_surroundings(status)  # it sets the number of threads, of processes to come as well
     processes = status.machine.processes or 1

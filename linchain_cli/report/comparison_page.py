@@ -20,7 +20,7 @@ from linchain_cli.report.figures import comparison_pictures
 from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
 from linchain_cli.report.layers import layer_numbers
 from linchain_cli.report.parts import origin_section, recipe_section, samples_section
-from linchain_cli.report.run_page import FILE
+from linchain_cli.report.place import page_path
 from linchain_cli.report.wording import (
     FIRST_COLUMN,
     accuracy_cells,
@@ -31,12 +31,13 @@ from linchain_cli.report.wording import (
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus
 
 
-def write_comparison_report(directory: ComparisonDirectory) -> Path:
-    """Writes report.html into a comparison's directory and returns its path.
+def write_comparison_report(directory: ComparisonDirectory, out: Path | None = None) -> Path:
+    """Writes report.html into a comparison's directory, or `out`, and returns its path.
 
     Raises:
-        InputError: there are no results yet, or they are damaged.
+        InputError: there are no results yet, or they are damaged, or the page cannot be written there.
     """
+    target = page_path(directory.path, out)
     results = read_results(directory)
     recipe = Recipe.model_validate(results["recipe"])
     finished = [run for run in results["runs"] if run["status"] == "finished"]
@@ -62,7 +63,7 @@ def write_comparison_report(directory: ComparisonDirectory) -> Path:
         ),
         recipe_section(recipe),
     )
-    target = directory.path / FILE
+    storage.make_directory(target.parent)
     storage.write_atomic(target, document)
     return target
 

@@ -115,11 +115,16 @@ def section(title: str, *content: Any) -> Markup:
     return tag("section", tag("h2", title), inner) if inner else Markup("")
 
 
+# By which a page is known for one, near its beginning.
+GENERATOR = tag("meta", name="generator", content="linchain report")
+
+
 def page(title: str, *content: Any) -> str:
     """The whole document: one file that needs no other."""
     head = tag(
         "head",
         tag("meta", charset="utf-8"),
+        GENERATOR,
         tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),

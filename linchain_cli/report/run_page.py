@@ -15,20 +15,21 @@ from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.report.figures import loss_curves
 from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
 from linchain_cli.report.parts import layers_section, origin_section, recipe_section, samples_section
+from linchain_cli.report.place import page_path
 from linchain_cli.report.wording import gigabytes
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
-FILE = "report.html"
 
-
-def write_run_report(run: RunDirectory, base: str | None = None) -> Path:
-    """Writes report.html into a run's directory and returns its path; the run need not have finished.
+def write_run_report(run: RunDirectory, base: str | None = None, out: Path | None = None) -> Path:
+    """Writes report.html into a run's directory, or `out`, and returns its path; the run need not have
+    finished.
 
     `base` is where its base model is, if not where the run found it.
 
     Raises:
-        InputError: what the run's directory holds is damaged.
+        InputError: what the run's directory holds is damaged, or the page cannot be written there.
     """
+    target = page_path(run.path, out)
     status = run.read_status()
     recipe = load_recipe(run.recipe_path)
     rows = read_jsonl(run.metrics_path)
@@ -46,7 +47,7 @@ def write_run_report(run: RunDirectory, base: str | None = None) -> Path:
         origin_section(status, "linchain train recipe.yaml"),
         recipe_section(recipe),
     )
-    target = run.path / FILE
+    storage.make_directory(target.parent)
     storage.write_atomic(target, document)
     return target
 

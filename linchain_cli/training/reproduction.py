@@ -25,12 +25,13 @@ from linchain_cli.training.job import Job, versions
 _COMPUTED = ("loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "eval_loss")
 
 
-def recipe_again(recipe: Recipe, status: RunStatus, run: RunDirectory, base: Path) -> Recipe:
-    """The recipe of a run beside `run`, with what the first one found out by itself written into it: how its
+def recipe_again(recipe: Recipe, status: RunStatus, run: RunDirectory, base: Path, place: Path) -> Recipe:
+    """The recipe of a run like `run`, with what the first one found out by itself written into it: how its
     base was stored in memory and how large its micro-batches were. Its files are named as they lie from here.
 
     Args:
         base: where the base is now.
+        place: the directory that the run lies in.
     """
     model: dict[str, Any] = {}
     if not Path(recipe.model.path).exists() and status.base is not None and status.base.source is not None:
@@ -44,7 +45,7 @@ def recipe_again(recipe: Recipe, status: RunStatus, run: RunDirectory, base: Pat
     return recipe.model_copy(
         update={
             "name": f"{run.path.resolve().name}-reproduced",
-            "output_dir": str(run.path.parent),
+            "output_dir": str(place),
             "model": recipe.model.model_copy(update=model),
             "training": recipe.training.model_copy(update=training),
         }

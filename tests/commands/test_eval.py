@@ -248,6 +248,15 @@ def test_a_place_that_cannot_be_written_to_is_told_before_anything_is_evaluated(
     )
 
 
+def test_beside_the_first_go_results_of_a_second_model_that_can_only_be_read(workplace, capsys, monkeypatch):
+    real = os.access
+    monkeypatch.setattr("os.access", lambda path, mode: "runs" not in str(path) and real(path, mode))
+    arguments = ("eval", "base", "--tasks", "boolq", "--data-dir", "data", "--out", "results")
+    assert linchain(*arguments, "--against", "runs/tuned") == 0
+    assert {one["model"] for one in map(read, Path("results").glob("*.json"))} == {"base", "runs/tuned"}
+    assert not Path("runs/tuned/eval").exists()
+
+
 def test_predictions_may_hold_any_line_separator(workplace, capsys):
     """U+2028 in a text is no end of a line; --against once called such a file damaged."""
     task = ("--tasks", "boolq", "--data-dir", "data", "--protocol", "generate")

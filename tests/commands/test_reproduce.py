@@ -105,9 +105,11 @@ def test_from_another_directory_what_surrounds_a_run_is_told_when_it_changed(
     run.status_path.write_text(json.dumps(status))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # from where the recipe's rows.json is not seen
-    assert linchain("reproduce", tmp_path / run.path, "--json") == 0
+    assert linchain("reproduce", tmp_path / run.path, "--output-dir", "again", "--json") == 0
     shown = capsys.readouterr()
     found = json.loads(shown.out)
+    assert found["reproduced"] == "again/tiny-reproduced"
+    assert not (tmp_path / "runs" / "tiny-reproduced").exists()
     assert found["surroundings"]["torch"][0] == "1.0" and found["same"]
     assert "warning: torch is" in shown.err and "was 1.0: the last bits may differ" in shown.err
 
@@ -137,6 +139,6 @@ def test_the_recipe_of_the_second_run_says_what_the_first_found_out(run):
     content["model"]["dtype"] = "auto"
     content["training"]["micro_batch_size"] = "auto"
     recipe = type(recipe).model_validate(content)
-    again = recipe_again(recipe, run.read_status(), run, run.path)
+    again = recipe_again(recipe, run.read_status(), run, run.path, run.path.parent)
     assert (again.model.dtype, again.training.micro_batch_size) == ("float32", 2)
     assert str(again.run_path) == "runs/tiny-reproduced" and again.model.path == recipe.model.path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -81,6 +82,28 @@ def test_what_cannot_be_read_is_said_on_the_page(check_page, run_path, tmp_path)
     assert "Sample rows cannot be shown" in page.text
     (run_path / "adapter" / "chain.safetensors").write_bytes(b"damaged")
     assert "The adapter cannot be shown" in check_page(write_run_report(run).read_text()).text
+
+
+def test_a_page_goes_where_one_says_and_over_no_file_of_another_hand(run_path, tmp_path, monkeypatch, capsys):
+    def report(*arguments) -> int:
+        with pytest.raises(SystemExit) as end:
+            main(["report", str(run_path), *map(str, arguments)])
+        return end.value.code
+
+    place = tmp_path / "pages" / "a page.html"
+    for _ in range(2):  # its own page is replaced
+        assert report("--out", place) == 0
+    assert capsys.readouterr().out == f"{place}\n" * 2
+    assert report("--out", tmp_path / "pages") == 0
+    assert (tmp_path / "pages" / "report.html").read_text() == place.read_text()
+    (tmp_path / "mine.html").write_text("mine")
+    assert report("--out", tmp_path / "mine.html") == 2
+    assert "mine.html exists and is no page of linchain report" in capsys.readouterr().err
+    assert (tmp_path / "mine.html").read_text() == "mine"
+    assert not (run_path / "report.html").exists()
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    assert report() == 2
+    assert "cannot be written to: name another place, such as --out report.html" in capsys.readouterr().err
 
 
 def test_a_damaged_result_is_named(check_page, run_path):

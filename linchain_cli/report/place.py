@@ -1,0 +1,39 @@
+"""Where a page goes: beside what it is about, or where the user says, and never over anything else."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from linchain_cli.errors import InputError
+from linchain_cli.report.html import GENERATOR
+from linchain_cli.storage import expand
+
+FILE = "report.html"
+
+
+def page_path(directory: Path, out: Path | None = None) -> Path:
+    """report.html in the directory of a run or comparison, or `out`: a file, or a directory for report.html.
+
+    Raises:
+        InputError: it cannot be written there, or `out` is a file of another hand.
+    """
+    target = directory / FILE
+    if out is not None:
+        out = expand(out)
+        target = out / FILE if out.is_dir() else out
+        if target.exists() and not _is_page(target):
+            raise InputError(f"--out {target} exists and is no page of linchain report; it is left as it is")
+    existing = next(path for path in target.absolute().parents if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is not a directory: name another place with --out FILE")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} cannot be written to: name another place, such as --out {FILE}")
+    return target
+
+
+def _is_page(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as handle:
+        return GENERATOR.encode() in handle.read(1000)
