@@ -23,6 +23,7 @@ def write_adapter_run(
     *,
     asking: Asking | None = None,
     prompts: Mapping[str, Any] | None = None,
+    max_length: int | None = None,
     overwrite: bool = False,
 ) -> RunStatus:
     """Writes a run directory whose recipe knows of base and adapter alone; returns its run.json.
@@ -31,6 +32,7 @@ def write_adapter_run(
         place: where the base is, if it is at hand.
         origin: what run.json says of where the adapter came from.
         asking: how it was taught to be asked; without it the recipe has `prompts`, if those are known.
+        max_length: the tokens that a classifier's rows were cut to, if that is known.
     """
     from linchain_cli import storage
     from linchain_cli.chain import save_adapter
@@ -42,7 +44,8 @@ def write_adapter_run(
     from linchain_cli.records import write_record
     from linchain_cli.run import RunBase, RunDirectory, RunStatus, now
 
-    recipe = _recipe(target, adapter, asking, prompts or {})
+    more = {**(prompts or {}), **({} if max_length is None else {"max_length": max_length})}
+    recipe = _recipe(target, adapter, asking, more)
     status = RunStatus(
         name=recipe.name,
         status="finished",
@@ -57,6 +60,7 @@ def write_adapter_run(
             config=place and computed_values(read_config(place.directory)),
         ),
         imported=origin,
+        classes=list(adapter.head.classes) if adapter.head else None,
     )
     with staged_output(target, ImportReceipt, overwrite=overwrite) as staging:
         run = RunDirectory(staging)
@@ -69,15 +73,19 @@ def write_adapter_run(
     return status
 
 
-def _recipe(target: Path, adapter: Adapter, asking: Asking | None, prompts: Mapping[str, Any]) -> Recipe:
+def _recipe(target: Path, adapter: Adapter, asking: Asking | None, reading: Mapping[str, Any]) -> Recipe:
     from linchain_cli.recipe import Recipe
 
     config = adapter.config
-    if asking is not None:
+    task = "causal"
+    if adapter.head:
+        task = "classification" if adapter.head.classes else "regression"
+    elif asking is not None:
         chat = {"template": asking.chat_template, "options": asking.options, "system": asking.system}
-        prompts = {"template": asking.template, "chat": chat, "turns": asking.turns}
+        reading = {"template": asking.template, "chat": chat, "turns": asking.turns}
     return Recipe.model_validate(
         {
+            "task": task,
             "name": re.sub(r"[^A-Za-z0-9._-]", "-", target.name).lstrip("._-")[:200] or "imported",
             "output_dir": str(target.parent),
             "model": {"path": adapter.base["path"], "revision": adapter.base["revision"]},
@@ -88,7 +96,7 @@ def _recipe(target: Path, adapter: Adapter, asking: Asking | None, prompts: Mapp
                 "init": config.init,
                 "target_modules": list(config.target_modules),
             },
-            "data": {"train": "unknown", "validation": 0, **prompts},
+            "data": {"train": "unknown", "validation": 0, **reading},
             "training": {"keep": "last"},
         }
     )

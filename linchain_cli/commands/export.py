@@ -81,10 +81,17 @@ def export_run(
             f"{subject.opened.name} is a classifier, whose head a GGUF adapter does not hold: linchain merge"
             " writes a checkpoint that transformers loads, linchain export an adapter for PEFT"
         )
+    from linchain_cli.data.telling import TELLING_FILE, Telling
     from linchain_cli.export.adapters import export_adapter
     from linchain_cli.export.classifier import empty_base, loading_of
+    from linchain_cli.records import record_bytes
 
     model = empty_base(found.directory, subject.adapter.head)
+    longest = subject.longest_row(found.directory)
+    files = subject.travelling_files(found.directory)
+    if subject.adapter.head:
+        telling = Telling(classes=list(subject.adapter.head.classes), max_length=longest)
+        files = {TELLING_FILE: record_bytes(telling)}
     return export_adapter(
         subject.adapter,
         model,
@@ -94,8 +101,6 @@ def export_run(
         overwrite=overwrite,
         keep=subject.inputs,
         template=None if subject.imported else subject.recipe.data.template,
-        files=subject.travelling_files(found.directory),
-        loading=loading_of(
-            model, subject.adapter.head, found.directory, subject.longest_row(found.directory)
-        ),
+        files=files,
+        loading=loading_of(model, subject.adapter.head, found.directory, longest),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,6 +16,7 @@ from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
+    from linchain_cli.chain.head import Head
     from linchain_cli.importing.convert import Imported
     from linchain_cli.importing.foreign import ForeignAdapter
     from linchain_cli.model.files import FoundBase
@@ -27,7 +28,8 @@ def run(
         str,
         typer.Argument(
             metavar="CHECKPOINT",
-            help="An adapter of PEFT LoRA, MoSLoRA or the LinChain authors' code: its directory or hub id.",
+            help="An adapter of PEFT LoRA (a classifier's, too), MoSLoRA or the LinChain authors' code: its"
+            " directory or hub id.",
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes, as a run.")],
@@ -50,6 +52,15 @@ def run(
     drop_bias: Annotated[
         bool, typer.Option("--drop-bias", help="Leave out trained biases, which no weight can hold.")
     ] = False,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="What a classifier's classes are called, in the order of its outputs; left out, as the"
+            " checkpoint or its base says, else LABEL_0, LABEL_1, ...",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -65,11 +76,13 @@ def run(
     path = base or foreign.config.get("base_model_name_or_path")
     if not path:
         raise InputError(f"{checkpoint} names no base model: say which it is with --base MODEL")
-    found = _find_base(foreign, path, given=base is not None)
+    names = _label_names(foreign, labels)
+    found = _find_base(foreign, path, names, given=base is not None)
     origin = {"path": path, "revision": foreign.config.get("revision"), "hash": found.hash}
-    imported = import_adapter(foreign, drop_bias=drop_bias, base=origin, names=found.names)
+    imported = import_adapter(foreign, drop_bias=drop_bias, base=origin, names=found.names, head=found.head)
     adapter = found.shorten(imported.adapter)
-    notes = [note for note in (found.note, _how_it_is_asked(foreign, out)) if note]
+    how = _what_it_tells(foreign, adapter) if adapter.head else _how_it_is_asked(foreign, out)
+    notes = [note for note in (found.note, how) if note]
     status = _write(target, imported, adapter, foreign, found.place, overwrite)
     if json:
         console.print_json(_as_json(out, adapter, status, notes))
@@ -80,13 +93,14 @@ def run(
 @dataclass(frozen=True)
 class _Base:
     """What is known of the base: the model without its weights, the checkpoint's module names in it, the hash
-    of its weights, and what could not be checked."""
+    of its weights, what could not be checked, and a classifier's head on it."""
 
     model: Any = None
     names: Mapping[str, str] = field(default_factory=dict)
     hash: str | None = None
     note: str = ""
     place: FoundBase | None = None
+    head: Head | None = None
 
     def shorten(self, adapter: Adapter) -> Adapter:
         """The adapter with names as its targets instead of whole paths, where the base shows that they do."""
@@ -98,27 +112,39 @@ class _Base:
         return short_targets(adapter, self.model, text_decoder_prefix(self.model))
 
 
-def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
+def _find_base(foreign: ForeignAdapter, path: str, labels: Sequence[str], given: bool) -> _Base:
     """Looks the checkpoint's modules up in the base, where it is at hand; its weights are fetched only to be
     compared with whole ones that were saved beside the adapter.
+
+    Args:
+        labels: what a classifier's classes are called, if that is known.
 
     Raises:
         InputError: the modules are not in the base, or a base that was named on the command line cannot be
         had.
     """
+    from linchain_cli.importing.classifier import outputs_of, read_head
     from linchain_cli.importing.fit import check_base_weights, fit_to_model
     from linchain_cli.model.checkpoint import open_checkpoint
     from linchain_cli.model.config import empty_model
     from linchain_cli.model.files import found_at, locate
     from linchain_cli.model.hashing import base_hash
 
-    whole = list(foreign.base_weights)
+    whole, told = list(foreign.base_weights), None
     try:
-        directory = locate(path, foreign.config.get("revision"), weights=bool(whole))
-        model = empty_model(directory)
+        needed = bool(whole) or foreign.is_classifier
+        directory = locate(path, foreign.config.get("revision"), weights=needed)
+        if foreign.is_classifier:
+            told = outputs_of(foreign, directory, labels)
+        model = empty_model(directory, told)
     except InputError as error:
         if given:
             raise
+        if foreign.is_classifier and told is None:
+            raise InputError(
+                f"{foreign.directory} is a classifier's, whose head cannot be read without the base: {error}"
+                " Say where it is with --base MODEL."
+            ) from error
         if whole:
             raise InputError(
                 f"{foreign.directory} holds the weight of '{whole[0]}' whole. Whether that is the base's own"
@@ -129,7 +155,8 @@ def _find_base(foreign: ForeignAdapter, path: str, given: bool) -> _Base:
     if whole:
         check_base_weights(foreign, model, open_checkpoint(directory))
     place = found_at(path, directory)
-    return _Base(model, names, base_hash(directory) if place.source else None, place=place)
+    head = read_head(foreign, model, told, directory) if told else None
+    return _Base(model, names, base_hash(directory) if place.source else None, place=place, head=head)
 
 
 def _write(
@@ -141,7 +168,9 @@ def _write(
     overwrite: bool,
 ) -> RunStatus:
     from linchain_cli.data.asking import read_asking
+    from linchain_cli.data.telling import read_telling
 
+    telling = read_telling(foreign.directory) if adapter.head else None
     return write_adapter_run(
         target,
         adapter,
@@ -154,8 +183,39 @@ def _write(
         },
         asking=read_asking(foreign.directory),
         prompts={"template": "llm-adapters"} if _of_the_authors(foreign) else None,
+        max_length=telling and telling.max_length,
         overwrite=overwrite,
     )
+
+
+def _label_names(foreign: ForeignAdapter, labels: str | None) -> list[str]:
+    """What a classifier's classes are called: as the option, or the checkpoint's directory, says; none where
+    nobody does."""
+    from linchain_cli.data.telling import read_telling
+
+    if labels is None:
+        telling = read_telling(foreign.directory) if foreign.is_classifier else None
+        return telling.classes if telling else []
+    if not foreign.is_classifier:
+        raise InputError(f"--labels {labels}: {foreign.directory} is no classifier's adapter")
+    names = [name.strip() for name in labels.split(",")]
+    if not all(names) or len(set(names)) < len(names):
+        raise InputError(f"--labels {labels}: expected different names with commas between them")
+    return names
+
+
+def _what_it_tells(foreign: ForeignAdapter, adapter: Adapter) -> str:
+    from linchain_cli.data.telling import TELLING_FILE, read_telling
+    from linchain_cli.errors import some
+
+    classes = adapter.head.classes
+    told = f"tells {some(classes)}" if classes else "tells a number: a regression"
+    if telling := read_telling(foreign.directory):
+        cut = f", of rows of up to {telling.max_length:,} tokens" if telling.max_length else ""
+        return f"{told}{cut}, as its {TELLING_FILE} says"
+    if classes and classes[0] == "LABEL_0":
+        told += ", whose names are not recorded with it (--labels NAME,... names them)"
+    return f"{told}; rows are cut where the base's tokenizer cuts, or at data.max_length in its recipe.yaml"
 
 
 def _of_the_authors(foreign: ForeignAdapter) -> bool:

@@ -168,10 +168,10 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
 
     tokenizer = load_tokenizer(directory)
     data = subject.recipe_from_here.data
-    if subject.adapter.head:
-        return label_prompts(data, tokenizer, subject.adapter.head.classes)
     if subject.imported:
         return plain_prompts(tokenizer)
+    if subject.adapter.head:
+        return label_prompts(data, tokenizer, subject.adapter.head.classes)
     try:
         return run_prompts(data, tokenizer)
     except InputError as error:

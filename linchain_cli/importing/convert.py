@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from linchain_cli.chain import Adapter, ChainConfig, ChainTensors, delta_weight
+from linchain_cli.chain.head import Head
 from linchain_cli.errors import InputError
 from linchain_cli.importing.foreign import ForeignAdapter, ForeignModule
 
@@ -50,7 +51,12 @@ class Imported:
 
 
 def import_adapter(
-    foreign: ForeignAdapter, *, drop_bias: bool, base: Mapping[str, Any], names: Mapping[str, str]
+    foreign: ForeignAdapter,
+    *,
+    drop_bias: bool,
+    base: Mapping[str, Any],
+    names: Mapping[str, str],
+    head: Head | None = None,
 ) -> Imported:
     """Turns a foreign adapter into a chain.
 
@@ -58,6 +64,7 @@ def import_adapter(
         drop_bias: whether biases may be dropped.
         base: what the adapter's file says of its base ("path", "hash").
         names: module path in the checkpoint -> module path in the model, where they differ.
+        head: a classifier's.
 
     Raises:
         InputError: there are biases and `drop_bias` is not given; the message says in numbers what they do.
@@ -79,7 +86,7 @@ def import_adapter(
         rank=rank, depth=depth, alpha=_alpha(scaling, rank), init="kaiming", target_modules=sorted(tensors)
     )
     return Imported(
-        Adapter(config, tensors, dict(base)),
+        Adapter(config, tensors, dict(base), head),
         padded=tuple(path for path, module in foreign.modules.items() if module.A.shape[0] != rank),
         rescaled=tuple(path for path, own in scalings.items() if own != scaling),
         losses=losses,

@@ -5,6 +5,7 @@
 <path>.lora_mixer.<i>.weight, .bias             the LinChain authors': i = 0 is applied first
 <path>.lora_B.bias                              PEFT with lora_bias
 <path>[.base_layer].weight                      the base's own embeddings and head, which PEFT saves with some
+<path>[.modules_to_save].weight, .bias          a classifier's head, which PEFT trains whole beside the LoRA
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +26,19 @@ from linchain_cli.errors import InputError, first_line
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+CLASSIFIER = "SEQ_CLS"  # PEFT's task_type
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<path>.+?)\.lora_(?P<part>A|B|AB|mixer)(?:\.(?P<name>[^.]+))?\.(?P<kind>weight|bias)"
 )
 
+# What PEFT, and before it its wrapper, puts into the names of modules that it saves whole.
+_SAVED_WHOLE = re.compile(r"\.modules_to_save(\.default)?(?=\.)")
 _BASE_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<path>[^:]+?)(?:\.base_layer)?\.weight")
 
 # Parts of the configuration that change the function in a way that no chain of matrices beside the base can.
 _REFUSED = {
     "use_dora": "DoRA rescales the base's weights",
-    "modules_to_save": "whole modules were trained beside the adapter",
     "target_parameters": "parameters were adapted that are not linear modules",
     "trainable_token_indices": "token embeddings were trained beside the adapter",
     "layer_replication": "layers of the base are repeated",
@@ -65,6 +69,7 @@ class ForeignAdapter:
 
     module_biases: the base's own biases that were trained along
     base_weights: whole weights that were saved beside the adapter, by module path: the base's own, or not
+    saved: of a classifier what was trained whole beside the adapter, its head, by parameter name in float32
     """
 
     directory: Path
@@ -72,6 +77,12 @@ class ForeignAdapter:
     modules: dict[str, ForeignModule]
     module_biases: dict[str, Tensor]
     base_weights: dict[str, Tensor] = field(default_factory=dict)
+    saved: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether it is a sequence classifier's."""
+        return self.config.get("task_type") == CLASSIFIER
 
 
 def read_foreign(checkpoint: Path) -> ForeignAdapter:
@@ -90,11 +101,15 @@ def read_foreign(checkpoint: Path) -> ForeignAdapter:
     if weights is None:
         raise InputError(f"{directory} holds no weights: expected {' or '.join(WEIGHTS_FILES)}")
     modules: dict[str, ForeignModule] = {}
-    module_biases, base_weights = {}, {}
+    module_biases, base_weights, saved = {}, {}, {}
+    whole = config.get("modules_to_save") or ()
     for key, tensor in _read_tensors(weights).items():
         match = _KEY.fullmatch(key)
+        name = _SAVED_WHOLE.sub("", key.removeprefix("base_model.model."))
         if match:
             _put(modules.setdefault(match["path"], ForeignModule()), match, key, tensor.float(), weights)
+        elif _is_below(name, whole):
+            saved[name] = tensor.float()
         elif key.endswith(".bias") and config.get("bias", "none") != "none":
             module_biases[key.removeprefix("base_model.model.").removesuffix(".bias")] = tensor.float()
         elif (match := _BASE_WEIGHT.fullmatch(key)) and "lora_" not in key and "modules_to_save" not in key:
@@ -102,7 +117,15 @@ def read_foreign(checkpoint: Path) -> ForeignAdapter:
         else:
             raise InputError(f"{weights}: '{key}' {_unknown(key)}")
     _check_modules(weights, config, modules)
-    return ForeignAdapter(directory, config, modules, module_biases, base_weights)
+    return ForeignAdapter(directory, config, modules, module_biases, base_weights, saved)
+
+
+def _is_below(name: str, modules: Sequence[str]) -> bool:
+    """Whether a parameter belongs to one of the modules that PEFT saves whole by these names: it takes every
+    module whose path ends in one."""
+    parts = name.split(".")
+    paths = [".".join(parts[:count]) for count in range(1, len(parts))]
+    return any(path.endswith(module) for path in paths for module in modules)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -146,6 +169,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     for key, reason in _REFUSED.items():
         if config.get(key):
             raise InputError(f"{path}: '{key}' is set, which cannot be imported: {reason}")
+    whole = config.get("modules_to_save")
+    if not isinstance(whole, (list, type(None))) or not all(isinstance(name, str) for name in whole or ()):
+        raise InputError(f"{path}: modules_to_save is {whole!r}, expected a list of module names")
+    if whole and config.get("task_type") != CLASSIFIER:
+        raise InputError(
+            f"{path}: 'modules_to_save' is set, which cannot be imported: whole modules were trained beside"
+            f" the adapter. What can be is the head of a sequence classifier (task_type {CLASSIFIER})."
+        )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
         raise InputError(
