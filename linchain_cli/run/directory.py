@@ -6,13 +6,14 @@ recipe.yaml  run.json  metrics.jsonl  rows.jsonl  loss.png  checkpoints/  adapte
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from linchain_cli import locks, storage
-from linchain_cli.errors import InputError, some
+from linchain_cli.errors import InputError, LinchainError, some
 from linchain_cli.locks import in_use, in_use_message
 from linchain_cli.records import read_record, record_bytes, update_record
 from linchain_cli.run.status import RunStatus, now
@@ -38,6 +39,7 @@ class RunDirectory:
         self.adapter_dir = self.path / "adapter"
         self.eval_dir = self.path / "eval"
         self.merged_dir = self.path / "merged"
+        self._watched: int | None = None
 
     def exists(self) -> bool:
         """Whether this is a run's directory (and not just any directory of that name)."""
@@ -110,6 +112,34 @@ class RunDirectory:
         return (
             f"{self.path} holds a run that {status.ended}. Use --resume to continue it or --fresh to start"
             " over."
+        )
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within it `check_there` knows the directory, also from one that comes into its place."""
+        self._watched = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield
+        finally:
+            os.close(self._watched)
+            self._watched = None
+
+    def check_there(self) -> None:
+        """Raises LinchainError where the directory that is `watched` was removed or moved since. What is
+        written to its path would be lost, or go into another run."""
+        if self._watched is None or locks.is_at(self._watched, self.path):
+            return
+        with contextlib.suppress(OSError):
+            # Linux says where an open directory lies by now.
+            now = Path(os.readlink(f"/proc/self/fd/{self._watched}"))
+            if locks.is_at(self._watched, now):
+                raise LinchainError(
+                    f"{self.path} was moved to {now} while the run was going on, which ends here. Its"
+                    " checkpoints are there: move it back, and continue it with --resume"
+                )
+        raise LinchainError(
+            f"{self.path} was removed while the run was going on, and its checkpoints with it: the run ends"
+            " here"
         )
 
     @contextlib.contextmanager

@@ -84,6 +84,7 @@ class StepsUnderWay:
         interval.add(seconds, begun.tokens, result.slots)
         self._display.step(begun.number, result.loss, interval.tokens / interval.seconds)
         if job.accelerator.is_main_process:
+            job.run.check_there()
             runs.append_jsonl(job.run.rows_path, {"step": begun.number, "rows": begun.rows.tolist()})
         if begun.number % job.recipe.training.log_every == 0 or begun.number == job.total_steps:
             values = begun.values | {"loss": result.loss, "grad_norm": result.grad_norm}
@@ -97,6 +98,7 @@ def record(job: Job, step: int, values: dict[str, Any]) -> dict[str, Any]:
     values = {"epoch": round(step / job.steps_per_epoch, 4), **values}
     row = {"step": step, **values}
     if job.accelerator.is_main_process:
+        job.run.check_there()
         runs.append_jsonl(job.run.metrics_path, row)
         job.accelerator.log(values, step=step)
     return row

@@ -119,6 +119,7 @@ def save(job: Job) -> None:
     """
 
     def write() -> None:
+        job.run.check_there()
         for path in (job.run.rows_path, job.run.metrics_path):
             if path.exists():
                 storage.fsync_file(path)

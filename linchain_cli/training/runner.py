@@ -200,6 +200,7 @@ def _finish(job: Job) -> None:
 
 def _write_result(job: Job) -> None:
     state, run, keep = job.state, job.run, job.recipe.training.keep
+    run.check_there()
     save_adapter(job.adapter(), run.adapter_dir)
     timings = replace(run.read_status().timings, train_seconds=round(state.seconds, 3))
     run.update_status(
@@ -218,12 +219,19 @@ def _write_result(job: Job) -> None:
 @contextlib.contextmanager
 def _told_in_status(job: Job) -> Iterator[None]:
     """Writes into run.json how the block ended if it raised, with the expected failures in plain words."""
+    watched = job.run.watched() if job.accelerator.is_main_process else contextlib.nullcontext()
+    with watched, _written_into_status(job), explained(job.recipe, job.device), _plainly(job):
+        yield
+
+
+@contextlib.contextmanager
+def _written_into_status(job: Job) -> Iterator[None]:
     try:
-        with explained(job.recipe, job.device), _plainly(job):
-            yield
+        yield
     except BaseException as error:
         if job.accelerator.is_main_process:
             with contextlib.suppress(OSError, LinchainError):
+                job.run.check_there()
                 status = "stopped" if isinstance(error, Stopped) else "failed"
                 job.run.update_status(status=status, step=job.state.step, reason=_reason(error))
         raise
@@ -240,6 +248,7 @@ def _plainly(job: Job) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        job.run.check_there()
         raise LinchainError(
             f"{error.filename or job.run.path}: {error.strerror or error}."
             " The checkpoints up to here are kept; continue with --resume."

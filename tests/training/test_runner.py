@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -141,6 +142,57 @@ def test_a_second_start_is_refused_while_the_first_one_lives(run_tiny, recipe_of
                 run_tiny(**options)
     assert not run.path.exists()
     run_tiny()
+
+
+@pytest.fixture
+def meddle(monkeypatch):
+    """meddle(change): `change` is called once, before the third step."""
+
+    def install(change) -> None:
+        real, calls = loop.optimizer_step, []
+
+        def step(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                change()
+            return real(*arguments)
+
+        monkeypatch.setattr(loop, "optimizer_step", step)
+
+    return install
+
+
+def test_a_run_whose_directory_is_removed_says_so_and_ends(run_tiny, recipe_of, meddle):
+    place = recipe_of().run_path
+    meddle(lambda: shutil.rmtree(place.parent))
+    with pytest.raises(LinchainError, match="was removed while the run was going on") as caught:
+        run_tiny()
+    assert "continue" not in str(caught.value) and not place.parent.exists()
+
+
+def test_a_run_writes_nothing_into_another_one_in_its_place(run_tiny, recipe_of, meddle):
+    place = recipe_of().run_path
+
+    def replace() -> None:
+        shutil.rmtree(place.parent)  # the lock with it, so that another run may begin
+        with RunDirectory(place).lock():
+            RunDirectory(place).create("name: other\n")
+
+    meddle(replace)
+    with pytest.raises(LinchainError, match="was removed while"):
+        run_tiny()
+    assert sorted(path.name for path in place.iterdir()) == ["recipe.yaml", "run.json"]
+    assert RunDirectory(place).read_status().status == "running"
+
+
+def test_a_run_that_is_moved_says_where_it_is_and_goes_on_when_it_is_back(run_tiny, recipe_of, meddle):
+    place = recipe_of().run_path
+    meddle(lambda: place.rename(place.with_name("moved")))
+    with pytest.raises(LinchainError, match=f"was moved to {place.with_name('moved')} .*--resume"):
+        run_tiny()
+    assert not place.exists()
+    place.with_name("moved").rename(place)
+    assert run_tiny(resume=True).run.read_status().finished
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(run_tiny, recipe_of, monkeypatch):
