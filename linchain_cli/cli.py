@@ -198,20 +198,43 @@ def _one_line(error: Exception) -> str:
     return text if len(text) <= 400 else f"{text[:397]}..."
 
 
-# What other tools take: --training.max_steps=50, --learning_rate 1e-4. No option of ours is written so.
-_DASHED = re.compile(r"--([A-Za-z]\w*[._][\w.]*)(?:=(.*))?", re.DOTALL)
+# What other tools take: --training.max_steps=50, --learning_rate 1e-4, --packing. No option of ours has a dot
+# or an underscore in it, or one of their names.
+_DASHED = re.compile(r"--([A-Za-z][\w.]*)(?:=(.*))?", re.DOTALL)
+# Their commands, and ours.
+_CALLED_ELSEWHERE = {
+    **dict.fromkeys(("sft", "finetune", "fine-tune"), "train"),
+    "preprocess": "check",
+    **dict.fromkeys(("inference", "infer"), "chat"),
+    "merge-lora": "merge",
+    "evaluate": "eval",
+    "convert": "recipes convert",
+}
 
 
-def _refuse_dashed_overrides(words: list[str]) -> None:
-    """Tells how a recipe's value is replaced to those who write it as an option."""
+def _refuse_what_other_tools_take(words: list[str]) -> None:
+    """Tells how it is done here to those who write a recipe's value as an option, or call a command by
+    another tool's name."""
+    if words and words[0] in _CALLED_ELSEWHERE:
+        raise InputError(f"{words[0]}: here it is `linchain {_CALLED_ELSEWHERE[words[0]]}`")
     if not words or words[0] not in ("train", "check", "compare", "tune"):
         return
     for word in words[1 : words.index("--") if "--" in words else None]:
-        if found := _DASHED.fullmatch(word):
+        if not (found := _DASHED.fullmatch(word)):
+            continue
+        name, value = found[1], found[2] or "VALUE"
+        if name == "config":
+            raise InputError(f"{word}: the recipe is given without it: `linchain {words[0]} RECIPE`")
+        from linchain_cli.recipe.other_tools import CALLED_HERE, instead_of
+
+        if name not in CALLED_HERE and (said := instead_of(name)):
+            raise InputError(f"{word}: {said}")
+        if name in CALLED_HERE or "_" in name or "." in name:
             from linchain_cli.recipe import dotted_key
 
-            key, value = dotted_key(found[1]), found[2] or "VALUE"
-            raise InputError(f"{word}: a recipe's value is given without dashes, as {key}={value}")
+            raise InputError(
+                f"{word}: a recipe's value is given without dashes, as {dotted_key(name)}={value}"
+            )
 
 
 # What one process does; others that a launcher has started have nothing to do there.
@@ -227,7 +250,7 @@ def _call(arguments: list[str]) -> int:
         os.getcwd()
     except FileNotFoundError:  # libraries of torch's end the process for it
         raise InputError("the current directory was removed: change into one that is there") from None
-    _refuse_dashed_overrides(arguments)
+    _refuse_what_other_tools_take(arguments)
     try:
         app(args=arguments, prog_name="linchain")
     except SystemExit as end:

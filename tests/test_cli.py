@@ -463,3 +463,29 @@ def test_what_the_system_refuses_is_told_with_its_place(monkeypatch, capsys, cod
 def test_an_override_written_as_an_option_is_told_how(words, said, capsys):
     assert run("check", "recipe.yaml", *words) == 2
     assert capsys.readouterr().err == f"error: {words[0]}: a recipe's value is {said}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["train", "--config", "r.yaml"],
+            "--config: the recipe is given without it: `linchain train RECIPE`",
+        ),
+        (["train", "r.yaml", "--packing"], "--packing: leave it out: rows of like length are read together"),
+        (["check", "r.yaml", "--neftune_noise_alpha=5"], "not here: noise on embeddings (NEFTune)"),
+        (["train", "r.yaml", "--deepspeed", "x"], "given without dashes, as training.parallel=VALUE"),
+        (["sft", "r.yaml"], "sft: here it is `linchain train`"),
+        (["merge-lora"], "merge-lora: here it is `linchain merge`"),
+    ],
+)
+def test_what_other_tools_take_is_told_how_it_is_done_here(words, said, capsys):
+    assert run(*words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_no_option_or_command_of_ours_is_called_as_other_tools_call_theirs():
+    for name, options in commands():
+        assert name.split()[0] not in cli._CALLED_ELSEWHERE
+        if name in ("train", "check", "compare", "tune"):
+            cli._refuse_what_other_tools_take([name, *options])
