@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 Tools = Sequence[Mapping[str, Any]] | None
 
-_VERSION = 5
+_VERSION = 6
 _MOST_VARIANTS = 1000
 _WORD = "4f1c9a"  # stands for an answer; no template writes it
 _QUESTION: Message = {"role": "user", "content": "2 + 2"}
@@ -85,6 +85,7 @@ class ChatTemplate:
         self._write = _program(tokenizer, source, options)
         self._system = settings.system if settings else None
         self._turns = turns
+        self._marks = list(tokenizer.get_added_vocab())
         self._openings: dict[str, str] = {}
         self._variants: dict[str, ChatTemplate] = {}
         self._probe()
@@ -137,7 +138,7 @@ class ChatTemplate:
             last = answers.pop()
             spans, remarks, others = [(last.start, len(last.text))], last.remarks, []
             for answer in reversed(answers):
-                end = self._end_within(last.text, answer)
+                end = None if self._ends_in_letters else self._end_within(last.text, answer)
                 if end is None:
                     others.append(answer)
                 else:
@@ -148,8 +149,11 @@ class ChatTemplate:
             answers = others[::-1]
         read = [message for message in messages[: learned[-1]] if message["role"] != "assistant"]
         check_read(read, tools, rows[0].text)
+        remarks = (self._letters,) if self._ends_in_letters else ()
         if any(message["role"] not in _KNOWN_ROLES for message in messages):
-            rows = [replace(row, remarks=(*row.remarks, _OTHER_ROLES)) for row in rows]
+            remarks += (_OTHER_ROLES,)
+        if remarks:
+            rows = [replace(row, remarks=(*row.remarks, *remarks)) for row in rows]
         return rows[::-1]
 
     def end_marks(self) -> list[str]:
@@ -280,7 +284,15 @@ class ChatTemplate:
         mark = _MARK.search(self._closing)
         self._end_mark = mark.group() if mark else self._closing.strip()
         self._closes_nothing = not self._closing.strip()
-        self._eos_ends = self._closes_nothing and not self._opening("user")
+        # Letters would be an end that no one stops at: the end of sequence goes behind each answer, too.
+        self._ends_in_letters = not self._closes_nothing and not any(
+            mark in self._closing for mark in self._marks
+        )
+        self._letters = (
+            f"the chat template ends answers with {self._closing.strip()!r}, which is no token of this "
+            "tokenizer: it is written in letters, and the end-of-sequence token is learned behind it"
+        )
+        self._eos_ends = self._ends_in_letters or self._closes_nothing and not self._opening("user")
 
 
 def _program(
@@ -295,8 +307,9 @@ def _program(
         raise InputError(f"{what}, line {error.lineno}: {str(error.message).rstrip('.')}.") from None
     except ValueError:
         raise InputError(
-            "data.template: the model's tokenizer has no chat template. Give one with data.chat.template, "
-            "use another template (alpaca, plain or your own), or a model that was tuned for chat."
+            "data.template: the model's tokenizer has no chat template. Give one with data.chat.template (a "
+            "Jinja file, or the directory of the model that was tuned for chat), use another template "
+            "(alpaca, plain or your own), or take a model that was tuned for chat."
         ) from None
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
@@ -100,25 +102,44 @@ Scalar = Annotated[
 ]
 
 
+def _of_model(directory: Path) -> str:
+    """The chat template in a model's directory, or nothing."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    found = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(found, list):  # several, by name
+        named = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else ""
+
+
 def _jinja(value: str) -> str:
-    """A template, or what the file of that name holds: a run's recipe keeps the template itself."""
+    """A template, or what the file or the model's directory of that name holds: a run's recipe keeps the
+    template itself."""
     if "{%" in value or "{{" in value:
         return value
     try:
-        text = expand(value).read_text(encoding="utf-8")
+        path = expand(value)
+        text = _of_model(path) if path.is_dir() else path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}") from None
+        otherwise = "not JSON" if isinstance(error, json.JSONDecodeError) else "not UTF-8"
+        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or otherwise}") from None
     if "{%" not in text and "{{" not in text:
-        raise ValueError("the file holds no Jinja template")
+        raise ValueError(f"the {'directory' if path.is_dir() else 'file'} holds no Jinja template")
     return text
 
 
 class ChatConfig(StrictModel):
     """How conversations are written, where data.template is chat."""
 
-    template: Annotated[Text, AfterValidator(_jinja), Expected("a Jinja file")] | None = None
-    """A Jinja file of your own in place of the chat template that the tokenizer brings. The run's recipe
-    holds its text, and a merged checkpoint gets it as chat_template.jinja."""
+    template: (
+        Annotated[Text, AfterValidator(_jinja), Expected("a Jinja file or a model's directory")] | None
+    ) = None
+    """A Jinja file of your own, or another model's directory whose template is taken, in place of the chat
+    template that the tokenizer brings. The run's recipe holds its text, and a merged checkpoint gets it as
+    chat_template.jinja."""
     options: dict[Text, Scalar] = {}
     """Variables that the template reads: {enable_thinking: false}."""
     system: str | None = None

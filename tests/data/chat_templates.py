@@ -4,6 +4,7 @@ with."""
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from linchain_cli.data.chat import ChatTemplate
@@ -99,7 +100,9 @@ IN_PARTS = CHATML.replace("{{ m.content }}", "{% for part in m.content %}{{ part
 
 
 def template_of(tokenizer, source: str, turns: str = "all", **settings: Any) -> ChatTemplate:
+    """The template with a tokenizer that has its control tokens, as where both come from one model."""
     tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(sorted(set(re.findall(r"<\|\w+\|>", source))), special_tokens=True)
     tokenizer.chat_template = source
     return get_template("chat", tokenizer, ChatConfig(**settings), turns)
 

@@ -11,6 +11,7 @@ import pytest
 
 from linchain_cli.data.rows import RowError
 from linchain_cli.data.templates import end_tokens, get_template
+from linchain_cli.recipe import ChatConfig
 
 from .chat_templates import (
     CHATML,
@@ -34,6 +35,22 @@ from .chat_templates import (
     template_of,
     user,
 )
+
+
+def test_an_end_in_letters_is_followed_by_the_end_of_sequence(byte_level):
+    """Another model's template: nobody would stop at its letters."""
+    template = get_template("chat", byte_level, ChatConfig(template=CHATML))
+    rows = template.render(CONVERSATION)
+    assert [[row.text[start:end] for start, end in row.spans] for row in rows] == [
+        ["ein end<|im_end|>"],
+        ["zwei<|im_end|>"],
+    ], "each as it is asked for, since behind the first nothing would end"
+    assert all(row.ends for row in rows)
+    (remark,) = {remark for row in rows for remark in row.remarks}
+    assert remark.startswith("the chat template ends answers with '<|im_end|>', which is no token of this")
+    assert end_tokens(template, byte_level) == [byte_level.eos_token_id]
+    known = template_of(byte_level, CHATML).render(CONVERSATION)
+    assert len(known) == 1 and not known[0].ends and not known[0].remarks
 
 
 def test_variables_of_a_row_go_before_those_of_the_recipe(byte_level):

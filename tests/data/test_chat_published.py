@@ -111,8 +111,11 @@ MARKED_OTHERWISE = {
 
 
 def template_of(tokenizer, name: str) -> ChatTemplate:
+    """The template with a tokenizer that has its control tokens, as where both come from one model."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = (DIRECTORY / f"{name}.jinja").read_text(encoding="utf-8")
+    marks = re.findall(r"<[^<>\s{}'\"]+>|\[/?[A-Z_]+\]", tokenizer.chat_template)
+    tokenizer.add_tokens(sorted(set(marks)), special_tokens=True)
     return ChatTemplate(tokenizer)
 
 

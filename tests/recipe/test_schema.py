@@ -3,6 +3,7 @@ declarations."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,23 @@ def test_a_chat_template_s_file_is_kept_in_the_recipe(tmp_path):
     file.write_bytes(b"\xff{{")
     _, (problem,) = recipe(str(file))
     assert "it cannot be read: not UTF-8" in problem.message
+
+
+def test_a_chat_template_may_be_that_of_another_model_s_directory(tmp_path):
+    def told(**files: str) -> str | None:
+        for name, text in files.items():
+            (tmp_path / name.replace("__", ".")).write_text(text)
+        chat = {"chat": {"template": str(tmp_path)}}
+        found, problems = check(Recipe, MINIMAL | {"data": {"train": "d", "template": "chat", **chat}})
+        return found.data.chat.template if found else problems[0].message
+
+    assert "it cannot be read: No such file" in told()
+    assert "it cannot be read: not JSON" in told(tokenizer_config__json="{")
+    assert "the directory holds no Jinja template" in told(tokenizer_config__json="[]")
+    several = [{"name": "tool_use", "template": "{{ a }}"}, {"name": "default", "template": "{{ b }}"}]
+    assert told(tokenizer_config__json=json.dumps({"chat_template": several})) == "{{ b }}"
+    assert told(tokenizer_config__json=json.dumps({"chat_template": "{{ c }}"})) == "{{ c }}"
+    assert told(chat_template__jinja="{{ d }}") == "{{ d }}"
 
 
 def test_settings_of_conversations_are_refused_for_other_templates():
