@@ -230,6 +230,8 @@ class _Runner:
             if error.stop_signal:
                 message = f"stopped; {recipe.name} had failed before: {error}"
                 raise Stopped(message, error.stop_signal) from error
+            if not self.directory.exists():  # it was removed: no other run would have a place either
+                raise
             failures.append(f"{recipe.name}: {error}")
             note(failures[-1])
         return True

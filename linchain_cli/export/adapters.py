@@ -80,7 +80,8 @@ def export_adapter(
         found = f"within {proof.largest_error:.2g} of the chain's (relative, Frobenius)"
         facts = {"ΔW of every module, read back": found}
         loaded_by = auto_class(model.config, outputs_of(adapter.head)).__name__
-        card = model_card(kind, adapter, origin, facts, loaded_by, loading)
-        storage.write_durable(staging / CARD_FILE, card.encode())
+        card = model_card(kind, adapter, origin, facts, loaded_by, loading).encode()
+        storage.write_durable(staging / CARD_FILE, card)
+        receipt = replace(receipt, card=storage.sha256_bytes(card))
         storage.write_durable(staging / receipt.FILE, record_bytes(receipt))
     return receipt

@@ -222,7 +222,7 @@ class _CardWriter:
             reason = f"no model card: {type(error).__name__}: {error}"
             return replace(receipt, not_proven=[*receipt.not_proven, reason])
         storage.write_atomic(directory / CARD_FILE, card)
-        return receipt
+        return replace(receipt, card=storage.sha256_bytes(card.encode()))
 
 
 def _receipt(

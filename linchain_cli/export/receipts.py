@@ -17,6 +17,7 @@ from linchain_cli.export.comparison import LogitProof
 from linchain_cli.records import read_record
 
 CARD_FILE = "README.md"
+_EDITABLE = 64 << 20  # bytes of the largest file that somebody may have edited
 _PASSING = (storage.STAGING_PREFIX, storage.REPLACED_PREFIX, storage.REMOVED_PREFIX)
 
 
@@ -67,7 +68,7 @@ class MergeReceipt:
     """merge.json.
 
     dtype: what every floating-point tensor was recast to, None where each kept its type
-    files: SHA-256 of every file but this one and the card
+    files: SHA-256 of every file but this one and the card, whose own is `card`
     tensors: counts: total, changed, untouched, renamed, converted
     changed: checkpoint key -> largest distance in ulp from W0 + ΔW in float64; largest_ulp is the largest
     changes: what of the base's configuration had to be changed, in sentences
@@ -98,6 +99,7 @@ class MergeReceipt:
     not_proven: list[str] = field(default_factory=list)
     parts: list[ReceiptPart] = field(default_factory=list)
     sum_error: float | None = None
+    card: str | None = None
     linchain: str = __version__
     files_listed: bool = True
 
@@ -119,8 +121,8 @@ class MergeReceipt:
 class ExportReceipt:
     """export.json: `largest_error` is the largest relative error (Frobenius) of any module's ΔW, read back.
 
-    kind: the format; files: SHA-256 of every file but this one and the card; not_proven: what was not shown;
-    load_with: what a classifier's base is loaded with
+    kind: the format; files: SHA-256 of every file but this one and the card, whose own is `card`; not_proven:
+    what was not shown; load_with: what a classifier's base is loaded with
     """
 
     FORMAT: ClassVar[str] = "linchain export"
@@ -136,6 +138,7 @@ class ExportReceipt:
     largest_error_module: str
     not_proven: list[str] = field(default_factory=list)
     load_with: dict[str, int | bool] = field(default_factory=dict)
+    card: str | None = None
     linchain: str = __version__
     files_listed: bool = True
 
@@ -169,8 +172,8 @@ def hash_files(directory: Path, known: Mapping[str, str] | None = None) -> dict[
 
 
 def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
-    """Raises InputError unless the command of `kind` wrote all that `directory` holds; the message names
-    what it did not."""
+    """Raises InputError unless the command of `kind` wrote all that `directory` holds, as it is; the message
+    names what it did not, and what was changed since."""
     refused = f"{directory} is left as it is: --overwrite replaces only what '{kind.FORMAT}' wrote"
     elsewhere = "Choose another --out, or move it away yourself."
     try:
@@ -188,3 +191,18 @@ def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
     if others:
         verb = "is" if len(others) == 1 else "are"
         raise InputError(f"{refused}, and {some(others)} {verb} not of it. {elsewhere}")
+    written = receipt.files | ({CARD_FILE: card} if (card := getattr(receipt, "card", None)) else {})
+    edited = [
+        name for name in sorted(found) if name in written and _was_edited(directory / name, written[name])
+    ]
+    if edited:
+        verb = "was" if len(edited) == 1 else "were"
+        raise InputError(f"{refused}, and {some(edited)} {verb} changed since. {elsewhere}")
+
+
+def _was_edited(path: Path, written: str) -> bool:
+    """Whether a file has another SHA-256 than `written`. Large ones, which nobody edits and which take long
+    to read, count as they are."""
+    if not path.is_file():
+        return True
+    return path.stat().st_size <= _EDITABLE and storage.sha256_file(path) != written

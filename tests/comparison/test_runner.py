@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -275,6 +276,13 @@ def test_an_arm_that_fails_does_not_end_the_others(recipe_path, tmp_path, monkey
     assert error.value.exit_code == 1
     results = json.loads((tmp_path / "tiny" / "results.json").read_bytes())
     assert [row["label"] for row in results["tables"]["recipe_rate"]] == ["LoRA", "depth 3, kaiming"]
+
+
+def test_a_comparison_whose_directory_is_removed_ends_with_its_run(recipe_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(Display, "step", lambda *shown: shutil.rmtree(tmp_path / "tiny"))
+    with pytest.raises(LinchainError, match="depth-0_seed-1 was removed while the run was going on"):
+        run_comparison(expand(recipe_path, ["adapter.depth=0,1"]), [1])
+    assert not (tmp_path / "tiny").exists()
 
 
 def test_a_signal_ends_the_comparison_also_if_its_run_then_fails(recipe_path, tmp_path, monkeypatch):

@@ -153,15 +153,21 @@ def test_what_is_staged_inside_a_mount_point_is_nobodys(merged):
         (lambda out: (out / "merge.json").unlink(), "there is no merge.json of it"),
         (lambda out: (out / "merge.json").write_text("{"), "merge.json is damaged"),
         (lambda out: (out / "merge.json").rename(out / "export.json"), "there is no merge.json of it"),
+        (lambda out: (out / "README.md").write_text("by hand"), "README.md was changed since"),
+        (lambda out: (out / "generation_config.json").write_text("{}"), "generation_config.json was changed"),
+        (
+            lambda out: [(out / name).write_text("{}") for name in ("config.json", "README.md")],
+            "README.md, config.json were changed since",
+        ),
     ],
 )
 def test_overwrite_leaves_what_another_hand_wrote(merged, change, message):
     out, again = merged
     change(out)
-    before = sorted(path.name for path in out.rglob("*"))
+    before = {path: path.read_bytes() if path.is_file() else None for path in out.rglob("*")}
     with pytest.raises(InputError, match=f"replaces only what 'linchain merge' wrote.*{message}"):
         again(overwrite=True)
-    assert sorted(path.name for path in out.rglob("*")) == before
+    assert {path: path.read_bytes() if path.is_file() else None for path in out.rglob("*")} == before
 
 
 def test_overwrite_leaves_other_directories(tmp_path, make_run, base_of, capsys):
