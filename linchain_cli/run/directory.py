@@ -127,7 +127,7 @@ class RunDirectory:
     def check_there(self) -> None:
         """Raises LinchainError where the directory that is `watched` was removed or moved since. What is
         written to its path would be lost, or go into another run."""
-        if self._watched is None or locks.is_at(self._watched, self.path):
+        if self._watched is None or self._is_there(self._watched):
             return
         with contextlib.suppress(OSError):
             # Linux says where an open directory lies by now.
@@ -141,6 +141,22 @@ class RunDirectory:
             f"{self.path} was removed while the run was going on, and its checkpoints with it: the run ends"
             " here"
         )
+
+    def _is_there(self, descriptor: int) -> bool:
+        try:
+            status = os.stat(self.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # a share that does not answer: who writes there will learn why
+            return True
+        if os.path.samestat(os.fstat(descriptor), status):
+            return True
+        # Some shares give a directory another number now and then. What it holds stays the same.
+        with contextlib.suppress(OSError):
+            held = os.open(self.status_path.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
+            with open(held, "rb") as handle:
+                return handle.read() == self.status_path.read_bytes()
+        return False
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

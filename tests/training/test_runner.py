@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -193,6 +195,28 @@ def test_a_run_that_is_moved_says_where_it_is_and_goes_on_when_it_is_back(run_ti
     assert not place.exists()
     place.with_name("moved").rename(place)
     assert run_tiny(resume=True).run.read_status().finished
+
+
+@pytest.mark.parametrize("error", [None, errno.ESTALE, errno.ETIMEDOUT])
+def test_a_share_that_gives_other_numbers_or_does_not_answer_for_once_stops_no_run(
+    run_tiny, recipe_of, meddle, monkeypatch, error
+):
+    place, real, asked = recipe_of().run_path, os.stat, []
+
+    def stat(path, *arguments, **options):
+        if path == place:
+            asked.append(path)
+            if error and len(asked) == 1:
+                raise OSError(error, os.strerror(error))
+        return real(path, *arguments, **options)
+
+    def change() -> None:
+        monkeypatch.setattr(os, "stat", stat)
+        if not error:
+            monkeypatch.setattr(os.path, "samestat", lambda one, other: False)
+
+    meddle(change)
+    assert run_tiny().run.read_status().finished and asked
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(run_tiny, recipe_of, monkeypatch):
