@@ -3,12 +3,15 @@
 Every process appends to files of its own beside the results, one per task, named by the task's fingerprint
 (its rows, model, protocol, template, dtype): evaluations that run at once never meet, and one that was cut
 off continues with whatever tasks are asked for next. All of a task's files are read at the start, whatever
-number of processes wrote them, and removed once the result is written.
+number of processes wrote them, and removed once the result is written; so are those beside them that nobody
+has gone on with for a month.
 """
 
 from __future__ import annotations
 
+import contextlib
 import secrets
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 from linchain_cli.evaluation.results import Prediction
 from linchain_cli.run import jsonl_bytes, read_jsonl
 from linchain_cli.storage import make_directory
+
+GIVEN_UP_AFTER = 30 * 24 * 3600.0  # seconds since the last row
 
 
 class FinishedRows:
@@ -50,8 +55,11 @@ class FinishedRows:
         self._handles = {}
 
     def remove(self) -> None:
-        """Removes the files of all processes; called by one of them when the result is written."""
+        """Removes the files of all processes, and those of other evaluations that were given up long ago;
+        called by one of the processes when the result is written."""
         self.close()
-        for fingerprint in self._fingerprints.values():
-            for part in list(self._parts(fingerprint)):
-                part.unlink(missing_ok=True)
+        own = {part for fingerprint in self._fingerprints.values() for part in self._parts(fingerprint)}
+        for part in self._directory.glob(".*.part-*.jsonl"):
+            with contextlib.suppress(FileNotFoundError):  # another process may do so, too
+                if part in own or time.time() - part.stat().st_mtime > GIVEN_UP_AFTER:
+                    part.unlink()

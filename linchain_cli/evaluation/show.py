@@ -22,9 +22,9 @@ def print_results(results: Results, console: Console | None = None) -> None:
     console = console or Console()
     summary = results.summary
     scores = summary.tasks.values()
-    table = _table(title(summary))
+    table = _table()
     answered = any(score.accuracy is not None for score in scores)
-    ours = ("accuracy", "±\nstderr", "95 % interval", "majority") if answered else ()
+    ours = ("accuracy", "±\nstderr", "95 %\ninterval", "majority") if answered else ()
     for column in ("task", "rows", *ours):
         _add_column(table, column)
     others = list(dict.fromkeys(name for score in scores for name in score.metrics))
@@ -43,14 +43,19 @@ def print_results(results: Results, console: Console | None = None) -> None:
         table.add_section()
         average = [percent(summary.average), percent(summary.average_stderr), span(summary.average_interval)]
         table.add_row("average", "", *average)
-    console.print(table)
+    _print(console, title(summary), table)
 
 
-def _table(title: str | None) -> Table:
+def _table() -> Table:
     """A table without frames, so that a classifier's eight columns fit into 80 characters."""
-    heading = None if title is None else Text(title)
-    frameless = {"box": SIMPLE_HEAD, "show_edge": False, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    return Table(title=heading, title_justify="left", **frameless)
+    return Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+
+
+def _print(console: Console, heading: str | None, table: Table) -> None:
+    """A table below its heading, which is one line of the output however wide the table is."""
+    if heading is not None:
+        console.print(Text(heading, style="italic"), soft_wrap=True)
+    console.print(table)
 
 
 def _add_column(table: Table, name: str) -> None:
@@ -82,8 +87,7 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
     console = console or Console()
     for difference in comparison["differences_in_settings"]:
         console.print(Text.assemble(("not evaluated alike", "bold yellow"), f" — {difference}"))
-    heading = f"{first.summary.model} minus {comparison['model']}, same rows"
-    table = _table(heading)
+    table = _table()
     several = len(comparison["tasks"]) > 1
     for column in ("task", "rows", "difference", "95 % interval", "gained", "lost", "McNemar\np"):
         _add_column(table, column)
@@ -97,7 +101,7 @@ def print_comparison(first: Results, comparison: dict[str, Any], console: Consol
         difference, interval = comparison["average_difference"], comparison["average_interval"]
         table.add_row("average", "", points(difference), span(interval, points))
     if comparison["tasks"]:
-        console.print(table)
+        _print(console, f"{first.summary.model} minus {comparison['model']}, same rows", table)
     print_metric_differences(comparison, console)
 
 
@@ -105,14 +109,15 @@ def print_metric_differences(comparison: dict[str, Any], console: Console) -> No
     """Differences of what is measured beside the accuracy, if anything is, with their bootstrap intervals."""
     if not comparison.get("metrics"):
         return
-    table = _table(f"the same minus {comparison['model']}, other measures" if comparison["tasks"] else None)
+    table = _table()
     for column in ("task", "measure", "difference", "95 % interval"):
         _add_column(table, column)
     for task, measures in comparison["metrics"].items():
         for name, found in measures.items():
             value, interval = f"{found['difference']:+.3f}", span(found["interval"], lambda v: f"{v:+.3f}")
             table.add_row(Text(task), name, value, interval)
-    console.print(table)
+    heading = f"the same minus {comparison['model']}, other measures" if comparison["tasks"] else None
+    _print(console, heading, table)
 
 
 def _paired_cells(entry: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import json
 import multiprocessing
 import os
+import time
 
 import pytest
 import torch
@@ -199,6 +200,10 @@ def test_a_stopped_evaluation_continues(model, tokenizer, template, tasks, tmp_p
     parts = list(tmp_path.glob(".*.part-*"))
     with open(parts[-1], "ab") as handle:
         handle.write(b'{"index": 5, "task": "ma')  # what a killed process leaves
+    given_up, other = (tmp_path / f".{digit * 16}.part-00000000.jsonl" for digit in "ab")
+    for part in (given_up, other):
+        part.write_text("")
+    os.utime(given_up, (0, time.time() - 40 * 24 * 3600))
     seen = []
     results = run(
         model, tokenizer, template, tasks, out=out, on_progress=lambda *args: seen.append(args), **options
@@ -208,7 +213,7 @@ def test_a_stopped_evaluation_continues(model, tokenizer, template, tasks, tmp_p
     whole = []
     run(model, tokenizer, template, tasks, on_progress=lambda *args: whole.append(args), **options)
     assert len(seen) == len(whole) - 3 + 1
-    assert list(tmp_path.glob(".*.part-*")) == []
+    assert list(tmp_path.glob(".*.part-*")) == [other]  # what was given up long ago is gone, too
 
 
 @pytest.mark.parametrize("change", ["adapter", "dtype", "template", "rows", "protocol", "tokenizer"])

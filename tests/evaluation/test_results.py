@@ -174,25 +174,30 @@ def test_names_are_shown_as_they_are():
 
 
 def test_a_classifiers_table_fits_into_80_characters():
-    results = make([True, False], ("glue/rte",), protocol="classification")
+    long = f"runs/{'a' * 70}"
+    results = make([True, False], ("glue/mnli",), protocol="classification", model=long)
     (name,) = results.summary.tasks
     metrics = {
         "f1": Metric(value=0.788),
         "matthews": Metric(value=-0.01234, interval=(-0.25, -0.01), is_share=False),
     }
-    results.summary.tasks[name] = results.summary.tasks[name].model_copy(update={"metrics": metrics})
+    results.summary.tasks[name] = results.summary.tasks[name].model_copy(
+        update={"metrics": metrics, "n": 9815}
+    )
     console = Console(file=io.StringIO(), width=80)
     print_results(results, console)
     text = console.file.getvalue()
     for whole in (
+        f"{long} · classification",
         "accuracy",
-        "95 % interval",
+        "interval",
         "matthews",
         "9.5 … 90.5",
         "-0.01234",
         "-0.25 … -0.01",
         "78.8 %",
-        "glue/rte",
+        "glue/mnli",
+        "9815",
     ):
         assert whole in text
 
