@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from linchain_cli.recipe.dataset_info import DatasetInfo
 from linchain_cli.recipe.other_tools import CALLED_HERE, instead_of, is_known
 from linchain_cli.recipe.schema import SECTIONS, Recipe
 from linchain_cli.recipe.validation import check, dotted_fields
@@ -36,10 +37,17 @@ def foreign_keys(config: Config) -> list[str]:
 
 
 def converted(config: Config, source: str) -> str:
-    """A recipe as YAML text, with comments on what it does not say. `source` is the file's name."""
+    """A recipe as YAML text, with comments on what it does not say. `source` is the file's name.
+
+    LLaMA-Factory's names of data sets are looked up in its dataset_info.json.
+    """
     flat: Fields = {}
     unsaid: list[str] = []
     left_out: list[str] = []
+    if config.get("dataset") and not isinstance(config["dataset"], Mapping):
+        info, names = DatasetInfo.read(str(config.get("dataset_dir") or "data")), _names(config["dataset"])
+        config = {**config, "dataset": [info.source(str(name)) or name for name in names]}
+        unsaid += [remark for name in names for remark in info.remarks(str(name))]
     for key, value in config.items():
         if value is None or key == "output_dir":
             continue
@@ -167,7 +175,7 @@ _COLUMNS = {
     "field": "text",
 }
 _DATASETS = ("datasets", "dataset", "dataset_name", "pretraining_dataset")
-_OF_SOURCE = ("path", "split", "revision", "data_files")
+_OF_SOURCE = ("path", "config", "split", "revision", "data_files", "max_rows", "columns")
 
 
 def _rows(value: Any, config: Config) -> Fields:
@@ -189,7 +197,7 @@ def _source(item: Any, config: Config) -> Any:
     if columns and columns != {"messages": "conversations"}:  # those are read without being told
         source["columns"] = columns
     if config.get("max_samples"):
-        source["max_rows"] = config["max_samples"]
+        source.setdefault("max_rows", config["max_samples"])
     return source["path"] if list(source) == ["path"] else source
 
 
@@ -248,7 +256,14 @@ _SPECIAL: dict[str, Callable[[Any, Config], Fields]] = {
     # What other keys say, or a default.
     **dict.fromkeys(
         (
-            *("adapter", "use_rslora", "peft_use_rslora", "max_samples", "gradient_accumulation_steps"),
+            *(
+                "adapter",
+                "dataset_dir",
+                "use_rslora",
+                "peft_use_rslora",
+                "max_samples",
+                "gradient_accumulation_steps",
+            ),
             *("logging_strategy", "report_to", *_TRACKERS, "deepspeed", "fsdp", "fsdp_config"),
             *("dp_shard_size", "dp_replicate_size", "chat_template", "auto_find_batch_size"),
             *("exclude_modules", "layers_to_transform", "layers_pattern", "peft_layers_to_transform"),

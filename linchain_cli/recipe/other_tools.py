@@ -95,6 +95,7 @@ SAID_OTHERWISE = {
     **_each("alpha times the root of the rank is the same as adapter.alpha", "use_rslora peft_use_rslora"),
     **_each("max_rows beside a source's path takes the first ones", "max_samples num_samples"),
     **_each("config beside a source's path", "dataset_config subset"),
+    "dataset_dir": "data sets go by their file or hub id; linchain recipes convert reads dataset_info.json",
     **_each("weight beside a source's path", "interleave_probs mix_strategy"),
     **_each("a turn with `train: false` in the row is not learned", "roles_to_train message_field_training"),
     "overwrite_output_dir": "linchain train --fresh replaces a run",
@@ -233,7 +234,6 @@ NOT_THERE = {
             "sample_packing_sequentially"),
     **_each("not here: one set of validation rows", "eval_on_each_dataset"),
     **_each("not here: rows that occur twice stay", "dataset_exact_deduplication"),
-    **_each("not here: datasets of dataset_info.json go by their file or hub id", "dataset_dir"),
 }  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import yaml
 
@@ -163,6 +165,49 @@ def test_a_configuration_of_llama_factory(convert):
     assert (recipe.training.global_batch_size, recipe.training.trackers) == (8, [])
     assert "#   neftune_noise_alpha: 5  (not here: noise on embeddings (NEFTune))" in text
     assert "#   template: llama3  (the template that the model's tokenizer brings is used" in text
+
+
+def test_llama_factorys_names_are_looked_up(convert, tmp_path, monkeypatch):
+    described = {
+        "one": {"file_name": "one.json", "columns": {"prompt": "q", "query": "input", "response": "a"}},
+        "two": {
+            "hf_hub_url": "org/two",
+            "subset": "en",
+            "num_samples": 5,
+            "columns": {"messages": "turns", "images": "pictures"},
+            "tags": {"role_tag": "speaker", "content_tag": "content", "user_tag": "user"},
+        },
+        "books": {"file_name": "books.jsonl", "columns": {"prompt": "body"}},
+        "plain": {"file_name": "plain.json", "columns": {"messages": "conversations"}},
+        "pairs": {
+            "hf_hub_url": "org/pairs",
+            "ranking": True,
+            "columns": {"prompt": "instruction", "chosen": "c"},
+        },
+    }
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(described))
+    monkeypatch.chdir(tmp_path)
+    text = LLAMA_FACTORY.replace("one,two", "one,two,books,plain,pairs,three") + "dataset_dir: sets\n"
+    made, recipe = convert(text)
+    found = [source.model_dump(exclude_none=True, exclude={"weight"}) for source in recipe.data.train]
+    assert found == [
+        {"path": "sets/one.json", "max_rows": 1000, "columns": {"instruction": "q", "output": "a"}},
+        {"path": "org/two", "config": "en", "max_rows": 5, "columns": {"messages": "turns"}},
+        {"path": "sets/books.jsonl", "max_rows": 1000, "columns": {"text": "body"}},
+        {"path": "sets/plain.json", "max_rows": 1000},
+        {"path": "org/pairs", "max_rows": 1000},
+        {"path": "three", "max_rows": 1000},
+    ]
+    for remark in (
+        "two: nothing reads images",
+        "two: role_tag: speaker (turns have role and content, or from and value: rename them)",
+        "pairs: pairs of answers, for preference training, which is not here",
+        "three: write its file or hub id; sets/dataset_info.json does not tell it",
+    ):
+        assert f"#   {remark}\n" in made
+    (tmp_path / "sets" / "dataset_info.json").write_text("[")
+    assert "#   one: write its file or hub id; sets/dataset_info.json does not tell it" in convert(text)[0]
 
 
 def test_a_configuration_of_trl(convert):

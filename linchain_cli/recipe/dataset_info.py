@@ -1,0 +1,77 @@
+"""LLaMA-Factory's dataset_info.json: the data sets that its configurations call by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE = "dataset_info.json"
+_COLUMNS = {
+    "prompt": "instruction",
+    "query": "input",
+    "response": "output",
+    "history": "history",
+    "messages": "messages",
+    "system": "system",
+    "tools": "tools",
+}
+_TAGS = {"role_tag": ("from", "role"), "content_tag": ("value", "content")}
+_USUAL = ("human", "user", "gpt", "assistant", "observation", "tool", "function_call", "system")
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What the file says of data sets, by their names; `directory` is where their files lie."""
+
+    directory: str = "data"
+    described: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: str) -> DatasetInfo:
+        """That of a directory; nothing is described where there is none that can be read."""
+        try:
+            found = json.loads((Path(directory) / FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return cls(directory)
+        described = found.items() if isinstance(found, dict) else ()
+        return cls(directory, {name: said for name, said in described if isinstance(said, dict)})
+
+    def source(self, name: str) -> dict[str, Any] | None:
+        """The data set as an entry of `data.train`; None if nothing is known of it."""
+        said = self.described.get(name, {})
+        if said.get("hf_hub_url"):
+            source = {"path": said["hf_hub_url"]}
+        elif said.get("file_name"):
+            source = {"path": str(Path(self.directory) / str(said["file_name"]))}
+        else:
+            return None
+        for theirs, ours in (("subset", "config"), ("split", "split"), ("num_samples", "max_rows")):
+            if said.get(theirs):
+                source[ours] = said[theirs]
+        columns = said.get("columns") if isinstance(said.get("columns"), dict) else {}
+        known = {theirs: ours for theirs, ours in _COLUMNS.items() if columns.get(theirs)}
+        if list(known) == ["prompt"] and "chosen" not in columns:  # documents
+            known = {"prompt": "text"}
+        mapped = {ours: columns[theirs] for theirs, ours in known.items() if columns[theirs] != ours}
+        if mapped and mapped != {"messages": "conversations"}:
+            source["columns"] = mapped
+        return source
+
+    def remarks(self, name: str) -> Iterator[str]:
+        """What such an entry does not say of the data set."""
+        said = self.described.get(name)
+        if said is None or self.source(name) is None:
+            yield f"{name}: write its file or hub id; {Path(self.directory) / FILE} does not tell it"
+            return
+        if said.get("ranking"):
+            yield f"{name}: pairs of answers, for preference training, which is not here"
+        columns = said.get("columns") if isinstance(said.get("columns"), dict) else {}
+        if left := [key for key in columns if key not in _COLUMNS and key not in ("chosen", "rejected")]:
+            yield f"{name}: nothing reads {', '.join(left)}"
+        tags = said.get("tags") if isinstance(said.get("tags"), dict) else {}
+        for tag, value in tags.items():
+            if value not in _TAGS.get(tag, _USUAL):
+                yield f"{name}: {tag}: {value} (turns have role and content, or from and value: rename them)"
