@@ -102,9 +102,10 @@ def _is(value: Any, words: tuple[str, ...]) -> bool:
 
 def _number(value: Any) -> float | None:
     try:
-        return float(value)
+        number = float(value)
     except (TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
 
 
 def _names(value: Any) -> list[Any]:
@@ -149,7 +150,7 @@ def _batch(value: Any, config: Config) -> Fields:
 
 
 def _trackers(config: Config) -> list[str]:
-    found = [name for name in _names(config.get("report_to") or []) if name not in ("none", "all")]
+    found = [str(name) for name in _names(config.get("report_to") or []) if name not in ("none", "all")]
     return list(dict.fromkeys(found + [_TRACKERS[key] for key in _TRACKERS if not _is(config.get(key), _NO)]))
 
 
@@ -211,8 +212,11 @@ def _of_sources(config: Config) -> Iterator[str]:
         for key, value in item.items() if isinstance(item, Mapping) else ():
             if key == "type" and value is not None and not _template_of(value):
                 yield _remark("datasets: type", value, "the rows' columns tell the format (data.template)")
+            elif key == "message_property_mappings" and isinstance(value, Mapping):
+                if not {str(name) for name in value.values()} <= {"role", "from", "content", "value"}:
+                    yield _remark(f"datasets: {key}", value, "turns have role and content, or from and value")
             elif key not in (*_OF_SOURCE, *_COLUMNS, "name", "type") and not _is(value, _NO):
-                reason = instead_of(key) or "linchain does not know it"
+                reason = instead_of(key) or CALLED_HERE.get(key) or "linchain does not know it"
                 if not reason.startswith("leave it out"):
                     yield _remark(f"datasets: {key}", value, reason)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from random import Random
 
 import pytest
 import yaml
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import Recipe, convert_recipe, load_recipe
+from linchain_cli.recipe import Recipe, convert_recipe, load_recipe, strict_yaml
+from linchain_cli.recipe.conversion import converted
 from linchain_cli.recipe.other_tools import (
     CALLED_HERE,
     NOT_NEEDED,
@@ -17,7 +19,7 @@ from linchain_cli.recipe.other_tools import (
     is_known,
     said_of,
 )
-from linchain_cli.recipe.validation import dotted_fields
+from linchain_cli.recipe.validation import check, dotted_fields
 
 AXOLOTL = """
 base_model: org/model
@@ -29,7 +31,7 @@ datasets:
     type: chat_template
     field_messages: turns
     message_property_mappings: {role: from, content: value}
-  - {path: old.jsonl, type: jeopardy, shards: 3}
+  - {path: old.jsonl, type: jeopardy, shards: 3, message_property_mappings: {role: who}}
 val_set_size: 0.05
 output_dir: ./outputs/my run
 adapter: qlora
@@ -151,6 +153,8 @@ def test_a_configuration_of_axolotl(convert):
         "#   special_tokens: {pad_token: </s>}  (not here: the tokenizer's own are used; padding needs none)",
         "#   datasets: type: jeopardy  (the rows' columns tell the format (data.template))",
         "#   datasets: shards: 3  (linchain does not know it)",
+        "#   datasets: message_property_mappings: {role: who}  "
+        "(turns have role and content, or from and value)",
         "# Not needed: sample_packing, tf32",
     ]
 
@@ -255,6 +259,42 @@ def test_what_is_missing_is_told(tmp_path):
     path = tmp_path / "theirs.yaml"
     path.write_text("lora_r: 8\nlora_alpha: 16\nlora_dropout: 0.1\n")
     assert "# Missing: model.path\n# Missing: data.train\n" in convert_recipe(path)
+
+
+VALUES = [
+    *(
+        "true",
+        "false",
+        "0",
+        "1",
+        "-1",
+        "0.5",
+        "1e-4",
+        "nan",
+        "x",
+        "",
+        "a,b",
+        "epoch",
+        "5%",
+        "../..",
+        "\n",
+        None,
+    ),
+    *([], ["a", "b"], [None], [["a"]], {"a": "b"}, {"a": ["b"]}, [{}], [{"path": "a"}], {"path": {"x": "y"}}),
+    [{"path": "a", "type": {"field_input": ["x"]}, "columns": "q"}],
+]
+
+
+def test_whatever_is_written_becomes_a_recipe_that_only_lacks_something():
+    random = Random(1)
+    keys = [
+        key for key in (*CALLED_HERE, *SAID_OTHERWISE, *NOT_THERE, *dotted_fields(Recipe)) if "*" not in key
+    ]
+    keys += ["output_dir", "micro_batch_size", "optimizer", "max_steps", "seed", "data", "training"]
+    for _ in range(200):
+        config = {random.choice(keys): random.choice(VALUES) for _ in range(random.randint(1, 12))}
+        _, problems = check(Recipe, strict_yaml.parse(converted(config, "theirs.yaml")).value)
+        assert all(problem.missing for problem in problems), config
 
 
 @pytest.mark.parametrize("text", [AXOLOTL, LLAMA_FACTORY, TRL])
