@@ -99,6 +99,7 @@ _BESIDE = {"input": ("input", "context", "passage"), "system": ("system", "syste
 _ALIKE = 0.8  # of 1: closer than `version` is to `conversations`, as far as a slip of the pen goes
 _PLAIN = re.compile(r"[A-Za-z_](?:[\w .-]*\w)?")
 _JUDGEMENTS = ("label", "kto_tag")  # TRL's and LLaMA-Factory's
+_TRUE_OR_FALSE = ("true", "false")  # in a .csv as text
 PICTURES = frozenset(("image", "images", "video", "videos", "audio", "audios"))
 
 
@@ -106,7 +107,7 @@ def _not_for_learning(row: Cells, choice: Choice, columns: Mapping[str, str]) ->
     """Why rows of a format that is known are not learned unless the recipe names a template for them."""
     beside = {name: value for name, value in row.items() if name not in columns.values()}
     for name in _JUDGEMENTS:
-        if isinstance(beside.get(name), bool) and choice.name in ("chat", "prompt-completion"):
+        if str(beside.get(name)).lower() in _TRUE_OR_FALSE and choice.name in ("chat", "prompt-completion"):
             return (
                 f"answers judged by a `{name}` are for preference training (KTO), which linchain does not "
                 "do: rejected ones would be learned like the others. Keep the rows whose "

@@ -233,6 +233,12 @@ def _check_supervised(report: DataReport, tolerated: float, max_length: int) -> 
         )
 
 
+_WRITTEN_OUT = (
+    ". If documents are conversations written out, questions are learned with the answers: rows of"
+    " `messages` learn the answers alone"
+)
+
+
 def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
     """Puts what the user should know of these rows into `notes` and `warnings`."""
     notes, told = report.notes, report.warnings
@@ -280,6 +286,7 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
         told.append(
             f"{report.control_rows:,} of {report.total:,} rows hold control tokens of the tokenizer in their"
             f" texts (first {report.control_examples[0]}), which are encoded as these, not as letters"
+            + (_WRITTEN_OUT if any(one.template.name == "text" for one in found) else "")
         )
     told += [f"{remark} ({count:,} rows)" for remark, count in report.remarks.items()]
 

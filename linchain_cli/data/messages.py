@@ -50,11 +50,13 @@ def conversation(messages: list[Message], beside: Mapping[str, Any]) -> Conversa
 
 
 def messages_of(value: Any, column: str) -> list[Message]:
-    """The turns in a cell: objects with role and content, or with from and value.
+    """The turns in a cell, or the one: objects with role and content, or with from and value.
 
     Raises RowError, naming the turn, for what is no such list, has a part that is no text, or a tool call
     that cannot be read."""
     value = _columns_to_rows(parsed(value, column))
+    if are_turns([value]):
+        value = [value]
     if not isinstance(value, list) or not value:
         raise RowError(f"'{column}' is not a list of turns like {{role: user, content: ...}}")
     return [_message(turn, f"turn {number} of '{column}'") for number, turn in enumerate(value, start=1)]

@@ -58,6 +58,7 @@ def read(write, source):
         {"messages": [ASKED, ANSWERED], "system": None},
         {"prompt": "2 + 2?", "completion": "4"},
         {"prompt": [ASKED], "completion": [ANSWERED]},
+        {"prompt": ASKED, "completion": {"from": "gpt", "value": "4"}},
         {"prompt": json.dumps([ASKED]), "completion": "4"},
         {"prompt": "2 + 2?", "completion": [ANSWERED], "tools": "[]"},
         {"messages": [{**ASKED, "role": "human"}, {**ANSWERED, "role": "gpt"}]},
@@ -331,6 +332,7 @@ PAIR = {"prompt": "a", "chosen": "b", "rejected": "c"}
             r"judged by a `kto_tag` .*KTO\), .* whose kto_tag is true",
         ),
         ({"messages": [ASKED, ANSWERED], "label": True}, "rejected ones would be learned"),
+        ({"prompt": "a", "completion": "b", "label": "False"}, "rejected ones would be learned"),
         (
             {"conversations": SAID[:1], "chosen": SAID[1], "rejected": SAID[1]},
             "pairs for preference .* write it behind the other turns",
@@ -458,6 +460,15 @@ def test_documents_fill_rows_and_lose_nothing(prepare, write, byte_level):
     assert (report.total, report.kept, report.rows) == (4, 4, len(rows))
     assert report.tokens == len(expected) and report.supervised_tokens == len(expected) - len(rows)
     assert not report.truncated and not report.warnings
+
+
+def test_conversations_written_out_as_documents_are_warned_of(prepare, write):
+    written = "<s>user: one?</s>assistant: eins</s>"
+    (told,) = prepare(str(write("x.jsonl", json.dumps({"text": written}))), validation=0).report.warnings
+    assert "questions are learned with the answers: rows of `messages` learn the answers alone" in told
+    row = {"instruction": "What is </s>?", "output": "An end."}
+    (told,) = prepare(str(write("y.jsonl", json.dumps(row))), validation=0).report.warnings
+    assert "hold control tokens" in told and "`messages`" not in told
 
 
 def test_a_prompt_and_its_completion_are_taken_as_they_are(prepare, write, byte_level):
