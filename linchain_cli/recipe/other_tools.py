@@ -134,8 +134,11 @@ NOT_NEEDED = {
     "ds_type": "a file's ending tells how it is read",
     **_each(
         "role and content, from and value are read alike",
-        "message_property_mappings message_field_role message_field_content tags field_thinking "
-        "template_thinking_key",
+        "message_property_mappings message_field_role message_field_content tags",
+    ),
+    **_each(
+        "reasoning_content, reasoning and thinking are read alike",
+        "field_thinking template_thinking_key split_thinking",
     ),
     **_each(
         "an adapter is trained on what rows say",
