@@ -126,6 +126,7 @@ def _find_base(foreign: ForeignAdapter, path: str, labels: Sequence[str], given:
     from linchain_cli.importing.classifier import outputs_of, read_head
     from linchain_cli.importing.fit import check_base_weights, fit_to_model
     from linchain_cli.model.checkpoint import open_checkpoint
+    from linchain_cli.model.classifier import Outputs
     from linchain_cli.model.config import empty_model
     from linchain_cli.model.files import found_at, locate
     from linchain_cli.model.hashing import base_hash
@@ -134,13 +135,11 @@ def _find_base(foreign: ForeignAdapter, path: str, labels: Sequence[str], given:
     try:
         needed = bool(whole) or foreign.is_classifier
         directory = locate(path, foreign.config.get("revision"), weights=needed)
-        if foreign.is_classifier:
-            told = outputs_of(foreign, directory, labels)
-        model = empty_model(directory, told)
+        model = empty_model(directory, Outputs.unknown("classification") if foreign.is_classifier else None)
     except InputError as error:
         if given:
             raise
-        if foreign.is_classifier and told is None:
+        if foreign.is_classifier:
             raise InputError(
                 f"{foreign.directory} is a classifier's, whose head cannot be read without the base: {error}"
                 " Say where it is with --base MODEL."
@@ -151,6 +150,9 @@ def _find_base(foreign: ForeignAdapter, path: str, labels: Sequence[str], given:
                 f" cannot be told without the base: {error} Say where it is with --base MODEL."
             ) from error
         return _Base(note=f"The base is not at hand, so its modules were not checked: {error}")
+    if foreign.is_classifier:
+        told = outputs_of(foreign, directory, labels)
+        model = empty_model(directory, told)
     names = fit_to_model(foreign, model)
     if whole:
         check_base_weights(foreign, model, open_checkpoint(directory))

@@ -80,13 +80,13 @@ def sum_runs(runs: Sequence[AdaptedRun], weights: Sequence[float], base: Path, a
     for run in runs:
         refuse_other_base(base, run.adapter.base.get("hash"), run.opened.name, allow=allow_other_base)
         check_factors(run.adapter)
+    combined = weighted_sum(adapters, weights)
     asked = {str(run.asking and replace(run.asking, straddles=None)): run.opened.name for run in runs}
     if len(asked) > 1:
         console.warn(
             f"{' and '.join(asked.values())} were trained with different templates: the sum is asked as"
             f" {runs[0].opened.name} was"
         )
-    combined = weighted_sum(adapters, weights)
     roundings = {run.recipe.model.quantization for run in runs}
     return Sum(
         combined,

@@ -265,10 +265,11 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
         if files and files.left_out:
             names = [Path(file).name for file in files.left_out]
             notes.append(f"{name}: not read are {some(names, 5)}")
-    if report.truncated and isinstance(found[0].template, Labelling):
+    if report.truncated and isinstance(labelling := found[0].template, Labelling):
+        place = "beginning" if labelling.keeps_end else "end"
         told.append(
             f"{report.truncated:,} of {report.rows:,} rows are longer than data.max_length ({max_length:,}"
-            f" tokens; the longest has {report.longest:,}): the longer of their texts loses its end"
+            f" tokens; the longest has {report.longest:,}): the longer of their texts loses its {place}"
         )
     elif report.truncated:
         told.append(

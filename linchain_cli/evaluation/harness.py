@@ -223,7 +223,7 @@ def evaluate_harness(
 
     from lm_eval import simple_evaluate
 
-    from linchain_cli.evaluation.harness_model import SharedModel
+    from linchain_cli.evaluation.harness_model import SharedModel, without_git
 
     chat = template.name == "chat"
     of_base = base_sha256, tokenizer_sha256(tokenizer) if tokenizer.is_fast else None, quantization
@@ -247,7 +247,7 @@ def evaluate_harness(
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer, template)
     try:
-        with evaluating(model):
+        with evaluating(model), without_git():
             found = simple_evaluate(
                 SharedModel(model, tokenizer, *((rank, world) if shared else ())),
                 tasks=[item for task in missing for item in task.items],

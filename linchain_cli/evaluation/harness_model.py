@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
@@ -32,3 +35,15 @@ class SharedModel(HFLM):
     def barrier(self) -> None:
         """Waits for all processes, for which the harness's own needs an Accelerator."""
         self.all_gather(torch.zeros(()))
+
+
+@contextlib.contextmanager
+def without_git() -> Iterator[None]:
+    """Keeps the harness from asking git for the commit of the current directory, whatever that is of: git
+    complains on stderr where there is none."""
+    asked = evaluator.get_git_commit_hash
+    evaluator.get_git_commit_hash = lambda: None
+    try:
+        yield
+    finally:
+        evaluator.get_git_commit_hash = asked

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from linchain_cli.errors import InputError, first_line
+from linchain_cli.run import is_adapter, is_run
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -95,7 +96,10 @@ def read_foreign(checkpoint: Path) -> ForeignAdapter:
     directory = Path(checkpoint)
     directory = directory.parent if directory.is_file() else directory
     if not (directory / CONFIG_FILE).is_file():
-        raise InputError(f"{checkpoint} is no adapter checkpoint: {CONFIG_FILE} is missing")
+        is_ours, is_model = is_run(directory) or is_adapter(directory), (directory / "config.json").is_file()
+        what = " It is a run of linchain's, which every command takes as it is." if is_ours else ""
+        what = " It is a whole model, which eval, generate and chat take as it is." if is_model else what
+        raise InputError(f"{checkpoint} is no adapter checkpoint: {CONFIG_FILE} is missing.{what}")
     config = _read_config(directory / CONFIG_FILE)
     weights = next((directory / name for name in WEIGHTS_FILES if (directory / name).is_file()), None)
     if weights is None:

@@ -206,7 +206,8 @@ def _check_directory(directory: Path) -> None:
     if (directory / "adapter_config.json").is_file():
         raise InputError(
             f"{directory} holds a PEFT adapter (adapter_config.json), not a model. Give the base model's "
-            "directory or hub id; a chain adapter of the authors' format becomes a run by 'linchain import'."
+            f"directory or hub id; 'linchain import {directory} --out RUN' makes a run of the adapter, which "
+            "eval, generate and merge take."
         )
     if (directory / "config.json").is_file():
         read_config(directory)

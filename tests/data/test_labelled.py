@@ -76,6 +76,8 @@ def test_a_row_is_cut_where_the_tokenizer_cuts(bert_tokenizer, side):
     texts = [[row[name] for row in PAIRS] for name in ("premise", "hypothesis")]
     expected = tokenizer(*texts, truncation=True, max_length=7)["input_ids"]
     assert [data.train[number][0].tolist() for number in range(3)] == expected
+    (told,) = (warning for warning in data.report.warnings if "max_length" in warning)
+    assert told.endswith(f"loses its {'beginning' if side == 'left' else 'end'}")
 
 
 def test_every_row_counts_one_supervised_place(bert_tokenizer):

@@ -205,11 +205,16 @@ def test_processes_share_the_rows_and_find_what_one_finds(loaded, task_file, tmp
     assert (written.fingerprint, written.rows_sha256) == (of_one.fingerprint, of_one.rows_sha256)
 
 
-def test_an_evaluation_leaves_tokenizer_and_tasks_what_they_were(loaded, task_file, tmp_path):
-    """A comparison's arms are evaluated on the same ones, one after another."""
+def test_an_evaluation_leaves_tokenizer_and_tasks_what_they_were(
+    loaded, task_file, tmp_path, monkeypatch, capfd
+):
+    """A comparison's arms are evaluated on the same ones, one after another. And git is not asked about the
+    current directory."""
+    monkeypatch.chdir(tmp_path)
     model, tokenizer = loaded
     template, tasks = get_template("plain", tokenizer), load_harness([task_file])
     before, rows = tokenizer_sha256(tokenizer), tasks[0].rows(None)
     evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path)
+    assert "fatal: not a git repository" not in capfd.readouterr().err
     assert (tokenizer_sha256(tokenizer), tasks[0].rows(None)) == (before, rows)
     assert evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path).known

@@ -134,6 +134,13 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path, capsys, kind):
         assert linchain("eval", run, "--tasks", "dev.jsonl", "--out", f"of-{Path(run).name}") == 0
     one, other = (Path(f"of-{name}/classification.predictions.jsonl") for name in ("one", "back"))
     assert one.read_bytes() == other.read_bytes()
+    capsys.readouterr()
+    assert linchain("merge", "runs/one", "back", "--weights", "0.5,0.5", "--out", "sum") == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: classifiers do not add up")
+    for place, what in {"runs/one": "a run of linchain's", "base": "a whole model"}.items():
+        assert linchain("import", place, "--out", "x") == 2
+        assert f"adapter_config.json is missing. It is {what}, which" in capsys.readouterr().err
     assert linchain("export", "back") == 0  # and goes again
     assert Path("back/peft/linchain_labels.json").read_bytes() == (
         Path("runs/one/peft/linchain_labels.json").read_bytes()
@@ -162,12 +169,12 @@ def test_classes_are_named_by_the_option_or_the_base(tmp_path, capsys):
     assert load_adapter(Path("own/adapter")).head.classes == ("sad", "merry")
     capsys.readouterr()
     for labels, message in {
-        "a,b,c": "tells 2 classes, and 3 are named: a, b, c",
-        "a,a": "expected different names",
-        "a,": "expected different names",
+        "a,b,c": "error: peft tells 2 classes, and 3 are named: a, b, c",
+        "a,a": "error: --labels a,a: expected different names",
+        "a,": "error: --labels a,: expected different names",
     }.items():
         assert linchain("import", "peft", "--out", "x", "--labels", labels) == 2
-        assert message in " ".join(capsys.readouterr().err.split())
+        assert " ".join(capsys.readouterr().err.split()).startswith(message)
 
 
 def edited(**changes) -> None:
