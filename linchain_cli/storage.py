@@ -51,6 +51,15 @@ def expand(path: Path | str) -> Path:
         raise InputError(f"{path}: {whose} home directory is not known here; write the path out") from None
 
 
+def broken_link(path: Path) -> str:
+    """` (LINK is a link to TARGET, where nothing is)` of a path that is missing because a link on it leads
+    nowhere, such as to a disk that is not mounted; nothing of others."""
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            return f" ({part} is a link to {os.readlink(part)}, where nothing is)"
+    return ""
+
+
 def refuse_lfs_pointer(path: Path, name: str = "") -> None:
     """Raises InputError for a file in whose place a clone without Git LFS has left a few lines about it.
 

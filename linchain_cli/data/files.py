@@ -19,6 +19,7 @@ from linchain_cli.data.tables import ArrowReader, ParquetReader, TableReader
 from linchain_cli.errors import InputError, LinchainError, did_you_mean, first_line, some
 from linchain_cli.storage import (
     NO_ROOM,
+    broken_link,
     expand,
     make_directory,
     refuse_lfs_pointer,
@@ -120,7 +121,7 @@ def check_file(path: Path) -> None:
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
         hint = did_you_mean(path.name, [file.name for file in beside if is_data_file(file.name)])
         below = "" if path.is_absolute() else f" below {Path.cwd()}"
-        raise InputError(f"data: there is no file {path}{below}.{hint}")
+        raise InputError(f"data: there is no file {path}{below}{broken_link(path)}.{hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"data: {path} may not be read (permission denied).")
 

@@ -17,7 +17,7 @@ from linchain_cli.data.glue import HUB_ID, TASKS, GlueSource, find_glue
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.model.files import looks_local
 from linchain_cli.recipe import SourceConfig
-from linchain_cli.storage import expand
+from linchain_cli.storage import broken_link, expand
 
 DATA_DIR_VARIABLE = "LINCHAIN_DATA_DIR"
 _HUB_ID = re.compile(r"[\w][\w.-]*(/[\w.-]+){1,2}")
@@ -104,8 +104,8 @@ def resolve_source(source: SourceConfig, data_dir: str | Path | None = None) -> 
         if looks_local("/".join(name.split("/")[:2])):
             hint = did_you_mean(directory.name, _beside(directory))
             raise InputError(
-                f"data: there is no file or directory {name}, and it looks like a path, so the hub was "
-                f"not asked.{hint}"
+                f"data: there is no file or directory {name}{broken_link(directory)}, and it looks like a"
+                f" path, so the hub was not asked.{hint}"
             )
         return Source(name, "hub", name, **settings, **of_the_hub)
     raise InputError(

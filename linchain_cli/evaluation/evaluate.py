@@ -113,22 +113,18 @@ def evaluate(
     if on_progress and known + len(done):
         on_progress("continuing", known + len(done), total)
     passed = known
-    try:
-        with evaluating(model):
-            for turn, job, batch in _batches(setup, own, missing, protocol):
-                passed += len(batch)  # by whatever process
-                keys = [(job.task.name, job.task.rows[position].index) for position in batch]
-                if turn % shares != turn_of or all(key in done for key in keys):
-                    continue
-                predictions = halved(job.run, batch, spread=not share)
-                done.update(zip(keys, predictions, strict=True))
-                if progress:
-                    progress.append(predictions)
-                if on_progress:
-                    on_progress(job.task.name, passed, total)
-    finally:
-        if progress:
-            progress.close()
+    with evaluating(model):
+        for turn, job, batch in _batches(setup, own, missing, protocol):
+            passed += len(batch)  # by whatever process
+            keys = [(job.task.name, job.task.rows[position].index) for position in batch]
+            if turn % shares != turn_of or all(key in done for key in keys):
+                continue
+            predictions = halved(job.run, batch, spread=not share)
+            done.update(zip(keys, predictions, strict=True))
+            if progress:
+                progress.append(predictions)
+            if on_progress:
+                on_progress(job.task.name, passed, total)
     if not missing:
         return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
     results = summarise(missing, gather(list(done.values()), shares), setting, fingerprints)

@@ -14,11 +14,10 @@ import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from linchain_cli.evaluation.results import Prediction
 from linchain_cli.run import jsonl_bytes, read_jsonl
-from linchain_cli.storage import make_directory
+from linchain_cli.storage import append, make_directory
 
 GIVEN_UP_AFTER = 30 * 24 * 3600.0  # seconds since the last row
 
@@ -29,7 +28,6 @@ class FinishedRows:
     def __init__(self, directory: Path, fingerprints: Mapping[str, str]):
         self._directory, self._fingerprints = directory, fingerprints
         self._token = secrets.token_hex(4)
-        self._handles: dict[str, Any] = {}
         self.done: dict[tuple[str, int], Prediction] = {}
         for task, fingerprint in fingerprints.items():
             for part in self._parts(fingerprint):
@@ -40,24 +38,13 @@ class FinishedRows:
 
     def append(self, rows: Sequence[Prediction]) -> None:
         """Adds the rows of one task's batch in one write."""
-        task = rows[0]["task"]
-        if task not in self._handles:
-            make_directory(self._directory)
-            path = self._directory / f".{self._fingerprints[task][:16]}.part-{self._token}.jsonl"
-            self._handles[task] = open(path, "xb")  # noqa: SIM115 (kept open from batch to batch)
-        self._handles[task].write(jsonl_bytes(rows))
-        self._handles[task].flush()
-
-    def close(self) -> None:
-        """Keeps the files."""
-        for handle in self._handles.values():
-            handle.close()
-        self._handles = {}
+        make_directory(self._directory)
+        fingerprint = self._fingerprints[rows[0]["task"]]
+        append(self._directory / f".{fingerprint[:16]}.part-{self._token}.jsonl", jsonl_bytes(rows))
 
     def remove(self) -> None:
         """Removes the files of all processes, and those of other evaluations that were given up long ago;
         called by one of the processes when the result is written."""
-        self.close()
         own = {part for fingerprint in self._fingerprints.values() for part in self._parts(fingerprint)}
         for part in self._directory.glob(".*.part-*.jsonl"):
             with contextlib.suppress(FileNotFoundError):  # another process may do so, too

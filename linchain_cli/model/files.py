@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol
 from linchain_cli.errors import InputError, did_you_mean, some
 from linchain_cli.model.gguf import converted_gguf
 from linchain_cli.model.hub import MODEL, cached_ids, hub_problems
-from linchain_cli.storage import expand, refuse_lfs_pointer
+from linchain_cli.storage import broken_link, expand, refuse_lfs_pointer
 
 logger = logging.getLogger(__name__)
 
@@ -236,11 +236,14 @@ def looks_local(path: str) -> bool:
     """Whether a name is meant as a path, which the hub is never asked for.
 
     A hub id is `name` or `organisation/name`. What lies below a directory that is here, or below one that is
-    called as such directories are, is a path, as is anything that cannot be a hub id.
+    called as such directories are, is a path, as are a link that is here and anything that cannot be a hub
+    id.
     """
     if not HUB_ID.fullmatch(path) or path.lower().endswith(LOCAL_SUFFIXES):
         return True
     folder, slash, _ = path.partition("/")
+    if Path(folder).is_symlink():  # also one to a disk that is not there now
+        return True
     return bool(slash) and (folder.lower() in LOCAL_FOLDERS or Path(folder).is_dir())
 
 
@@ -252,7 +255,7 @@ def refuse_missing(path: str, more: Iterable[str] = (), what: str = "model") -> 
     while not missing.parent.exists():
         missing = missing.parent
     siblings = [str(entry) for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    part = "" if missing == local else f" ({missing} does not exist)"
+    part = broken_link(local) or ("" if missing == local else f" ({missing} does not exist)")
     hint = did_you_mean(str(missing), [*siblings, *more])
     raise InputError(
         f"There is no {what} at '{path}'{part}, and it looks like a path, so the hub was not asked.{hint}"

@@ -17,6 +17,7 @@ import pytest
 from linchain_cli.data.reading import RawRows
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.recipe import SourceConfig
 
 ROWS = [{"a": str(number), "b": f"row {number}"} for number in range(10)]
 
@@ -286,3 +287,12 @@ def test_a_directory_can_be_read_as_datasets_does(tmp_path, read):
     assert read(tmp_path / "set", data_files="two.jsonl") == ROWS[2:]
     with pytest.raises(InputError, match="three.jsonl"):
         read(tmp_path / "set", data_files="three.jsonl")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "disk/rows"])
+def test_a_link_that_leads_nowhere_is_told(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / Path(name).parts[0]).symlink_to("/nowhere/mounted")
+    with pytest.raises(InputError, match="is a link to /nowhere/mounted, where nothing is") as error:
+        resolve_source(SourceConfig(path=name))
+    assert "Did you mean" not in str(error.value)

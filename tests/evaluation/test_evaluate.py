@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -12,12 +13,14 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
+from linchain_cli import storage
 from linchain_cli.chain import ChainConfig, detach, inject
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.jobs import LikelihoodJob
+from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.results import predictions_path, read_results
 from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.loading import load_model
@@ -360,3 +363,13 @@ def test_a_broken_model_is_no_result(model, tokenizer, template, tasks, protocol
     torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
     with pytest.raises(LinchainError, match="damaged"):
         run(model, tokenizer, template, tasks, protocol=protocol)
+
+
+def test_a_disk_that_takes_no_more_rows_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "_write", full)
+    with pytest.raises(OSError) as error:
+        FinishedRows(tmp_path, {"boolq": "a" * 64}).append([{"task": "boolq", "index": 0}])
+    assert error.value.filename.startswith(f"{tmp_path}/.aaaa")

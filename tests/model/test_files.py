@@ -342,6 +342,17 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, tmp_path, monkey
         locate(name)
 
 
+@pytest.mark.parametrize("name", ["disk", "disk/tiny", "loop"])
+def test_a_link_that_leads_nowhere_is_a_path(name, tmp_path, monkeypatch, no_hub):
+    monkeypatch.chdir(tmp_path)
+    Path("disk").symlink_to("/nowhere/mounted")
+    Path("loop").symlink_to("loop")
+    target = "loop" if name == "loop" else "/nowhere/mounted"
+    with pytest.raises(InputError, match=rf"\({name[:4]} is a link to {target}, where nothing is\)") as error:
+        locate(name)
+    assert "Did you mean" not in str(error.value)
+
+
 def test_a_hub_id_is_no_path():
     assert not looks_local("gpt2") and not looks_local("HuggingFaceTB/SmolLM2-135M-Instruct")
 
