@@ -188,8 +188,10 @@ def _source(item: Any, config: Config) -> Any:
     """An entry of `datasets` as one of `data.train`."""
     given = dict(item) if isinstance(item, Mapping) else {"path": item}
     source = {key: given[key] for key in _OF_SOURCE if given.get(key)}
-    if given.get("name"):
-        source["config"] = given["name"]
+    if not isinstance(source.get("columns"), Mapping):  # TRL's are those that are kept
+        source.pop("columns", None)
+    if configuration := given.get("name") or config.get("dataset_config"):
+        source["config"] = configuration
     if template := _template_of(given.get("type")):
         source["template"] = template
     columns = {
@@ -271,7 +273,7 @@ _SPECIAL: dict[str, Callable[[Any, Config], Fields]] = {
             *("logging_strategy", "report_to", *_TRACKERS, "deepspeed", "fsdp", "fsdp_config"),
             *("dp_shard_size", "dp_replicate_size", "chat_template", "auto_find_batch_size"),
             *("exclude_modules", "layers_to_transform", "layers_pattern", "peft_layers_to_transform"),
-            *("peft_layers_pattern", "dataset_test_split"),
+            *("peft_layers_pattern", "dataset_test_split", "dataset_config"),
         ),
         lambda value, config: {},
     ),

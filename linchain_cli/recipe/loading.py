@@ -117,6 +117,8 @@ def convert_recipe(path: Path | str) -> str:
 def _parsed(path: Path) -> strict_yaml.Document:
     """A file's document, which is a mapping."""
     text = _read_text(path)
+    if path.suffix in (".py", ".ipynb", ".sh"):
+        raise InputError(f"{path}: a script; a recipe is a short YAML file. {_START}")
     try:
         document = strict_yaml.parse(text)
     except InputError as error:

@@ -50,7 +50,8 @@ CALLED_HERE = {
         "dataset_text_field text_column",
     ),
     **_each(
-        "data.validation", "val_set_size val_size test_datasets eval_dataset dataset_test_split eval_split"
+        "data.validation",
+        "val_set_size val_size test_datasets eval_dataset dataset_test_split eval_split test_split_size",
     ),
     **_each("data.max_length", "sequence_len cutoff_len max_seq_length max_seq_len model_max_length"),
     **_each("data.on_long_row", "excess_length_strategy truncation_mode"),
@@ -96,7 +97,7 @@ SAID_OTHERWISE = {
     **_each("max_rows beside a source's path takes the first ones", "max_samples num_samples"),
     **_each("config beside a source's path", "dataset_config subset"),
     "dataset_dir": "data sets go by their file or hub id; linchain recipes convert reads dataset_info.json",
-    **_each("weight beside a source's path", "interleave_probs mix_strategy"),
+    **_each("weight beside a source's path", "interleave_probs mix_strategy fraction"),
     **_each("a turn with `train: false` in the row is not learned", "roles_to_train message_field_training"),
     "overwrite_output_dir": "linchain train --fresh replaces a run",
     **_each("linchain train --resume continues a run", "resume_from_checkpoint auto_resume_from_checkpoints"),

@@ -87,6 +87,7 @@ val_size: 0
 TRL = """
 model_name_or_path: org/model
 dataset_name: org/rows
+dataset_config: en
 use_peft: true
 lora_r: 16
 lora_alpha: 64
@@ -221,6 +222,20 @@ def test_a_configuration_of_trl(convert):
     assert (recipe.training.eval_every, recipe.training.keep) == ("epoch", "best")
     assert recipe.training.trackers == ["wandb", "tensorboard"] and recipe.data.train_on_inputs
     assert recipe.name == "theirs"
+    assert [(source.path, source.config) for source in recipe.data.train] == [("org/rows", "en")]
+
+
+def test_a_mixture_of_trl(convert):
+    rows = "datasets:\n  - {path: org/a, split: train, columns: [messages], fraction: 0.5}\n  - path: org/b\n"
+    text, recipe = convert(
+        TRL.replace("dataset_name: org/rows\ndataset_config: en\n", rows) + "test_split_size: 0.1"
+    )
+    assert [(source.path, source.split) for source in recipe.data.train] == [
+        ("org/a", "train"),
+        ("org/b", None),
+    ]
+    assert recipe.data.validation == "10%"
+    assert "#   datasets: fraction: 0.5  (weight beside a source's path)" in text
 
 
 @pytest.mark.parametrize(
@@ -250,7 +265,7 @@ def test_a_configuration_of_trl(convert):
 def test_what_a_recipe_cannot_say_is_told_beneath_it(convert, line, said):
     kept = [old for old in TRL.splitlines() if old.partition(":")[0] != line.partition(":")[0]]
     if line.startswith("dataset:"):
-        kept = [old for old in kept if not old.startswith("dataset_name")]
+        kept = [old for old in kept if not old.startswith("dataset_")]
     text, _ = convert("\n".join([*kept, line]))
     assert said in text
 

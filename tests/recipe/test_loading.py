@@ -204,6 +204,12 @@ def test_keys_of_other_tools_are_told_by_our_names(write):
     assert lines[0].startswith(f"  {path}: name: missing.")
 
 
+def test_a_script_is_no_recipe(tmp_path):
+    for name in ("train.py", "train.sh", "train.ipynb"):
+        (tmp_path / name).write_text("trainer.train()\n")
+        assert f"{name}: a script; a recipe is a short YAML file. Start from" in message(tmp_path / name)
+
+
 def test_one_problem_is_one_line(write):
     path = write(VALID.replace("rank: 8", "rank: 0"))
     assert message(path) == f"{path}:7: adapter.rank: expected a whole number from 1 to 65,536, got '0'."
