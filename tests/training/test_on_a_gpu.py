@@ -90,6 +90,7 @@ def train(job: Job, gpu: pretend_gpu.PretendGpu) -> None:
         max_steps=5,
         epochs=None,
         log_every=2,
+        eval_every=100,
         save_every=100,
         early_stopping=None,
     )
