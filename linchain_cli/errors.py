@@ -50,7 +50,7 @@ def nearest(name: str, names: Iterable[str], alike: float = 0.6) -> str | None:
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
     """A sentence to put behind a message: ` Did you mean 'rank'?`, or nothing."""
-    found = nearest(name, [one for one in names if one != name])
+    found = nearest(name, names)
     return f" Did you mean '{found}'?" if found else ""
 
 

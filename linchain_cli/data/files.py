@@ -119,7 +119,8 @@ def check_file(path: Path) -> None:
         raise InputError(f"data: {path} is a file; a data file ends in {ENDINGS}.{hint}")
     if not path.is_file():
         beside = path.parent.iterdir() if path.parent.is_dir() else ()
-        hint = did_you_mean(path.name, [file.name for file in beside if is_data_file(file.name)])
+        named = [file.name for file in beside if is_data_file(file.name) and file.name != path.name]
+        hint = did_you_mean(path.name, named)
         below = "" if path.is_absolute() else f" below {Path.cwd()}"
         raise InputError(f"data: there is no file {path}{below}{broken_link(path)}.{hint}")
     if not os.access(path, os.R_OK):

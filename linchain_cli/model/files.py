@@ -255,6 +255,7 @@ def refuse_missing(path: str, more: Iterable[str] = (), what: str = "model") -> 
     while not missing.parent.exists():
         missing = missing.parent
     siblings = [str(entry) for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    siblings = [entry for entry in siblings if entry != str(missing)]  # a link that leads nowhere
     part = broken_link(local) or ("" if missing == local else f" ({missing} does not exist)")
     hint = did_you_mean(str(missing), [*siblings, *more])
     raise InputError(

@@ -149,10 +149,10 @@ class RunDirectory:
             return False
         except OSError:  # a share that does not answer: who writes there will learn why
             return True
-        if os.path.samestat(os.fstat(descriptor), status):
-            return True
-        # Some shares give a directory another number now and then. What it holds stays the same.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # of one that another machine has removed from a share
+            if os.path.samestat(os.fstat(descriptor), status):
+                return True
+            # Some shares give a directory another number now and then. What it holds stays the same.
             held = os.open(self.status_path.name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
             with open(held, "rb") as handle:
                 return handle.read() == self.status_path.read_bytes()

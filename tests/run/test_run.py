@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from linchain_cli.errors import InputError
+from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.run import (
     RunDirectory,
     append_jsonl,
@@ -338,3 +340,20 @@ def test_a_status_is_never_seen_half_written(tmp_path):
         time.sleep(0.001)
     assert writer.returncode == 0 and reads > 3
     assert run.read_status().step == 199
+
+
+def test_a_run_that_another_machine_has_removed_from_a_share_is_gone(tmp_path, monkeypatch):
+    def stale(descriptor):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    run = RunDirectory(tmp_path / "a")
+    run.create("name: a\n")
+    with run.watched():
+        run.check_there()
+        shutil.rmtree(run.path)
+        RunDirectory(run.path).create("name: other\n")
+        monkeypatch.setattr(os, "fstat", stale)
+        with pytest.raises(LinchainError, match="was removed while the run was going on"):
+            run.check_there()
+        monkeypatch.undo()
+    run.check_there()  # of no run that goes on
