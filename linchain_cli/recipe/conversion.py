@@ -62,6 +62,8 @@ def converted(config: Config, source: str) -> str:
         else:
             unsaid.append(_remark(key, value, reason or "linchain does not know it"))
     unsaid += _of_sources(config)
+    if adapter := flat.get("adapter.init_from"):
+        unsaid.append(f"adapter.init_from: first `linchain import {adapter} --out NEW`, then name NEW there")
     if trackers := _trackers(config):
         flat["training.trackers"] = trackers
     flat |= _places(config, flat, source)

@@ -47,7 +47,9 @@ def start_adapter(recipe: Recipe) -> Adapter | None:
     try:
         adapter = load_adapter(find_adapter(path).adapter_dir if RunDirectory(path).exists() else path)
     except InputError as error:
-        raise InputError(f"adapter.init_from: {error}") from None
+        theirs = (path / "adapter_config.json").is_file() or not path.exists() and "/" in source
+        hint = f". If it is PEFT's, `linchain import {source} --out NEW` makes one of it" if theirs else ""
+        raise InputError(f"adapter.init_from: {error}{hint}") from None
     theirs, ours = ((c.rank, c.depth, c.alpha) for c in (adapter.config, chain_config(recipe)))
     if theirs != ours:
         found, wanted = ("rank {}, depth {} and alpha {:g}".format(*values) for values in (theirs, ours))

@@ -249,6 +249,10 @@ def test_a_mixture_of_trl(convert):
         ("finetuning_type: full", "#   all weights are trained there; linchain trains an adapter"),
         ("rl: dpo", "#   rl: dpo  (not here: preference training and RL)"),
         ("layers_to_transform: [1, 2]", "(adapter.target_modules takes a regular expression over"),
+        (
+            "lora_model_dir: old",
+            "#   adapter.init_from: first `linchain import old --out NEW`, then name NEW",
+        ),
         ("something: 3", "#   something: 3  (linchain does not know it)"),
         ("use_dora: false", "# Not needed: use_peft, use_dora"),
         (

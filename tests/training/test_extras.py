@@ -64,6 +64,11 @@ def test_init_from_must_fit(run_tiny, tmp_path):
                 "adapter.target_modules": ["q_proj", "v_proj", "down_proj", "up_proj"],
             }
         )
+    (tmp_path / "peft").mkdir()
+    (tmp_path / "peft" / "adapter_config.json").write_text("{}")
+    for theirs in (str(tmp_path / "peft"), "org/adapter"):
+        with pytest.raises(InputError, match=f"chain.json is missing. If .* `linchain import {theirs} --out"):
+            run_tiny({"name": "third", "adapter.init_from": theirs})
     with pytest.raises(InputError, match="adapter.init_from: .* holds no chain adapter"):
         run_tiny({"name": "second", "adapter.init_from": str(tmp_path)})
     assert not (tmp_path / "runs" / "second").exists()
