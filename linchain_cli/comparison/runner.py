@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -274,7 +275,8 @@ class _Runner:
         finally:
             detach(base.model)
             if run.exists() and not in_use(run.path):
-                loss_plot(run)
+                with contextlib.suppress(OSError):  # a full disk fails the run, if at all, by what counts
+                    loss_plot(run)
 
     def _measure_halves(self, recipe: Recipe, run: RunDirectory, status: RunStatus) -> None:
         base, rows = self._loaded(recipe), self._validation

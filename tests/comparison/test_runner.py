@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
@@ -268,7 +269,11 @@ def test_an_arm_that_fails_does_not_end_the_others(recipe_path, tmp_path, monkey
             raise LinchainError("step 3: the loss is nan")
         return train(recipe, **options)
 
+    def full(run):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     monkeypatch.setattr(runner, "run_training", failing)
+    monkeypatch.setattr(runner, "loss_plot", full)  # a picture is no result
     with pytest.raises(
         LinchainError, match="1 of 3 runs failed:\ndepth-1-kaiming_seed-1: step 3: the loss is nan"
     ) as error:
