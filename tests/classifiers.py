@@ -73,6 +73,45 @@ def make_checkpoint(kind: str, directory: Path) -> Path:
     return directory
 
 
+def make_encoder(kind: str, names: list[str] | None = None) -> tuple[Any, Any]:
+    """A random classifier of that kind, in whose attention everything weighs, and its own kind of tokenizer,
+    which gives `names`."""
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForSequenceClassification,
+        BertTokenizer,
+        FunnelTokenizer,
+        XLNetTokenizer,
+    )
+
+    own = {} if names is None else {"model_input_names": names}
+    words = list(dict.fromkeys(WORDS))
+    specials = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>", "<s>", "</s>", "<eop>", "<eod>"]
+    if kind == "xlnet":
+        sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40, "pad_token_id": 0}
+        pieces = [(word, 0.0) for word in specials] + [(f"▁{word}", -1.0) for word in words]
+        tokenizer = XLNetTokenizer(vocab=pieces, unk_id=1, **own)
+    elif kind == "funnel":
+        sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 40, "block_sizes": [1, 1]}
+        vocabulary = {word: number for number, word in enumerate([*specials, *words])}
+        tokenizer = FunnelTokenizer(vocab=vocabulary, **own)
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
+        sizes |= {"embedding_size": 16} if kind == "albert" else {}
+        vocabulary = {
+            word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])
+        }
+        tokenizer = BertTokenizer(vocab=vocabulary, **own)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, num_labels=3)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+        for parameter in model.parameters():
+            parameter.data.normal_(0, 0.3)
+    return model, tokenizer
+
+
 def pair_rows(count: int, first: int = 0) -> list[dict[str, str]]:
     """Rows that are `good` where their second text names the first one's animal, else `bad`; of many
     lengths."""

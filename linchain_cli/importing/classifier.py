@@ -26,15 +26,21 @@ def outputs_of(foreign: ForeignAdapter, directory: Path, labels: Sequence[str] =
     outputs, called by `labels`, or as the base calls them, or by their numbers. One output is a regression's.
 
     Raises:
-        InputError: it has no head, or `labels` are not as many.
+        InputError: it has no head, `labels` are not as many, or the base tells several at once.
     """
+    config = read_config(directory)
+    if config.get("problem_type") == "multi_label_classification":
+        raise InputError(
+            f"{foreign.directory}: its base {directory} tells several labels at once (config.json:"
+            " problem_type), which cannot be learned or measured here. Merge it with PEFT (merge_and_unload)."
+        )
     number = _number(foreign, directory)
     if labels and len(labels) != (number if number > 1 else 0):
         told = f"tells {number} classes" if number > 1 else "tells one number, a regression's"
         raise InputError(f"{foreign.directory} {told}, and {len(labels)} are named: {', '.join(labels)}")
     if number == 1:
         return Outputs()
-    if not labels and names_classifier(read_config(directory).get("architectures")):
+    if not labels and names_classifier(config.get("architectures")):
         labels = stored_outputs(directory).classes
     if len(labels) != number:
         labels = [f"LABEL_{place}" for place in range(number)]

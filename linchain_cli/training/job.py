@@ -210,7 +210,8 @@ def prepare(
     store = CheckpointStore(run.checkpoints_dir, recipe.training.keep_checkpoints)
     begun = from_main(accelerator, on_main(accelerator, lambda: resume and bool(store.steps())))
     layers = together(accelerator, lambda: put_in_chains(base.model, _unstarted(recipe) if begun else recipe))
-    any_rows = torch.zeros(1, 2, dtype=torch.long, device=accelerator.device)
+    # Funnel halves a row from block to block.
+    any_rows = torch.zeros(1, 16, dtype=torch.long, device=accelerator.device)
     find_siblings(base.model, lambda: _any_forward(base, any_rows))
     training = recipe.training
     set_up_blocks(

@@ -177,6 +177,16 @@ def test_classes_are_named_by_the_option_or_the_base(tmp_path, capsys):
         assert " ".join(capsys.readouterr().err.split()).startswith(message)
 
 
+def test_several_labels_at_once_are_refused(tmp_path, capsys):
+    base = make_checkpoint("roberta", tmp_path / "base")
+    trained_by_peft(base, "roberta", 2)
+    config = json.loads((base / "config.json").read_text()) | {"problem_type": "multi_label_classification"}
+    (base / "config.json").write_text(json.dumps(config))
+    capsys.readouterr()
+    assert linchain("import", "peft", "--out", "run") == 2
+    assert "tells several labels at once" in capsys.readouterr().err
+
+
 def edited(**changes) -> None:
     path = Path("peft/adapter_config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

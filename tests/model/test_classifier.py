@@ -12,50 +12,9 @@ from linchain_cli.data.labelled_batches import collate_labelled
 from linchain_cli.model.classifier import padding, padding_side, row_logits, tells_segments
 from linchain_cli.recipe import DataConfig
 
-from ..classifiers import WORDS, pair_rows, write_rows
+from ..classifiers import make_encoder, pair_rows, write_rows
 
-SMALL = {"num_labels": 3, "initializer_range": 0.3}
 LENGTH = 24  # which some of the pairs have not, and some go beyond
-
-
-def encoder(kind: str, names: list[str] | None):
-    """A random classifier of that kind, in whose attention everything weighs, and its own kind of tokenizer,
-    which gives `names`."""
-    from transformers import (
-        AutoConfig,
-        AutoModelForSequenceClassification,
-        BertTokenizer,
-        FunnelTokenizer,
-        XLNetTokenizer,
-    )
-
-    own = {} if names is None else {"model_input_names": names}
-    words = list(dict.fromkeys(WORDS))
-    specials = ["<pad>", "<unk>", "<cls>", "<sep>", "<mask>", "<s>", "</s>", "<eop>", "<eod>"]
-    if kind == "xlnet":
-        sizes = {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40, "pad_token_id": 0}
-        pieces = [(word, 0.0) for word in specials] + [(f"▁{word}", -1.0) for word in words]
-        tokenizer = XLNetTokenizer(vocab=pieces, unk_id=1, **own)
-    elif kind == "funnel":
-        sizes = {"d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 40, "block_sizes": [1, 1]}
-        vocabulary = {word: number for number, word in enumerate([*specials, *words])}
-        tokenizer = FunnelTokenizer(vocab=vocabulary, **own)
-    else:
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40}
-        sizes |= {"embedding_size": 16} if kind == "albert" else {}
-        vocabulary = {
-            word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])
-        }
-        tokenizer = BertTokenizer(vocab=vocabulary, **own)
-    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes, **SMALL)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-        for parameter in model.parameters():
-            parameter.data.normal_(0, 0.3)
-    return model, tokenizer
-
-
 WITH_SEGMENTS = ["input_ids", "token_type_ids", "attention_mask"]
 WITHOUT = ["input_ids", "attention_mask"]
 
@@ -65,7 +24,7 @@ WITHOUT = ["input_ids", "attention_mask"]
 @torch.no_grad()
 def test_pairs_are_read_as_transformers_reads_them(tmp_path: Path, monkeypatch, kind, names):
     monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
-    model, tokenizer = encoder(kind, names)
+    model, tokenizer = make_encoder(kind, names)
     rows = pair_rows(6)
     section = DataConfig.model_validate(
         {"train": str(write_rows(tmp_path / "rows.jsonl", rows)), "validation": 0, "max_length": LENGTH}
