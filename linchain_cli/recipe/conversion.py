@@ -70,7 +70,9 @@ def converted(config: Config, source: str) -> str:
     if "training.max_steps" in flat:
         flat.pop("training.epochs", None)
     if _trains_everything(config):
-        unsaid.append("all weights are trained there; linchain trains an adapter")
+        unsaid.insert(0, "all weights are trained there; linchain trains an adapter")
+    if (stage := config.get("stage")) and stage not in ("sft", "pt"):
+        unsaid.insert(0, _remark("stage", stage, "not here: what is learned is the rows' answers"))
     missing = _take_out_what_is_wrong(flat, unsaid)
     return _text(flat, missing, unsaid, left_out, source)
 

@@ -98,6 +98,7 @@ SAID_OTHERWISE = {
     **_each("config beside a source's path", "dataset_config subset"),
     "dataset_dir": "data sets go by their file or hub id; linchain recipes convert reads dataset_info.json",
     **_each("weight beside a source's path", "interleave_probs mix_strategy fraction"),
+    **_each("human, user, gpt, assistant, tool and the like are known roles", "roles"),
     **_each("a turn with `train: false` in the row is not learned", "roles_to_train message_field_training"),
     "overwrite_output_dir": "linchain train --fresh replaces a run",
     **_each("linchain train --resume continues a run", "resume_from_checkpoint auto_resume_from_checkpoints"),
@@ -223,7 +224,8 @@ NOT_THERE = {
     ),
     **_each(
         "not here: preference training and RL",
-        "rl trl reward_model* process_reward_model pref_* dpo_* kto_* beta ref_model* vllm* ebft",
+        "rl trl field_chosen field_rejected reward_model* process_reward_model pref_* dpo_* kto_* beta "
+        "ref_model* vllm* ebft",
     ),
     **_each("not here: text alone is learned", "processor_type processor_kwargs image_* video_* audio_* "
             "media_dir"),

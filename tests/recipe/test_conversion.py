@@ -253,6 +253,10 @@ def test_a_mixture_of_trl(convert):
             "lora_model_dir: old",
             "#   adapter.init_from: first `linchain import old --out NEW`, then name NEW",
         ),
+        (
+            "stage: dpo",
+            "# Not said above:\n#   stage: dpo  (not here: what is learned is the rows' answers)\n",
+        ),
         ("something: 3", "#   something: 3  (linchain does not know it)"),
         ("use_dora: false", "# Not needed: use_peft, use_dora"),
         (
