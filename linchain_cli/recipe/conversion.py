@@ -240,6 +240,14 @@ def _targets(value: Any) -> Any:
     return _names(value) if isinstance(value, str) and "," in value and "(" not in value else value
 
 
+# What other keys say, or a default.
+_SAID_ELSEWHERE = (
+    *_TRACKERS,
+    *"adapter auto_find_batch_size chat_template dataset_config dataset_dir dataset_test_split".split(),
+    *"deepspeed dp_replicate_size dp_shard_size exclude_modules fsdp fsdp_config".split(),
+    *"gradient_accumulation_steps layers_pattern layers_to_transform logging_strategy max_samples".split(),
+    *"peft_layers_pattern peft_layers_to_transform peft_use_rslora report_to use_rslora".split(),
+)
 _SPECIAL: dict[str, Callable[[Any, Config], Fields]] = {
     **dict.fromkeys(("bf16", "bfloat16", "pure_bf16"), _if_yes("model.dtype", "bfloat16")),
     **dict.fromkeys(("fp16", "float16"), _if_yes("model.dtype", "float16")),
@@ -263,24 +271,7 @@ _SPECIAL: dict[str, Callable[[Any, Config], Fields]] = {
     **dict.fromkeys(("eval_strategy", "evaluation_strategy"), _every_epoch("training.eval_every")),
     "save_strategy": _every_epoch("training.save_every"),
     "load_best_model_at_end": lambda value, config: {"training.keep": "best" if _is(value, _YES) else "last"},
-    # What other keys say, or a default.
-    **dict.fromkeys(
-        (
-            *(
-                "adapter",
-                "dataset_dir",
-                "use_rslora",
-                "peft_use_rslora",
-                "max_samples",
-                "gradient_accumulation_steps",
-            ),
-            *("logging_strategy", "report_to", *_TRACKERS, "deepspeed", "fsdp", "fsdp_config"),
-            *("dp_shard_size", "dp_replicate_size", "chat_template", "auto_find_batch_size"),
-            *("exclude_modules", "layers_to_transform", "layers_pattern", "peft_layers_to_transform"),
-            *("peft_layers_pattern", "dataset_test_split", "dataset_config"),
-        ),
-        lambda value, config: {},
-    ),
+    **dict.fromkeys(_SAID_ELSEWHERE, lambda value, config: {}),
 }
 _VALUES: dict[str, Callable[[Any], Any]] = {
     "model.quantization": lambda value: {"4": "nf4", "8": "int8"}.get(str(value), value),
