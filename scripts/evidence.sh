@@ -53,10 +53,11 @@ own=("${@:4}")
 compare() {  # RECIPE WORD...
     local recipe=$root/configs/$1.yaml
     shift
-    ${limit[@]+"${limit[@]}"} "${linchain[@]}" compare "$recipe" "${common[@]}" "$@" ${own[@]+"${own[@]}"}
+    $exec ${limit[@]+"${limit[@]}"} "${linchain[@]}" compare "$recipe" "${common[@]}" "$@" ${own[@]+"${own[@]}"}
 }
 
-limit=() children=() logs=() failed=0
+exec='' limit=() children=() logs=() failed=0
+trap 'kill "${children[@]}" 2>/dev/null; wait; exit 143' TERM # they save what they have
 
 start() {  # COUNT LOG RECIPE WORD...: processes that share a comparison's runs; one alone keeps the terminal
     local count=$1 log=$2 number
@@ -75,7 +76,7 @@ start() {  # COUNT LOG RECIPE WORD...: processes that share a comparison's runs;
     fi
     mkdir -p "$out"
     for ((number = 1; number <= count; number++)); do
-        compare "$@" >"$out/$log-$number.log" 2>&1 &
+        (exec=exec && compare "$@") >"$out/$log-$number.log" 2>&1 & # in the shell's place, to be signalled
         children+=($!) logs+=("$out/$log-$number.log")
     done
 }
@@ -93,14 +94,17 @@ with open(directory.path / f"results-{sys.argv[2]}.json", "w") as file:
 print("\n".join(lines(results, 160)))'
 
 finish() {  # NAME STAGE: waits for those started (one that failed is told, the others go on) and keeps what there is
-    local place
+    local place code stopped=
     for place in "${!children[@]}"; do
         wait "${children[place]}" && continue
-        echo "evidence.sh: a process ended with $?, see ${logs[place]}:" >&2
+        code=$?
+        echo "evidence.sh: a process ended with $code, see ${logs[place]}:" >&2
         tail -n 4 "${logs[place]}" >&2
         failed=1
+        case $code in 129 | 130 | 143) stopped=$code ;; esac
     done
     children=() logs=()
+    [ -z "$stopped" ] || exit "$stopped" # by a signal: whoever sent it wants no further stage
     if [ ! -f "$out/$1/comparison.json" ]; then
         echo "evidence.sh: $2: nothing was begun" >&2
         failed=1
