@@ -16,7 +16,7 @@ import yaml
 
 from linchain_cli.recipe.dataset_info import DatasetInfo
 from linchain_cli.recipe.other_tools import CALLED_HERE, instead_of, is_known
-from linchain_cli.recipe.schema import SECTIONS, Recipe
+from linchain_cli.recipe.schema import SECTIONS, Recipe, nested
 from linchain_cli.recipe.validation import check, dotted_fields
 
 _FIELDS = tuple(dotted_fields(Recipe))
@@ -89,7 +89,7 @@ def _plain(field: str, value: Any) -> Fields:
 def _take_out_what_is_wrong(flat: Fields, unsaid: list[str]) -> list[str]:
     """Moves what a recipe cannot hold from `flat` to `unsaid`; the fields that are missing."""
     missing = []
-    for problem in check(Recipe, _nested(flat))[1]:
+    for problem in check(Recipe, nested(flat))[1]:
         field = ".".join(part for part in problem.key if isinstance(part, str))
         while field and field not in flat:
             field = field.rpartition(".")[0]
@@ -317,17 +317,6 @@ def _places(config: Config, flat: Fields, source: str) -> Fields:
     return {"name": name, **({"output_dir": str(place.parent)} if place.parent.name else {})}
 
 
-def _nested(flat: Fields) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for field, value in flat.items():
-        *sections, name = field.split(".")
-        here = nested
-        for section in sections:
-            here = here.setdefault(section, {})
-        here[name] = value
-    return nested
-
-
 def _remark(key: str, value: Any, why: str) -> str:
     text = yaml.safe_dump(_typed(value), default_flow_style=True, width=2**31, allow_unicode=True)
     text = " ".join(text.removesuffix("\n").removesuffix("\n...").split())
@@ -352,7 +341,7 @@ def _typed(value: Any) -> Any:
 def _text(flat: Fields, missing: list[str], unsaid: list[str], left_out: list[str], source: str) -> str:
     flat = {"adapter.depth": 0, **flat}
     ordered = {field: _typed(flat[field]) for field in _FIELDS if field in flat}
-    body = yaml.safe_dump(_nested(ordered), sort_keys=False, allow_unicode=True, width=2**31)
+    body = yaml.safe_dump(nested(ordered), sort_keys=False, allow_unicode=True, width=2**31)
     for line, remark in (
         ("  depth: 0", "LoRA, as there; 3 makes it a chain"),
         (r"  global_batch_size: \d+", "of one process there: times your GPUs"),

@@ -378,14 +378,7 @@ class Recipe(StrictModel):
         Raises:
             ValidationError: pydantic's, for what is no recipe.
         """
-        content: dict[str, Any] = {}
-        for dotted, value in values.items():
-            *sections, key = dotted.split(".")
-            place = content
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[key] = value
-        return cls.model_validate(content)
+        return cls.model_validate(nested(values))
 
     def to_yaml(self) -> str:
         """The recipe with every default written out. Reading it again gives an equal recipe."""
@@ -396,6 +389,18 @@ class Recipe(StrictModel):
             allow_unicode=True,
             width=2**31,
         )
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections out of values by dotted key."""
+    content: dict[str, Any] = {}
+    for dotted, value in values.items():
+        *sections, key = dotted.split(".")
+        place = content
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[key] = value
+    return content
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
