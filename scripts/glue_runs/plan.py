@@ -26,7 +26,7 @@ class Arm:
     full: bool = False
 
 
-CHAIN_RATES = (3e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+CHAIN_RATES = (1e-4, 3e-4, 1e-3, 2e-3, 4e-3)
 FEW_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 ALL_ROWS = {
     "LoRA": Arm(CHAIN_RATES, {"adapter.depth": 0}),
