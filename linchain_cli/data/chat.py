@@ -18,12 +18,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from linchain_cli.data.chat_checks import check_answer, check_read
+from linchain_cli.data.chat_checks import check_answer, check_read, check_tools
 from linchain_cli.data.chat_program import ChatProgram, called
 from linchain_cli.data.conversation import Conversation, Message
 from linchain_cli.data.messages import ROLES
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError
 from linchain_cli.errors import InputError
+from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES, fitting_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -148,7 +149,10 @@ class ChatTemplate:
             rows.append(Rendered(last.text, spans[::-1], ends=self._eos_ends, remarks=unique))
             answers = others[::-1]
         read = [message for message in messages[: learned[-1]] if message["role"] != "assistant"]
-        check_read(read, tools, rows[0].text)
+        check_read(read, rows[0].text)
+        if tools:
+            asked = messages[: learned[-1]]
+            check_tools(tools, self._write(asked, tools, ask=True), self._without_tools(asked))
         remarks = (self._letters,) if self._ends_in_letters else ()
         if any(message["role"] not in _KNOWN_ROLES for message in messages):
             remarks += (_OTHER_ROLES,)
@@ -258,6 +262,12 @@ class ChatTemplate:
         closed = bool(self._end_mark) and text.endswith(self._end_mark, answer.start, same)
         return same if closed else None
 
+    def _without_tools(self, asked: Sequence[Message]) -> str:
+        try:
+            return self._write(asked, ask=True)
+        except RowError:  # what needs tools writes them
+            return ""
+
     def _opening(self, role: str) -> str:
         """What opens a turn of `role`: where turns are not closed, a model ends its own by writing that."""
         if role not in self._openings:
@@ -306,10 +316,12 @@ def _program(
         what = "data.chat.template" if source else "data.template: the model's chat template"
         raise InputError(f"{what}, line {error.lineno}: {str(error.message).rstrip('.')}.") from None
     except ValueError:
+        fitting = fitting_template(tokenizer.get_vocab())
+        named = f"{fitting}, whose marks this tokenizer knows" if fitting else ", ".join(CHAT_TEMPLATES)
         raise InputError(
-            "data.template: the model's tokenizer has no chat template. Give one with data.chat.template (a "
-            "Jinja file, or the directory of the model that was tuned for chat), use another template "
-            "(alpaca, plain or your own), or take a model that was tuned for chat."
+            f"data.template: the model's tokenizer has no chat template. Give one with data.chat.template "
+            f"({named}; a Jinja file; or the directory of the model that was tuned for chat), use another "
+            "template (alpaca, plain or your own), or take a model that was tuned for chat."
         ) from None
 
 

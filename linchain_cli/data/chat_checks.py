@@ -41,14 +41,20 @@ def check_answer(message: Message, written: str, turn: int) -> bool:
     return True
 
 
-def check_read(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, text: str) -> None:
+def check_read(messages: Sequence[Message], text: str) -> None:
     """Raises RowError if something that the model should read, and not answer, is not in `text`."""
     for message in messages:
         if not _stands_in(message["content"], text):
             what = f"what the {message['role']} says ({_shown(message['content'])})"
             raise RowError(f"the chat template leaves out {what}. Take it out of the row, or {_REMEDY}")
-    for tool in tools or ():
-        if tool.get("function", tool).get("name", "") not in text:
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], text: str, without: str) -> None:
+    """Raises RowError if a tool's name does not stand in `text` more often than in the text `without` tools:
+    calls and questions name it, too."""
+    for tool in tools:
+        name = tool.get("function", tool).get("name", "")
+        if text.count(name) <= without.count(name):
             raise RowError(f"the chat template leaves out `tools`. Take them out of the row, or {_REMEDY}")
 
 

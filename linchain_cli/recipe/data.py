@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
+from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES
 from linchain_cli.recipe.fields import Count, CountFromZero, Text
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
 from linchain_cli.storage import expand
@@ -102,6 +103,9 @@ Scalar = Annotated[
 ]
 
 
+_NAMES = ", ".join(CHAT_TEMPLATES)
+
+
 def _of_model(directory: Path) -> str:
     """The chat template in a model's directory, or nothing."""
     file = directory / "chat_template.jinja"
@@ -116,30 +120,36 @@ def _of_model(directory: Path) -> str:
 
 
 def _jinja(value: str) -> str:
-    """A template, or what the file or the model's directory of that name holds: a run's recipe keeps the
-    template itself."""
+    """A template, or the one of that name, or what the file or the model's directory of that name holds: a
+    run's recipe keeps the template itself."""
     if "{%" in value or "{{" in value:
         return value
+    if value in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[value]
     try:
         path = expand(value)
         text = _of_model(path) if path.is_dir() else path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         otherwise = "not JSON" if isinstance(error, json.JSONDecodeError) else "not UTF-8"
-        raise ValueError(f"it cannot be read: {getattr(error, 'strerror', None) or otherwise}") from None
+        reason = getattr(error, "strerror", None) or otherwise
+        raise ValueError(f"it is none of {_NAMES}, and as a file it cannot be read: {reason}") from None
     if "{%" not in text and "{{" not in text:
         raise ValueError(f"the {'directory' if path.is_dir() else 'file'} holds no Jinja template")
     return text
 
 
+ChatTemplateSource = Annotated[
+    Text, AfterValidator(_jinja), Expected(f"{_NAMES}, a Jinja file or a model's directory")
+]
+
+
 class ChatConfig(StrictModel):
     """How conversations are written, where data.template is chat."""
 
-    template: (
-        Annotated[Text, AfterValidator(_jinja), Expected("a Jinja file or a model's directory")] | None
-    ) = None
-    """A Jinja file of your own, or another model's directory whose template is taken, in place of the chat
-    template that the tokenizer brings. The run's recipe holds its text, and a merged checkpoint gets it as
-    chat_template.jinja."""
+    template: ChatTemplateSource | None = None
+    """In place of the chat template that the tokenizer brings: chatml, llama3 or gemma, for base models; a
+    Jinja file of your own; or another model's directory, whose template is taken. The run's recipe holds its
+    text, and a merged checkpoint gets it as chat_template.jinja."""
     options: dict[Text, Scalar] = {}
     """Variables that the template reads: {enable_thinking: false}."""
     system: str | None = None

@@ -21,7 +21,7 @@ from .chat_templates import (
 )
 
 DELETES = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
-PARTLY = CHATML.replace(
+CALLS_ALONE = CHATML.replace(
     "{{ m.content }}", "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
 )
 
@@ -36,7 +36,11 @@ PARTLY = CHATML.replace(
             "leaves the reasoning out of turn 2.*write it into the content",
         ),
         (CHATML, assistant("", tool_calls=call(city="Paris")), "leaves the call of weather out of turn 2"),
-        (PARTLY, assistant("", tool_calls=call(city="Paris")), "leaves 'Paris', of the call of weather, out"),
+        (
+            CALLS_ALONE,
+            assistant("", tool_calls=call(city="Paris")),
+            "leaves 'Paris', of the call of weather, out",
+        ),
         (LLAMA3, assistant("    if x:\n        return 1"), "trims the indentation of turn 2"),
         (CHATML.replace("m.content }}", "m.content[:9] }}"), assistant("a long answer"), "leaves 'a long"),
     ],
@@ -76,6 +80,15 @@ def test_reasoning_in_the_content_may_be_set_apart(byte_level):
             "leaves out what the system says",
         ),
         (CHATML, {"messages": TURNS, "tools": TOOLS}, "leaves out `tools`"),
+        # A call, too, names the tool.
+        (
+            CALLS_ALONE,
+            {
+                "messages": [user("x"), assistant("", tool_calls=call()), user("weather?"), assistant("y")],
+                "tools": TOOLS,
+            },
+            "leaves out `tools`",
+        ),
     ],
 )
 def test_what_the_model_should_read_is_not_left_out_unseen(byte_level, source, row, said):

@@ -249,7 +249,8 @@ def test_a_chat_template_s_file_is_kept_in_the_recipe(tmp_path):
     assert check(Recipe, strict_yaml.parse(found.to_yaml()).value) == (found, [])
     _, (problem,) = recipe(str(file))
     assert (
-        problem.key == ("data", "chat", "template") and "it cannot be read: No such file" in problem.message
+        problem.key == ("data", "chat", "template")
+        and "none of chatml, llama3, gemma, and as a file it cannot be read: No such file" in problem.message
     )
     file.write_text("no template")
     _, (problem,) = recipe(str(file))
