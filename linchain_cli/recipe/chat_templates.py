@@ -1,8 +1,8 @@
 """Chat templates by name, for base models, whose tokenizers often bring none.
 
-They write published formats in turns of plain text: ChatML (that of Qwen, SmolLM2 and many others), Llama 3's
-and Gemma's (1 to 3). A model's own template, where there is one, knows more: tools, reasoning. The tokenizer's
-beginning-of-sequence token comes first, as in the texts that a base has read.
+They write published formats in turns of plain text: ChatML (Qwen's, SmolLM2's and many others'), Llama 3's
+and Gemma's (1 to 3). A model's own template, where there is one, knows more: tools, reasoning. First comes
+the tokenizer's beginning of sequence, as in the texts that a base has read.
 """
 
 from __future__ import annotations
