@@ -173,8 +173,10 @@ class TrainingConfig(StrictModel):
     changed for alpha and for what links lose at their start; check shows it. `linchain tune` finds one by
     training."""
     lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """Course of the learning rate after warm-up: down to zero by the last step (linear, cosine), or
+    """Course of the learning rate after warm-up: down to min_lr_ratio by the last step (linear, cosine), or
     constant."""
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """The share of learning_rate at which linear and cosine end; 0 goes down to zero."""
     warmup_steps: WarmUp = 0.05
     """Steps over which the learning rate rises from zero: a number of them, or a share of the run below 1."""
     lr_multiplier: LearningRateFactors = LearningRateFactors()
@@ -246,6 +248,10 @@ class TrainingConfig(StrictModel):
             yield Conflict(
                 ("offload_activations", "gradient_checkpointing"),
                 "what is offloaded is what blocks compute again from: set gradient_checkpointing to true.",
+            )
+        if self.min_lr_ratio and self.lr_scheduler == "constant":
+            yield Conflict(
+                ("min_lr_ratio", "lr_scheduler"), "a constant rate has no end to come down to: leave it out."
             )
         if self.epochs is not None and self.max_steps is not None:
             yield Conflict(("epochs", "max_steps"), "give epochs or max_steps, not both.")

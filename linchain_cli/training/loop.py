@@ -19,7 +19,7 @@ from linchain_cli.training.history import StepsUnderWay, record
 from linchain_cli.training.job import Job
 from linchain_cli.training.memory import within_budget
 from linchain_cli.training.processes import on_main, raise_on_all
-from linchain_cli.training.schedule import due, learning_rate, warmup_steps
+from linchain_cli.training.schedule import due, learning_rate
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.step import optimizer_step
 from linchain_cli.training.threads import LoadedCpus
@@ -36,14 +36,11 @@ def train(job: Job, display: Display, stop: StopRequest, cpus: LoadedCpus) -> No
         LinchainError: the loss or the gradient stopped being finite; the checkpoints are kept.
     """
     training, state = job.recipe.training, job.state
-    warmup = warmup_steps(training, job.total_steps)
     steps, released = StepsUnderWay(job, display), time.perf_counter()
     stop.deferred = True
     while state.step < job.total_steps and not stops_early(job):
         began, rows = time.perf_counter(), job.next_rows()
-        rate = learning_rate(
-            state.step, job.total_steps, training.learning_rate, warmup, training.lr_scheduler
-        )
+        rate = learning_rate(training, state.step, job.total_steps)
         cpus.adjust(rows)
         steps.add(optimizer_step(job, rows, rate, stop), rows, rate, began)
 

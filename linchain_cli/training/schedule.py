@@ -58,7 +58,7 @@ def unreachable(training: TrainingConfig, rows: int, validates: bool) -> Iterato
     total = total_steps(training, rows)
     warmup = warmup_steps(training, total)
     if warmup > total:
-        highest = learning_rate(total - 1, total, training.learning_rate, warmup, training.lr_scheduler)
+        highest = learning_rate(training, total - 1, total)
         yield (
             f"training.warmup_steps: the run has {total} steps, and warm-up takes {warmup}: the learning rate"
             f" ends at {highest:.3g} and never reaches {training.learning_rate:.3g}. A number below 1 is a"
@@ -79,17 +79,20 @@ def unreachable(training: TrainingConfig, rows: int, validates: bool) -> Iterato
         )
 
 
-def learning_rate(step: int, total_steps: int, peak: float, warmup_steps: int, scheduler: str) -> float:
-    """The rate of optimizer step `step` (0-based) out of `total_steps`.
+def learning_rate(training: TrainingConfig, step: int, total: int) -> float:
+    """The rate of optimizer step `step` (0-based) of `total`.
 
-    It rises linearly and reaches `peak` at the last warm-up step, then decays to 0 just after the last step
-    along a line or a half cosine, or stays (`linear`, `cosine`, `constant`).
+    It rises linearly and reaches its peak at the last warm-up step, then decays along a line or a half cosine
+    (`linear`, `cosine`) and would be at its floor, `min_lr_ratio` of the peak, one step after the last; or it
+    stays (`constant`).
     """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    if scheduler == "constant":
+    peak, warmup = training.learning_rate, warmup_steps(training, total)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if training.lr_scheduler == "constant":
         return peak
-    if scheduler == "cosine":
-        return peak * 0.5 * (1 + math.cos(math.pi * progress))
-    return peak * (1 - progress)
+    progress = (step - warmup) / max(1, total - warmup)
+    left = 1 - progress
+    if training.lr_scheduler == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (training.min_lr_ratio + (1 - training.min_lr_ratio) * left)

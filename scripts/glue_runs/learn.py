@@ -30,7 +30,7 @@ from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.job import Job, prepare
 from linchain_cli.training.labels import LabelObjective
 from linchain_cli.training.processes import connect
-from linchain_cli.training.schedule import learning_rate, warmup_steps
+from linchain_cli.training.schedule import learning_rate
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.step import optimizer_step
 
@@ -212,10 +212,9 @@ class Learner:
 def steps_of(recipe: Recipe, rows: int) -> Iterator[tuple[int, np.ndarray, float]]:
     """Of every step its number, rows and rate."""
     training, steps = recipe.training, recipe.training.max_steps
-    warmup = warmup_steps(training, steps)
     for step in range(steps):
         chosen = step_rows(rows, recipe.seed, training.global_batch_size, step)
-        yield step, chosen, learning_rate(step, steps, training.learning_rate, warmup, training.lr_scheduler)
+        yield step, chosen, learning_rate(training, step, steps)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ data: {split: null, revision: null, columns: {}, validation: auto, split_seed: 4
 chat: {template: null, options: {}, system: null}, turns: all, train_on_inputs: false,
        max_length: auto, on_long_row: cut, on_bad_row: error, max_unsupervised_share: 0.0}
 training: {epochs: 3.0, max_steps: null, global_batch_size: 16, micro_batch_size: null, learning_rate: 3.0e-4,
-lr_scheduler: linear,
+           lr_scheduler: linear, min_lr_ratio: 0.0,
            warmup_steps: 0.05, lr_multiplier: {A: 1.0, links: 1.0, B: 1.0, head: 1.0}, weight_decay: 0.0,
            max_grad_norm: 1.0, optimizer: adamw,
            gradient_checkpointing: false, offload_activations: false, compile: false, deterministic: false,

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from linchain_cli.recipe import TrainingConfig
 from linchain_cli.training.schedule import (
@@ -19,8 +20,10 @@ from linchain_cli.training.schedule import (
 )
 
 
-def rates(total: int, warmup: int, scheduler: str, peak: float = 1.0) -> list[float]:
-    return [learning_rate(step, total, peak, warmup, scheduler) for step in range(total)]
+def rates(total: int, warmup: int, scheduler: str, peak: float = 1.0, floor: float = 0.0) -> list[float]:
+    fields = {"warmup_steps": warmup, "lr_scheduler": scheduler, "learning_rate": peak, "min_lr_ratio": floor}
+    training = TrainingConfig(max_steps=total, **fields)
+    return [learning_rate(training, step, total) for step in range(total)]
 
 
 def test_warm_up_reaches_the_peak_at_its_last_step():
@@ -38,21 +41,34 @@ def test_cosine_is_half_way_down_in_the_middle():
     assert values[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.9)))
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
-def test_the_same_as_transformers(scheduler):
+def test_a_floor_is_a_share_of_the_peak():
+    assert rates(6, 2, "linear", peak=0.8, floor=0.5) == pytest.approx([0.4, 0.8, 0.8, 0.7, 0.6, 0.5])
+    assert rates(4, 0, "cosine", floor=0.2)[2] == pytest.approx(0.6)
+    assert rates(4, 2, "linear", floor=1.0) == [0.5, 1, 1, 1]
+    with pytest.raises(ValidationError, match="a constant rate has no end"):
+        rates(3, 1, "constant", floor=0.1)
+
+
+@pytest.mark.parametrize(
+    "scheduler, floor",
+    [("linear", {}), ("cosine", {}), ("cosine_with_min_lr", {"min_lr_rate": 0.1})],
+)
+def test_the_same_as_transformers(scheduler, floor):
     """Its schedulers start the warm-up at 0; ours is theirs one step later during warm-up, and equal from
     then on.
     """
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
-    theirs = get_scheduler(scheduler, optimizer, num_warmup_steps=5, num_training_steps=20)
+    theirs = get_scheduler(
+        scheduler, optimizer, num_warmup_steps=5, num_training_steps=20, scheduler_specific_kwargs=floor
+    )
     expected = []
     for _ in range(20):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    ours = rates(20, 5, scheduler, peak=0.3)
+    ours = rates(20, 5, scheduler.partition("_")[0], peak=0.3, floor=floor.get("min_lr_rate", 0))
     assert ours[:4] == pytest.approx(expected[1:5])
     assert ours[5:] == pytest.approx(expected[5:])
 
