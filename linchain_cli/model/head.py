@@ -9,6 +9,7 @@ states.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 from linchain_cli.errors import InputError
 from linchain_cli.model.config import text_decoder
 from linchain_cli.model.fast import REFUSALS, alike, probe_ids, replace_forward
+
+_ROWS_AT_ONCE = 4096
+_NOTHING = 1e-6  # of what rows usually are
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -62,6 +66,28 @@ def vocabulary_size(model: nn.Module) -> int:
     """How many logits the model's output head gives for a position."""
     head = model.get_output_embeddings()
     return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
+
+
+@torch.no_grad()
+def untrained_tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:
+    """Those of `tokens` whose row of the head's weight (V, d) is next to zero or, bit for bit, another's.
+
+    Bases have tokens for later use that stood in none of their texts, as Llama 3's `<|eot_id|>`. Such a row
+    gives the same logit whatever the text, or that of others, so that nothing which is learned in front of
+    the head makes a model write this token rather than another one.
+    """
+    weight_Vd = getattr(model.get_output_embeddings(), "weight", None)
+    if weight_Vd is None or weight_Vd.dim() != 2 or not weight_Vd.is_floating_point():
+        return []  # quantised
+    norms_V = torch.cat([part.float().norm(dim=1) for part in weight_Vd.split(_ROWS_AT_ONCE)])
+    nothing = _NOTHING * norms_V.median()
+    found = []
+    for token in tokens:
+        alike = (norms_V == norms_V[token]).nonzero().flatten()
+        others = weight_Vd[alike[alike != token][:_ROWS_AT_ONCE]]
+        if norms_V[token] <= nothing or (others == weight_Vd[token]).all(dim=1).any():
+            found.append(token)
+    return found
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor) -> Tensor:

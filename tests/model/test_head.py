@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.head import backbone, check_split, head_logits, hidden_states
+from linchain_cli.model.head import backbone, check_split, head_logits, hidden_states, untrained_tokens
 
 
 def test_the_two_halves_are_the_whole(architecture, small_model):
@@ -69,3 +71,16 @@ def test_a_model_that_does_more_between_the_halves_is_refused(small_model):
     model.__class__ = Odd
     with pytest.raises(InputError, match="Odd computes more between its hidden states and its logits"):
         check_split(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # whose head has a weight of its own, and the embeddings'
+def test_tokens_that_the_head_never_learned_are_told(kind, small_model):
+    model = copy.deepcopy(small_model(kind))
+    weight = model.get_output_embeddings().weight
+    assert untrained_tokens(model, range(3, 100)) == []
+    weight[[5, 6]] = 0
+    weight[7] = 1e-23
+    weight[9] = weight[40]
+    assert untrained_tokens(model, range(3, 100)) == [5, 6, 7, 9, 40]
+    assert untrained_tokens(model, [8, 40, 41]) == [40]
+    assert untrained_tokens(model.to(torch.bfloat16), [4, 6, 8, 9]) == [6, 9]

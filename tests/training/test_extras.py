@@ -84,6 +84,22 @@ def test_an_adapter_of_another_base_is_taken_with_a_warning(run_tiny, base, monk
     assert "was trained on another base model" in capfd.readouterr().err
 
 
+def test_an_end_that_the_base_never_learned_to_write_is_told(run_tiny, base, capfd):
+    head = base.model.get_output_embeddings().weight
+    end, kept = base.tokenizer.eos_token_id, head[base.tokenizer.eos_token_id].clone()
+    head[end] = 0
+    try:
+        run_tiny({"name": "first", "training.max_steps": 1})
+        told = " ".join(capfd.readouterr().err.split())
+        assert f"never taught to write {base.tokenizer.eos_token}: its output head" in told
+        assert "adapter.target_modules: [all-linear, lm_head]" in told
+        targets = ["q_proj", "lm_head"]  # whose chain can learn it
+        run_tiny({"name": "second", "training.max_steps": 1, "adapter.target_modules": targets})
+        assert "never taught" not in capfd.readouterr().err
+    finally:
+        head[end] = kept
+
+
 def test_tensorboard_gets_the_metrics_and_the_recipe(run_tiny):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
