@@ -89,8 +89,8 @@ def label_names(tasks: str | None, subject: Subject) -> list[str]:
     recipe = subject.recipe
     if recipe is not None and recipe.evaluation.tasks:
         return recipe.evaluation.tasks
-    if recipe is not None and (source := recipe.data.validation_source) is not None:
-        return [source.path if source.split == "validation" else f"{source.path}:{source.split}"]
+    if recipe is not None and (sources := recipe.data.validation_sources):
+        return [one.path if one.split == "validation" else f"{one.path}:{one.split}" for one in sources]
     raise InputError("--tasks is missing: name labelled rows, such as --tasks dev.tsv or --tasks glue/rte")
 
 

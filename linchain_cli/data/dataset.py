@@ -111,12 +111,12 @@ def prepare_data(
         return found, store, report
 
     found, store, report = encoded(config.sources)
-    of_validation, validation_report = None, None
-    if (source := config.validation_source) is None:
+    of_validation, validation_report = [], None
+    if not (sources := config.validation_sources):
         train, validation = hold_out(store, config.validation, config.split_seed)
     else:
         try:
-            (of_validation,), validation_store, validation_report = encoded([source])
+            of_validation, validation_store, validation_report = encoded(sources)
         except UnusableRow as error:
             if not isinstance(error.reason, UnknownLabel):
                 raise
@@ -131,7 +131,7 @@ def prepare_data(
         marked = json.dumps([report.fingerprint, weights]).encode()
         report.fingerprint = hashlib.sha256(marked).hexdigest()
     if labelling is None:
-        settled = _settled(config, [one.chosen for one in found], of_validation and of_validation.chosen)
+        settled = _settled(config, [one.chosen for one in found], [one.chosen for one in of_validation])
     else:
         settled = _with_columns(config, found, of_validation)
     for conflict in settled.conflicts():
@@ -178,7 +178,9 @@ def _find(
 
 
 def _settled(
-    config: DataConfig, templates: Sequence[str | TemplateConfig], of_validation: str | TemplateConfig | None
+    config: DataConfig,
+    templates: Sequence[str | TemplateConfig],
+    of_validation: Sequence[str | TemplateConfig],
 ) -> DataConfig:
     """The data section with the templates that were found: the first source's for all, the others' beside
     them."""
@@ -188,23 +190,25 @@ def _settled(
         source.model_copy(update={"template": template})
         for source, template in zip(config.train, own, strict=True)
     ]
-    update = {"template": first, "train": train}
-    if of_validation is not None and of_validation != first:
-        update["validation"] = config.validation_source.model_copy(update={"template": of_validation})
-    return config.model_copy(update=update)
+    if any(template != first for template in of_validation):
+        pairs = zip(config.validation_sources, of_validation, strict=True)
+        changed = [source.model_copy(update={"template": template}) for source, template in pairs]
+        config = config.with_validation_sources(changed)
+    return config.model_copy(update={"template": first, "train": train})
 
 
-def _with_columns(config: DataConfig, found: Sequence[_Found], of_validation: _Found | None) -> DataConfig:
+def _with_columns(config: DataConfig, found: Sequence[_Found], of_validation: Sequence[_Found]) -> DataConfig:
     """The data section with the columns of text and label that were chosen for its sources."""
-    train = [
-        source.model_copy(update={"columns": dict(one.source.columns)}) if one.by_itself else source
-        for source, one in zip(config.train, found, strict=True)
-    ]
-    update: dict[str, object] = {"train": train}
-    if of_validation is not None and of_validation.by_itself:
-        columns = {"columns": dict(of_validation.source.columns)}
-        update["validation"] = config.validation_source.model_copy(update=columns)
-    return config.model_copy(update=update)
+
+    def named(sources: Sequence[SourceConfig], found: Sequence[_Found]) -> list[SourceConfig]:
+        return [
+            source.model_copy(update={"columns": dict(one.source.columns)}) if one.by_itself else source
+            for source, one in zip(sources, found, strict=True)
+        ]
+
+    if any(one.by_itself for one in of_validation):
+        config = config.with_validation_sources(named(config.validation_sources, of_validation))
+    return config.model_copy(update={"train": named(config.train, found)})
 
 
 def longest_row(config: DataConfig, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> int:

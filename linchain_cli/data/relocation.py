@@ -37,10 +37,12 @@ def recipe_from_here(recipe: Recipe, run: RunDirectory) -> Recipe:
 
     data, evaluation, adapter = recipe.data, recipe.evaluation, recipe.adapter
     changes: dict[str, object] = {"train": [source(one) for one in data.train]}
-    if isinstance(data.validation, SourceConfig):
+    if isinstance(data.validation, list):
+        changes["validation"] = [source(one) for one in data.validation]
+    elif isinstance(data.validation, SourceConfig):
         changes["validation"] = source(data.validation)
-    elif data.validation_source is not None:
-        changes["validation"] = found(data.validation_source.path)
+    elif data.validation_sources:
+        changes["validation"] = found(data.validation)
     tasks = [task(name) for name in evaluation.tasks]
     folder = evaluation.data_dir and found(evaluation.data_dir)
     start = adapter.init_from and found(adapter.init_from)

@@ -172,6 +172,8 @@ def _rows_or_path(value: Any) -> Any:
 def _kind_of_validation(value: Any) -> str:
     if isinstance(value, (Mapping, SourceConfig)):
         return "source"
+    if isinstance(value, list):
+        return "sources"
     if value == "auto":
         return "auto"
     if isinstance(value, str) and value.endswith("%"):
@@ -198,10 +200,13 @@ Validation = Annotated[
         Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?%$"), AfterValidator(_below_all)], "share"
     )
     | tagged(Text, "path")
-    | tagged(SourceConfig, "source"),
+    | tagged(SourceConfig, "source")
+    | tagged(Sources, "sources"),
     choose(_kind_of_validation),
-    BeforeValidator(_rows_or_path, json_schema_input_type=int | str | SourceConfig),
-    Expected("a number of rows to hold out (0 for none) or a share such as 5%, auto, or a source of its own"),
+    BeforeValidator(
+        _rows_or_path, json_schema_input_type=int | str | SourceConfig | list[str | SourceConfig]
+    ),
+    Expected("a number of rows to hold out (0 for none) or a share such as 5%, auto, or sources of its own"),
 ]
 
 
@@ -238,9 +243,8 @@ class DataConfig(StrictModel):
     data set names itself need none. Of a classification: the classes' names, in this order."""
     validation: Validation = "auto"
     """Rows held out of train by split_seed: auto (120, but at most a tenth of the rows), a number (0 for
-    none) or a share such as 5%. Or a source of its own: what train takes, or a mapping with path, split,
-    columns and the like; of a hub data set or directory it is the split `validation` unless it names
-    one."""
+    none) or a share such as 5%. Or sources of its own, written as train's are; of a hub data set or
+    directory it is the split `validation` unless one is named."""
     split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Chooses the held-out rows, apart from seed, so that runs with several seeds share them."""
     template: Template = "auto"
@@ -269,8 +273,9 @@ class DataConfig(StrictModel):
 
     def conflicts(self) -> Iterator[Conflict]:
         own = [source.template for source in self.train]
-        if isinstance(self.validation, SourceConfig):
-            own.append(self.validation.template)
+        own += [source.template for source in self._given_to_validate]
+        if any(source.weight != 1 for source in self._given_to_validate):
+            yield Conflict(("validation",), "a weight is for rows to train on: leave it out here.")
         if any(template in ("chat", "auto") for template in (self.template, *own)):
             return
         for key, set_ in (("chat", self.chat != ChatConfig()), ("turns", self.turns != "all")):
@@ -297,22 +302,32 @@ class DataConfig(StrictModel):
         ]
 
     @property
-    def validation_source(self) -> SourceConfig | None:
-        """Where validation rows have a source of their own, with what it leaves open filled in. Its
+    def validation_sources(self) -> list[SourceConfig]:
+        """Where validation rows have sources of their own, these with what they leave open filled in. A
         revision is train's where it is the same data set."""
-        if isinstance(self.validation, SourceConfig):
-            source = self.validation
-        elif isinstance(self.validation, str) and self.validation != "auto" and self.validation[-1:] != "%":
-            source = SourceConfig(path=self.validation)
-        else:
-            return None
         shared = {other.path: other.revision for other in self.sources}
-        return source.model_copy(
-            update={
-                "split": source.split or "validation",
-                "revision": source.revision or shared.get(source.path),
-                "columns": self.columns if source.columns is None else source.columns,
-                "labels": self.labels if source.labels is None else source.labels,
-                "template": source.template or self.template,
-            }
-        )
+        return [
+            source.model_copy(
+                update={
+                    "split": source.split or "validation",
+                    "revision": source.revision or shared.get(source.path),
+                    "columns": self.columns if source.columns is None else source.columns,
+                    "labels": self.labels if source.labels is None else source.labels,
+                    "template": source.template or self.template,
+                }
+            )
+            for source in self._given_to_validate
+        ]
+
+    @property
+    def _given_to_validate(self) -> list[SourceConfig]:
+        given = self.validation
+        if isinstance(given, str):
+            return [] if given == "auto" or given.endswith("%") else [SourceConfig(path=given)]
+        if isinstance(given, SourceConfig):
+            return [given]
+        return given if isinstance(given, list) else []
+
+    def with_validation_sources(self, sources: list[SourceConfig]) -> DataConfig:
+        """The same with other sources in the place of `validation_sources`."""
+        return self.model_copy(update={"validation": sources if len(sources) > 1 else sources[0]})

@@ -247,6 +247,25 @@ def test_validation_from_a_source_with_its_own_columns_and_slice(prepare, train,
     assert prepared.validation_report.sources[0].total == 4
 
 
+def test_validation_from_several_sources(prepare, train, write, rows):
+    first = str(write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:7])))
+    talks = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes"}]}
+        for n in range(3)
+    ]
+    second = str(write("b.jsonl", "".join(json.dumps(row) + "\n" for row in talks)))
+    prepared = prepare(train, validation=[first, {"path": second, "split": "b[:2]"}])
+    assert [source.total for source in prepared.validation_report.sources] == [7, 2]
+    assert len(prepared.validation) == 9
+    settled = prepared.config.validation
+    assert [(one.path, one.split, one.template) for one in settled] == [
+        (first, "validation", "alpaca"),
+        (second, "b[:2]", "chat"),
+    ]
+    again = prepare(train, **prepared.config.model_dump(include={"validation"}))
+    assert all_rows(again.validation) == all_rows(prepared.validation)
+
+
 def test_the_validation_split_of_a_directory(prepare, write, rows, tmp_path):
     (tmp_path / "set").mkdir()
     for name, part in (("train", rows[:30]), ("validation", rows[30:36])):

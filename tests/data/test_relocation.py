@@ -38,6 +38,22 @@ def recipe(tmp_path: Path, monkeypatch) -> Recipe:
     )
 
 
+def test_validation_files_are_found_whether_one_or_several(recipe, tmp_path):
+    run, there = (
+        make_run(tmp_path / "scratch" / "r", tmp_path / "project"),
+        tmp_path / "project" / "rows" / "b.json",
+    )
+
+    def found(validation):
+        data = recipe.data.model_validate({**recipe.data.model_dump(), "validation": validation})
+        return recipe_from_here(recipe.model_copy(update={"data": data}), run).data.validation
+
+    assert found("rows/b.json") == str(there)
+    assert found({"path": "rows/b.json"}).path == str(there)
+    assert [one.path for one in found(["rows/b.json", "glue/rte"])] == [str(there), "glue/rte"]
+    assert (found(5), found("5%"), found("auto")) == (5, "5%", "auto")
+
+
 def make_run(path: Path, started_in: Path | None = None) -> RunDirectory:
     run = RunDirectory(path)
     run.create("name: r\n")

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import SourceConfig, TemplateConfig, load_recipe
+from linchain_cli.recipe import Recipe, SourceConfig, TemplateConfig, load_recipe, strict_yaml
+from linchain_cli.recipe.validation import check
 
 VALID = """\
 name: my-run
@@ -97,13 +98,23 @@ def test_validation_is_a_number_of_rows_or_a_file(write):
 
 def test_a_validation_source_inherits_what_it_leaves_out(write):
     path = write(MINIMAL.replace("train: d.json", "train: d.json, revision: r1, columns: {output: a}"))
-    assert load_recipe(path).data.validation_source is None
-    assert load_recipe(path, ["data.validation=5%"]).data.validation_source is None
-    source = load_recipe(path, ["data.validation=d.json"]).data.validation_source
+    assert load_recipe(path).data.validation_sources == []
+    assert load_recipe(path, ["data.validation=5%"]).data.validation_sources == []
+    (source,) = load_recipe(path, ["data.validation=d.json"]).data.validation_sources
     assert (source.split, source.revision, source.columns) == ("validation", "r1", {"output": "a"})
     own = "data.validation={path: e.json, split: 'dev[:5]', columns: {}, template: plain}"
-    source = load_recipe(path, [own]).data.validation_source
+    (source,) = load_recipe(path, [own]).data.validation_sources
     assert (source.split, source.revision, source.columns, source.template) == ("dev[:5]", None, {}, "plain")
+    several = load_recipe(path, ["data.validation=[d.json, {path: e.json, split: test}]"])
+    assert [(one.path, one.split, one.revision) for one in several.data.validation_sources] == [
+        ("d.json", "validation", "r1"),
+        ("e.json", "test", None),
+    ]
+    again, problems = check(Recipe, strict_yaml.parse(several.to_yaml()).value)
+    assert again == several and not problems
+    assert "sources of its own, got []" in message(path, "data.validation=[]")
+    assert "data.validation[1].pth: unknown key" in message(path, "data.validation=[d.json, {pth: e.json}]")
+    assert "weight" in message(path, "data.validation=[d.json, {path: e.json, weight: 2}]")
 
 
 def test_sources_inherit_what_they_leave_out(write):
@@ -231,7 +242,7 @@ def test_one_problem_is_one_line(write):
             "data.template.prompt=Q: {question}",
             "expected non-empty text, got {'Q': {'question': None}}. Quote it",
         ),
-        ("data.validation=0.1", "a share such as 5%, auto, or a source of its own, got '0.1'."),
+        ("data.validation=0.1", "a share such as 5%, auto, or sources of its own, got '0.1'."),
         ("training.micro_batch_size=many", "expected a whole number of at least 1, auto or null, got 'many'"),
         ("training.trackers=[tensorbord]", "Did you mean 'tensorboard'?"),
         ("training=3", "training: expected a mapping"),
