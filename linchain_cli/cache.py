@@ -188,8 +188,9 @@ def remembered_sha256(path: Path, cache: Path) -> str:
             return known["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or damaged: hash the file again
+    settled = is_settled(status)  # before it is read: it may change while that goes on
     digest = sha256_file(path)
-    if is_settled(status):
+    if settled:
         with contextlib.suppress(OSError):  # it only saves time
             note.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, {"path": str(path.resolve()), "status": seen, "sha256": digest})

@@ -23,6 +23,8 @@ from linchain_cli.errors import InUse
 logger = logging.getLogger(__name__)
 
 _SILENT = 5.0  # seconds of waiting before it is told
+# Seconds for which whoever takes a lock bears that it is held: `in_use` holds it for a moment to look.
+_GLANCE = 0.2
 # What file systems without locks answer: Lustre without -o flock, NFS without its lock service, some FUSE.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -66,7 +68,7 @@ def is_at(descriptor: int, path: Path) -> bool:
 
 def _acquire(descriptor: int, path: Path, wait: float | None, needed: bool) -> bool:
     began = time.monotonic()
-    give_up, tell_at = math.inf if wait is None else began + wait, began + _SILENT
+    give_up, tell_at = math.inf if wait is None else began + max(wait, _GLANCE), began + _SILENT
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

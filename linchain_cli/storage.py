@@ -251,7 +251,7 @@ def check_writable(target: Path) -> None:
         InputError: it cannot; the message says where and why.
     """
     place = staging_place(target)
-    probe = _beside(place / Path(target).name, STAGING_PREFIX)
+    probe = _beside(place / Path(os.path.realpath(target)).name, STAGING_PREFIX)
     try:
         _mkdir(probe)
         probe.rmdir()
@@ -398,8 +398,10 @@ def remove_staging(directory: Path, name: str | None = None, *, spare_living: bo
 
 
 def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_living: bool) -> None:
-    """`filled` is the target itself where it was staged inside."""
-    ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}|(?P<early>\d+)"
+    """`filled` is the target itself where it was staged inside; `of_target` a pattern of the targets' names."""
+    # The second form is of linchain 0.1.0. No process has a number of more than seven digits, so that the
+    # eight of a token, which may be decimal ones alone, are not taken for one.
+    ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d{1,7})-[0-9a-f]{8}|(?P<early>\d{1,7})"
     prefixes = rf"(?P<prefix>{'|'.join(map(re.escape, (STAGING_PREFIX, REMOVED_PREFIX, REPLACED_PREFIX)))})"
     pattern = re.compile(rf"{prefixes}(?P<target>{of_target})-(?:{ours})")
     for leftover in directory.iterdir():

@@ -23,6 +23,18 @@ def test_file_hashes_are_remembered_only_for_settled_files(tmp_path, monkeypatch
     path.write_text("abc")
     known = cache.remembered_sha256(path, place)
     assert not (place / "hashes").exists(), "it may change again within the clock's resolution"
+    elapsed = 0
+
+    def slowly(path):
+        nonlocal elapsed
+        elapsed = 10
+        return known
+
+    with monkeypatch.context() as large:
+        large.setattr(time, "time", lambda clock=time.time: clock() + elapsed)
+        large.setattr(cache, "sha256_file", slowly)
+        assert cache.remembered_sha256(path, place) == known
+    assert not (place / "hashes").exists(), "nor is it settled by the time that reading it takes"
     monkeypatch.setattr(time, "time", lambda clock=time.time: clock() + 10)
     assert cache.remembered_sha256(path, place) == known
     monkeypatch.setattr(cache, "sha256_file", None)

@@ -27,6 +27,17 @@ def test_the_lock_names_its_holder(tmp_path):
     assert not in_use(tmp_path / "a")
 
 
+def test_whoever_looks_whether_it_is_held_keeps_nobody_out(tmp_path):
+    """To look takes the lock for a moment, as `linchain runs` does while a run begins."""
+    with locked(tmp_path / "a"):
+        pass
+    with open(locks.lock_path(tmp_path / "a")) as handle:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        threading.Timer(0.05, lambda: fcntl.flock(handle, fcntl.LOCK_UN)).start()
+        with locked(tmp_path / "a"):
+            assert in_use(tmp_path / "a")
+
+
 def test_one_waits_for_the_other_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "_SILENT", 0.1)
     caplog.set_level("INFO")

@@ -327,6 +327,19 @@ def test_another_machines_staging_is_left_for_a_day(tmp_path):
     assert not theirs.exists()
 
 
+@pytest.mark.parametrize("token", ["12345678", "00000042", "0123abcd"])
+def test_what_a_living_process_stages_is_known_whatever_its_token(tmp_path, monkeypatch, token):
+    """One in 43 tokens consists of decimal digits alone, as the number of a process does."""
+    monkeypatch.setattr(storage.secrets, "token_hex", lambda size: token)
+    with storage.staged_directory(tmp_path / "target") as staging:
+        storage.remove_staging(tmp_path, spare_living=True)
+        assert staging.is_dir()
+    aside = storage._beside(tmp_path / "lost", storage.REPLACED_PREFIX)
+    aside.mkdir()
+    storage.remove_staging(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == ["lost", "target"], "under its own name"
+
+
 def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
     """A kill between the beginning of a write and its end costs no disk for good."""
     for write in ("write_atomic(Path(sys.argv[1]), b'x')", "staged_directory(Path(sys.argv[1]))"):
@@ -375,6 +388,13 @@ def test_a_place_that_cannot_be_written_is_told_before(tmp_path, monkeypatch):
     storage.check_writable(tmp_path / "new" / "deep")
     storage.check_writable(tmp_path / "full")
     assert os.listdir(tmp_path) == ["full"], "nothing is left of the trial"
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    tried, mkdir = [], storage._mkdir
+    monkeypatch.setattr(storage, "_mkdir", lambda path: (tried.append(path.parent), mkdir(path)))
+    storage.check_writable(storage.Path("."))
+    assert tried == [storage.staging_place(storage.Path("."))], "where it will be staged, and not beside that"
+    (tmp_path / "empty").rmdir()
 
     def read_only(path):
         raise OSError(errno.EROFS, "Read-only file system")
