@@ -91,6 +91,7 @@ def _train(again: Any, status: Any, first: RunDirectory) -> None:
 
     def check(job: Job) -> None:
         check_job(job, status, first)
+        job.state.micro_batch_tokens = status.micro_batch_tokens  # what `auto` came to, not measured again
 
     run_training(again, fresh=True, ready=check, labels={"reproduces": first.path.resolve().name})
     disconnect()

@@ -127,8 +127,10 @@ def _compare_untouched(stored: StoredTensor, written: StoredTensor) -> None:
             == written.read(first, min(BLOCK_BYTES, stored.nbytes - first))
             for first in blocks
         )
+    elif not stored.shape:
+        equal = torch.equal(stored.tensor().to(FLOAT_TYPES[written.type]), written.tensor())
     else:
-        blocks = stored.row_blocks(BLOCK_ELEMENTS) if stored.shape and stored.nbytes else ()
+        blocks = stored.row_blocks(BLOCK_ELEMENTS) if stored.nbytes else ()
         pairs = ((stored.rows(*block), written.rows(*block)) for block in blocks)
         equal = all(torch.equal(old.to(new.dtype), new) for old, new in pairs)
     if not equal:

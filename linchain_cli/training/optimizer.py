@@ -169,7 +169,7 @@ class FlatAdamW(torch.optim.AdamW):
             if set(saved) != {"step", *_MOMENTS}:
                 raise InputError(f"the checkpoint's optimizer state for '{name}' is another optimizer's")
             if not self.state[whole]:
-                step = saved["step"].to(whole.device, torch.float32, copy=True)
-                self.state[whole] = {"step": step} | {key: torch.zeros_like(whole) for key in _MOMENTS}
+                self.state[whole] = {key: torch.zeros_like(whole) for key in _MOMENTS}
+            self.state[whole]["step"] = saved["step"].to(whole.device, torch.float32, copy=True)
             for key in _MOMENTS:
                 self.state[whole][key][place].copy_(saved[key].flatten())

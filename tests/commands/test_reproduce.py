@@ -60,6 +60,15 @@ def test_the_same_bits_come_out_again(run, capsys, tmp_path):
     assert found["surroundings"] == {}
 
 
+def test_micro_batches_that_auto_found_are_those_of_the_first_run(run, monkeypatch):
+    """What is free on a device when it is measured differs from one time to the next."""
+    found = iter([70, 10_000])
+    monkeypatch.setattr("linchain_cli.training.runner.find_tokens", lambda job, say: next(found))
+    assert linchain("train", "recipe.yaml", "name=auto", "training.micro_batch_size=auto") == 0
+    assert linchain("reproduce", "runs/auto") == 0
+    assert RunDirectory("runs/auto-reproduced").read_status().micro_batch_tokens == 70
+
+
 def test_what_is_not_as_it_was_is_refused_before_training(run, capsys, tmp_path, commonsense_rows):
     recipe = run.recipe_path.read_text()
     run.recipe_path.write_text(recipe.replace("learning_rate: 0.01", "learning_rate: 0.02"))

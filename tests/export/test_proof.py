@@ -110,14 +110,18 @@ def test_the_proof_catches_a_converted_tensor(tmp_path, base_of, adapter_of_base
 
 def test_recast_tensors_are_compared_with_the_recast_base(tmp_path, base_of, adapter_of_base):
     base = base_of("llama")
-    plan = plan_merge(open_checkpoint(base), adapter_of_base(base, targets=["q_proj"]), empty_model(base))
+    adapter = adapter_of_base(base, targets=["q_proj"])
+    save_file(tensors_of(base) | {"scalar": torch.tensor(2.5)}, base / "model.safetensors", {"format": "pt"})
+    plan = plan_merge(open_checkpoint(base), adapter, empty_model(base))
     write_checkpoint(tmp_path, new_tensors(plan, torch.bfloat16), 10**9)
     prove_tensors(plan, tmp_path, torch.bfloat16)
-    tensors = tensors_of(tmp_path)
-    move(tensors["lm_head.weight"], 1)
-    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(LinchainError, match="lm_head.weight, which no adapter touches"):
-        prove_tensors(plan, tmp_path, torch.bfloat16)
+    written = tensors_of(tmp_path)
+    damaged = written["lm_head.weight"].clone()
+    move(damaged, 1)
+    for key, value in {"lm_head.weight": damaged, "scalar": torch.tensor(2.0, dtype=torch.bfloat16)}.items():
+        save_file(written | {key: value}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(LinchainError, match=f"{key}, which no adapter touches"):
+            prove_tensors(plan, tmp_path, torch.bfloat16)
 
 
 def test_logits_are_compared_over_all_prompts():

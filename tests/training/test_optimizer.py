@@ -132,6 +132,7 @@ def test_state_goes_through_a_checkpoint_bit_for_bit():
     saved = tensor_bytes(second.named_state())
     continued = {key: nn.Parameter(value.detach().clone()) for key, value in parts.items()}
     third = FlatAdamW(continued)
+    third.load_named_state(load(tensor_bytes(first.named_state())))  # another state, which is replaced
     third.load_named_state(load(saved))
     assert tensor_bytes(third.named_state()) == saved
     for seed in range(3, 5):
