@@ -398,7 +398,7 @@ def remove_staging(directory: Path, name: str | None = None, *, spare_living: bo
 
 
 def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_living: bool) -> None:
-    """`filled` is the target itself where it was staged inside; `of_target` a pattern of the targets' names."""
+    """`filled` is the target itself where it was staged inside; `of_target` a pattern of targets' names."""
     # The second form is of linchain 0.1.0. No process has a number of more than seven digits, so that the
     # eight of a token, which may be decimal ones alone, are not taken for one.
     ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d{1,7})-[0-9a-f]{8}|(?P<early>\d{1,7})"

@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import InputError, first_line, nearest
-from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
+from linchain_cli.evaluation.evaluate import (
+    evaluating,
+    gather,
+    of_first,
+    processes,
+    refuse_unlike,
+    setting_of,
+)
 from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.results import Prediction, Results, averaged
 from linchain_cli.evaluation.statistics import normal_interval
@@ -236,12 +243,12 @@ def evaluate_harness(
     own = [task.fingerprints(setting, system if chat else None) for task in tasks]
     fingerprints = {name: value for of_task in own for name, value in of_task.items()}
     refuse_unlike(fingerprints)
-    earlier = store.measured(fingerprints) if store else None
+    rank, world = processes()
+    earlier = of_first(store.measured(fingerprints) if store and rank == 0 else None)
     known = earlier.summary.tasks if earlier else {}
     missing = [task for task, names in zip(tasks, own, strict=True) if not names.keys() <= known.keys()]
     if not missing:
         return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
-    rank, world = processes()
     # The harness has no row for a process that gets none.
     shared = share and all(count >= world for task in missing for count in task.counts(limit))
     before = model.generation_config.eos_token_id

@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,15 @@ from linchain_cli.data.labelled_batches import collate_labelled
 from linchain_cli.data.rows import RowError, UnusableRow
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.errors import InputError, some
-from linchain_cli.evaluation.evaluate import evaluating, gather, processes, refuse_unlike, setting_of
+from linchain_cli.evaluation.evaluate import (
+    evaluating,
+    gather,
+    of_first,
+    processes,
+    refuse_unlike,
+    setting_of,
+)
+from linchain_cli.evaluation.jobs import halved
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
 from linchain_cli.evaluation.statistics import standard_error, wilson_interval
 from linchain_cli.evaluation.store import ResultStore, keep
@@ -237,7 +246,7 @@ def evaluate_labels(
     refuse_unlike(fingerprints)
     rank, world = processes()
     store = ResultStore(out, setting) if out is not None else None
-    earlier = store.measured(fingerprints) if store else None
+    earlier = of_first(store.measured(fingerprints) if store and rank == 0 else None)
     missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
     total = sum(len(task.data.train) for task in tasks)
     done = total - sum(len(task.data.train) for task in missing)
@@ -245,12 +254,15 @@ def evaluate_labels(
         return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
     batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
     pad_id, found = padding(model, tokenizer), []
+
+    def told(task: LabelledTask, part: np.ndarray) -> list[Prediction]:
+        batch = collate_labelled(task.data.train, part, pad_id).to(model.device)
+        return _predicted(task, outputs, part, row_logits(model, batch))
+
     with evaluating(model):
         for task in missing:
-            rows = task.data.train
-            for part in _parts(rows.lengths, batch_tokens, rank, world):
-                logits = row_logits(model, collate_labelled(rows, part, pad_id).to(model.device))
-                found += _predicted(task, outputs, part, logits)
+            for part in _parts(task.data.train.lengths, batch_tokens, rank, world):
+                found += halved(partial(told, task), part)
                 done += len(part)
                 if on_progress:
                     on_progress(task.name, done, total)
@@ -266,9 +278,8 @@ def evaluate_labels(
 
 
 def _parts(lengths: np.ndarray, batch_tokens: int, rank: int, world: int) -> Iterator[np.ndarray]:
-    """This process's batches: rows of like length, as many as fit into so many tokens."""
-    size = max(1, batch_tokens // max(1, int(np.quantile(lengths, 0.9))))
-    for part in micro_batches(np.arange(len(lengths)), lengths, size, rank, world):
+    """This process's batches: rows of like length, as many as fit into so many tokens, padding included."""
+    for part in micro_batches(np.arange(len(lengths)), lengths, None, rank, world, tokens=batch_tokens):
         if len(part):
             yield part
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -75,3 +77,23 @@ def naive_scores(model, sequences: Sequence[Sequence[int]], start: int) -> list[
         log_probs = logits.double().log_softmax(-1)
         scores.append(sum(log_probs[at - 1, tokens[at]].item() for at in range(start, len(tokens))))
     return scores
+
+
+def forked(store: Path, work: Callable[[int], object]) -> list[int | None]:
+    """Runs `work(rank)` in two processes that know each other by the file `store`; their exit statuses."""
+    context = multiprocessing.get_context("fork")  # nothing to import again, and the parent runs one thread
+    processes = [context.Process(target=_work, args=(rank, store, work)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+        process.kill()
+    return [process.exitcode for process in processes]
+
+
+def _work(rank: int, store: Path, work: Callable[[int], object]) -> None:
+    from torch import distributed
+
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    work(rank)
+    distributed.destroy_process_group()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import json
-import multiprocessing
 import os
 import time
 
@@ -26,7 +25,7 @@ from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.loading import load_model
 from linchain_cli.model.tokenizer import load_tokenizer
 
-from .conftest import naive_scores
+from .conftest import forked, naive_scores
 
 
 @pytest.fixture(scope="module")
@@ -251,13 +250,6 @@ def test_another_evaluation_does_not_continue_it(
     assert len(done) > 3 if change != "rows" else done[-1] == 35
 
 
-def _work(rank, world, store, run_one):
-    """One of `world` forked processes; its exit status says whether everything went well."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    run_one()
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("protocol", ["likelihood", "generate"])
 def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, tmp_path, protocol):
     options = {"batch_tokens": 300, "protocol": protocol, "beams": 2}
@@ -266,7 +258,7 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
     run(model, tokenizer, template, tasks, out=one, on_progress=lambda *args: batches.append(args), **options)
     assert len(batches) > 3
 
-    def run_one():
+    def run_one(rank):
         own = []
         results = run(
             model, tokenizer, template, tasks, out=two, on_progress=lambda *args: own.append(args), **options
@@ -275,24 +267,29 @@ def test_two_processes_write_the_file_of_one(model, tokenizer, template, tasks, 
         assert 0 < len(own) < len(batches)  # and did its share
         assert own[-1][1] >= batches[-2][1]  # and showed how far they came together
 
-    context = multiprocessing.get_context("fork")  # nothing to import again, and the parent runs one thread
-    processes = [
-        context.Process(target=_work, args=(rank, 2, tmp_path / "store", run_one)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert forked(tmp_path / "store", run_one) == [0, 0]
     assert alike(read_results(two)) == alike(read_results(one))
     assert predictions_path(two).read_bytes() == predictions_path(one).read_bytes()
     assert list(two.parent.glob(".*.part-*")) == []
 
 
+def test_what_is_measured_already_is_read_by_the_first_process_alone(
+    model, tokenizer, template, tasks, tmp_path
+):
+    """Another machine's disk does not hold its results; all have to measure the same."""
+    run(model, tokenizer, template, tasks[:2], out=tmp_path / "0")
+
+    def run_one(rank):
+        out = tmp_path / str(rank)
+        for _ in range(2):  # what is missing, and then nothing
+            results = run(model, tokenizer, template, tasks, out=out)
+            assert len(results.predictions) == 36 and set(results.known) >= {"yes-no", "two"}
+
+    assert forked(tmp_path / "store", run_one) == [0, 0]
+
+
 def test_processes_with_other_adapters_are_refused(model, tokenizer, template, tasks, tmp_path):
-    def run_one():
-        rank = torch.distributed.get_rank()
+    def run_one(rank):
         inject(model, ChainConfig(rank=2, depth=1, target_modules=["q_proj"]), seed=rank)
         try:
             with pytest.raises(LinchainError if rank == 0 else SystemExit) as end:
@@ -302,16 +299,7 @@ def test_processes_with_other_adapters_are_refused(model, tokenizer, template, t
         finally:
             detach(model)
 
-    context = multiprocessing.get_context("fork")
-    processes = [
-        context.Process(target=_work, args=(rank, 2, tmp_path / "store", run_one)) for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert forked(tmp_path / "store", run_one) == [0, 0]
     assert not (tmp_path / "eval.json").exists()
 
 

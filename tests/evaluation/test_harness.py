@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 
 import pytest
-import torch
 
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.templates import get_template
@@ -21,6 +19,7 @@ from linchain_cli.model.loading import load_model
 from linchain_cli.model.tokenizer import load_tokenizer
 
 from ..harness import ROWS, write_task
+from .conftest import forked
 
 pytest.importorskip("lm_eval")
 
@@ -175,8 +174,6 @@ def test_processes_share_the_rows_and_find_what_one_finds(loaded, task_file, tmp
     alone = evaluate_harness(model, tokenizer, template, tasks, name="tiny")
 
     def work(rank):
-        place = f"file://{tmp_path}/store"
-        torch.distributed.init_process_group("gloo", init_method=place, rank=rank, world_size=2)
         asked, forward = [], model.forward
 
         def counted(input_ids, **options):
@@ -189,16 +186,8 @@ def test_processes_share_the_rows_and_find_what_one_finds(loaded, task_file, tmp
         # Of one row there is none for the second process: both ask it.
         one = evaluate_harness(model, tokenizer, template, tasks, name="tiny", limit=1)
         assert one.predictions == alone.predictions[:1]
-        torch.distributed.destroy_process_group()
 
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=work, args=(rank,)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert forked(tmp_path / "store", work) == [0, 0]
     written = read_results(tmp_path / "out" / "lm_eval.json").summary.tasks["linchain_test_places"]
     of_one = alone.summary.tasks["linchain_test_places"]
     assert (written.accuracy, written.metrics) == (of_one.accuracy, of_one.metrics)

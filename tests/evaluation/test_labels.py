@@ -6,15 +6,20 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from linchain_cli.errors import InputError
-from linchain_cli.evaluation.labels import load_labelled
+from linchain_cli.evaluation.labels import evaluate_labels, load_labelled
 from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.limits import Limits
 from linchain_cli.recipe import DataConfig
 
+from ..classifiers import make_encoder
+from .conftest import forked
+
 RTE = "index\tsentence1\tsentence2\tlabel\n0\tthe cat\ta cat\tnot_entailment\n1\train\tdog\tentailment\n"
 OWN = Outputs(("bad", "good"))
+THREE = Outputs(("bad", "good", "odd"))  # of the tiny classifier
 
 
 @pytest.fixture
@@ -101,3 +106,71 @@ def test_rows_are_cut_to_what_the_model_reads(tokenizer):
     (task,) = load_labelled(["rows.jsonl"], OWN, tokenizer, like=like, readable=Limits(10, 16, table=True))
     assert task.data.train.lengths.tolist() == [4, 16]
     assert "1 of 2 rows are longer than data.max_length (16 tokens" in task.data.report.warnings[0]
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """A tiny classifier, its tokenizer and two tasks: rows.jsonl, a fifth of them long, and more.jsonl."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
+    texts = ["the cat " * (20 if number % 5 == 0 else 1 + number % 2) for number in range(60)]
+    for file, some in {"rows.jsonl": texts, "more.jsonl": texts[:7]}.items():
+        written = [{"text": text, "label": ("bad", "good")[len(text) % 3 == 0]} for text in some]
+        Path(file).write_text("".join(json.dumps(row) + "\n" for row in written))
+    model, tokenizer = make_encoder("bert")
+    return model, tokenizer, load_labelled(["rows.jsonl", "more.jsonl"], THREE, tokenizer)
+
+
+def sizes_of(model, monkeypatch):
+    """The padded sizes that the model reads from here on."""
+    seen = []
+    forward = model.forward
+
+    def noted(input_ids, **inputs):
+        seen.append(tuple(input_ids.shape))
+        return forward(input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", noted)
+    return seen
+
+
+def test_no_batch_has_more_tokens_than_it_may(rows, monkeypatch):
+    model, tokenizer, tasks = rows
+    whole = evaluate_labels(model, tokenizer, THREE, tasks, name="tiny", batch_tokens=100_000)
+    seen = sizes_of(model, monkeypatch)
+    found = evaluate_labels(model, tokenizer, THREE, tasks, name="tiny", batch_tokens=100)
+    assert len(seen) > 4 and all(count * longest <= 100 for count, longest in seen)
+    assert sum(count for count, _ in seen) == 67
+    assert [row["prediction"] for row in found.predictions] == [
+        row["prediction"] for row in whole.predictions
+    ]
+
+
+def test_a_batch_that_does_not_fit_is_halved(rows, monkeypatch):
+    model, tokenizer, tasks = rows
+    whole = evaluate_labels(model, tokenizer, THREE, tasks, name="tiny")
+    forward = model.forward
+
+    def small_memory(input_ids, **inputs):
+        if input_ids.numel() > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids, **inputs)
+
+    monkeypatch.setattr(model, "forward", small_memory)
+    found = evaluate_labels(model, tokenizer, THREE, tasks, name="tiny")
+    assert [row["index"] for row in found.predictions] == [row["index"] for row in whole.predictions]
+
+
+def test_what_is_measured_already_is_read_by_the_first_process_alone(rows, tmp_path):
+    """Another machine's disk does not hold its results; all have to measure the same."""
+    model, tokenizer, tasks = rows
+    first = evaluate_labels(model, tokenizer, THREE, tasks[:1], name="tiny", out=tmp_path / "0")
+
+    def run_one(rank):
+        for _ in range(2):  # what is missing, and then nothing
+            found = evaluate_labels(model, tokenizer, THREE, tasks, name="tiny", out=tmp_path / str(rank))
+            assert {row["task"] for row in found.predictions} == {"rows.jsonl", "more.jsonl"}
+            assert found.known[:1] == tuple(first.summary.tasks)
+
+    assert forked(tmp_path / "store", run_one) == [0, 0]
+    assert not (tmp_path / "1").exists()
