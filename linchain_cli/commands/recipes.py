@@ -58,12 +58,17 @@ def copy(
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Axolotl's, LLaMA-Factory's or TRL's YAML.")],
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="Axolotl's, LLaMA-Factory's or TRL's YAML; - is the standard input."
+        ),
+    ],
 ) -> None:
     """Print a configuration of another tool as a recipe."""
     from linchain_cli.recipe import convert_recipe
 
-    print(convert_recipe(file), end="")
+    print(convert_recipe("/dev/stdin" if str(file) == "-" else file), end="")
 
 
 def schema() -> None:

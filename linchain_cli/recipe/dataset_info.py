@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 FILE = "dataset_info.json"
+STARTED_THERE = "convert where LLaMA-Factory is started"
+PAIRS = "pairs of answers, for preference training, which is not here"
 _COLUMNS = {
     "prompt": "instruction",
     "query": "input",
@@ -28,6 +30,7 @@ class DatasetInfo:
 
     directory: str = "data"
     described: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    readable: bool = False
 
     @classmethod
     def read(cls, directory: str) -> DatasetInfo:
@@ -37,13 +40,15 @@ class DatasetInfo:
         except (OSError, ValueError, RecursionError):
             return cls(directory)
         described = found.items() if isinstance(found, dict) else ()
-        return cls(directory, {name: said for name, said in described if isinstance(said, dict)})
+        return cls(directory, {name: said for name, said in described if isinstance(said, dict)}, True)
 
     def source(self, name: str) -> dict[str, Any] | None:
         """The data set as an entry of `data.train`; None if nothing is known of it."""
         said = self.described.get(name, {})
         if said.get("hf_hub_url"):
             source = {"path": said["hf_hub_url"]}
+        elif said.get("cloud_file_name"):
+            source = {"path": said["cloud_file_name"]}
         elif said.get("file_name"):
             source = {"path": str(Path(self.directory) / str(said["file_name"]))}
         else:
@@ -64,10 +69,12 @@ class DatasetInfo:
         """What such an entry does not say of the data set."""
         said = self.described.get(name)
         if said is None or self.source(name) is None:
-            yield f"{name}: write its file or hub id; {Path(self.directory) / FILE} does not tell it"
+            file = Path(self.directory) / FILE
+            where = "does not tell it" if self.readable else f"cannot be read: {STARTED_THERE}"
+            yield f"{name}: write its file or hub id; {file} {where}"
             return
         if said.get("ranking"):
-            yield f"{name}: pairs of answers, for preference training, which is not here"
+            yield f"{name}: {PAIRS}"
         columns = said.get("columns") if isinstance(said.get("columns"), dict) else {}
         if left := [key for key in columns if key not in _COLUMNS and key not in ("chosen", "rejected")]:
             yield f"{name}: nothing reads {', '.join(left)}"

@@ -102,10 +102,11 @@ def convert_recipe(path: Path | str) -> str:
         InputError: the file cannot be read, or is none.
     """
     path = Path(path)
-    document = _parsed(path)
+    document = _parsed(path, _CONVERTED)
     if document.problems:
         problem = document.problems[0]
-        raise InputError(f"{path}:{problem.line}: {dotted(problem.key)}: {problem.message}")
+        key = f"{dotted(problem.key)}: " if problem.key else ""
+        raise InputError(f"{path}:{problem.line}: {key}{problem.message}")
     if not foreign_keys(document.value):
         raise InputError(
             f"{path}: no configuration of Axolotl, LLaMA-Factory or TRL: at least three of its keys would be "
@@ -114,11 +115,28 @@ def convert_recipe(path: Path | str) -> str:
     return converted(document.value, path.name)
 
 
-def _parsed(path: Path) -> strict_yaml.Document:
+@dataclass(frozen=True)
+class _Kind:
+    """What a file should hold, and where to find out more."""
+
+    name: str
+    hint: str
+    read_once: bool = False
+
+
+_RECIPE = _Kind("a recipe", "Start from a shipped one: `linchain recipes list`.")
+_CONVERTED = _Kind(
+    "a configuration that can be converted",
+    "docs/coming-from.md says what its settings are called here.",
+    read_once=True,
+)
+
+
+def _parsed(path: Path, kind: _Kind = _RECIPE) -> strict_yaml.Document:
     """A file's document, which is a mapping."""
-    text = _read_text(path)
+    text = _read_text(path, kind)
     if path.suffix in (".py", ".ipynb", ".sh"):
-        raise InputError(f"{path}: a script; a recipe is a short YAML file. {_START}")
+        raise InputError(f"{path}: a script; {kind.name} is a short YAML file. {kind.hint}")
     try:
         document = strict_yaml.parse(text)
     except InputError as error:
@@ -126,10 +144,11 @@ def _parsed(path: Path) -> strict_yaml.Document:
         place = f"{path}:{where.removeprefix('line ')}" if colon and where.startswith("line ") else str(path)
         raise InputError(f"{place}: not YAML: {reason if colon else error}") from None
     if document.value is None:
-        raise InputError(f"{path}: the recipe is empty. {_START}")
+        raise InputError(f"{path}: the {'recipe' if kind is _RECIPE else 'file'} is empty. {kind.hint}")
     if not isinstance(document.value, dict):
+        begin = "name: my-run" if kind is _RECIPE else "base_model: owner/model"
         raise InputError(
-            f"{path}: a recipe is a mapping that begins like `name: my-run`, this is not one. {_START}"
+            f"{path}: {kind.name} is a mapping that begins like `{begin}`, this is not one. {kind.hint}"
         )
     return document
 
@@ -148,20 +167,18 @@ def _read(path: Path) -> _Draft:
     return draft
 
 
-_START = "Start from a shipped one: `linchain recipes list`."
-
-
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, kind: _Kind) -> str:
     try:
         if path.is_dir():
-            raise InputError(_directory_message(path))
-        if path.exists() and not path.is_file():
+            raise InputError(_directory_message(path, kind))
+        if not kind.read_once and path.exists() and not path.is_file():
             raise InputError(f"{path}: not a regular file. A recipe is read more than once: write it to one.")
         if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise InputError(f"{path}: {path.stat().st_size:,} bytes are no recipe; it is a short YAML file.")
+            size = f"{path.stat().st_size:,} bytes"
+            raise InputError(f"{path}: {size} are no recipe; {kind.name} is a short YAML file.")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file.{_similar_file(path)}") from None
+        raise InputError(f"{path}: no such file.{_similar_file(path, kind)}") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise InputError(f"{path}: cannot be read: {reason}.") from None
@@ -169,19 +186,19 @@ def _read_text(path: Path) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text; a recipe is a YAML file.") from None
+        raise InputError(f"{path}:{line}: not UTF-8 text; {kind.name} is a YAML file.") from None
     if "\0" in text:
-        raise InputError(f"{path}: a binary file; a recipe is a YAML file.")
+        raise InputError(f"{path}: a binary file; {kind.name} is a YAML file.")
     return text
 
 
-def _directory_message(path: Path) -> str:
-    if (path / "recipe.yaml").is_file():
+def _directory_message(path: Path, kind: _Kind) -> str:
+    if kind is _RECIPE and (path / "recipe.yaml").is_file():
         return f"{path}: a directory. Its recipe is {path / 'recipe.yaml'}."
-    return f"{path}: a directory; a recipe is a YAML file."
+    return f"{path}: a directory; {kind.name} is a YAML file."
 
 
-def _similar_file(path: Path) -> str:
+def _similar_file(path: Path, kind: _Kind) -> str:
     """The nearest YAML file beside a missing one, else the nearest shipped recipe."""
     beside = path.parent
     try:
@@ -190,9 +207,11 @@ def _similar_file(path: Path) -> str:
         names = []
     if found := nearest(path.name, names):
         return f" Did you mean '{beside / found}'?"
-    if shipped := nearest(path.name.removesuffix(".yaml").removesuffix(".yml"), shipped_recipes()):
+    if kind is _RECIPE and (
+        shipped := nearest(path.name.removesuffix(".yaml").removesuffix(".yml"), shipped_recipes())
+    ):
         return f" '{shipped}' is a shipped recipe: `linchain recipes copy {shipped}` puts it here."
-    return f" {_START}"
+    return f" {kind.hint}"
 
 
 def _apply(override: str, draft: _Draft) -> None:

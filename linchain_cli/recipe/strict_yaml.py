@@ -135,7 +135,13 @@ def _build_mapping(node: MappingNode, key: Key, document: Document) -> dict[str,
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, ScalarNode):
-            document.problems.append(YamlProblem(key, line, "a key must be a word, not a list or a mapping"))
+            document.problems.append(
+                YamlProblem(
+                    key,
+                    line,
+                    "a key must be a word, not a list or a mapping: quote a text that begins with { or [",
+                )
+            )
             continue
         if key_node.tag == _ALIAS:
             document.problems.append(_alias_problem(key_node, key))

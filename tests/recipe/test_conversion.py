@@ -131,6 +131,7 @@ def test_a_configuration_of_axolotl(convert):
             ],
             "validation": "5%",
             "max_length": 4096,
+            "on_long_row": "drop",
         },
         "training": {
             "epochs": 2,
@@ -144,19 +145,21 @@ def test_a_configuration_of_axolotl(convert):
             "gradient_checkpointing": True,
             "eval_every": "epoch/4",
             "save_every": "epoch",
+            "keep": "last",
             "trackers": ["wandb"],
         },
     }
-    assert recipe.model.attention == "auto" and recipe.training.keep == "best"
+    assert recipe.model.attention == "auto"
+    assert "  global_batch_size: 8  # of 4096 tokens each there: times the rows that fit into that" in text
     assert [line for line in text.splitlines() if line.startswith("#")] == [
-        "# Made from theirs.yaml. What it leaves open has the defaults of linchain: see `linchain check`.",
+        "# Made from theirs.yaml. What Axolotl does by default is written out where it changes the",
+        "# result; the rest has linchain's defaults: see `linchain check`.",
         "# Not said above:",
-        "#   special_tokens: {pad_token: </s>}  (not here: the tokenizer's own are used; padding needs none)",
-        "#   datasets: type: jeopardy  (the rows' columns tell the format (data.template))",
-        "#   datasets: shards: 3  (linchain does not know it)",
-        "#   datasets: message_property_mappings: {role: who}  "
-        "(turns have role and content, or from and value)",
-        "# Not needed: sample_packing, tf32",
+        "#   old.jsonl: type: jeopardy  (not here: rows go by their columns, see data.template)",
+        "#   old.jsonl: shards: 3  (split: train[:10%] beside the path takes a part)",
+        "#   old.jsonl: message_property_mappings: {role: who}  "
+        "(turns have role and content, or from and value: rename them)",
+        "# Not needed: tf32",
     ]
 
 
@@ -212,7 +215,8 @@ def test_llama_factorys_names_are_looked_up(convert, tmp_path, monkeypatch):
     ):
         assert f"#   {remark}\n" in made
     (tmp_path / "sets" / "dataset_info.json").write_text("[")
-    assert "#   one: write its file or hub id; sets/dataset_info.json does not tell it" in convert(text)[0]
+    said = "sets/dataset_info.json cannot be read: convert where LLaMA-Factory is started"
+    assert f"#   one: write its file or hub id; {said}" in convert(text)[0]
 
 
 def test_a_configuration_of_trl(convert):
@@ -235,7 +239,221 @@ def test_a_mixture_of_trl(convert):
         ("org/b", None),
     ]
     assert recipe.data.validation == "10%"
-    assert "#   datasets: fraction: 0.5  (weight beside a source's path)" in text
+    assert "#   org/a: fraction: 0.5  (weight beside a source's path)" in text
+
+
+# What a setting means there, beside the three configurations above.
+A, L, T = AXOLOTL, LLAMA_FACTORY, TRL
+V1 = """
+model: org/model
+model_class: llm
+peft_config: {name: lora, r: 4, lora_alpha: 8, target_modules: all}
+quant_config: {name: bnb, quantization_bit: 4}
+train_dataset: rows.jsonl
+output_dir: ./outputs/v1
+micro_batch_size: 2
+learning_rate: 1.0e-5
+save_epochs: 0.5
+"""
+
+
+@pytest.mark.parametrize(
+    "base, changed, expected",
+    [
+        # what they do where nothing is said
+        (A, "num_epochs:", {"training.epochs": 1}),
+        (A, "warmup_ratio:", {"training.warmup_steps": 0.03}),
+        (A, "lr_scheduler:", {"training.lr_scheduler": "cosine"}),
+        (A, "sequence_len:", {"data.max_length": 512}),
+        (A, "val_set_size:", {"data.validation": 0}),
+        (L, "finetuning_type:", {"adapter.rank": 8, "adapter.dropout": 0}),
+        (L, "lora_rank:", {"adapter.rank": 8, "adapter.alpha": 16}),
+        (L, "learning_rate:", {"training.learning_rate": 5e-5}),
+        (L, "per_device_train_batch_size:", {"training.global_batch_size": 64}),
+        (L, "val_size:", {"data.validation": 0}),
+        (T, "lora_r:", {"adapter.rank": 16, "adapter.dropout": 0.05}),
+        (T, "max_length:", {"data.max_length": 1024}),
+        (T, "learning_rate:", {"training.learning_rate": 2e-5, "training.warmup_steps": 0}),
+        (T, "load_best_model_at_end:", {"training.keep": "last"}),
+        # batches
+        (A, "batch_size: 32", {"training.global_batch_size": 32, "training.micro_batch_size": 2}),
+        (T, "gradient_accumulation_steps: 4", {"training.global_batch_size": 32}),
+        (A, "auto_find_batch_size: true", {"training.micro_batch_size": "auto"}),
+        # schedules: a number of steps comes before a share, and `constant` has no warm-up
+        (A, "warmup_steps: 10", {"training.warmup_steps": 10}),
+        (A, "warmup_steps: 0", {"training.warmup_steps": 0.1}),
+        (L, "lr_scheduler_type: constant", {"training.lr_scheduler": "constant", "training.warmup_steps": 0}),
+        (L, "lr_scheduler_type: constant_with_warmup", {"training.warmup_steps": 0.1}),
+        (L, "lr_scheduler_type: cosine_with_restarts", {"training.lr_scheduler": "cosine"}),
+        (A, "max_steps: -1", {"training.epochs": 2, "training.max_steps": None}),
+        (A, "optimizer: ao_adamw_8bit", {"training.optimizer": "adamw"}),
+        # how often: the strategy `epoch` counts whatever stands beside it, a share is one of the run
+        (T, "eval_steps: 500", {"training.eval_every": "epoch"}),
+        (T, "save_strategy: epoch", {"training.save_every": "epoch"}),
+        (T, "save_steps: 0.1", {"training.save_every": 10}),
+        (L, "save_steps: 0.1", {"training.save_every": "epoch/3"}),
+        (T, "metric_for_best_model: eval_loss", {"training.best_by": "loss"}),
+        # modules
+        (A, "lora_target_modules: [q_proj]", {"adapter.target_modules": "all-linear"}),
+        (L, "lora_target: q_proj", {"adapter.target_modules": ["q_proj"]}),
+        (T, "lora_target_modules: [q_proj]", {"adapter.target_modules": ["q_proj"]}),
+        (T, "lora_target_modules: .*layers.[0-3].*proj", {"adapter.target_modules": ".*layers.[0-3].*proj"}),
+        (
+            T,
+            "lora_target_modules: [q_proj]\nlora_target_parameters: [mlp.experts.down_proj]",
+            {"adapter.target_modules": ["q_proj", "mlp.experts.down_proj"]},
+        ),
+        # memory and numbers
+        (A, "gradient_checkpointing: offload", {"training.offload_activations": True}),
+        (A, "activation_offloading: legacy", {"training.offload_activations": True}),
+        (A, "load_in_8bit: false", {"model.quantization": "nf4"}),
+        (T, "bf16: true\nfp16: false\ndtype: float32", {"model.dtype": "bfloat16"}),
+        (T, "torch_dtype: torch.float16", {"model.dtype": "float16"}),
+        # rows
+        (A, "excess_length_strategy: truncate", {"data.on_long_row": "cut"}),
+        (A, "val_set_size: 500", {"data.validation": 500}),
+        (L, "val_size: 500.0", {"data.validation": 500}),
+        (A, "test_datasets: [{path: t.jsonl}]\nval_set_size:", {"data.validation": {"path": "t.jsonl"}}),
+        (
+            T,
+            "dataset_test_split: held",
+            {"data.validation": {"path": "org/rows", "config": "en", "split": "held"}},
+        ),
+        (T, "eval_strategy: 'no'\nload_best_model_at_end:", {"data.validation": 0}),
+        (
+            L,
+            "eval_dataset: org/held\nval_size:\nmax_samples:",
+            {"data.validation": {"path": "org/held", "split": "train"}},
+        ),
+        (T, "dataset_text_field: body", {"data.columns": {"text": "body"}}),
+        (T, "dataset_text_field: text\nrandom_state: 3", {"data.columns": {}, "seed": 3}),
+        (L, "template: qwen", {"data.template": "chat"}),
+        (L, "template: alpaca", {"data.template": "alpaca"}),
+        (L, "stage: pt", {"data.template": "text"}),
+        (L, "mask_history: true", {"data.turns": "last"}),
+        (L, "train_on_prompt: true", {"data.train_on_inputs": True}),
+        (L, "enable_thinking: false", {"data.chat.options": {"enable_thinking": False}}),
+        # LLaMA-Factory's second form
+        (
+            V1,
+            "",
+            {
+                "model.path": "org/model",
+                "model.quantization": "nf4",
+                "adapter.rank": 4,
+                "adapter.alpha": 8,
+                "adapter.dropout": 0.05,
+                "adapter.target_modules": "all-linear",
+                "data.template": "chat",
+                "training.lr_scheduler": "constant",
+                "training.global_batch_size": 2,
+                "training.save_every": "epoch/2",
+            },
+        ),
+        (V1, "global_batch_size: 16", {"training.global_batch_size": 16}),
+        (V1, "lr_scheduler_config: {name: linear, warmup_ratio: 0.2}", {"training.warmup_steps": 0.2}),
+    ],
+)
+def test_what_a_setting_means_there(convert, base, changed, expected):
+    keys = {line.partition(":")[0] for line in changed.splitlines()}
+    kept = [line for line in base.splitlines() if line.partition(":")[0] not in keys]
+    _, recipe = convert("\n".join([*kept, changed]))
+    flat = recipe.flat()
+    for field, value in expected.items():
+        found = flat[field] if field in flat else _section(flat, field)
+        assert found == value, field
+
+
+def _section(flat: dict, field: str) -> dict:
+    """What is set of a mapping that `flat` takes apart."""
+    below = {
+        key.removeprefix(f"{field}."): value for key, value in flat.items() if key.startswith(f"{field}.")
+    }
+    return {key: value for key, value in below.items() if value is not None and key != "weight"}
+
+
+ENTRIES = [
+    ("{path: a.jsonl, type: completion, field: body}", {"template": "text", "columns": {"text": "body"}}, ""),
+    ("{path: json, data_files: a.jsonl, ds_type: json, type: alpaca}", {"template": "alpaca"}, ""),
+    (
+        "{path: a.jsonl, type: chat_template, roles_to_train: [assistant], train_on_eos: turn}",
+        {"template": "chat"},
+        "",
+    ),
+    (
+        "{path: a.jsonl, type: chat_template, chat_template: tokenizer_default, "
+        "roles: {user: [human, user], assistant: [gpt]}}",
+        {"template": "chat"},
+        "",
+    ),
+    ("{path: a.jsonl, roles_to_train: []}", {}, "roles_to_train: []  (assistants' turns are, unless one has"),
+    ("{path: a.jsonl, roles_to_train: [all]}", {}, "roles_to_train: [all]  (assistants' turns are"),
+    (
+        "{path: a.jsonl, train_on_eos: none}",
+        {},
+        "train_on_eos: none  (the token that ends an answer is learned",
+    ),
+    ("{path: a.jsonl, message_field_role: speaker}", {}, "message_field_role: speaker  (turns have role and"),
+    (
+        "{path: a.jsonl, message_field_training: learn}",
+        {},
+        "message_field_training: learn  (the mark of a turn",
+    ),
+    ("{path: a.jsonl, message_field_training: train}", {}, ""),
+    (
+        "{path: a.jsonl, drop_system_message: true}",
+        {},
+        "drop_system_message: true  (take it out of the rows)",
+    ),
+    (
+        "{path: a.jsonl, type: {system_prompt: 'Be {brief}.', field_instruction: q, field_output: a, "
+        "format: 'Q: {instruction}\\n{input}\\nA:', no_input_format: 'Q: {instruction}\\nA:'}}",
+        {
+            "template": {
+                "prompt": "Be {{brief}}.Q: {instruction}\\n{input}\\nA:",
+                "prompt_no_input": "Be {{brief}}.Q: {instruction}\\nA:",
+                "response": "{output}",
+            },
+            "columns": {"instruction": "q", "output": "a"},
+        },
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize("entry, expected, said", ENTRIES)
+def test_an_entry_of_axolotls_data_sets(convert, entry, expected, said):
+    text, recipe = convert(f"base_model: m\nadapter: lora\nlora_r: 8\nlora_alpha: 8\ndatasets: [{entry}]\n")
+    source = recipe.data.train[0].model_dump(exclude_none=True, exclude={"weight"})
+    assert source == {"path": "a.jsonl", **expected}
+    assert f"#   a.jsonl: {said}" in text if said else "# Not said" not in text
+
+
+def test_documents_of_axolotl(convert):
+    text, recipe = convert(
+        "base_model: m\nadapter: lora\nlora_r: 8\nsample_packing: true\npretraining_dataset: org/books\n"
+    )
+    assert (recipe.data.train[0].path, recipe.data.train[0].template) == ("org/books", "text")
+    assert "global_batch_size: 1  # of one process there" in text, (
+        "a document's row is a whole sequence anyway"
+    )
+
+
+def test_data_sets_of_llama_factory_v1_stand_in_a_file(convert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "theirs.yaml"
+    path.write_text(V1.replace("rows.jsonl", "sets.yaml"))
+    assert "#   sets.yaml: a list of data sets, which cannot be read: convert where" in convert_recipe(path)
+    (tmp_path / "sets.yaml").write_text(
+        "one: {path: one.json, source: local, converter: alpaca, size: 5}\n"
+        "two: {path: org/two, converter: pair}\n"
+    )
+    made, recipe = convert(path.read_text())
+    assert [(source.path, source.max_rows) for source in recipe.data.train] == [
+        ("one.json", 5),
+        ("org/two", None),
+    ]
+    assert "#   two: pairs of answers, for preference training, which is not here" in made
 
 
 @pytest.mark.parametrize(
@@ -246,8 +464,8 @@ def test_a_mixture_of_trl(convert):
             "lr_scheduler_type: polynomial",
             "training.lr_scheduler: polynomial  (expected one of linear, cosine",
         ),
-        ("finetuning_type: full", "#   all weights are trained there; linchain trains an adapter"),
-        ("rl: dpo", "#   rl: dpo  (not here: preference training and RL)"),
+        ("finetuning_type: full", "#   all weights are trained there, with a rate for that"),
+        ("rl: dpo", "# Not said above:\n#   rl: dpo  (not here: what is learned is the rows' answers)\n"),
         ("layers_to_transform: [1, 2]", "(adapter.target_modules takes a regular expression over"),
         (
             "lora_model_dir: old",
@@ -258,11 +476,14 @@ def test_a_mixture_of_trl(convert):
             "# Not said above:\n#   stage: dpo  (not here: what is learned is the rows' answers)\n",
         ),
         ("something: 3", "#   something: 3  (linchain does not know it)"),
-        ("use_dora: false", "# Not needed: use_peft, use_dora"),
-        (
-            "eval_steps: 0.1",
-            "#   training.eval_every: 0.1  (expected a whole number of steps, epoch, or epoch/4",
-        ),
+        ("use_dora: false", "# Not needed: use_dora"),
+        ("save_strategy: best", "#   training.save_every: best  (not here: a number of steps, or epoch)"),
+        ("lr_scheduler_type: cosine_with_min_lr", "cosine_with_min_lr  (not here: cosine is the nearest)"),
+        ("optim: lion_32bit", "#   training.optimizer: lion_32bit  (expected adamw, got 'lion_32bit'"),
+        ("adam_beta2: 0.95", "#   adam_beta2: 0.95  (not here: AdamW is the only optimizer, with betas"),
+        ("adam_beta2: 0.999", "# Not needed: adam_beta2"),
+        ("model_name: other", "#   model_name: other  (another of these keys has become model.path)"),
+        ("lora_dropout: ${oc.env:DROPOUT}", "(nothing is put in for ${...}: write the value out)"),
         (
             "quantization_config: {a: [b]}",
             "#   model.quantization: {a: [b]}  (expected one of none, int8, nf4",
@@ -337,7 +558,9 @@ def test_a_whole_configuration_is_told_in_one_sentence(tmp_path, text):
     [
         ("name: x\nrank: 8\nmodel: {path: m}\n", "no configuration of Axolotl, LLaMA-Factory or TRL"),
         ("lora_r: 8\nlora_r: 9\nlora_alpha: 3\nbase_model: m\n", ":2: lora_r: given twice; first in line 1"),
-        ("- a\n", "a recipe is a mapping"),
+        ("- a\n", "a configuration that can be converted is a mapping that begins like `base_model: "),
+        ("", "the file is empty"),
+        ("base_model: &m a\nlora_r: 8\nother: *m\n", "aliases such as \\*m are not allowed"),
     ],
 )
 def test_what_cannot_be_converted(tmp_path, text, said):
