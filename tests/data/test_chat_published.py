@@ -211,6 +211,8 @@ def refused_rightly(template: ChatTemplate, conversation: dict[str, Any], said: 
         assert re.search(r"'(thought \d)'", said).group(1) not in text
     elif "leaves the call of get_weather out" in said:
         assert "Paris" not in text
+    elif "leaves out `tools`" in said:
+        assert "The weather of a city" not in text
     else:
         raise AssertionError(said)
 
