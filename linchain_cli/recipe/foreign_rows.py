@@ -11,7 +11,14 @@ from typing import Any
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.dataset_info import PAIRS, STARTED_THERE, DatasetInfo
-from linchain_cli.recipe.other_tools import CALLED_HERE, LLAMA_FACTORY, LLAMA_FACTORY_V1, TRL, instead_of
+from linchain_cli.recipe.other_tools import (
+    AXOLOTL,
+    CALLED_HERE,
+    LLAMA_FACTORY,
+    LLAMA_FACTORY_V1,
+    TRL,
+    instead_of,
+)
 from linchain_cli.recipe.theirs import Fields, Theirs, are_all, is_no, names, number, remark
 
 Source = dict[str, Any]
@@ -102,14 +109,16 @@ def _validation(theirs: Theirs) -> Any:
     if given is None:
         size = number(share)
         return share if size is None else f"{100 * size:g}%" if 0 < size < 1 else f"{size:.12g}"
-    first, *others = _all_sources(given, theirs) or [None]
-    for other in others:
-        theirs.unsaid("data.validation", other, "it takes one source")
-    if first is None:
-        return None
-    source = {"path": first} if isinstance(first, str) else first
     if theirs.tool is LLAMA_FACTORY:
         split = "train"
+    found = [_to_validate(source, split) for source in _all_sources(given, theirs)]
+    return (found[0] if len(found) == 1 else found) or None
+
+
+def _to_validate(given: Source | str, split: str) -> Source:
+    """A source of validation rows; `split` is what their tool takes of a hub data set."""
+    source = {"path": given} if isinstance(given, str) else {**given}
+    source.pop("weight", None)
     return source if PurePosixPath(str(source.get("path"))).suffix else {"split": split, **source}
 
 
@@ -231,6 +240,9 @@ def _entry(item: Mapping[str, Any], theirs: Theirs) -> Source:
     if columns and columns != {"messages": "conversations"}:  # those are read without being told
         source["columns"] = columns
     theirs.remarks += _remarks(item, source)
+    if theirs.tool is AXOLOTL and is_no(kind):
+        why = "rows of tokens there; here they go by their columns, see data.template"
+        theirs.unsaid(f"{source.get('path')}: type", None, why)
     return source
 
 

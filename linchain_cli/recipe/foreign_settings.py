@@ -39,6 +39,7 @@ def note_what_is_learned(theirs: Theirs) -> None:
 
 
 _LORA = ("lora", "qlora")
+_RANK = ("lora_r", "lora_rank", "r")
 
 
 def _method(theirs: Theirs) -> tuple[str, str]:
@@ -46,7 +47,7 @@ def _method(theirs: Theirs) -> tuple[str, str]:
     key = "finetuning_type" if theirs("finetuning_type") else "adapter"
     said = theirs(key)
     if said is None and theirs.tool is not AXOLOTL:
-        said = "lora" if theirs.yes("use_peft") or theirs.sets("lora_r", "lora_rank", "r") else None
+        said = "lora" if theirs.yes("use_peft") or theirs.sets(*_RANK) else None
     return key, "full" if is_no(said) else str(said)
 
 
@@ -74,19 +75,21 @@ _ATTENTION = [key for key, field in CALLED_HERE.items() if field == "model.atten
 
 
 def _adapter(theirs: Theirs) -> Fields:
-    """rsLoRA's scale is alpha / √rank, ours alpha / rank; LLaMA-Factory's alpha is twice the rank if open."""
+    """rsLoRA's scale is alpha / √rank, ours alpha / rank; LLaMA-Factory's alpha is twice the rank if open. An
+    adapter to start from has a rank and an alpha, whatever the tool's defaults are."""
     start = names(theirs("lora_model_dir", "adapter_name_or_path"))
     if start:
         first = ", ".join(f"`linchain import {adapter} --out NEW`" for adapter in start)
         theirs.remarks.append(
-            f"adapter.init_from: first {first}, then name {'NEW' if len(start) == 1 else 'one'} there"
+            f"adapter.init_from: first {first}, then name {'NEW' if len(start) == 1 else 'one'} there; "
+            "rank, alpha and target_modules have to be its own"
         )
     theirs.notes["adapter.depth"] = "LoRA, as there; 3 makes it a chain"
     fields = {"adapter.depth": "0", "adapter.init_from": start[0] if len(start) == 1 else None}
     rooted = theirs.yes("use_rslora", "peft_use_rslora")
-    if _method(theirs)[1] not in _LORA:
+    if _method(theirs)[1] not in _LORA or (start and not theirs.sets(*_RANK)):
         return fields
-    rank, alpha = theirs("lora_r", "lora_rank", "r"), theirs("lora_alpha")
+    rank, alpha = theirs(*_RANK), theirs("lora_alpha")
     rows = number(rank) or 0
     if alpha is None and theirs.tool is LLAMA_FACTORY and rows:
         alpha = f"{2 * rows:.12g}"
@@ -239,6 +242,14 @@ _TRACKERS = {
 }
 
 
+def _plugins(theirs: Theirs) -> Fields:
+    """Kernels are what a device has; others do something that a recipe does not say."""
+    for plugin in names(theirs("plugins")):
+        if not re.search("cut_cross_entropy|liger|kernels|swanlab|expert_parallel|lm_eval", str(plugin)):
+            theirs.unsaid("plugins", plugin, "not here")
+    return {}
+
+
 def _tokens(theirs: Theirs) -> Fields:
     """Padding needs no token here."""
     special = theirs("special_tokens")
@@ -259,5 +270,6 @@ _RULES: tuple[Callable[[Theirs], Fields], ...] = (
     _intervals,
     _kept,
     _trackers,
+    _plugins,
     _tokens,
 )

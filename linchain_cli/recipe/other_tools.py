@@ -300,6 +300,7 @@ NOT_THERE = {
         "pissa_* loftq_* init_lora_weights peft_init_lora_weights eva_config corda_config",
     ),
     **_each("not here: all modules have one rank and one alpha", "*rank_pattern *alpha_pattern"),
+    **_each("not here: experts keep their 16 bits, whatever model.quantization is", "quantize_moe_experts"),
     **_each("not here: biases stay frozen", "bias lora_bias"),
     **_each(
         "not here: AdamW is the only optimizer, with betas of 0.9 and 0.999",
@@ -316,7 +317,7 @@ NOT_THERE = {
     **_each(
         "not here: other methods than low-rank chains",
         "oft_* use_llama_pro mixture_of_depths module_dropout layer_replication qat fp8* nvfp4_* "
-        "quantize_moe_experts use_onebitllms llmcompressor",
+        "use_onebitllms llmcompressor",
     ),
     **_each(
         "not here: preference training and RL",

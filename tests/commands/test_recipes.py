@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,35 @@ def test_convert_prints_a_recipe_that_says_the_same(elsewhere, capsys):
     assert (recipe.name, recipe.model.path, recipe.adapter.rank) == ("theirs", "m", 8)
     assert recipes("convert", "ours.yaml") == 2
     assert "ours.yaml: no configuration of Axolotl" in capsys.readouterr().err
+
+
+def test_convert_reads_the_standard_input(capsys):
+    reading, writing = os.pipe()
+    os.write(writing, b"base_model: m\nadapter: lora\nlora_r: 8\nlora_alpha: 8\noutput_dir: out/mine\n")
+    os.close(writing)
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        assert recipes("convert", "-") == 0
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(reading)
+    assert "name: mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("no.yaml", "no.yaml: no such file. docs/coming-from.md says what its settings are called here."),
+        (".", ".: a directory; a configuration that can be converted is a YAML file."),
+        ("train.py", "train.py: a script; a configuration that can be converted is a short YAML file. docs/"),
+    ],
+)
+def test_convert_says_what_it_takes(elsewhere, capsys, name, said):
+    (elsewhere / "train.py").write_text("import trl\n")
+    assert recipes("convert", name) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_copy_writes_the_same_bytes_and_never_over_a_file(elsewhere, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from random import Random
+from typing import Any
 
 import pytest
 import yaml
@@ -315,6 +316,16 @@ save_epochs: 0.5
         (L, "val_size: 500.0", {"data.validation": 500}),
         (A, "test_datasets: [{path: t.jsonl}]\nval_set_size:", {"data.validation": {"path": "t.jsonl"}}),
         (
+            L,
+            "eval_dataset: a.json,b.json\nval_size:\nmax_samples:",
+            {"data.validation": [{"path": "a.json"}, {"path": "b.json"}]},
+        ),
+        (
+            L,
+            "adapter_name_or_path: mine\nlora_rank:\nlora_target:",
+            {"adapter.init_from": "mine", "adapter.rank": 16},
+        ),
+        (
             T,
             "dataset_test_split: held",
             {"data.validation": {"path": "org/rows", "config": "en", "split": "held"}},
@@ -360,19 +371,28 @@ def test_what_a_setting_means_there(convert, base, changed, expected):
     _, recipe = convert("\n".join([*kept, changed]))
     flat = recipe.flat()
     for field, value in expected.items():
-        found = flat[field] if field in flat else _section(flat, field)
-        assert found == value, field
+        assert (_set(flat[field]) if field in flat else _section(flat, field)) == value, field
 
 
 def _section(flat: dict, field: str) -> dict:
-    """What is set of a mapping that `flat` takes apart."""
+    """A mapping that `flat` takes apart."""
     below = {
         key.removeprefix(f"{field}."): value for key, value in flat.items() if key.startswith(f"{field}.")
     }
-    return {key: value for key, value in below.items() if value is not None and key != "weight"}
+    return _set(below)
+
+
+def _set(value: Any) -> Any:
+    """Without what mappings leave open."""
+    if isinstance(value, list):
+        return [_set(item) for item in value]
+    if isinstance(value, dict):
+        return {key: item for key, item in value.items() if item is not None and key != "weight"}
+    return value
 
 
 ENTRIES = [
+    ("{path: a.jsonl, type:}", {}, "type: null  (rows of tokens there; here they go by their columns"),
     ("{path: a.jsonl, type: completion, field: body}", {"template": "text", "columns": {"text": "body"}}, ""),
     ("{path: json, data_files: a.jsonl, ds_type: json, type: alpaca}", {"template": "alpaca"}, ""),
     (
@@ -386,23 +406,35 @@ ENTRIES = [
         {"template": "chat"},
         "",
     ),
-    ("{path: a.jsonl, roles_to_train: []}", {}, "roles_to_train: []  (assistants' turns are, unless one has"),
-    ("{path: a.jsonl, roles_to_train: [all]}", {}, "roles_to_train: [all]  (assistants' turns are"),
     (
-        "{path: a.jsonl, train_on_eos: none}",
-        {},
+        "{path: a.jsonl, type: sharegpt, roles_to_train: []}",
+        {"template": "chat"},
+        "roles_to_train: []  (assistants' turns are, unless one has",
+    ),
+    (
+        "{path: a.jsonl, type: sharegpt, roles_to_train: [all]}",
+        {"template": "chat"},
+        "roles_to_train: [all]  (assistants' turns are",
+    ),
+    (
+        "{path: a.jsonl, type: sharegpt, train_on_eos: none}",
+        {"template": "chat"},
         "train_on_eos: none  (the token that ends an answer is learned",
     ),
-    ("{path: a.jsonl, message_field_role: speaker}", {}, "message_field_role: speaker  (turns have role and"),
     (
-        "{path: a.jsonl, message_field_training: learn}",
-        {},
+        "{path: a.jsonl, type: sharegpt, message_field_role: speaker}",
+        {"template": "chat"},
+        "message_field_role: speaker  (turns have role and",
+    ),
+    (
+        "{path: a.jsonl, type: sharegpt, message_field_training: learn}",
+        {"template": "chat"},
         "message_field_training: learn  (the mark of a turn",
     ),
-    ("{path: a.jsonl, message_field_training: train}", {}, ""),
+    ("{path: a.jsonl, type: sharegpt, message_field_training: train}", {"template": "chat"}, ""),
     (
-        "{path: a.jsonl, drop_system_message: true}",
-        {},
+        "{path: a.jsonl, type: sharegpt, drop_system_message: true}",
+        {"template": "chat"},
         "drop_system_message: true  (take it out of the rows)",
     ),
     (
@@ -480,6 +512,11 @@ def test_data_sets_of_llama_factory_v1_stand_in_a_file(convert, tmp_path, monkey
         ("save_strategy: best", "#   training.save_every: best  (not here: a number of steps, or epoch)"),
         ("lr_scheduler_type: cosine_with_min_lr", "cosine_with_min_lr  (not here: cosine is the nearest)"),
         ("optim: lion_32bit", "#   training.optimizer: lion_32bit  (expected adamw, got 'lion_32bit'"),
+        (
+            "plugins: [axolotl.integrations.kd.KDPlugin]",
+            "#   plugins: axolotl.integrations.kd.KDPlugin  (not here)",
+        ),
+        ("plugins: [axolotl.integrations.liger.LigerPlugin]", "  keep: best\n  trackers:\n"),
         ("adam_beta2: 0.95", "#   adam_beta2: 0.95  (not here: AdamW is the only optimizer, with betas"),
         ("adam_beta2: 0.999", "# Not needed: adam_beta2"),
         ("model_name: other", "#   model_name: other  (another of these keys has become model.path)"),
