@@ -133,12 +133,19 @@ def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
         return work()
     result, error = None, None
     try:
-        result = work()
+        with told_when_lost():
+            result = work()
     except Exception as raised:
         if getattr(raised, _AGREED, False):
             raise
         error = raised
-    codes = gather_object([_exit_code(error)])
+    try:
+        with told_when_lost():
+            codes = gather_object([_exit_code(error)])
+    except Exception:
+        if error is not None:  # the others did not wait for it, as where a signal went to all of them
+            raise error from None
+        raise
     failed = [rank for rank, code in enumerate(codes) if code]
     if failed and failed[0] == accelerator.process_index:
         setattr(error, _AGREED, True)
@@ -166,7 +173,10 @@ def raise_on_all(accelerator: Accelerator, error: LinchainError) -> None:
 
 def from_main(accelerator: Accelerator, value: Any) -> Any:
     """The first process's value, on every process."""
-    return broadcast_object_list([value])[0] if accelerator.num_processes > 1 else value
+    if accelerator.num_processes == 1:
+        return value
+    with told_when_lost():
+        return broadcast_object_list([value])[0]
 
 
 def lost_connection(error: RuntimeError) -> str | None:

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import runpy
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from linchain_cli.run import RunDirectory
+from linchain_cli.run import RunDirectory, read_jsonl
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -149,6 +150,17 @@ class Process:
     @property
     def log(self) -> str:
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
+
+    def wait_until(self, condition: Callable[[], Any], what: str) -> None:
+        """Until the condition holds, which the process brings about."""
+        deadline = time.monotonic() + 120
+        while not condition():
+            assert self.handle.is_alive() and time.monotonic() < deadline, f"no {what}: {self.log}"
+            time.sleep(0.01)
+
+    def wait_for_step(self, run: RunDirectory, step: int) -> None:
+        """Until the run has recorded the step."""
+        self.wait_until(lambda: len(read_jsonl(run.rows_path)) >= step, f"step {step}")
 
     def wait(self, timeout: float = 180) -> int:
         """The exit code, negative for a signal that killed it."""

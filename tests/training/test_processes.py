@@ -21,17 +21,6 @@ from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
 from linchain_cli.training import processes
 
 
-def wait_for_step(run: RunDirectory, step: int, process) -> None:
-    """Until the run has recorded the step."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if len(read_jsonl(run.rows_path)) >= step:
-            return
-        assert process.handle.is_alive(), process.log
-        time.sleep(0.01)
-    pytest.fail(f"no step {step} within 90 s: {process.log}")
-
-
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
@@ -127,7 +116,7 @@ def test_several_processes_resume_bit_for_bit(starter, recipe_file, recipe_of):
         assert rank.wait(120) == 0, rank.log
     run = RunDirectory(recipe_of({"name": "killed"}).run_path)
     ranks = starter.ranks(2, "train", recipe, "name=killed", shard, hook="slow_steps", seconds=0.1)
-    wait_for_step(run, 3, ranks[0])
+    ranks[0].wait_for_step(run, 3)
     for rank in ranks:
         os.kill(rank.pid, signal.SIGKILL)
     assert [rank.wait() for rank in ranks] == [-9, -9]
@@ -163,7 +152,7 @@ def test_another_number_of_processes_does_not_resume(starter, recipe_file, recip
     recipe = recipe_file({"training.max_steps": 500, "training.save_every": 2})
     run = RunDirectory(recipe_of().run_path)
     process = starter.start("train", recipe)
-    wait_for_step(run, 3, process)
+    process.wait_for_step(run, 3)
     os.kill(process.pid, signal.SIGTERM)
     assert process.wait() == 143
     ranks = starter.ranks(2, "train", recipe, "--resume")
@@ -180,13 +169,35 @@ def test_a_signal_to_any_one_process_stops_all_of_them(starter, recipe_file, rec
     recipe = recipe_file({"training.max_steps": 500, "training.save_every": 500, "training.eval_every": 500})
     run = RunDirectory(recipe_of().run_path)
     ranks = starter.ranks(3, "train", recipe, hook="slow_steps", seconds=0.02)
-    wait_for_step(run, 2, ranks[0])
+    ranks[0].wait_for_step(run, 2)
     os.kill(ranks[2].pid, number)
     assert [rank.wait() for rank in ranks] == [code] * 3
     step = run.read_status().step
     assert run.read_status().status == "stopped"
     assert [path.name for path in run.checkpoints_dir.iterdir()] == [f"step-{step:06d}"]
     assert f"stopped at step {step} of 500" in ranks[0].log and ranks[1].log == ranks[2].log == ""
+
+
+def test_a_signal_to_all_of_them_while_they_load_is_told_as_that(starter, recipe_file, recipe_of, tmp_path):
+    """As a terminal sends it. The first process says it, also if the others have ended by then."""
+    marker = tmp_path / "loading"
+    ranks = starter.ranks(2, "train", recipe_file(), hook="slow_loading", seconds=60, marker=str(marker))
+    ranks[0].wait_until(marker.exists, "loading")
+    for rank in reversed(ranks):
+        os.kill(rank.pid, signal.SIGINT)
+    assert [rank.wait(60) for rank in ranks] == [130, 130], ranks[0].log + ranks[1].log
+    assert "error: stopped before the first step: nothing was written" in ranks[0].log
+    assert ranks[1].log == "" and not recipe_of().run_path.exists()
+
+
+def test_a_process_that_is_killed_while_they_load_is_named(starter, recipe_file, recipe_of, tmp_path):
+    marker = tmp_path / "loading"
+    ranks = starter.ranks(2, "train", recipe_file(), hook="slow_loading", seconds=3, marker=str(marker))
+    ranks[0].wait_until(marker.exists, "loading")
+    os.kill(ranks[1].pid, signal.SIGKILL)
+    assert [rank.wait(60) for rank in ranks] == [1, -signal.SIGKILL]
+    assert "error: another process of this run ended while this one waited for it" in ranks[0].log
+    assert not recipe_of().run_path.exists()
 
 
 @pytest.mark.parametrize(

@@ -17,19 +17,12 @@ SIGNALS = [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
 LONG = {"training.max_steps": 500, "training.save_every": 500, "training.eval_every": 500}
 
 
-def wait_until(condition, process, what: str) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.handle.is_alive() and time.monotonic() < deadline, f"no {what}: {process.log}"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_finishes_the_step_saves_and_exits(starter, recipe_file, recipe_of, number, code):
     recipe = recipe_file(LONG)
     run = RunDirectory(recipe_of().run_path)
     process = starter.start("train", recipe, hook="slow_steps", seconds=0.02)
-    wait_until(lambda: len(read_jsonl(run.rows_path)) >= 2, process, "second step")
+    process.wait_for_step(run, 2)
     os.kill(process.pid, number)
     assert process.wait() == code
     step = read_jsonl(run.rows_path)[-1]["step"]
@@ -48,7 +41,7 @@ def test_a_signal_finishes_the_step_saves_and_exits(starter, recipe_file, recipe
 def test_a_second_signal_exits_at_once(starter, recipe_file, recipe_of, number, code):
     run = RunDirectory(recipe_of().run_path)
     process = starter.start("train", recipe_file(LONG), hook="slow_steps", seconds=60)
-    wait_until(run.exists, process, "run directory")
+    process.wait_until(run.exists, "run directory")
     time.sleep(0.3)  # into the step
     os.kill(process.pid, number)
     process.handle.join(0.5)
@@ -68,7 +61,7 @@ def test_before_the_first_step_there_is_nothing_to_wait_for(
 ):
     marker = tmp_path / "loading"
     process = starter.start("train", recipe_file(), hook="slow_loading", seconds=60, marker=str(marker))
-    wait_until(marker.exists, process, "loading")
+    process.wait_until(marker.exists, "loading")
     os.kill(process.pid, number)
     assert process.wait(30) == code
     assert "error: stopped before the first step: nothing was written" in process.log
@@ -79,7 +72,7 @@ def test_a_terminal_that_is_closed_costs_no_step(starter, recipe_file, recipe_of
     """The kernel and the shell send SIGHUP each, the end of the session SIGTERM: no second wish to stop."""
     run = RunDirectory(recipe_of().run_path)
     process = starter.start("train", recipe_file(LONG), hook="slow_steps", seconds=0.2)
-    wait_until(lambda: len(read_jsonl(run.rows_path)) >= 1, process, "first step")
+    process.wait_for_step(run, 1)
     for number in (signal.SIGHUP, signal.SIGHUP, signal.SIGTERM):
         os.kill(process.pid, number)
         time.sleep(0.01)
