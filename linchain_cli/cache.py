@@ -23,11 +23,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from linchain_cli.directories import remove_directory
 from linchain_cli.errors import InputError, InUse
 from linchain_cli.locks import is_at, lock_path, locked
 from linchain_cli.storage import (
     expand,
-    remove_directory,
     sha256_bytes,
     sha256_file,
     write_json,

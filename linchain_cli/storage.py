@@ -1,9 +1,10 @@
-"""Every byte that must survive goes through here: atomic files, staged directories, hashes.
+"""Files that are replaced as a whole, what killed processes left on the way there, and hashes.
 
-A reader sees either what was there before or all of what replaces it. Files are written to a
-sibling name that nobody can guess, fsynced, renamed over the target, and the parent directory is
-fsynced. The few functions that change the disk (`_write`, `_fsync`, `_rename`, `_mkdir`) are module
-attributes, so that tests can make each of them fail in turn.
+Every byte that must survive is written here or, of whole directories, in directories.py. A reader sees either
+what was there before or all of what replaces it: it is written under a sibling name that nobody can guess,
+fsynced, renamed over the target, and the parent directory is fsynced. The few functions that change the disk
+(`_write`, `_fsync`, `rename`, `mkdir`) are called as attributes of this module, so that tests can make each
+of them fail in turn.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ if TYPE_CHECKING:
 STAGING_PREFIX = ".staging-"
 REPLACED_PREFIX = ".replaced-"
 REMOVED_PREFIX = ".removed-"
+PASSING = (STAGING_PREFIX, REPLACED_PREFIX, REMOVED_PREFIX)  # what is on its way in or out
 # What the system says of a disk that takes no more: it is full, the user's share is, or a file's limit.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABANDONED = 24 * 3600.0  # seconds without a change until another machine's staging counts as left behind
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_NOT_OURS = {"lost+found"}  # what a new file system has in it
 
 
 def expand(path: Path | str) -> Path:
@@ -81,11 +82,11 @@ def _fsync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def _rename(source: Path, target: Path) -> None:
+def rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def _mkdir(path: Path) -> None:
+def mkdir(path: Path) -> None:
     path.mkdir()
 
 
@@ -127,7 +128,7 @@ def make_directory(path: Path) -> None:
         return
     make_directory(path.parent)
     try:
-        _mkdir(path)
+        mkdir(path)
     except FileExistsError:
         if not path.is_dir():  # else another process was first
             raise
@@ -162,11 +163,11 @@ def staged_file(path: Path) -> Iterator[Path]:
     path = Path(path)
     with contextlib.suppress(OSError):
         _remove_staging(path.parent, None, re.escape(path.name), spare_living=True)
-    temporary = _beside(path, STAGING_PREFIX)
+    temporary = beside(path, STAGING_PREFIX)
     try:
         yield temporary
         fsync_file(temporary)
-        _rename(temporary, path)
+        rename(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
@@ -193,111 +194,7 @@ def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str
     return save(ordered, metadata=dict(metadata) if metadata else None)
 
 
-@contextlib.contextmanager
-def staged_directory(target: Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yields an empty directory that becomes `target` when the block ends without an error.
-
-    The caller writes the files with `write_durable`, or leaves it to the sweep that fsyncs every
-    file before the end. On any error the staging directory is removed and `target` is untouched.
-    With `overwrite`, an existing target is moved aside first, and put back if the end fails. A link is
-    followed.
-
-    A target that is an empty directory, or a mount point, stays the directory that it is: it is staged inside
-    and then filled, which readers may see. Else the staging directory lies beside it, and gets its name.
-
-    What killed processes left of this target is removed first, or put back where one had moved it aside.
-
-    Raises:
-        FileExistsError: `target` exists without `overwrite`, or came to be or was replaced while the block
-        ran.
-    """
-    target = Path(os.path.realpath(target))
-    with contextlib.suppress(OSError):
-        remove_staging(target.parent, target.name, spare_living=True)
-    before = _identity(target)
-    if before and not overwrite and not (target.is_dir() and is_empty(target)):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
-    inside = _is_filled_in_place(target)
-    if not inside:
-        make_directory(target.parent)
-    staging = _beside(target / target.name if inside else target, STAGING_PREFIX)
-    _mkdir(staging)
-    try:
-        yield staging
-        _sync_tree(staging)
-        if inside:
-            _fill(target, staging, overwrite)
-        else:
-            if _identity(target) != before:
-                raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target))
-            _replace_directory(staging, target, overwrite)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-
-
-def staging_place(target: Path) -> Path:
-    """The existing directory in which `staged_directory` will write: its disk is the one that counts."""
-    target = Path(os.path.realpath(target))
-    if _is_filled_in_place(target):
-        return target
-    return next(folder for folder in target.parents if folder.is_dir())
-
-
-def check_writable(target: Path) -> None:
-    """Tries whether `staged_directory` can write `target`.
-
-    Raises:
-        InputError: it cannot; the message says where and why.
-    """
-    place = staging_place(target)
-    probe = _beside(place / Path(os.path.realpath(target)).name, STAGING_PREFIX)
-    try:
-        _mkdir(probe)
-        probe.rmdir()
-    except OSError as error:
-        raise InputError(f"{target} cannot be written: {place}: {error.strerror or error}") from error
-
-
-def is_empty(directory: Path) -> bool:
-    """Whether a directory holds nothing that anybody put there."""
-    return not entries(directory)
-
-
-def entries(directory: Path) -> list[Path]:
-    """What lies in a directory, but for what is on its way in or out, and what file systems have in them."""
-    passing = (STAGING_PREFIX, REPLACED_PREFIX, REMOVED_PREFIX)
-    return [
-        entry
-        for entry in Path(directory).iterdir()
-        if not entry.name.startswith(passing) and entry.name not in _NOT_OURS
-    ]
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _is_filled_in_place(target: Path) -> bool:
-    return target.is_dir() and (_is_mount_point(target) or is_empty(target))
-
-
-def _is_mount_point(path: Path) -> bool:
-    """Also one of the same file system, such as a directory that is bound into a container."""
-    if os.path.ismount(path):
-        return True
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        escaped = re.sub(r"[ \t\n\\]", lambda match: f"\\{ord(match[0]):03o}", str(path))
-        return any(line.split(" ", 5)[4] == escaped for line in lines)
-    return False
-
-
-def _beside(target: Path, prefix: str) -> Path:
+def beside(target: Path, prefix: str) -> Path:
     """A name beside `target` that tells whose it is, and that nobody can guess."""
     return target.with_name(f"{prefix}{target.name}-{_host()}-{os.getpid()}-{secrets.token_hex(4)}")
 
@@ -310,75 +207,6 @@ def _host() -> str:
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
         parts.append(os.readlink("/proc/self/ns/pid"))
     return sha256_bytes("\n".join(parts).encode())[:8]
-
-
-def _sync_tree(root: Path) -> None:
-    for folder, _, names in os.walk(root):
-        for name in names:
-            fsync_file(Path(folder, name))
-        fsync_directory(Path(folder))
-
-
-def _replace_directory(staging: Path, target: Path, overwrite: bool) -> None:
-    aside = _beside(target, REPLACED_PREFIX)
-    replaces = overwrite and target.exists()
-    if replaces:
-        _rename(target, aside)
-    try:
-        _rename(staging, target)
-        fsync_directory(target.parent)
-    except BaseException:
-        if not staging.exists():
-            _rename(target, staging)
-        if replaces:
-            _rename(aside, target)
-        raise
-    if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _fill(target: Path, staging: Path, overwrite: bool) -> None:
-    """Moves what is staged inside `target` up into it; what was there goes, or comes back if that fails."""
-    old = entries(target)
-    if old and not overwrite:
-        raise FileExistsError(errno.EEXIST, "another process has written it meanwhile", str(target))
-    aside = _beside(target / target.name, REPLACED_PREFIX)
-    moved: list[tuple[Path, Path]] = []
-    try:
-        if old:
-            _mkdir(aside)
-        # Small files come last: with them, what reads the directory takes it for complete.
-        new = sorted(staging.iterdir(), key=lambda entry: (entry.is_file(), -entry.stat().st_size))
-        for source, place in [*((each, aside) for each in old), *((each, target) for each in new)]:
-            _rename(source, place / source.name)
-            moved.append((source, place / source.name))
-        fsync_directory(target)
-    except BaseException:
-        for source, place in reversed(moved):
-            _rename(place, source)
-        with contextlib.suppress(OSError):
-            aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-    staging.rmdir()
-
-
-def remove_directory(path: Path) -> None:
-    """Removes a directory so that it is never seen half removed: it is renamed first. A mount point, and what
-    is behind a link, stays as an empty directory.
-    """
-    if path.is_symlink() or _is_mount_point(path):
-        path = Path(os.path.realpath(path))
-        doomed = entries(path)
-    else:
-        doomed = [path]
-    for entry in doomed:
-        aside = _beside(entry, REMOVED_PREFIX)
-        _rename(entry, aside)
-        if aside.is_dir() and not aside.is_symlink():
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            aside.unlink(missing_ok=True)
 
 
 def remove_staging(directory: Path, name: str | None = None, *, spare_living: bool = False) -> None:
@@ -402,7 +230,7 @@ def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_
     # The second form is of linchain 0.1.0. No process has a number of more than seven digits, so that the
     # eight of a token, which may be decimal ones alone, are not taken for one.
     ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d{1,7})-[0-9a-f]{8}|(?P<early>\d{1,7})"
-    prefixes = rf"(?P<prefix>{'|'.join(map(re.escape, (STAGING_PREFIX, REMOVED_PREFIX, REPLACED_PREFIX)))})"
+    prefixes = rf"(?P<prefix>{'|'.join(map(re.escape, PASSING))})"
     pattern = re.compile(rf"{prefixes}(?P<target>{of_target})-(?:{ours})")
     for leftover in directory.iterdir():
         match = pattern.fullmatch(leftover.name)
@@ -415,9 +243,9 @@ def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_
             if filled:
                 for entry in leftover.iterdir():
                     if not (target / entry.name).exists():
-                        _rename(entry, target / entry.name)
+                        rename(entry, target / entry.name)
             elif not target.exists():
-                _rename(leftover, target)
+                rename(leftover, target)
                 continue
         if leftover.is_dir() and not leftover.is_symlink():
             shutil.rmtree(leftover, ignore_errors=True)

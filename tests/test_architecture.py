@@ -31,7 +31,7 @@ LEVELS = [
     },
     {
         "base": [
-            *("__init__", "errors", "storage", "cache", "records", "locks"),
+            *("__init__", "errors", "storage", "directories", "cache", "records", "locks"),
             *("machine", "shipped", "console", "stopping", "streams"),
         ]
     },
@@ -50,6 +50,7 @@ LIGHT = [
         "run",
         "errors",
         "storage",
+        "directories",
         "records",
         "locks",
         "shipped",

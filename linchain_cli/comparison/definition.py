@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from linchain_cli import storage
+from linchain_cli import directories, storage
 from linchain_cli.comparison.grid import Arm, Grid, refuse_other_base
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import Recipe
@@ -149,7 +149,7 @@ def remove(directory: ComparisonDirectory) -> None:
     """
     if directory.exists():
         refuse_foreign(directory.path, _PARTS)
-        storage.remove_directory(directory.path)
+        directories.remove_directory(directory.path)
 
 
 def arm_recipe(arm: Arm, seed: int, directory: ComparisonDirectory) -> Recipe:

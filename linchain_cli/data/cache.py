@@ -24,13 +24,13 @@ from linchain_cli.data.report import REPORT_VERSION, DataReport
 from linchain_cli.data.rows import Template
 from linchain_cli.data.sources import Source
 from linchain_cli.data.store import FORMAT_VERSION, META_FILE, EncodedStore, StoreWriter
+from linchain_cli.directories import staged_directory
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
 from linchain_cli.storage import (
     NO_ROOM,
     json_bytes,
     remove_staging,
-    staged_directory,
     write_durable,
     write_json,
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from linchain_cli import storage
+from linchain_cli import directories, storage
 from linchain_cli.chain import Adapter
 from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.export.receipts import Receipt, check_replaceable
@@ -74,7 +74,7 @@ def check_output(
         if target == keep or target in keep.parents:
             raise InputError(f"{out} cannot be the output: it holds {name}. Choose another --out.")
     _check_writable(out, target)
-    if target.is_dir() and not storage.is_empty(target):
+    if target.is_dir() and not directories.is_empty(target):
         if kind is not None and overwrite:
             check_replaceable(target, kind)
         else:
@@ -98,7 +98,7 @@ def _check_writable(out: Path, target: Path) -> None:
         what = "exists and is a file" if place == target else f"cannot be made: {place} is a file"
         raise InputError(f"{out} {what}. Choose another --out.")
     try:
-        storage.check_writable(target)
+        directories.check_writable(target)
     except InputError as error:
         raise InputError(f"{error}. Choose another --out.") from error
 
@@ -114,7 +114,7 @@ def check_factors(adapter: Adapter) -> None:
 def check_disk(target: Path, needed: int) -> None:
     """Raises LinchainError where the file system of `target` has less than `needed` bytes (and a margin)
     free."""
-    free = shutil.disk_usage(storage.staging_place(target)).free
+    free = shutil.disk_usage(directories.staging_place(target)).free
     if free < needed + _DISK_MARGIN:
         raise LinchainError(
             f"{target} needs {_gigabytes(needed + _DISK_MARGIN)}, but only {_gigabytes(free)} are free there."
@@ -130,7 +130,7 @@ def _gigabytes(count: int) -> str:
 def staged_output(
     target: Path, kind: type[Receipt] | None = None, *, overwrite: bool = False
 ) -> Iterator[Path]:
-    """`storage.staged_directory` over an output that `check_output` has passed, its failures told in a
+    """`directories.staged_directory` over an output that `check_output` has passed, its failures told in a
     sentence.
 
     The directory appears under its name when the block has ended without an error, as a whole or not at all,
@@ -141,10 +141,10 @@ def staged_output(
     try:
         with (
             stops_with(f"stopped; {target} was not written"),
-            storage.staged_directory(target, overwrite=overwrite) as staging,
+            directories.staged_directory(target, overwrite=overwrite) as staging,
         ):
             yield staging
-            if target.is_dir() and not storage.is_empty(target):
+            if target.is_dir() and not directories.is_empty(target):
                 if not overwrite or kind is None:
                     raise InputError(taken)
                 check_replaceable(target, kind)

@@ -18,7 +18,6 @@ from linchain_cli.records import read_record
 
 CARD_FILE = "README.md"
 _EDITABLE = 64 << 20  # bytes of the largest file that somebody may have edited
-_PASSING = (storage.STAGING_PREFIX, storage.REPLACED_PREFIX, storage.REMOVED_PREFIX)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +186,7 @@ def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
     files = [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
     found = [str(path.relative_to(directory)) for path in files]
     # What is staged inside a mount point is on its way.
-    others = sorted(name for name in found if name not in known and not name.startswith(_PASSING))
+    others = sorted(name for name in found if name not in known and not name.startswith(storage.PASSING))
     if others:
         verb = "is" if len(others) == 1 else "are"
         raise InputError(f"{refused}, and {some(others)} {verb} not of it. {elsewhere}")

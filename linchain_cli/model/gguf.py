@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linchain_cli.cache import cache_root, keep, remembered_sha256, remove_unused
+from linchain_cli.directories import staged_directory
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.locks import locked
 from linchain_cli.model.portable import make_portable
 from linchain_cli.model.quiet import quiet
-from linchain_cli.storage import make_directory, remove_staging, staged_directory
+from linchain_cli.storage import make_directory, remove_staging
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from linchain_cli import locks, storage
+from linchain_cli import directories, locks, storage
 from linchain_cli.errors import InputError, LinchainError, some
 from linchain_cli.locks import in_use, in_use_message
 from linchain_cli.records import read_record, record_bytes, update_record
@@ -81,7 +81,7 @@ class RunDirectory:
             raise InputError(
                 f"{self.path} holds a comparison, not a run: give the run another name (name=NEW)"
             )
-        elif not self.path.is_dir() or not storage.is_empty(self.path):
+        elif not self.path.is_dir() or not directories.is_empty(self.path):
             raise InputError(
                 f"{self.path} exists and is not a run directory; it is left alone."
                 " Choose another name or output_dir in the recipe."
@@ -99,7 +99,7 @@ class RunDirectory:
         storage.remove_staging(self.path.parent, self.path.name)
         self.check_free(replace=replace)  # also of what has just been put back
         status = RunStatus(name=self.path.name, status="running", created_at=now())
-        with storage.staged_directory(self.path, overwrite=True) as staging:
+        with directories.staged_directory(self.path, overwrite=True) as staging:
             storage.write_durable(staging / self.recipe_path.name, recipe_yaml.encode())
             storage.write_durable(staging / self.status_path.name, record_bytes(status))
 
@@ -178,7 +178,7 @@ _NOBODYS = re.compile(r"\..+\.lock|\.DS_Store|\.nfs.+")
 def refuse_foreign(path: Path, parts: re.Pattern[str]) -> None:
     """Raises InputError where a directory that is to be replaced holds anything but `parts`, which linchain
     knows by their names for its own."""
-    names = sorted(entry.name for entry in storage.entries(path))
+    names = sorted(entry.name for entry in directories.entries(path))
     others = [name for name in names if not (parts.fullmatch(name) or _NOBODYS.fullmatch(name))]
     if others:
         raise InputError(

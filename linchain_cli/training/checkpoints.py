@@ -7,8 +7,8 @@
         state.json                        step, tokens, best loss, fingerprints
         manifest.json                     size and SHA-256 of all of them, written last
 
-A checkpoint is staged in a sibling directory, fsynced and renamed (storage.staged_directory), so a kill at
-any instant leaves the earlier ones as they were. Nothing is pickled.
+A checkpoint is staged in a sibling directory, fsynced and renamed (directories.staged_directory), so a kill
+at any instant leaves the earlier ones as they were. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from linchain_cli import storage
+from linchain_cli import directories, storage
 from linchain_cli.errors import InputError
 from linchain_cli.run.finding import CHECKPOINT_NAME
 
@@ -46,7 +46,7 @@ class CheckpointStore:
     def save(self, step: int, files: Mapping[str, bytes]) -> Path:
         """Writes a checkpoint as one step, then removes the oldest beyond `keep`."""
         target = self.path(step)
-        with storage.staged_directory(target) as staging:
+        with directories.staged_directory(target) as staging:
             for name, data in files.items():
                 storage.write_durable(staging / name, data)
             listing = {
@@ -55,7 +55,7 @@ class CheckpointStore:
             }
             storage.write_durable(staging / MANIFEST, storage.json_bytes({"step": step, "files": listing}))
         for old in self.steps()[: -self.keep]:
-            storage.remove_directory(self.path(old))
+            directories.remove_directory(self.path(old))
         return target
 
     def read(self, step: int) -> dict[str, bytes]:
@@ -121,5 +121,5 @@ class CheckpointStore:
             if later > step:
                 aside = self.directory / f"damaged-step-{later:06d}"
                 if aside.exists():
-                    storage.remove_directory(aside)
+                    directories.remove_directory(aside)
                 self.path(later).rename(aside)

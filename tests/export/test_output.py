@@ -209,7 +209,7 @@ def test_a_read_only_place_is_told_at_once(tmp_path, monkeypatch):
     def read_only(path):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(storage, "_mkdir", read_only)
+    monkeypatch.setattr(storage, "mkdir", read_only)
     with pytest.raises(InputError, match="out cannot be written: .*: Read-only file system. Choose"):
         check_output(tmp_path / "out", MergeReceipt, sources=[])
 
@@ -249,7 +249,7 @@ def test_a_disk_that_fails_midway_leaves_what_was_there(tmp_path, merged, monkey
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
-@pytest.mark.parametrize("function", ["_fsync", "_rename"])
+@pytest.mark.parametrize("function", ["_fsync", "rename"])
 def test_every_durable_step_may_fail(tmp_path, monkeypatch, function):
     out = tmp_path / "out"
     monkeypatch.setattr(output, "check_replaceable", lambda *_: None)

@@ -19,7 +19,7 @@ from linchain_cli.errors import LinchainError
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training.checkpoints import CheckpointStore
 
-PRIMITIVES = ("_write", "_fsync", "_rename", "_mkdir")
+PRIMITIVES = ("_write", "_fsync", "rename", "mkdir")
 
 
 class Disk:

@@ -59,7 +59,7 @@ def kill_in_save(operation: int, torn: bool) -> None:
         setattr(storage, name, run)
 
     checkpoints.CheckpointStore.save = watched_save
-    for name in ("_write", "_fsync", "_rename", "_mkdir"):
+    for name in ("_write", "_fsync", "rename", "mkdir"):
         watched(name)
 
 
