@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NoReturn
+
+import numpy as np
 
 from linchain_cli.cache import cache_root
 from linchain_cli.data.cache import open_or_encode
@@ -21,7 +23,7 @@ from linchain_cli.data.labelled import (
     label_counts,
     labelled_source,
 )
-from linchain_cli.data.mixture import hold_out, weighted
+from linchain_cli.data.mixture import hold_out, rows_by_source, weighted
 from linchain_cli.data.pipeline import EncodingSettings, Progress, encoded_rows
 from linchain_cli.data.readers import shown
 from linchain_cli.data.report import DataReport
@@ -47,7 +49,8 @@ class PreparedData:
 
     `config` is the recipe's data section with what it left to `auto` settled; `template` what the model is
     asked through afterwards, the first source's, or how rows with a label are read. `validation_report` is
-    about validation rows with a source of their own."""
+    about validation rows with sources of their own; `validation_sources` are the validation rows of each
+    source, where there are several."""
 
     train: EncodedRows
     validation: EncodedRows | None
@@ -55,6 +58,7 @@ class PreparedData:
     config: DataConfig
     report: DataReport
     validation_report: DataReport | None = None
+    validation_sources: Mapping[str, np.ndarray] = field(default_factory=dict)
     metric: str | None = None  # what GLUE goes by, if the first source is a task of it
 
 
@@ -136,7 +140,13 @@ def prepare_data(
         settled = _with_columns(config, found, of_validation)
     for conflict in settled.conflicts():
         raise InputError(f"{conflict.message} The rows go through {found[0].template.name}.")
-    prepared = PreparedData(train, validation, found[0].template, settled, report, validation_report)
+    validated_on = (validation_report or report).sources
+    by_source = rows_by_source(
+        validation, [source.name for source in validated_on], [source.rows for source in validated_on]
+    )
+    prepared = PreparedData(
+        train, validation, found[0].template, settled, report, validation_report, by_source
+    )
     if glue := found[0].source.glue:
         prepared.metric = TASKS[glue].metric
     report.warnings += _warnings(prepared, tokenizer)

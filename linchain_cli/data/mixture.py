@@ -3,6 +3,7 @@ weights."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from linchain_cli.data.store import EncodedRows, EncodedStore
 from linchain_cli.errors import InputError
 
 _AUTO_VALIDATION = 120
+MOST_SOURCES = 20  # that have a loss of their own
 
 
 def hold_out(store: EncodedStore, rows: int | str, seed: int) -> tuple[EncodedRows, EncodedRows | None]:
@@ -43,6 +45,35 @@ def _number(rows: int | str, of: int) -> int:
         share = float(rows.removesuffix("%")) / 100
         return max(1, round(share * of)) if share else 0
     return rows
+
+
+def rows_by_source(
+    rows: EncodedRows | None, names: Sequence[str], sizes: Sequence[int]
+) -> dict[str, np.ndarray]:
+    """Which of some rows of a store are each source's, by what tells its name from the others'. Nothing where
+    all are one source's, or there are more than `MOST_SOURCES` of them.
+
+    `sizes` are the rows that each source has in the store.
+    """
+    if rows is None or not 1 < len(names) <= MOST_SOURCES:
+        return {}
+    source = np.searchsorted(np.cumsum(sizes), rows.store_rows(), side="right")
+    found = {name: np.flatnonzero(source == at) for at, name in enumerate(_short(names))}
+    found = {name: part for name, part in found.items() if len(part)}
+    return found if len(found) > 1 else {}
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Of paths the last parts, as many as tell them apart: boolq/train.json. Equal names are numbered."""
+    parts = [[part for part in re.split(r"[/\\]+", name) if part] or [name] for name in names]
+    for length in range(1, max(map(len, parts)) + 1):
+        short = ["/".join(each[-length:]) for each in parts]
+        if len(set(short)) == len(set(names)):
+            break
+    return [
+        name if short.count(name) == 1 else f"{name} ({short[: at + 1].count(name)})"
+        for at, name in enumerate(short)
+    ]
 
 
 def weighted(rows: EncodedRows, sizes: Sequence[int], weights: Sequence[float], seed: int) -> EncodedRows:

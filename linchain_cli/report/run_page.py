@@ -104,7 +104,7 @@ def _summary(status: RunStatus, recipe: Recipe, training: Sequence, validation: 
 
 
 def _measures(row: Mapping[str, Any]) -> str | None:
-    """What a validation measured of labels beside the loss."""
+    """What a validation measured beside the loss: how well labels were told, the loss of each source."""
     names = [name for name in row if name.startswith("eval_") and name != "eval_loss"]
     return ", ".join(f"{name.removeprefix('eval_')} {row[name]:.4f}" for name in names) or None
 

@@ -98,8 +98,12 @@ class Display:
     def validation(self, step: int, values: dict[str, float], best: bool) -> None:
         """After a validation, of which `values` are the loss and what else was measured."""
         if not self.brief:
-            told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+            whole = {name: value for name, value in values.items() if "/" not in name}
+            told = ", ".join(f"{name} {value:.4f}" for name, value in whole.items())
             self.console.print(f"step {step}: validation {told}{' (best so far)' if best else ''}")
+            parts = [(name.partition("/")[2], values[name]) for name in values if name not in whole]
+            if parts:
+                self.note("  " + ", ".join(f"{name} {value:.4f}" for name, value in parts))
 
     def note(self, message: str) -> None:
         """Anything the user should know."""

@@ -19,6 +19,7 @@ from linchain_cli.data.labelled_batches import LabelledBatch, collate_labelled
 from linchain_cli.data.store import EncodedRows
 from linchain_cli.model.classifier import predictions, row_logits
 from linchain_cli.recipe.schema import METRICS
+from linchain_cli.training.reading import Reading
 
 
 class LabelObjective:
@@ -63,28 +64,31 @@ class LabelObjective:
         parts: Sequence[np.ndarray],
         pad_id: int,
         device: torch.device,
-    ) -> tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]]:
-        """The summed loss, and what was told of each part's rows."""
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+    ) -> Reading:
+        told: list[tuple[np.ndarray, np.ndarray]] = []
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part in parts:
             batch = self.collate(data, part, pad_id).to(device)
             logits_RC = row_logits(model, batch)
             total += self.losses(logits_RC, batch).double().sum()
-            found.append((np.asarray(part), predictions(logits_RC).cpu().numpy()[: len(part)]))
-        return total, found
+            told.append((np.asarray(part), predictions(logits_RC).cpu().numpy()[: len(part)]))
+        return Reading(total, told)
+
+    def mean_loss(
+        self, accelerator: Accelerator, found: Reading, data: EncodedRows, rows: np.ndarray
+    ) -> float:
+        return accelerator.reduce(found.loss, reduction="sum").item() / len(rows)
 
     def judge(
         self,
         accelerator: Accelerator,
-        found: tuple[Tensor, list[tuple[np.ndarray, np.ndarray]]],
+        found: Reading,
         data: EncodedRows,
         rows: np.ndarray,
     ) -> dict[str, float]:
-        total, told = found
-        loss = accelerator.reduce(total, reduction="sum").item() / len(rows)
+        loss = self.mean_loss(accelerator, found, data, rows)
         predicted = np.zeros(len(data))
-        for part, values in gather_object(told):
+        for part, values in gather_object(found.told):
             predicted[part] = values
         names = METRICS["classification" if self.classes else "regression"]
         targets, predicted = data.targets[rows], predicted[rows]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from linchain_cli.training.history import StepsUnderWay, record
 from linchain_cli.training.job import Job
 from linchain_cli.training.memory import within_budget
 from linchain_cli.training.processes import on_main, raise_on_all
+from linchain_cli.training.reading import Reading, joined
 from linchain_cli.training.schedule import due, learning_rate
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.step import optimizer_step
@@ -95,18 +95,24 @@ def validate(job: Job, display: Display) -> None:
 
 @torch.no_grad()
 def validation(job: Job, rows: np.ndarray | None = None) -> dict[str, float]:
-    """The mean loss over the validation rows, or over some of them, and what else the objective measures,
-    shared over the processes."""
-    data = job.data.validation
+    """The mean loss over the validation rows, or over some of them, and what else the objective measures; of
+    rows from several sources each one's, `loss/NAME`. Shared over the processes."""
+    data, objective = job.data.validation, job.objective
+    sources = job.data.validation_sources if rows is None else {}
     rows = np.arange(len(data)) if rows is None else rows
 
-    def read() -> Any:
+    def read() -> list[Reading]:
         with folded(job.model):
-            return job.objective.read(
-                job.model, data, job.micro_batches(rows, data), job.base.pad_id, job.device
-            )
+            return [
+                objective.read(job.model, data, job.micro_batches(part, data), job.base.pad_id, job.device)
+                for part in sources.values() or [rows]
+            ]
 
-    return job.objective.judge(job.accelerator, within_budget(job, read), data, rows)
+    found = within_budget(job, read)
+    values = objective.judge(job.accelerator, joined(found), data, rows)
+    for (name, part), each in zip(sources.items(), found, strict=False):
+        values[f"loss/{name}"] = objective.mean_loss(job.accelerator, each, data, part)
+    return values
 
 
 def save(job: Job) -> None:

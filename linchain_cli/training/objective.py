@@ -18,6 +18,7 @@ from linchain_cli.data.store import EncodedRows
 from linchain_cli.recipe import Recipe
 from linchain_cli.training import loss
 from linchain_cli.training.labels import LabelObjective
+from linchain_cli.training.reading import Reading
 
 Part = Sequence[int] | np.ndarray
 
@@ -47,14 +48,18 @@ class Objective(Protocol):
         parts: Sequence[Part],
         pad_id: int,
         device: torch.device,
-    ) -> Any:
+    ) -> Reading:
         """What this process finds in its `parts` of validation rows, with a model that is folded."""
 
+    def mean_loss(
+        self, accelerator: Accelerator, found: Reading, data: EncodedRows, rows: np.ndarray
+    ) -> float:
+        """The mean loss of the `rows` that all processes have read, out of what each has `found`."""
+
     def judge(
-        self, accelerator: Accelerator, found: Any, data: EncodedRows, rows: np.ndarray
+        self, accelerator: Accelerator, found: Reading, data: EncodedRows, rows: np.ndarray
     ) -> dict[str, float]:
-        """The mean `loss` of the `rows` that all processes have read, and what else tells how good the model
-        is, out of what each has `found`."""
+        """`mean_loss` as `loss`, and what else tells how good the model is."""
 
 
 class CausalObjective:
@@ -79,17 +84,22 @@ class CausalObjective:
         parts: Sequence[Part],
         pad_id: int,
         device: torch.device,
-    ) -> Tensor:
+    ) -> Reading:
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part in parts:
             total += self.summed_loss(model, self.collate(data, part, pad_id), device)
-        return total
+        return Reading(total)
+
+    def mean_loss(
+        self, accelerator: Accelerator, found: Reading, data: EncodedRows, rows: np.ndarray
+    ) -> float:
+        total = accelerator.reduce(found.loss, reduction="sum")
+        return (total / data.supervised_counts[rows].sum()).item()
 
     def judge(
-        self, accelerator: Accelerator, found: Tensor, data: EncodedRows, rows: np.ndarray
+        self, accelerator: Accelerator, found: Reading, data: EncodedRows, rows: np.ndarray
     ) -> dict[str, float]:
-        total = accelerator.reduce(found, reduction="sum")
-        return {"loss": (total / data.supervised_counts[rows].sum()).item()}
+        return {"loss": self.mean_loss(accelerator, found, data, rows)}
 
 
 def objective_of(recipe: Recipe, data: PreparedData) -> Objective:

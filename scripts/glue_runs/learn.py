@@ -204,7 +204,7 @@ class Learner:
         read = objective.read(model, rows, parts, padding(model, base.tokenizer), self._accelerator.device)
         scores = objective.judge(self._accelerator, read, rows, numbers)
         classes = np.zeros(len(rows), dtype=np.int64)
-        for part, values in read[1]:
+        for part, values in read.told:
             classes[part] = values
         return scores, classes
 

@@ -264,6 +264,27 @@ def test_validation_from_several_sources(prepare, train, write, rows):
     ]
     again = prepare(train, **prepared.config.model_dump(include={"validation"}))
     assert all_rows(again.validation) == all_rows(prepared.validation)
+    found = {name: part.tolist() for name, part in prepared.validation_sources.items()}
+    assert found == {"a.jsonl": list(range(7)), "b.jsonl": [7, 8]}
+
+
+def test_held_out_rows_know_their_source(prepare, write, rows, tmp_path):
+    for folder in "xy":
+        (tmp_path / folder).mkdir()
+    first, second, third = (
+        str(write(f"{name}.json", json.dumps(part)))
+        for name, part in (("x/train", rows[:20]), ("y/train", rows[20:45]), ("z", rows[45:46]))
+    )
+    prepared = prepare([first, second, third], validation=10)
+    parts, held_out = prepared.validation_sources, prepared.validation.store_rows()
+    assert parts.keys() <= {"x/train.json", "y/train.json", "z.json"} and len(parts) > 1
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(10))
+    assert (held_out[parts["x/train.json"]] < 20).all()
+    assert ((held_out[parts["y/train.json"]] >= 20) & (held_out[parts["y/train.json"]] < 45)).all()
+    assert prepare([first], validation=5).validation_sources == {}
+    assert prepare([first, second], validation=0).validation_sources == {}
+    twice = prepare([first, {"path": first, "split": "train[:5]"}], validation=20).validation_sources
+    assert list(twice) == ["train.json (1)", "train.json (2)"]
 
 
 def test_the_validation_split_of_a_directory(prepare, write, rows, tmp_path):

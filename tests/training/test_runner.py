@@ -23,6 +23,22 @@ def adapter_bytes(run: RunDirectory) -> bytes:
     return (run.adapter_dir / "chain.safetensors").read_bytes()
 
 
+def test_each_source_of_the_validation_rows_has_its_loss(run_tiny, commonsense_rows, tmp_path, capfd):
+    for name, rows in (("easy", commonsense_rows(9)), ("hard", commonsense_rows(14)[9:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    paths = [{"path": str(tmp_path / f"{name}.json")} for name in ("easy", "hard")]
+    job = run_tiny({"data.validation": paths, "training.max_steps": 2, "training.eval_every": 1})
+    rows = [row for row in read_jsonl(job.run.metrics_path) if "eval_loss" in row]
+    counts = job.data.validation.supervised_counts
+    for row in rows:
+        each = [row["eval_loss/easy.json"] * counts[:9].sum(), row["eval_loss/hard.json"] * counts[9:].sum()]
+        assert sum(each) / counts.sum() == pytest.approx(row["eval_loss"], rel=1e-9)
+        assert row["eval_loss/easy.json"] != row["eval_loss/hard.json"]
+    last = rows[-1]
+    told = f"easy.json {last['eval_loss/easy.json']:.4f}, hard.json {last['eval_loss/hard.json']:.4f}"
+    assert told in capfd.readouterr().err
+
+
 def test_a_finished_run(run_tiny, recipe_of):
     job = run_tiny()
     run, status = job.run, job.run.read_status()
