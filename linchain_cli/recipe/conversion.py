@@ -121,6 +121,8 @@ def _places(theirs: Theirs, flat: Fields, source: str) -> Fields:
     """The run's name and directory: together they are the other tool's output_dir."""
     place = PurePosixPath(str(theirs("output_dir") or flat.get("name") or PurePosixPath(source).stem))
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", place.name).strip("._-")[:200] or "run"
+    if flat.get("name", name) != name:
+        theirs.unsaid("name", flat["name"], "a run is called after its output_dir")
     return {"name": name, **({"output_dir": str(place.parent)} if place.parent.name else {})}
 
 

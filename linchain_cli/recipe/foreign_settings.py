@@ -119,7 +119,8 @@ def _targets(theirs: Theirs) -> Any:
 
 
 def _batches(theirs: Theirs) -> Fields:
-    """Where rows are packed, a row of a batch is as many as fit into a sequence."""
+    """Where rows are packed, one of a batch is as many as fit into a sequence; how many are in memory at once
+    is left open then."""
     packed = theirs.yes("packing", "neat_packing", "sample_packing") and not theirs.documents
     micro = theirs("micro_batch_size", "per_device_train_batch_size")
     together = theirs("global_batch_size", "batch_size")
@@ -131,6 +132,7 @@ def _batches(theirs: Theirs) -> Fields:
         theirs.notes["training.global_batch_size"] = (
             f"of {theirs(*LENGTH)} tokens each there: times the rows that fit into that, and your GPUs"
         )
+        micro = None
     if theirs.yes("auto_find_batch_size"):
         micro = "auto"
     return {"training.micro_batch_size": micro, "training.global_batch_size": together}
@@ -227,6 +229,8 @@ def _kept(theirs: Theirs) -> Fields:
 def _trackers(theirs: Theirs) -> Fields:
     found = [str(name) for name in names(theirs("report_to")) if name not in ("none", "all")]
     found += [name for key, name in _TRACKERS.items() if not is_no(theirs(key))]
+    if not is_no(project := theirs("wandb_project")):
+        theirs.unsaid("wandb_project", project, "WANDB_PROJECT in the environment")
     theirs("logging_strategy")
     return {"training.trackers": list(dict.fromkeys(found)) or None}
 

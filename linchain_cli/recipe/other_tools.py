@@ -176,6 +176,8 @@ SAID_OTHERWISE = {
     ),
     "layer_offloading": "training.offload_base, with training.parallel: shard",
     **_each("max_rows beside a source's path takes the first ones", "max_samples num_samples"),
+    **_each("split: train[:10%] beside a source's path takes a part", "dataset_shard_num dataset_shard_idx"),
+    "create_new_adapter": "linchain merge writes a base with the adapter in it, to train another one on",
     **_each("config beside a source's path", "dataset_config subset"),
     "dataset_dir": "data sets go by their file or hub id; linchain recipes convert reads dataset_info.json",
     **_each("weight beside a source's path", "interleave_probs mix_strategy fraction"),
@@ -213,7 +215,8 @@ NOT_NEEDED = {
         "dataset_prepared_path dataset_num_proc dataset_processes dataset_keep_in_memory preprocessing_* "
         "overwrite_cache tokenized_path streaming* dataset_streaming buffer_size dataloader_* "
         "shuffle_merged_datasets shuffle_before_merging_datasets num_dataset_shards_to_save "
-        "data_shared_file_system skip_prepare_dataset remove_unused_columns",
+        "data_shared_file_system skip_prepare_dataset shuffle_dataset is_preprocess "
+        "remove_unused_columns",
     ),
     "ds_type": "a file's ending tells how it is read",
     **_each(
@@ -234,6 +237,7 @@ NOT_NEEDED = {
         "the model's own files say it",
         "model_type tokenizer_type base_model_config tokenizer_use_* tokenizer_legacy is_*_derived_model "
         "lora_fan_in_fan_out fan_in_fan_out use_fast_tokenizer base_model_ignore_patterns strict "
+        "tool_format "
         "experts_implementation llama4_linearized_experts remote_code_revision",
     ),
     **_each(
@@ -286,7 +290,8 @@ NOT_THERE = {
         "lora_modules_to_save modules_to_save additional_target tokens add_tokens add_special_tokens "
         "additional_special_tokens added_tokens_overrides resize_* new_special_tokens_config "
         "init_special_tokens trainable_token_indices peft_trainable_token_indices embedding_lr* "
-        "unfrozen_parameters freeze_trainable_* freeze_extra_modules reinit_weights full_finetuning "
+        "unfrozen_parameters freeze_trainable_* freeze_extra_modules reinit_weights train_from_scratch "
+        "full_finetuning "
         "loraplus_lr_embedding fix_untrained_tokens",
     ),
     **_each(

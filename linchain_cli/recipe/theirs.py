@@ -119,4 +119,4 @@ def typed(value: Any) -> Any:
         return value.lower() == "true"
     if re.fullmatch(r"[+-]?\d{1,15}", value):
         return int(value)
-    return float(value) if re.fullmatch(r"[+-]?\d+(\.\d*)?([eE][+-]?\d{1,3})?", value) else value
+    return float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", value) else value

@@ -137,7 +137,6 @@ def test_a_configuration_of_axolotl(convert):
         "training": {
             "epochs": 2,
             "global_batch_size": 8,
-            "micro_batch_size": 2,
             "learning_rate": 2e-4,
             "lr_scheduler": "cosine",
             "warmup_steps": 0.1,
@@ -160,6 +159,7 @@ def test_a_configuration_of_axolotl(convert):
         "#   old.jsonl: shards: 3  (split: train[:10%] beside the path takes a part)",
         "#   old.jsonl: message_property_mappings: {role: who}  "
         "(turns have role and content, or from and value: rename them)",
+        "#   wandb_project: mine  (WANDB_PROJECT in the environment)",
         "# Not needed: tf32",
     ]
 
@@ -277,8 +277,9 @@ save_epochs: 0.5
         (T, "learning_rate:", {"training.learning_rate": 2e-5, "training.warmup_steps": 0}),
         (T, "load_best_model_at_end:", {"training.keep": "last"}),
         # batches
-        (A, "batch_size: 32", {"training.global_batch_size": 32, "training.micro_batch_size": 2}),
+        (A, "batch_size: 32", {"training.global_batch_size": 32, "training.micro_batch_size": None}),
         (T, "gradient_accumulation_steps: 4", {"training.global_batch_size": 32}),
+        (A, "sample_packing: false", {"training.micro_batch_size": 2}),
         (A, "auto_find_batch_size: true", {"training.micro_batch_size": "auto"}),
         # schedules: a number of steps comes before a share, and `constant` has no warm-up
         (A, "warmup_steps: 10", {"training.warmup_steps": 10}),
@@ -517,6 +518,7 @@ def test_data_sets_of_llama_factory_v1_stand_in_a_file(convert, tmp_path, monkey
             "#   plugins: axolotl.integrations.kd.KDPlugin  (not here)",
         ),
         ("plugins: [axolotl.integrations.liger.LigerPlugin]", "  keep: best\n  trackers:\n"),
+        ("run_name: a\noutput_dir: runs/b", "#   name: a  (a run is called after its output_dir)"),
         ("adam_beta2: 0.95", "#   adam_beta2: 0.95  (not here: AdamW is the only optimizer, with betas"),
         ("adam_beta2: 0.999", "# Not needed: adam_beta2"),
         ("model_name: other", "#   model_name: other  (another of these keys has become model.path)"),
