@@ -109,14 +109,16 @@ class DataReport:
 
     def move(self, names: Sequence[tuple[str, str]]) -> None:
         """Gives the sources a new (name, location): the same content may lie elsewhere by now."""
+        moved = {source.location: place for source, (_, place) in zip(self.sources, names, strict=True)}
+        longest_first = sorted(moved, key=len, reverse=True)  # rows.jsonl is not rows.json
+
+        def now(example: str) -> str:
+            was = next((place for place in longest_first if example.startswith(place)), "")
+            return moved.get(was, "") + example.removeprefix(was)
+
+        for examples in (self.bad_examples, self.unsupervised_examples, self.control_examples):
+            examples[:] = map(now, examples)
         for source, (name, location) in zip(self.sources, names, strict=True):
-            for examples in (self.bad_examples, self.unsupervised_examples, self.control_examples):
-                examples[:] = [
-                    location + example.removeprefix(source.location)
-                    if example.startswith(source.location)
-                    else example
-                    for example in examples
-                ]
             source.name, source.location = name, location
 
     @classmethod

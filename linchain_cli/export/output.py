@@ -68,7 +68,7 @@ def check_output(
             )
     for name, place in (("the current directory", "."), ("the home directory", "~")):
         try:
-            keep = storage.expand(place).absolute()
+            keep = storage.expand(place).resolve()
         except (OSError, InputError):  # gone, or of a container's user who has none
             continue
         if target == keep or target in keep.parents:

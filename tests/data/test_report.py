@@ -73,6 +73,16 @@ def test_a_report_survives_json():
     assert report.skipped == report.counts()["sources"][0]["skipped"] == 3
 
 
+def test_examples_move_with_their_own_source():
+    """Also where one has the other's place now, or a name that begins as the other's."""
+    places = ["/a/rows.json", "/a/rows.jsonl", "/b/rows.jsonl"]
+    sources = [SourceReport(place, place) for place in places]
+    report = DataReport("f" * 64, sources=sources, bad_examples=[f"{place}:3: bad" for place in places])
+    report.move([(place, place) for place in ("/c/new.json", "/b/rows.jsonl", "/a/rows.jsonl")])
+    assert report.bad_examples == ["/c/new.json:3: bad", "/b/rows.jsonl:3: bad", "/a/rows.jsonl:3: bad"]
+    assert [source.location for source in report.sources] == ["/c/new.json", "/b/rows.jsonl", "/a/rows.jsonl"]
+
+
 def test_a_report_that_tells_otherwise_is_another_version(write, byte_level, data_config, tmp_path):
     """A cache keeps reports by their version: where this fails, raise REPORT_VERSION, and write here what the
     new one tells."""

@@ -81,6 +81,11 @@ def test_outputs_that_hold_where_somebody_is(places, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home" / "me"))
     with pytest.raises(InputError, match="it holds the home directory"):
         check_output(tmp_path / "home", MergeReceipt, overwrite=True, sources=[])
+    (tmp_path / "disk" / "me").mkdir(parents=True)
+    (tmp_path / "homes").symlink_to(tmp_path / "disk")
+    monkeypatch.setenv("HOME", str(tmp_path / "homes" / "me"))
+    with pytest.raises(InputError, match="it holds the home directory"):
+        check_output(tmp_path / "disk" / "me", MergeReceipt, overwrite=True, sources=[])
 
 
 @pytest.fixture
