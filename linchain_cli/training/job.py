@@ -35,7 +35,7 @@ from linchain_cli.machine import cpu_info
 from linchain_cli.model.computed import changed_values
 from linchain_cli.model.config import text_decoder_prefix
 from linchain_cli.model.hashing import is_same_base
-from linchain_cli.model.head import hidden_states, untrained_tokens
+from linchain_cli.model.head import hidden_states
 from linchain_cli.model.limits import limits
 from linchain_cli.model.rope import length_classes
 from linchain_cli.recipe import Recipe
@@ -48,13 +48,12 @@ from linchain_cli.training.chains import chain_config, put_in_chains, put_on_hea
 from linchain_cli.training.checkpoints import CheckpointStore
 from linchain_cli.training.display import counting_rows
 from linchain_cli.training.fingerprints import MICRO_BATCH, compare, fingerprints
+from linchain_cli.training.marks import untrained_marks
 from linchain_cli.training.objective import Objective, objective_of
 from linchain_cli.training.optimizer import FlatAdamW, trained_parameters
 from linchain_cli.training.processes import from_main, on_main, raise_on_all, together
 from linchain_cli.training.rate import AutoRate, with_rate
 from linchain_cli.training.state import TrainingState
-
-_ROWS_LOOKED_AT = 200
 
 
 @dataclass
@@ -307,33 +306,9 @@ def warnings(job: Job) -> list[str]:
         trained_on = start.base.get("hash")
         if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
-    return [*found, *_untrained_marks(job)]
-
-
-def _untrained_marks(job: Job) -> Iterator[str]:
-    """That answers hold special tokens for which the base's output head has learned nothing, if so."""
-    head = job.model.get_output_embeddings() if job.base.outputs is None else None
-    if head is None or job.base.sharded or head in job.layers.values():
-        return
-    rows, step = job.data.train, max(1, len(job.data.train) // _ROWS_LOOKED_AT)
-    answers = (rows[index] for index in range(0, len(rows), step))
-    written = np.unique(np.concatenate([ids[supervised] for ids, supervised in answers]))
-    special = {token: mark for mark, token in job.base.tokenizer.get_added_vocab().items()}
-    marks = [special[token] for token in untrained_tokens(job.model, [t for t in written if t in special])]
-    if not marks:
-        return
-    yield (
-        f"the base was never taught to write {', '.join(marks)}: its output head knows no such token, and"
-        " chains before the head hardly change that, so answers may not end. Take the base's chat version, or"
-        f" a template with other marks (data.chat.template){_or_the_head(job.model, head)}"
-    )
-
-
-def _or_the_head(model: nn.Module, head: nn.Module) -> str:
-    if head.weight is model.get_input_embeddings().weight:
-        return ""  # a shared weight gets no chain
-    name = next(name for name, module in model.named_modules() if module is head)
-    return f", or give the head a chain, too (adapter.target_modules: [all-linear, {name}])"
+    if job.base.outputs is None and not job.base.sharded:
+        found += untrained_marks(job.model, job.layers, job.data.train, job.base.tokenizer)
+    return found
 
 
 def resume(job: Job, note: Callable[[str], None], finished: bool = False) -> None:
