@@ -126,10 +126,33 @@ def _places(theirs: Theirs, flat: Fields, source: str) -> Fields:
     return {"name": name, **({"output_dir": str(place.parent)} if place.parent.name else {})}
 
 
+# Texts, which may look like numbers: 007, 1e5.
+_NAMES = (
+    "name",
+    "output_dir",
+    "model.path",
+    "model.revision",
+    "adapter.init_from",
+    "data.split",
+    "data.revision",
+)
+
+
+def _scalars(field: str, value: Any) -> Any:
+    if field in _NAMES or (isinstance(value, str) and field == "data.train"):
+        return value
+    if field in ("data.train", "data.validation") and isinstance(value, list):
+        return [_scalars(field, item) for item in value]
+    if field in ("data.train", "data.validation") and isinstance(value, Mapping):
+        return {key: typed(item) if key in ("max_rows", "weight") else item for key, item in value.items()}
+    return typed(value)
+
+
 def _text(flat: Fields, missing: list[str], theirs: Theirs, left_out: list[str], source: str) -> str:
-    ordered = {field: typed(flat[field]) for field in _FIELDS if field in flat}
+    ordered = {field: _scalars(field, flat[field]) for field in _FIELDS if field in flat}
     body = yaml.safe_dump(nested(ordered), sort_keys=False, allow_unicode=True, width=2**31)
-    for field, note in theirs.notes.items():
+    for field, said in theirs.notes.items():
+        note = " ".join(said.split())
         line = rf"^(  {field.rpartition('.')[2]}: .+)$"
         body = re.sub(line, lambda found, note=note: f"{found[1]}  # {note}", body, flags=re.MULTILINE)
     lines = [
@@ -142,4 +165,5 @@ def _text(flat: Fields, missing: list[str], theirs: Theirs, left_out: list[str],
         lines += ["# Not said above:", *(f"#   {said}" for said in dict.fromkeys(theirs.remarks))]
     if left_out:
         lines.append(f"# Not needed: {', '.join(left_out)}")
+    lines = [" ".join(line.splitlines()) if line.startswith("#") else line for line in lines]
     return "\n".join(lines).rstrip("\n") + "\n"

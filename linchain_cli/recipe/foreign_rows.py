@@ -117,7 +117,7 @@ def _validation(theirs: Theirs) -> Any:
 
 def _to_validate(given: Source | str, split: str) -> Source:
     """A source of validation rows; `split` is what their tool takes of a hub data set."""
-    source = {"path": given} if isinstance(given, str) else {**given}
+    source = {**given} if isinstance(given, Mapping) else {"path": given}
     source.pop("weight", None)
     return source if PurePosixPath(str(source.get("path"))).suffix else {"split": split, **source}
 

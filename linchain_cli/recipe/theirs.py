@@ -119,4 +119,5 @@ def typed(value: Any) -> Any:
         return value.lower() == "true"
     if re.fullmatch(r"[+-]?\d{1,15}", value):
         return int(value)
-    return float(value) if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", value) else value
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", value)
+    return float(value) if is_number and math.isfinite(float(value)) else value

@@ -311,6 +311,10 @@ save_epochs: 0.5
         (A, "load_in_8bit: false", {"model.quantization": "nf4"}),
         (T, "bf16: true\nfp16: false\ndtype: float32", {"model.dtype": "bfloat16"}),
         (T, "torch_dtype: torch.float16", {"model.dtype": "float16"}),
+        (T, "model_revision: 0123456", {"model.revision": "0123456"}),
+        (T, "output_dir: out/1e5", {"name": "1e5"}),
+        (T, "warmup_ratio: .1", {"training.warmup_steps": 0.1}),
+        (T, "weight_decay: 0.10", {"training.weight_decay": 0.1}),
         # rows
         (A, "excess_length_strategy: truncate", {"data.on_long_row": "cut"}),
         (A, "val_set_size: 500", {"data.validation": 500}),
@@ -573,9 +577,13 @@ def test_whatever_is_written_becomes_a_recipe_that_only_lacks_something():
     keys = [
         key for key in (*CALLED_HERE, *SAID_OTHERWISE, *NOT_THERE, *dotted_fields(Recipe)) if "*" not in key
     ]
+    of_entries = "path type name split data_files roles train_on_eos field_messages shards weight".split()
     keys += ["output_dir", "micro_batch_size", "optimizer", "max_steps", "seed", "data", "training"]
-    for _ in range(200):
+    for _ in range(300):
         config = {random.choice(keys): random.choice(VALUES) for _ in range(random.randint(1, 12))}
+        if random.random() < 0.5:
+            entry = {random.choice(of_entries): random.choice(VALUES) for _ in range(random.randint(1, 4))}
+            config |= {"base_model": "m", "datasets": [entry]}
         _, problems = check(Recipe, strict_yaml.parse(converted(config, "theirs.yaml")).value)
         assert all(problem.missing for problem in problems), config
 
