@@ -64,14 +64,15 @@ def rows_by_source(
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Of paths the last parts, as many as tell them apart: boolq/train.json. Equal names are numbered."""
-    parts = [[part for part in re.split(r"[/\\]+", name) if part] or [name] for name in names]
+    """Of paths the last parts, as many as tell them apart (boolq/train.json), in characters that experiment
+    trackers take. Equal ones are numbered."""
+    parts = [re.sub(r"[^\w./-]+", "_", name).strip("/").split("/") for name in names]
     for length in range(1, max(map(len, parts)) + 1):
         short = ["/".join(each[-length:]) for each in parts]
         if len(set(short)) == len(set(names)):
             break
     return [
-        name if short.count(name) == 1 else f"{name} ({short[: at + 1].count(name)})"
+        name if short.count(name) == 1 else f"{name}-{short[: at + 1].count(name)}"
         for at, name in enumerate(short)
     ]
 

@@ -12,7 +12,7 @@ import pytest
 
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.encoding import text_encoder
-from linchain_cli.data.mixture import hold_out
+from linchain_cli.data.mixture import hold_out, rows_by_source
 from linchain_cli.data.store import EncodedStore
 from linchain_cli.data.templates import get_template
 from linchain_cli.errors import InputError
@@ -284,7 +284,26 @@ def test_held_out_rows_know_their_source(prepare, write, rows, tmp_path):
     assert prepare([first], validation=5).validation_sources == {}
     assert prepare([first, second], validation=0).validation_sources == {}
     twice = prepare([first, {"path": first, "split": "train[:5]"}], validation=20).validation_sources
-    assert list(twice) == ["train.json (1)", "train.json (2)"]
+    assert list(twice) == ["train.json-1", "train.json-2"]
+
+
+def numbered(count):
+    """Rows of which only is asked which of a store's they are."""
+    return SimpleNamespace(store_rows=lambda: np.arange(count))
+
+
+def test_names_of_sources_are_short_and_suit_trackers():
+    names = ["/data/boolq/train.json", "/data/piqa/train.json", "data/*.jsonl", "owner/set", "owner/set"]
+    found = rows_by_source(numbered(5), names, [1] * 5)
+    assert list(found) == [
+        "boolq/train.json",
+        "piqa/train.json",
+        "data/_.jsonl",
+        "owner/set-1",
+        "owner/set-2",
+    ]
+    assert rows_by_source(numbered(50), [str(number) for number in range(50)], [1] * 50) == {}
+    assert list(rows_by_source(numbered(3), ["a", "b", "c"], [2, 0, 1])) == ["a", "c"]
 
 
 def test_the_validation_split_of_a_directory(prepare, write, rows, tmp_path):
