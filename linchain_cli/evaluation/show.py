@@ -165,7 +165,7 @@ def points(value: float) -> str:
 
 
 def span(interval: Sequence[float] | None, number: Callable[[float], str] | None = None) -> str:
-    """`58.1 – 64.4`."""
+    """`58.1 … 64.4`; a dash for none."""
     if interval is None:
         return "–"
     number = number or (lambda value: f"{100 * value:.1f}")

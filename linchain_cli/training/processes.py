@@ -24,7 +24,7 @@ from accelerate.utils import (
 from torch import Tensor
 
 from linchain_cli.console import is_first_process
-from linchain_cli.errors import InputError, LinchainError
+from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.machine import is_out_of_memory
 from linchain_cli.training import peers
 from linchain_cli.training.launch import launched, standing_alone
@@ -135,6 +135,8 @@ def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
     try:
         with told_when_lost():
             result = work()
+    except Stopped:  # by a signal, on the spot: the others may be long at it, or have been stopped as well
+        raise
     except Exception as raised:
         if getattr(raised, _AGREED, False):
             raise
@@ -143,7 +145,7 @@ def together(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
         with told_when_lost():
             codes = gather_object([_exit_code(error)])
     except Exception:
-        if error is not None:  # the others did not wait for it, as where a signal went to all of them
+        if error is not None:  # and another has ended meanwhile
             raise error from None
         raise
     failed = [rank for rank, code in enumerate(codes) if code]

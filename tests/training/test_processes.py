@@ -190,6 +190,19 @@ def test_a_signal_to_all_of_them_while_they_load_is_told_as_that(starter, recipe
     assert ranks[1].log == "" and not recipe_of().run_path.exists()
 
 
+def test_a_signal_to_the_first_alone_ends_it_on_the_spot(starter, recipe_file, recipe_of, tmp_path):
+    """What the others are loading meanwhile is not waited for; whoever launched them ends them, too."""
+    marker = tmp_path / "loading"
+    ranks = starter.ranks(2, "train", recipe_file(), hook="slow_loading", seconds=60, marker=str(marker))
+    ranks[0].wait_until(marker.exists, "loading")
+    time.sleep(2)  # until both are at it
+    os.kill(ranks[0].pid, signal.SIGTERM)
+    assert ranks[0].wait(30) == 143
+    assert "error: stopped before the first step: nothing was written" in ranks[0].log
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert ranks[1].wait(30) == 143 and ranks[1].log == ""
+
+
 def test_a_process_that_is_killed_while_they_load_is_named(starter, recipe_file, recipe_of, tmp_path):
     marker = tmp_path / "loading"
     ranks = starter.ranks(2, "train", recipe_file(), hook="slow_loading", seconds=3, marker=str(marker))
