@@ -10,6 +10,7 @@ from typing import Any
 
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import strict_yaml
+from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES
 from linchain_cli.recipe.dataset_info import PAIRS, STARTED_THERE, DatasetInfo
 from linchain_cli.recipe.other_tools import (
     AXOLOTL,
@@ -69,12 +70,20 @@ _USUAL: dict[str, tuple[tuple[str, ...], str]] = {
 
 def rows(theirs: Theirs) -> Fields:
     """The fields of the data section that are said."""
-    return {
+    fields = {
         field: value
         for rule in (_train, _turns, _chat)
         for field, value in rule(theirs).items()
         if value is not None
     }
+    sources = fields.get("data.train")
+    own = [
+        source.get("template") if isinstance(source, Mapping) else None
+        for source in (sources if isinstance(sources, list) else [sources])
+    ]
+    if all(template not in (None, "chat") for template in own):  # theirs is for asking the model alone
+        fields.pop("data.chat.template", None)
+    return fields
 
 
 def _train(theirs: Theirs) -> Fields:
@@ -156,9 +165,12 @@ def _chat(theirs: Theirs) -> Fields:
     if theirs.tool in (LLAMA_FACTORY, LLAMA_FACTORY_V1):  # instructions are conversations, too
         template = "text" if theirs("stage") == "pt" else "alpaca" if own == "alpaca" else "chat"
         name = None if own == "alpaca" else own
+    if str(name) in CHAT_TEMPLATES and not own:  # Axolotl's takes the place of the tokenizer's
+        jinja = jinja or name
     if name and not jinja and not str(name).startswith("tokenizer_default"):
-        why = "the template that the model's tokenizer brings is used; data.chat.template takes a Jinja file"
-        theirs.unsaid("template" if own else "chat_template", name, why)
+        known = name if str(name) in CHAT_TEMPLATES else f"{', '.join(CHAT_TEMPLATES)} or a Jinja file"
+        why = "the template that the model's tokenizer brings is used; if there is none, data.chat.template: "
+        theirs.unsaid("template" if own else "chat_template", name, why + known)
     return {"data.template": template or own, "data.chat.template": jinja, "data.chat.options": options}
 
 

@@ -145,6 +145,14 @@ def _schedule(theirs: Theirs) -> Fields:
     epochs = theirs("num_epochs", "num_train_epochs", "epochs")
     course = str(theirs("lr_scheduler", "lr_scheduler_type"))
     near = next((kind for kind in ("cosine", "constant", "linear") if course.startswith(kind)), course)
+    floor = theirs("cosine_min_lr_ratio")
+    floor = floor if near == "cosine" else None
+    if course == "cosine_with_min_lr":
+        more = theirs("lr_scheduler_kwargs")
+        if isinstance(more, Mapping) and set(more) == {"min_lr_rate"}:
+            floor, course = more["min_lr_rate"], near
+        elif more is not None:
+            theirs.unsaid("lr_scheduler_kwargs", more, "training.min_lr_ratio takes a share of learning_rate")
     if near not in (course, "constant"):
         theirs.unsaid("training.lr_scheduler", course, f"not here: {near} is the nearest")
     warm_up = theirs("warmup_steps")
@@ -156,6 +164,7 @@ def _schedule(theirs: Theirs) -> Fields:
         "training.max_steps": steps,
         "training.epochs": None if steps else epochs,
         "training.lr_scheduler": near,
+        "training.min_lr_ratio": floor,
         "training.warmup_steps": "0" if course == "constant" else warm_up,
         "training.optimizer": "adamw"
         if re.match("(paged_|ao_|optimi_|flash_)?adamw", str(optimizer))

@@ -140,6 +140,7 @@ CALLED_HERE = {
     **_each("training.global_batch_size", "batch_size"),
     **_each("training.learning_rate", "lr"),
     **_each("training.lr_scheduler", "lr_scheduler_type"),
+    **_each("training.min_lr_ratio", "cosine_min_lr_ratio"),
     **_each("training.warmup_steps", "warmup_ratio"),
     **_each("training.lr_multiplier.B", "loraplus_lr_ratio"),
     **_each("training.optimizer", "optim"),
@@ -313,8 +314,8 @@ NOT_THERE = {
         "use_muon use_adam_mini lr_groups dion_* qgalore_*",
     ),
     **_each(
-        "not here: after warm-up the rate falls to zero or stays",
-        "lr_scheduler_kwargs cosine_min_lr_ratio cosine_constant_lr_ratio lr_quadratic_warmup lr_div_factor "
+        "not here: after warm-up the rate falls to training.min_lr_ratio or stays",
+        "lr_scheduler_kwargs cosine_constant_lr_ratio lr_quadratic_warmup lr_div_factor "
         "relora* jagged_restart_* lisa_*",
     ),
     **_each("not here: the loss is cross-entropy alone", "label_smoothing_factor loss_type use_*_loss "

@@ -11,6 +11,7 @@ import yaml
 
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import Recipe, convert_recipe, load_recipe, strict_yaml
+from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES
 from linchain_cli.recipe.conversion import converted
 from linchain_cli.recipe.other_tools import (
     CALLED_HERE,
@@ -173,7 +174,11 @@ def test_a_configuration_of_llama_factory(convert):
     assert (recipe.data.validation, recipe.training.keep) == (0, "last")
     assert (recipe.training.global_batch_size, recipe.training.trackers) == (8, [])
     assert "#   neftune_noise_alpha: 5  (not here: noise on embeddings (NEFTune))" in text
-    assert "#   template: llama3  (the template that the model's tokenizer brings is used" in text
+    assert (
+        "#   template: llama3  (the template that the model's tokenizer brings is used; if there is none, "
+        in text
+    )
+    assert "data.chat.template: llama3)" in text
 
 
 def test_llama_factorys_names_are_looked_up(convert, tmp_path, monkeypatch):
@@ -265,6 +270,16 @@ save_epochs: 0.5
         (A, "num_epochs:", {"training.epochs": 1}),
         (A, "warmup_ratio:", {"training.warmup_steps": 0.03}),
         (A, "lr_scheduler:", {"training.lr_scheduler": "cosine"}),
+        (A, "cosine_min_lr_ratio: 0.1", {"training.lr_scheduler": "cosine", "training.min_lr_ratio": 0.1}),
+        (A, "lr_scheduler: linear\ncosine_min_lr_ratio: 0.1", {"training.min_lr_ratio": 0.0}),
+        (
+            T,
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr_rate: 0.2}",
+            {"training.lr_scheduler": "cosine", "training.min_lr_ratio": 0.2},
+        ),
+        (A, "chat_template: chatml", {"data.chat.template": CHAT_TEMPLATES["chatml"]}),
+        (A, "chat_template: llama4", {"data.chat.template": None}),
+        (L, "template: llama3", {"data.chat.template": None}),
         (A, "sequence_len:", {"data.max_length": 512}),
         (A, "val_set_size:", {"data.validation": 0}),
         (L, "finetuning_type:", {"adapter.rank": 8, "adapter.dropout": 0}),
@@ -396,6 +411,15 @@ def _set(value: Any) -> Any:
     return value
 
 
+def test_a_chat_template_is_not_written_where_no_row_goes_through_it(convert):
+    theirs = "base_model: m\nadapter: lora\nlora_r: 8\nchat_template: chatml\n"
+    through = {
+        kind: convert(f"{theirs}datasets: [{{path: a.jsonl, type: {kind}}}]")[1].data.chat.template
+        for kind in ("alpaca", "chat_template")
+    }
+    assert through == {"alpaca": None, "chat_template": CHAT_TEMPLATES["chatml"]}
+
+
 ENTRIES = [
     ("{path: a.jsonl, type:}", {}, "type: null  (rows of tokens there; here they go by their columns"),
     ("{path: a.jsonl, type: completion, field: body}", {"template": "text", "columns": {"text": "body"}}, ""),
@@ -516,6 +540,14 @@ def test_data_sets_of_llama_factory_v1_stand_in_a_file(convert, tmp_path, monkey
         ("use_dora: false", "# Not needed: use_dora"),
         ("save_strategy: best", "#   training.save_every: best  (not here: a number of steps, or epoch)"),
         ("lr_scheduler_type: cosine_with_min_lr", "cosine_with_min_lr  (not here: cosine is the nearest)"),
+        (
+            "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-5}",
+            "(training.min_lr_ratio takes a share of learning_rate)",
+        ),
+        (
+            "chat_template: llama4",
+            "brings is used; if there is none, data.chat.template: chatml, llama3, gemma or a",
+        ),
         ("optim: lion_32bit", "#   training.optimizer: lion_32bit  (expected adamw, got 'lion_32bit'"),
         (
             "plugins: [axolotl.integrations.kd.KDPlugin]",
