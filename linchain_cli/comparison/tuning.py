@@ -127,7 +127,9 @@ def tune(recipe: Recipe, *, fresh: bool = False) -> tuple[TuningDirectory, Tunin
             if tuning is None or tuning.hashes != _hashes(job):
                 tuning = _range_test(recipe, job, stop, directory)
             detach(base.model)
-        tuning = _compare_rates(job.recipe, base, directory, tuning)
+            shorter = job.recipe
+            del job  # its chains and their moments
+        tuning = _compare_rates(shorter, base, directory, tuning)
         write_atomic(directory.recipe_path, _with(recipe, tuning.rate).to_yaml())
         rate_plot(directory.curve_path, tuning.tested, tuning.tried, tuning.rate)
         write_record(directory.tuning_path, tuning)
