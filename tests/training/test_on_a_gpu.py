@@ -159,7 +159,7 @@ def step(small_model, tmp_path, monkeypatch):
                 accelerator=accelerator,
                 base=SimpleNamespace(model=model, pad_id=0),
                 layers=chains,
-                data=SimpleNamespace(train=Rows(), validation=Rows()),
+                data=SimpleNamespace(train=Rows(), validation=Rows(), validation_sources={}),
                 parameters=parameters,
                 optimizer=FlatAdamW(parameters),
                 store=None,
