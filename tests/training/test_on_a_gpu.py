@@ -219,7 +219,7 @@ def test_the_device_has_the_next_step_to_do_while_the_host_waits(step, monkeypat
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_a_validation_waits_for_the_device_once(step, family):
     gpu = step(family, work=validate)
-    assert len(gpu.reads) == 1 and "judge" in gpu.reads[0], gpu.reads
+    assert len(gpu.reads) == 1 and "mean_loss" in gpu.reads[0], gpu.reads
     large = [copy for copy in gpu.copies if copy.bytes > 8]
     assert len(large) == 2 * (ROWS // MICRO) and all(copy.asynchronous for copy in large)
 
