@@ -267,6 +267,8 @@ class _Runner:
         except InUse:
             raise
         except InputError as error:
+            if not unfinished and run.exists() and run.read_status().finished:
+                return  # another process brought it to its end while this one loaded the base
             if unfinished:
                 raise InputError(
                     f"{error}\nOr remove {run.path}: that run then starts over, the others stay."

@@ -16,6 +16,7 @@ import weakref
 import pytest
 import torch
 
+from linchain_cli.chain import detach
 from linchain_cli.commands.compare import parse_seeds
 from linchain_cli.comparison import runner
 from linchain_cli.comparison.grid import expand
@@ -433,6 +434,21 @@ def test_runs_that_another_process_is_at_are_left_to_it(recipe_path, tmp_path, c
     assert len(loads) == 1, "nothing to load a base for"
     results = run_comparison(grid, [1])
     assert len(results["tables"]["recipe_rate"]) == 3
+
+
+def test_a_run_that_another_process_ends_while_the_base_is_loaded_is_taken(recipe_path, monkeypatch):
+    ended = []
+
+    def late(recipe, **options):
+        if not ended:
+            ended.append(recipe.name)
+            run_training(recipe, **options)
+            detach(options["base"].model)
+        return run_training(recipe, **options)
+
+    monkeypatch.setattr(runner, "run_training", late)
+    results = run_comparison(expand(recipe_path, WORDS), [1])
+    assert ended and len(results["tables"]["recipe_rate"]) == 2
 
 
 def test_two_processes_share_the_runs(finished, write_recipe, tmp_path):
