@@ -13,6 +13,8 @@ import pytest
 from linchain_cli import directories, storage
 from linchain_cli.errors import InputError
 
+from .failing import failing_at_each_call
+
 
 def test_a_staged_directory_appears_whole(tmp_path):
     target = tmp_path / "deep" / "target"
@@ -138,22 +140,11 @@ def test_every_step_of_filling_in_place_may_fail(tmp_path, monkeypatch, mounted)
     monkeypatch.setattr(directories, "_is_mount_point", lambda path: mounted and path == target)
     was = {"old", "older"} if mounted else set()
     for function in ("mkdir", "rename", "_fsync"):
-        original = getattr(storage, function)
-        for failing in range(1, 30):
+        for failing in failing_at_each_call(monkeypatch, storage, function):
             directories.shutil.rmtree(target, ignore_errors=True)
             target.mkdir()
             for name in was:
                 (target / name).touch()
-            calls = 0
-
-            def step(*arguments, original=original, failing=failing):
-                nonlocal calls
-                calls += 1
-                if calls == failing:
-                    raise OSError(errno.EIO, "it broke")
-                return original(*arguments)
-
-            monkeypatch.setattr(storage, function, step)
             try:
                 with directories.staged_directory(target, overwrite=True) as staging:
                     for name in ("new", "newer"):
@@ -162,11 +153,6 @@ def test_every_step_of_filling_in_place_may_fail(tmp_path, monkeypatch, mounted)
                 assert set(os.listdir(target)) == was, (function, failing)
             else:
                 assert set(os.listdir(target)) == {"new", "newer"}
-            monkeypatch.setattr(storage, function, original)
-            if calls < failing:
-                break
-        else:
-            pytest.fail("the steps have no end")
 
 
 def test_a_filling_that_was_killed_is_undone(tmp_path):

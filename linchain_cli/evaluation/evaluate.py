@@ -101,7 +101,7 @@ def evaluate(
     rank, world = processes()
     turn_of, shares = (rank, world) if share else (0, 1)
     store = ResultStore(out, setting) if out is not None else None
-    earlier = of_first(store.measured(fingerprints) if store and rank == 0 else None)
+    earlier = measured_before(store, fingerprints)
     missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
     for warning in check_questions(tokenizer, template, missing, protocol, limits(model)):
         if rank == 0:
@@ -243,13 +243,13 @@ def refuse_unlike(fingerprints: Mapping[str, str]) -> None:
     raise SystemExit(error.exit_code)
 
 
-def of_first(value: Any) -> Any:
-    """The first process's value, on each of them: for what is read from a disk and decides what all do next.
-    Another's disk may not hold it, or not yet."""
-    if processes()[1] == 1:
-        return value
-    held = [value]
-    torch.distributed.broadcast_object_list(held)
+def measured_before(store: ResultStore | None, fingerprints: Mapping[str, str]) -> Results | None:
+    """What a store holds of these, as the first process sees it, on each of them: it decides what all do
+    next, and another's disk may not hold it, or not yet."""
+    rank, world = processes()
+    held = [store.measured(fingerprints) if store and rank == 0 else None]
+    if world > 1:
+        torch.distributed.broadcast_object_list(held)
     return held[0]
 
 

@@ -24,7 +24,7 @@ from linchain_cli.errors import InputError, first_line, nearest
 from linchain_cli.evaluation.evaluate import (
     evaluating,
     gather,
-    of_first,
+    measured_before,
     processes,
     refuse_unlike,
     setting_of,
@@ -244,7 +244,7 @@ def evaluate_harness(
     fingerprints = {name: value for of_task in own for name, value in of_task.items()}
     refuse_unlike(fingerprints)
     rank, world = processes()
-    earlier = of_first(store.measured(fingerprints) if store and rank == 0 else None)
+    earlier = measured_before(store, fingerprints)
     known = earlier.summary.tasks if earlier else {}
     missing = [task for task, names in zip(tasks, own, strict=True) if not names.keys() <= known.keys()]
     if not missing:

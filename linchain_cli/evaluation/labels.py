@@ -28,7 +28,7 @@ from linchain_cli.errors import InputError, some
 from linchain_cli.evaluation.evaluate import (
     evaluating,
     gather,
-    of_first,
+    measured_before,
     processes,
     refuse_unlike,
     setting_of,
@@ -246,7 +246,7 @@ def evaluate_labels(
     refuse_unlike(fingerprints)
     rank, world = processes()
     store = ResultStore(out, setting) if out is not None else None
-    earlier = of_first(store.measured(fingerprints) if store and rank == 0 else None)
+    earlier = measured_before(store, fingerprints)
     missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
     total = sum(len(task.data.train) for task in tasks)
     done = total - sum(len(task.data.train) for task in missing)

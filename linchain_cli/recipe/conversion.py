@@ -14,10 +14,11 @@ from typing import Any
 
 import yaml
 
+from linchain_cli.recipe.dotted import nested
 from linchain_cli.recipe.foreign_rows import rows
 from linchain_cli.recipe.foreign_settings import note_what_is_learned, settings
 from linchain_cli.recipe.other_tools import CALLED_HERE, SAME_HERE, instead_of, is_known
-from linchain_cli.recipe.schema import SECTIONS, Recipe, nested
+from linchain_cli.recipe.schema import SECTIONS, Recipe
 from linchain_cli.recipe.theirs import Config, Fields, Theirs, is_no, number, remark, typed
 from linchain_cli.recipe.validation import check, dotted_fields
 

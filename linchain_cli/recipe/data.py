@@ -288,18 +288,7 @@ class DataConfig(StrictModel):
     def sources(self) -> list[SourceConfig]:
         """The sources of `train`, with this section's split, revision and columns filled in where theirs are
         null."""
-        return [
-            source.model_copy(
-                update={
-                    "split": source.split or self.split,
-                    "revision": source.revision or self.revision,
-                    "columns": self.columns if source.columns is None else source.columns,
-                    "labels": self.labels if source.labels is None else source.labels,
-                    "template": source.template or self.template,
-                }
-            )
-            for source in self.train
-        ]
+        return [self._filled(source, self.split, self.revision) for source in self.train]
 
     @property
     def validation_sources(self) -> list[SourceConfig]:
@@ -307,17 +296,20 @@ class DataConfig(StrictModel):
         revision is train's where it is the same data set."""
         shared = {other.path: other.revision for other in self.sources}
         return [
-            source.model_copy(
-                update={
-                    "split": source.split or "validation",
-                    "revision": source.revision or shared.get(source.path),
-                    "columns": self.columns if source.columns is None else source.columns,
-                    "labels": self.labels if source.labels is None else source.labels,
-                    "template": source.template or self.template,
-                }
-            )
-            for source in self._given_to_validate
+            self._filled(source, "validation", shared.get(source.path)) for source in self._given_to_validate
         ]
+
+    def _filled(self, source: SourceConfig, split: str | None, revision: str | None) -> SourceConfig:
+        """A source with what it leaves open: this split and revision, and this section's other values."""
+        return source.model_copy(
+            update={
+                "split": source.split or split,
+                "revision": source.revision or revision,
+                "columns": self.columns if source.columns is None else source.columns,
+                "labels": self.labels if source.labels is None else source.labels,
+                "template": source.template or self.template,
+            }
+        )
 
     @property
     def _given_to_validate(self) -> list[SourceConfig]:

@@ -83,6 +83,7 @@ def rows(theirs: Theirs) -> Fields:
     ]
     if all(template not in (None, "chat") for template in own):  # theirs is for asking the model alone
         fields.pop("data.chat.template", None)
+        fields.pop("data.chat.options", None)
     return fields
 
 

@@ -268,6 +268,7 @@ NOT_NEEDED = {
     **_each("the model decides it", "gradient_checkpointing_kwargs use_reentrant_gc use_cache upcast_*"),
     **_each("adapters and checkpoints are safetensors, with all that a resume needs", "save_safetensors "
             "save_only_model save_first_step save_ckpt_as_hf save_on_each_node tokenizer_save_jinja_files"),
+    **_each("each source of the validation rows has its loss", "eval_on_each_dataset"),
     **_each("validation takes what fits, as training does", "eval_batch_size per_device_eval_batch_size "
             "eval_accumulation_steps eval_on_start bf16_full_eval fp16_full_eval prediction_loss_only"),
     **_each("every run has loss.png, metrics.jsonl and rows.jsonl", "plot_loss include_* logging_first_step "
@@ -344,7 +345,6 @@ NOT_THERE = {
             "pose_* peft"),
     **_each("not here: rows come in an order drawn from seed", "curriculum_sampling disable_shuffling "
             "sample_packing_sequentially"),
-    **_each("not here: one set of validation rows", "eval_on_each_dataset"),
     **_each("not here: rows that occur twice stay", "dataset_exact_deduplication"),
 }  # fmt: skip
 

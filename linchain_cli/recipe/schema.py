@@ -7,7 +7,7 @@ error messages are made from these declarations.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ import yaml
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from linchain_cli.recipe.data import DataConfig
+from linchain_cli.recipe.dotted import flat, nested
 from linchain_cli.recipe.fields import Count, CountFromZero, FileName, Text
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
 from linchain_cli.storage import expand
@@ -375,7 +376,7 @@ class Recipe(StrictModel):
 
     def flat(self) -> dict[str, Any]:
         """Its values as JSON has them, by dotted key; an empty mapping is a value."""
-        return dict(_flat(self.model_dump(mode="json")))
+        return dict(flat(self.model_dump(mode="json")))
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any]) -> Recipe:
@@ -395,31 +396,6 @@ class Recipe(StrictModel):
             allow_unicode=True,
             width=2**31,
         )
-
-
-def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections out of values by dotted key."""
-    content: dict[str, Any] = {}
-    for dotted, value in values.items():
-        *sections, key = dotted.split(".")
-        place = content
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    return content
-
-
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
-
-
-def within(key: str, names: Iterable[str]) -> bool:
-    """Whether a dotted key is one of `names`, or lies in a section that is."""
-    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 def _with_last_kept(recipe: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,6 +23,8 @@ from linchain_cli.export.merge import MergeOptions, merge_checkpoint
 from linchain_cli.export.output import check_disk, check_output, parse_size, staged_output
 from linchain_cli.export.receipts import MergeReceipt, check_replaceable
 
+from ..failing import failing_at_each_call
+
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -258,32 +260,17 @@ def test_a_disk_that_fails_midway_leaves_what_was_there(tmp_path, merged, monkey
 def test_every_durable_step_may_fail(tmp_path, monkeypatch, function):
     out = tmp_path / "out"
     monkeypatch.setattr(output, "check_replaceable", lambda *_: None)
-    original = getattr(storage, function)
-    for failing in range(1, 20):
+    for failing in failing_at_each_call(monkeypatch, storage, function):
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir()
         (out / "old").write_text("old")
-        calls = 0
-
-        def step(*arguments, failing=failing):
-            nonlocal calls
-            calls += 1
-            if calls == failing:
-                raise OSError(errno.EIO, "it broke")
-            return original(*arguments)
-
-        monkeypatch.setattr(storage, function, step)
         try:
             with staged_output(out, MergeReceipt, overwrite=True) as staging:
                 (staging / "new").write_text("new")
         except LinchainError:
             pass
-        monkeypatch.setattr(storage, function, original)
         assert [path.name for path in out.iterdir()] in (["old"], ["new"])
         assert [path.name for path in tmp_path.iterdir()] == ["out"], f"failure {failing} of {function}"
-        if calls < failing:
-            return
-    pytest.fail("the steps have no end")
 
 
 def test_an_overwritten_output_holds_the_new_files_alone(tmp_path, merged):
