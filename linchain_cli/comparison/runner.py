@@ -45,7 +45,7 @@ from linchain_cli.report.plots import comparison_plot, loss_plot
 from linchain_cli.run import ComparisonDirectory, RunDirectory, RunStatus, in_use, locked, runs_below
 from linchain_cli.training.base import Base, load_base, recipe_outputs
 from linchain_cli.training.chains import put_in_chains
-from linchain_cli.training.job import settled
+from linchain_cli.training.job import Job, settled
 from linchain_cli.training.metrics import reset_peak_memory
 from linchain_cli.training.objective import Objective, objective_of
 from linchain_cli.training.rate import with_rate
@@ -243,8 +243,7 @@ class _Runner:
             raise InUse(str(run.path))
         finished = run.exists() and run.read_status().finished
         if not finished:
-            note(title)
-            self._train(recipe, arm, run)
+            self._train(recipe, arm, run, title)
             shutil.rmtree(run.checkpoints_dir, ignore_errors=True)  # a finished run has no use for them
         status = run.read_status()
         if read_halves(run) is None and earlier_step(status) is None:
@@ -256,14 +255,19 @@ class _Runner:
                 note(f"{title}: evaluating")
                 self._evaluate(recipe, run)
 
-    def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory) -> None:
+    def _train(self, recipe: Recipe, arm: Arm, run: RunDirectory, title: str) -> None:
+        """Tells the title once the run is this process's: others may begin with the same one."""
+
+        def ours(job: Job) -> None:
+            note(title)
+
         base = self._loaded(recipe)
         unfinished = run.exists()
         collect_memory()  # what the arm before has left is not this one's
         own_peak = reset_peak_memory(self.accelerator.device)
         labels = {"comparison": self.directory.path.name, "arm": arm.name, "own_peak_memory": own_peak}
         try:
-            run_training(recipe, resume=unfinished, base=base, labels=labels, brief=True)
+            run_training(recipe, resume=unfinished, base=base, ready=ours, labels=labels, brief=True)
         except InUse:
             raise
         except InputError as error:

@@ -92,6 +92,8 @@ def run_training(
             return None
         if found != NEW:
             stop.message = f"stopped before the next step: {run.path} is as it was"
+        if ready is not None:
+            together(accelerator, lambda: ready(job))
         say(jobs.chain_coverage(job).describe())
         if job.auto_rate is not None:
             say(job.auto_rate.describe())
@@ -100,8 +102,6 @@ def run_training(
         for warning in jobs.warnings(job):
             if accelerator.is_main_process:
                 warn(warning)
-        if ready is not None:
-            together(accelerator, lambda: ready(job))
         if resume:
             jobs.resume(job, say, found == LONGER)
         with explained(job.recipe, job.device), _plainly(job):
