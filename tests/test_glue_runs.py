@@ -105,6 +105,33 @@ def test_a_decoder_is_as_good(place):
     }
 
 
+def test_boolq_is_its_questions_with_their_answers(place):
+    from scripts.glue_runs.learn import Learner
+    from scripts.glue_runs.plan import TASKS, Run
+
+    (place / "boolq").mkdir()
+    for name, count in (("train", 40), ("test", TASKS["boolq"].told + 5)):
+        rows = [
+            {
+                "instruction": "Please answer the following question with true or false, question:"
+                f" is {number} even?\n\nAnswer format: true/false",
+                "input": "",
+                "output": f"the correct answer is {answer}",
+                "answer": answer,
+            }
+            for number in range(count)
+            for answer in ["false" if number % 2 else "true"]
+        ]
+        (place / "boolq" / f"{name}.json").write_text(json.dumps(rows))
+    learner = Learner(str(place / "bert"), BERTS, "float32", place / "out", SHORT)
+    row = learner.do(Run(Cell("few", "boolq", 16, "depth 0"), False, 1e-3, 1))
+    assert len(row["told"]) == TASKS["boolq"].told and row["train_rows"] == 16
+    assert row["targets"] == "10" * (TASKS["boolq"].told // 2)  # classes by name: false, true
+    written = [json.loads(line) for line in (place / "out" / "boolq-train.jsonl").read_text().splitlines()]
+    assert written[:2] == [{"text": "is 0 even?", "label": "true"}, {"text": "is 1 even?", "label": "false"}]
+    assert len(written) == 40
+
+
 def outcome(run, accuracy: float, loss: float) -> dict:
     return run.as_row() | {"scores": {"accuracy": accuracy, "loss": loss}}
 

@@ -34,6 +34,7 @@ from linchain_cli.training.schedule import learning_rate
 from linchain_cli.training.signals import StopRequest
 from linchain_cli.training.step import optimizer_step
 
+from . import boolq
 from .plan import BATCH, MAIN, TASKS, Plan, Run
 
 _READ_AT_ONCE = 128  # rows of a batch that is only told
@@ -55,7 +56,7 @@ def recipe_of(
         "adapter.rank": 8,
         "adapter.alpha": 32,
         "adapter.target_modules": list(targets),
-        "data.train": f"glue/{run.cell.task}",
+        "data.train": [sources_of(run.cell.task, out)[0].model_dump(exclude_none=True)],
         "data.validation": 0,
         "training.keep": "last",
         "data.max_length": TASKS[run.cell.task].max_length,
@@ -68,6 +69,13 @@ def recipe_of(
         **run.cell.settings.changes,
     }
     return Recipe.from_flat(values)
+
+
+def sources_of(task: str, out: Path) -> tuple[SourceConfig, SourceConfig]:
+    """Where a task's training rows are, and those that are reported."""
+    if task == "boolq":
+        return boolq.sources(out, TASKS[task].told)
+    return SourceConfig(path=f"glue/{task}"), SourceConfig(path=f"glue/{task}", split="validation")
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Learner:
         plan: Plan,
         micro_batch: int | None = None,
     ):
-        self._plan, self._dtype = plan, dtype
+        self._plan, self._dtype, self._out = plan, dtype, out
         self._recipe_of = partial(recipe_of, model, targets, dtype, out, plan)
         self._accelerator = connect()
         cpu = self._accelerator.device.type == "cpu"
@@ -137,8 +145,7 @@ class Learner:
     def _load(self, task: str, recipe: Recipe) -> Loaded:
         if task not in self._loaded:
             base = load_base(recipe, self._accelerator)
-            source = SourceConfig(path=f"glue/{task}", split="validation")
-            dev = recipe.data.model_copy(update={"train": [source]})
+            dev = recipe.data.model_copy(update={"train": [sources_of(task, self._out)[1]]})
             told = {"task": recipe.task, "classes": base.outputs.classes}
             train, dev = (prepare_data(data, base.tokenizer, **told).train for data in (recipe.data, dev))
             self._loaded[task] = Loaded(base, train, dev, min(self._plan.held_out_of(task), len(train) // 4))

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 HEAD_ONLY = {"A": 0.0, "links": 0.0, "B": 0.0}
-MAIN = {"cola": "matthews", "rte": "accuracy"}
+MAIN = {"cola": "matthews", "rte": "accuracy", "boolq": "accuracy"}
 CHOOSING_SEED = 100  # what rates are chosen with is counted from here, what is reported from 1
 
 
@@ -51,13 +51,15 @@ FEW_ROWS = {
 
 @dataclass(frozen=True)
 class Task:
-    """`rows` and `held_out` are counted, the second of the first; the rest is what is trained on all rows."""
+    """`rows` and `held_out` are counted, the second of the first; the epochs are of runs on all rows; `told`
+    are the most rows that are reported."""
 
     rows: int
     held_out: int
     max_length: int
     choose_epochs: float
     epochs: float
+    told: int | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,11 @@ class Few:
 
 
 BATCH = 32
-TASKS = {"rte": Task(2127, 500, 128, 4, 10), "cola": Task(7250, 1000, 64, 2, 3)}
+TASKS = {
+    "rte": Task(2127, 500, 128, 4, 10),
+    "cola": Task(7250, 1000, 64, 2, 3),
+    "boolq": Task(9427, 1000, 64, 2, 3, told=1000),
+}
 FEW = {16: Few(30, 16), 64: Few(40, 16), 256: Few(60, 16), 1024: Few(96, 32)}
 REFERENCE = {"all": "LoRA", "few": "depth 0"}
 ARMS = {"all": ALL_ROWS, "few": FEW_ROWS}
