@@ -14,17 +14,17 @@ from typing import Literal
 
 from linchain_cli.evaluation.numbers import NUMBER_TOLERANCE, is_number, last_number, stated_number
 
+RuleKind = Literal["options", "pattern", "number", "letter", "loss"]
 # Changes with the rules below: answers that were read in another way are other results.
-RULES_VERSION = 2
+RULES_VERSION: dict[RuleKind, int] = {"options": 2, "pattern": 2, "number": 2, "letter": 3, "loss": 2}
 # A new heading of the prompts; four marks are how GSM8K writes its answer.
 NEXT_TURN = re.compile(r"(?<!#)###(?!#)")
 _LETTER = re.compile(r"\b[A-E]\b")
+# "The answer is (B)", "Answer: B", "option B": the first two say which one it is, the last may only name one.
 _STATED_LETTER = re.compile(
-    r"\b(?:answer|option|choice)\b(?:\s+\w+){0,3}?\s*(?:\bis\b|\bmust be\b|[:=])?[\s:*$({\[\"']*"
-    r"(?:\\boxed\s*\{|\\text\s*\{|option\s|choice\s)*[\s*({\[\"']*([A-E])\b(?!['’]\w)",
+    r"\b(?i:answer|option|choice)\b(?:\s+\w+){0,3}?\s*(?P<says>\b(?i:is|must be)\b|[:=])?[\s:*$({\[\"']*"
+    r"(?:\\boxed\s*\{|\\text\s*\{|(?i:option|choice)\s)*[\s*({\[\"']*(?P<letter>[A-E])\b(?!['’]\w)",
 )
-
-RuleKind = Literal["options", "pattern", "number", "letter", "loss"]
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,9 @@ def _as_words(option: str) -> str:
 
 
 def stated_letter(text: str) -> str | None:
-    """The letter of the last statement ("the answer is (B)"), else the last letter that stands alone."""
-    letters = _STATED_LETTER.findall(text) or _LETTER.findall(text)
+    """The letter of the last statement ("the answer is (B)"), else the last one that is called an option or
+    answer, else the last that stands alone."""
+    named = list(_STATED_LETTER.finditer(text))
+    letters = [found["letter"] for found in named if found["says"]]
+    letters = letters or [found["letter"] for found in named] or _LETTER.findall(text)
     return letters[-1] if letters else None

@@ -51,7 +51,8 @@ class Task:
     def fingerprint(self) -> str:
         """SHA-256 over the rows and the reading rule: two results can be compared only where it is equal."""
         rows = [[row.index, dict(row.fields), row.answer, row.options] for row in self.rows]
-        rule = [RULES_VERSION, self.rule.kind, self.rule.pattern, self.max_new_tokens, self.prefix, self.stop]
+        kind, pattern = self.rule.kind, self.rule.pattern
+        rule = [RULES_VERSION[kind], kind, pattern, self.max_new_tokens, self.prefix, self.stop]
         examples = [[dict(row.fields), row.answer] for row in self.examples]
         parts = [rule, rows, *([examples] if examples else [])]
         return sha256_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())

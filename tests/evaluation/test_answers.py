@@ -99,6 +99,10 @@ def test_a_number_is_right_within_its_tolerance():
         ("the correct answer is \\boxed{A}, not B", "A"),
         ("the answer is **D**", "D"),
         ("A train. I pick E", "E"),
+        ("Answer: A. B is too small", "A"),
+        ("ANSWER: C\n\nOption D is too large", "C"),
+        ("The answer is B, while option C is wrong", "B"),
+        ("**Option B**, because a cell in A divides", "B"),
         ("F or G", None),
     ],
 )
