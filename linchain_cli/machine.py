@@ -96,6 +96,7 @@ class SharedCpus:
     holds one of the CPUs, that wait lasts as long as a scheduler's time slice, in every loop, and one thread
     for each CPU is slower than a thread fewer. So the count follows what others leave: down at once, up by
     one when there was room for it `_PATIENCE` looks in a row, since two programs that both look would swing.
+    OMP_NUM_THREADS overrules it.
     """
 
     _PATIENCE = 3
@@ -107,13 +108,15 @@ class SharedCpus:
 
     def begin(self) -> None:
         """Takes all threads, and looks at the load from now on."""
-        self.threads, self._roomy, self._before = self.limit, 0, _cpu_seconds()
+        self.threads, self._roomy = self.limit, 0
+        self._before = None if "OMP_NUM_THREADS" in os.environ else _cpu_seconds()
 
     def look(self) -> int:
         """The number of threads to go on with, 1 to `limit`; where the system does not tell its load, the
         limit."""
-        now = _cpu_seconds()
-        if now is None or self._before is None or now[0] - self._before[0] < self._INTERVAL:
+        if self._before is None or (now := _cpu_seconds()) is None:
+            return self.threads
+        if now[0] - self._before[0] < self._INTERVAL:
             return self.threads
         seconds, busy, own = (after - before for after, before in zip(now, self._before, strict=True))
         self._before = now

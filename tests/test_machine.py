@@ -18,6 +18,7 @@ GIB = 1 << 30
 @pytest.fixture
 def box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A made-up /proc and /sys/fs/cgroup; eight CPUs that the process may run on."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "PROC", tmp_path / "proc")
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
@@ -161,6 +162,14 @@ def test_a_moment_is_too_short_to_tell_and_nice_processes_do_not_count(box, monk
     cpus = machine.SharedCpus(2)
     load.pass_seconds(2, own=1, others=0, nice=1)
     assert cpus.look() == 1
+
+
+def test_a_count_of_the_users_own_stays(box, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    load = Load(box, monkeypatch, cpus=2)
+    cpus = machine.SharedCpus(2)
+    load.pass_seconds(2, own=1, others=1)
+    assert cpus.look() == 2
 
 
 def test_a_system_that_does_not_tell_its_load_keeps_all_threads(box):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 import numpy as np
@@ -28,8 +27,7 @@ class LoadedCpus:
         self._exact = {cpus.limit: True}  # whether a count gives the gradients of all threads
         alone = job.device.type == "cpu" and job.accelerator.num_processes == 1
         # Compiled loops have their number of threads written into them.
-        free = not job.recipe.training.compile and "OMP_NUM_THREADS" not in os.environ
-        self._looks = alone and free and cpus.limit > 1
+        self._looks = alone and not job.recipe.training.compile and cpus.limit > 1
 
     def adjust(self, rows: np.ndarray) -> None:
         """Looks at the load; `rows` are those of the step that follows."""

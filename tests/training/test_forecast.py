@@ -13,6 +13,7 @@ import torch
 
 from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
 from linchain_cli.data.dataset import prepare_data
+from linchain_cli.machine import SharedCpus
 from linchain_cli.model.classifier import Outputs, head_names
 from linchain_cli.model.config import empty_model, text_decoder_prefix
 from linchain_cli.model.loading import load_model
@@ -194,6 +195,17 @@ def test_time_grows_with_steps(forecast_of, tiny_llama_dir, monkeypatch):
     assert many.time.train_seconds == pytest.approx(10 * few.time.train_seconds, rel=1e-3)
     again = forecast_of(tiny_llama_dir, epochs=None, max_steps=5, gradient_checkpointing=True)
     assert again.time.train_seconds > few.time.train_seconds
+
+
+def test_time_is_of_the_threads_that_training_would_take(forecast_of, tiny_llama_dir, monkeypatch):
+    counts = [2]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    monkeypatch.setattr(SharedCpus, "look", lambda self: 1)
+    used = []
+    monkeypatch.setattr(time, "_seconds", lambda run, device: used.append(counts[-1]) or 1.0)
+    assert forecast_of(tiny_llama_dir).time is not None
+    assert set(used) == {1} and counts[-1] == 2
 
 
 def test_what_cannot_be_timed_is_said(forecast_of, tiny_llama_dir, monkeypatch):

@@ -73,11 +73,8 @@ def test_a_count_that_rounds_differently_is_never_used(build, set_to, monkeypatc
     assert set_to[-1] == 2 and "differently" in notes[0]
 
 
-@pytest.mark.parametrize("changes", [{"training.compile": True}, {}])
-def test_compiled_runs_and_a_count_of_the_users_own_stay(build, set_to, monkeypatch, changes):
-    if not changes:
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
-    loaded, _, cpus, _ = build(changes)
+def test_compiled_runs_keep_their_threads(build, set_to):
+    loaded, _, cpus, _ = build({"training.compile": True})
     cpus.leave = 1
     loaded.adjust(ROWS)
     assert set_to == [2]

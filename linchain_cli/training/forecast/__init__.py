@@ -3,7 +3,7 @@
 Memory is counted, not guessed: the recipe's model, chains and largest micro-batch run on the meta device,
 which computes shapes only, and what autograd would keep for the backward pass is added up. Time is measured
 on a few of the model's blocks with random weights on the device that will train, and scaled to all blocks
-and to every padded position of the run.
+and to every padded position of the run; with the threads that training would take, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from linchain_cli.chain import ChainConfig
 from linchain_cli.data.store import EncodedRows
+from linchain_cli.machine import SharedCpus
 from linchain_cli.recipe import Recipe
 from linchain_cli.training.forecast.memory import MemoryForecast, forecast_memory
 from linchain_cli.training.forecast.model import forecast_model, recipe_epoch
@@ -51,8 +52,13 @@ def forecast(
         processes: that train; they share the base where the recipe spreads it. The time is that of one alone.
     """
     notes: list[str] = []
+    cpus = SharedCpus(torch.get_num_threads())
     steps = total_steps(recipe.training, len(train))
     model = forecast_model(recipe, config, directory, device)
     memory = forecast_memory(recipe, model, train, device, notes, processes)
-    time = forecast_time(recipe, model, train, validation, steps, device, notes)
+    torch.set_num_threads(cpus.look())
+    try:
+        time = forecast_time(recipe, model, train, validation, steps, device, notes)
+    finally:
+        torch.set_num_threads(cpus.limit)
     return Forecast(str(device), steps, memory, time, tuple(notes))
