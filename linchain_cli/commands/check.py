@@ -10,6 +10,8 @@ from linchain_cli.console import print_json
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
     from rich.console import Console
     from torch import nn
@@ -52,6 +54,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.display import counting_rows
     from linchain_cli.training.forecast import forecast
     from linchain_cli.training.launch import wanted_processes
+    from linchain_cli.training.marks import untrained_marks
     from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import far_from_auto, with_rate
     from linchain_cli.training.trackers import check_trackers
@@ -65,7 +68,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     tokenizer = load_tokenizer(directory)
     outputs = recipe_outputs(recipe)
     model = empty_model(directory, outputs)
-    modules = _modules(recipe, model, console)
+    modules, adapted = _modules(recipe, model, console)
     far = [note] if (note := far_from_auto(recipe, model)) else []
     recipe, auto = with_rate(recipe, model)
     check_view.learning_rate(console, auto)
@@ -78,6 +81,8 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
             recipe.data, tokenizer, readable, task=recipe.task, classes=classes, progress=progress
         )
     rows, short = _rows(recipe, data, tokenizer, outputs, device, console)
+    marks = list(untrained_marks(model, directory, adapted, data.train, tokenizer)) if outputs is None else []
+    check_view.notes(console, marks)
     tasks, warnings = _tasks(recipe, data, tokenizer, outputs, readable, console)
     processes = wanted_processes(None)
     cost = forecast(recipe, chain_config(recipe), directory, data.train, data.validation, device, processes)
@@ -90,7 +95,7 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
         "modules": modules,
         **rows,
         "tasks": tasks,
-        "notes": [*there, *far, *told, *short, *warnings, *cost.notes],
+        "notes": [*there, *far, *told, *short, *marks, *warnings, *cost.notes],
         "forecast": {
             "device": cost.device,
             "memory": {**asdict(cost.memory), "total": cost.memory.total},
@@ -110,8 +115,8 @@ def _run_there(recipe: Recipe) -> str | None:
     return None
 
 
-def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, Any]:
-    """The modules that get a chain, as `train` would choose or refuse them."""
+def _modules(recipe: Recipe, model: nn.Module, console: Console) -> tuple[dict[str, Any], Sequence[str]]:
+    """What is told of the modules that get a chain, as `train` would choose or refuse them; their paths."""
     from linchain_cli.chain import carriers, coverage, match_modules, parameter_count, refuse_shared
     from linchain_cli.commands import check_view
     from linchain_cli.model.classifier import head_names, is_classifier
@@ -134,13 +139,14 @@ def _modules(recipe: Recipe, model: nn.Module, console: Console) -> dict[str, An
     covered = coverage(model, matches.paths, prefix)
     check_view.modules(console, matches, shapes, parameters, head, covered, recipe)
     adapter = recipe.adapter
-    return {
+    found = {
         "per_pattern": dict(matches.per_pattern),
         "adapted": len(matches.paths),
         "trainable_parameters": head + parameter_count(shapes, adapter.rank, adapter.depth),
         "frozen_parameters": parameters,
         "coverage": {"share": covered.share, **asdict(covered)},
     }
+    return found, matches.paths
 
 
 def _rows(

@@ -9,7 +9,9 @@ states.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 from linchain_cli.errors import InputError
 from linchain_cli.model.config import text_decoder
 from linchain_cli.model.fast import REFUSALS, alike, probe_ids, replace_forward
+from linchain_cli.model.names import map_names
+from linchain_cli.model.packed import open_weights
 
 _ROWS_AT_ONCE = 4096
 _NOTHING = 1e-6  # of what rows usually are
@@ -68,17 +72,40 @@ def vocabulary_size(model: nn.Module) -> int:
     return head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
 
 
+def head_weight(model: nn.Module, directory: Path) -> Tensor | None:
+    """The weight (V, d) of the model's output head, whole: as the model holds it, else, of one that has none
+    of its own (on the meta device, or spread over processes), as the checkpoint in `directory` does.
+
+    None where there is no such weight, or no floating-point one, or the checkpoint's files are not here.
+    """
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    if weight is None or weight.dim() != 2 or not weight.is_floating_point():
+        return None  # quantised
+    if weight.device.type != "meta" and not hasattr(weight, "device_mesh"):
+        return weight.detach()
+    with contextlib.suppress(InputError, OSError):
+        stored, own = open_weights(directory), f"{head_path(model)}.weight"
+        names = map_names(model, stored.shapes)
+        for name in (own, *names.tied.get(own, ())):
+            if name in names.renamed:
+                return stored.tensors[names.renamed[name]][...]
+    return None
+
+
+def head_path(model: nn.Module) -> str | None:
+    """The output head's path; None of a model without one."""
+    head = model.get_output_embeddings()
+    return next((path for path, module in model.named_modules() if module is head), None)
+
+
 @torch.no_grad()
-def untrained_tokens(model: nn.Module, tokens: Sequence[int]) -> list[int]:
-    """Those of `tokens` whose row of the head's weight (V, d) is next to zero or, bit for bit, another's.
+def untrained_tokens(weight_Vd: Tensor, tokens: Sequence[int]) -> list[int]:
+    """Those of `tokens` whose row of a head's weight (V, d) is next to zero or, bit for bit, another's.
 
     Bases have tokens for later use that stood in none of their texts, as Llama 3's `<|eot_id|>`. Such a row
     gives the same logit whatever the text, or that of others, so that nothing which is learned in front of
     the head makes a model write this token rather than another one.
     """
-    weight_Vd = getattr(model.get_output_embeddings(), "weight", None)
-    if weight_Vd is None or weight_Vd.dim() != 2 or not weight_Vd.is_floating_point():
-        return []  # quantised
     norms_V = torch.cat([part.float().norm(dim=1) for part in weight_Vd.split(_ROWS_AT_ONCE)])
     nothing = _NOTHING * norms_V.median()
     found = []

@@ -306,8 +306,9 @@ def warnings(job: Job) -> list[str]:
         trained_on = start.base.get("hash")
         if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
-    if job.base.outputs is None and not job.base.sharded:
-        found += untrained_marks(job.model, job.layers, job.data.train, job.base.tokenizer)
+    if job.base.outputs is None and job.accelerator.is_main_process:
+        base = job.base
+        found += untrained_marks(base.model, base.directory, job.layers, job.data.train, base.tokenizer)
     return found
 
 

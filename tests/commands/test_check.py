@@ -9,9 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from linchain_cli.cli import main
 from linchain_cli.commands import check_view
+from linchain_cli.model.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -239,3 +241,25 @@ def test_durations():
         "120 min",
         "10.0 h",
     ]
+
+
+def test_an_end_that_the_base_never_learned_to_write_is_told_before_anything_is_spent(
+    recipe, tiny_llama_dir, capsys
+):
+    words = (recipe, "--json")
+    assert check(*words) == 0
+    assert "never taught" not in capsys.readouterr().out  # without weights nobody can tell
+    tensors = load_file(tiny_llama_dir / "model.safetensors")
+    tokenizer = load_tokenizer(tiny_llama_dir)
+    save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
+    assert check(*words) == 0
+    assert "never taught" not in capsys.readouterr().out
+    tensors["lm_head.weight"][tokenizer.eos_token_id] = 0
+    save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
+    assert check(*words) == 0
+    (told,) = (note for note in json.loads(capsys.readouterr().out)["notes"] if "never taught" in note)
+    assert f"to write {tokenizer.eos_token}: " in told and "[all-linear, lm_head]" in told
+    assert check(recipe) == 0
+    assert "never taught" in capsys.readouterr().out
+    assert check(*words, "adapter.target_modules=[q_proj,lm_head]") == 0
+    assert "never taught" not in capsys.readouterr().out

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.head import backbone, check_split, head_logits, hidden_states, untrained_tokens
+from linchain_cli.model.config import empty_model
+from linchain_cli.model.head import (
+    backbone,
+    check_split,
+    head_logits,
+    head_weight,
+    hidden_states,
+    untrained_tokens,
+)
 
 
 def test_the_two_halves_are_the_whole(architecture, small_model):
@@ -74,13 +82,19 @@ def test_a_model_that_does_more_between_the_halves_is_refused(small_model):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])  # whose head has a weight of its own, and the embeddings'
-def test_tokens_that_the_head_never_learned_are_told(kind, small_model):
+def test_tokens_that_the_head_never_learned_are_told(kind, small_model, tmp_path):
     model = copy.deepcopy(small_model(kind))
-    weight = model.get_output_embeddings().weight
-    assert untrained_tokens(model, range(3, 100)) == []
+    weight = head_weight(model, tmp_path)
+    assert untrained_tokens(weight, range(3, 100)) == []
     weight[[5, 6]] = 0
     weight[7] = 1e-23
     weight[9] = weight[40]
-    assert untrained_tokens(model, range(3, 100)) == [5, 6, 7, 9, 40]
-    assert untrained_tokens(model, [8, 40, 41]) == [40]
-    assert untrained_tokens(model.to(torch.bfloat16), [4, 6, 8, 9]) == [6, 9]
+    assert untrained_tokens(weight, range(3, 100)) == [5, 6, 7, 9, 40]
+    assert untrained_tokens(weight, [8, 40, 41]) == [40]
+    assert untrained_tokens(weight.to(torch.bfloat16), [4, 6, 8, 9]) == [6, 9]
+    # As the checkpoint has it, where the model does not.
+    model.save_pretrained(tmp_path)
+    empty = empty_model(tmp_path)
+    torch.testing.assert_close(head_weight(empty, tmp_path), weight, rtol=0, atol=0)
+    (tmp_path / "model.safetensors").unlink()
+    assert head_weight(empty, tmp_path) is None

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from linchain_cli.model.tokenizer import load_tokenizer
+
 # Conv1D; experts and matrices that loading makes of several tensors; towers beside the decoder; a model whose
 # forward without padding fails halfway; one that computes its initial weights from each other.
 FAMILIES = (("llama", "none"), ("gpt2", "nf4"), ("mixtral", "none"), ("hrm_text", "nf4"), ("gemma3", "none"))
@@ -95,6 +97,18 @@ def test_an_incomplete_or_unfit_checkpoint_is_told_once(starter, recipe_file, ch
         assert [rank.wait(90) for rank in ranks] == [2, 2]
         said = "".join(rank.log for rank in ranks)
         assert said.startswith("error: ") and said.count("error: ") == 1 and message in " ".join(said.split())
+
+
+def test_an_end_that_a_spread_base_never_learned_to_write_is_told_once(starter, recipe_file, checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    tokenizer = load_tokenizer(checkpoint)
+    weights["lm_head.weight"][tokenizer.eos_token_id] = 0
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    changes = {"training.parallel": "shard", "training.max_steps": 1, "model.path": str(checkpoint)}
+    ranks = starter.ranks(2, "train", recipe_file(changes))
+    assert [rank.wait(90) for rank in ranks] == [0, 0], ranks[0].log
+    said = " ".join("".join(rank.log for rank in ranks).split())
+    assert said.count(f"never taught to write {tokenizer.eos_token}: ") == 1
 
 
 def test_blocks_that_share_weights_are_not_spread(
