@@ -25,6 +25,9 @@ from linchain_cli.model.packed import open_weights
 
 _ROWS_AT_ONCE = 4096
 _NOTHING = 1e-6  # of what rows usually are
+# How much more than rounding a token's state may change with those behind it: in half precision a mixture of
+# experts multiplies other groups of tokens then, and may choose another expert. What is seen changes more.
+_ROUTES = 10.0
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -161,15 +164,18 @@ def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_split(model: nn.Module) -> None:
-    """Verifies on eight tokens that the two halves give the whole model's logits.
+    """Verifies on eight tokens that the two halves give the whole model's logits, and that no token's state
+    depends on what stands behind it.
 
     Raises:
-        InputError: they do not, so that training on them would be training on something else.
+        InputError: they do not, so that training on them would be training on something else; or it does, and
+        the model would be shown what it is to predict.
     """
     ids = probe_ids(model, 1, 8)
     whole = model(input_ids=ids, use_cache=False).logits[0]
     try:
-        split = head_logits(model, hidden_states(model, ids)[0])
+        hidden = hidden_states(model, ids)[0]
+        split = head_logits(model, hidden)
     except REFUSALS as error:
         raise InputError(
             f"{type(model).__name__} cannot be split into backbone and head ({error})"
@@ -178,4 +184,12 @@ def check_split(model: nn.Module) -> None:
         raise InputError(
             f"{type(model).__name__} computes more between its hidden states and its logits than linchain can"
             " follow; this architecture is not supported"
+        )
+    another_end = torch.cat([ids[:, :4], ids[:, :4]], dim=1)
+    states = hidden_states(model, another_end)[0, :4]
+    if not alike(states, hidden[:4], model.dtype, slack=_ROUTES):
+        raise InputError(
+            f"{type(model).__name__} as config.json describes it sees the tokens that it should predict;"
+            " linchain trains language models that read from left to right. Others may learn to tell classes:"
+            " task: classification"
         )

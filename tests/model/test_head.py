@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 
 from linchain_cli.errors import InputError
 from linchain_cli.model.config import empty_model
@@ -17,6 +18,8 @@ from linchain_cli.model.head import (
     hidden_states,
     untrained_tokens,
 )
+
+from ..architectures import SMALL
 
 
 def test_the_two_halves_are_the_whole(architecture, small_model):
@@ -78,6 +81,23 @@ def test_a_model_that_does_more_between_the_halves_is_refused(small_model):
 
     model.__class__ = Odd
     with pytest.raises(InputError, match="Odd computes more between its hidden states and its logits"):
+        check_split(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Gemma3TextConfig", {**SMALL, "head_dim": 8, "use_bidirectional_attention": True}),
+        ("BertGenerationConfig", SMALL),
+        ("XLNetConfig", {"vocab_size": 120, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+    ],
+)
+def test_a_model_that_sees_what_it_should_predict_is_refused(name, options):
+    """transformers counts them among the causal ones; what they are stands in their configuration."""
+    torch.manual_seed(0)
+    config = getattr(transformers, name)(**options)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with pytest.raises(InputError, match=f"{type(model).__name__} .* sees the tokens that it should predict"):
         check_split(model)
 
 
