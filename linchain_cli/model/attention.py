@@ -42,7 +42,7 @@ def grouped_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    **others: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     """softmax(scaling · q·kᵀ + mask)·v, in the form that transformers' AttentionInterface asks for.
 
@@ -54,8 +54,6 @@ def grouped_attention(
     Returns:
         (batch, queries, heads, d_v), contiguous, and None for the weights.
     """
-    if any(others.get(name) is not None for name in ("s_aux", "sinks", "position_bias")):
-        raise NotImplementedError("attention sinks and position biases")
     batch, heads, queries, width = query.shape
     groups, keys = key.shape[1], key.shape[2]
     shared = heads // groups
@@ -109,8 +107,13 @@ class FlatLayout(Protocol):
         ...
 
 
+# Tensors that masks and rotary embeddings have taken into account before attention is handed them.
+_CONSIDERED = ("position_ids", "cache_position")
+
+
 def _reading_flat_rows(attention: Callable) -> Callable:
-    """An attention function for transformers' AttentionInterface that reads flat rows, too."""
+    """An attention function for transformers' AttentionInterface that reads flat rows, too. It refuses what
+    a model hands on that is in no formula here: sinks, position biases, which keys are chosen."""
 
     def either(
         module: nn.Module,
@@ -121,6 +124,9 @@ def _reading_flat_rows(attention: Callable) -> Callable:
         flat: FlatLayout | None = None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        for name, given in options.items():
+            if isinstance(given, Tensor) and name not in _CONSIDERED:
+                raise NotImplementedError(f"attention with {name}")
         if flat is None:
             return attention(module, query, key, value, attention_mask, **options)
         return flat.attend(attention, module, query, key, value, **options), None

@@ -161,9 +161,9 @@ class Varlen:
         scaling: float | None = None,
         dropout: float = 0.0,
         softcap: float | None = None,
-        **others: Any,
+        **_: Any,
     ) -> Tensor:
-        if dropout or softcap or any(others.get(name) is not None for name in ("s_aux", "position_bias")):
+        if dropout or softcap:
             raise NotImplementedError("the kernel for rows of several lengths knows plain attention alone")
         reach = reach_of(module)
         pieces = self.pieces[reach.chunk]

@@ -230,10 +230,17 @@ def rows_for(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, *, sha
     padded. `share` as in `FlatRows.of`, if `share_beginnings` was not told otherwise.
     """
     way = attention_way(model, input_ids.shape[1])
-    if way is None:
+    if way is None or input_ids.numel() >= _places_alike(model):
         return None
     kernel = record(model)[_KERNEL] if way == VARLEN else None
     return _rows(model, input_ids, attention_mask, share and record(model).get(_SHARES, True), kernel)
+
+
+def _places_alike(model: nn.Module) -> float:
+    """How many tokens may stand one behind the other. Llama 4 scales its queries by where a token stands
+    among all that it is given, whatever its position is, in steps of so many."""
+    config = model.config.get_text_config()
+    return config.floor_scale if getattr(config, "attn_temperature_tuning", False) else float("inf")
 
 
 def _rows(model: nn.Module, ids: Tensor, mask: Tensor, share: bool, kernel: Kernel | None) -> FlatRows:

@@ -7,9 +7,12 @@ import sys
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from linchain_cli.model.attention import GROUPED, grouped_attention, use_attention
+from linchain_cli.model.attention import FLAT_SDPA, GROUPED, grouped_attention, use_attention
 from linchain_cli.model.head import hidden_states
+
+from ..architectures import SMALL
 
 IDS = torch.arange(3, 63).view(2, 30) % 117 + 3
 
@@ -75,9 +78,34 @@ def test_gradcheck():
     )
 
 
-def test_what_is_not_in_the_formula_is_refused(small_model):
-    with pytest.raises(NotImplementedError, match="sinks"):
-        grouped_attention(torch.nn.Identity(), *[torch.zeros(1, 1, 1, 1)] * 3, None, s_aux=torch.zeros(1))
+@pytest.mark.parametrize("name", [GROUPED, FLAT_SDPA])
+@pytest.mark.parametrize("given", ["s_aux", "position_bias", "indices"])
+def test_what_is_not_in_the_formula_is_refused(small_model, name, given):
+    model = small_model("llama")
+    assert use_attention(model, name)
+    with pytest.raises(NotImplementedError, match=f"attention with {given}"):
+        model(input_ids=IDS, **{given: torch.zeros(1)})  # which it hands on
+
+
+def test_attention_to_chosen_keys_stays_the_models_own():
+    """A trial's few tokens all see each other: that further ones would not is no matter of values."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    if "glm_moe_dsa" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no GLM 5")
+    fields = {**SMALL, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    fields |= {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    fields |= {"v_head_dim": 8, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 32}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm_moe_dsa", **fields)).float().eval()
+    ids = torch.arange(1, 49)[None]
+    for name in (GROUPED, FLAT_SDPA):
+        model.set_attn_implementation("eager")
+        expected = hidden_states(model, ids)
+        use_attention(model, name)
+        torch.testing.assert_close(hidden_states(model, ids), expected)
+
+
+def test_sinks_keep_their_own_attention(small_model):
     model = small_model("llama")
     model.set_attn_implementation("eager")
     model.model.layers[0].self_attn.sinks = torch.zeros(4)

@@ -99,6 +99,16 @@ def test_windows_and_chunks_in_float64(kind, way, small_model, hidden_and_gradie
         compare(model, own, longest, hidden_and_gradient, rtol=1e-6, atol=1e-6)
 
 
+def test_rows_whose_places_would_count_together_are_padded(small_model):
+    """Llama 4 counts tokens by itself: 24 in each row's own places are few, 48 behind each other are not."""
+    model = suited(small_model("llama4_text"), GROUPED)
+    ids, mask = IDS[:, :24], torch.ones(2, 24, dtype=torch.long)
+    assert rows_for(model, ids, mask, share=False) is not None
+    model.config.floor_scale = 40
+    assert rows_for(model, ids, mask, share=False) is None
+    assert rows_for(model, ids[:1], mask[:1], share=False) is not None
+
+
 @pytest.mark.parametrize("kind", ["zamba", "lfm2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_state_that_runs_along_the_tokens_is_noticed(small_model, kind, dtype):
