@@ -161,6 +161,62 @@ def _history(value: Any) -> list[tuple[str, str]]:
     return [(_text("history", asked), _text("history", answered)) for asked, answered in pairs]
 
 
+class RowFormats:
+    """The ways to write rows that a template with these layouts takes, by the names that a source's columns
+    have."""
+
+    def __init__(
+        self,
+        layouts: Sequence[Layout],
+        labels: Mapping[str, str] | None = None,
+        columns: Mapping[str, str] | None = None,
+    ):
+        self._columns = columns or {}
+        self._labelled = any("label" in layout.answer for layout in layouts)
+        formats = _formats(layouts, labels or {}, self._columns)
+        self.stored = [_Stored(form, self._columns) for form in formats]
+
+    def fitting(self, found: Mapping[str, Any] | Sequence[str]) -> _Stored | None:
+        """The first one whose required columns are all there."""
+        return next((stored for stored in self.stored if not stored.missing(found)), None)
+
+    def row(self, raw: Mapping[str, Any]) -> Row:
+        """A row as the template takes it. Raises RowError for one that is unusable."""
+        if (stored := self.fitting(raw)) is None:
+            raise RowError(self.missing(raw))
+        return stored.make(raw)
+
+    def missing(self, found: Iterable[str]) -> str:
+        """What is missing for the format that comes closest, and which column may be meant."""
+        found = list(found)
+        closest = max(self.stored, key=lambda stored: stored.likeness(found))
+        theirs = closest.missing(found)[0]
+        names = [readers.shown(name) for name in found]
+        others = [name for name in names if name not in closest.theirs]
+        shown = ", ".join(names[:20]) or "none"
+        other = None if self._labelled else template_for(found, self._columns)
+        if other:
+            return (
+                f"there is no column '{theirs}' (columns: {shown}). The rows hold {other.holds}: "
+                f"data.template: {other.name} takes them"
+            )
+        return (
+            f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has "
+            f"another name, map it with data.columns: {{{closest.ours_of(theirs)}: "
+            f"{nearest(theirs, others) or 'NAME'}}}"
+        )
+
+    def check_columns(self) -> None:
+        """Raises InputError where a column is mapped that no format has."""
+        known = list(dict.fromkeys(name for stored in self.stored for name in stored.ours))
+        for ours in self._columns:
+            if ours not in known:
+                raise InputError(
+                    f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It "
+                    f"uses: {', '.join(known)}."
+                )
+
+
 class FormattedRows:
     """The rows of a source in the form that a template takes: a row, or a RowError for one that is unusable.
 
@@ -170,14 +226,13 @@ class FormattedRows:
     def __init__(self, source: Source, layouts: Sequence[Layout]):
         self.source = source
         self._layouts = layouts
-        self._stored: list[_Stored] = []
-        self._make_formats(source.labels)
-        wanted = {name for stored in self._stored for name in stored.theirs}
+        self._formats = RowFormats(layouts, source.labels, source.columns)
+        self._formats.check_columns()
+        wanted = {name for stored in self._formats.stored for name in stored.theirs}
         self._raw = RawRows(source, wanted | {"tools"})
         self._seen: dict[str, None] = {}
         self._asked: set[str] = set()
         self._unshown: set[str] = set()
-        self._check_columns()
 
     @property
     def unread(self) -> list[str]:
@@ -206,81 +261,36 @@ class FormattedRows:
     def __iter__(self) -> Iterator[Row | RowError]:
         header = None
         for raw in self._raw:
-            if self._raw.columns is not header:
-                header = self._raw.columns
-                if (
-                    header is not None
-                ):  # behind a .csv a directory may hold a .json, whose rows have their own
-                    self._check_header(header)
+            # Behind a .csv a directory may hold a .json, whose rows have their own columns.
+            if self._raw.columns is not header and (header := self._raw.columns) is not None:
+                self._check_header(header)
             yield raw if isinstance(raw, RowError) else self._made(raw)
-
-    def _make_formats(self, labels: Mapping[str, str]) -> None:
-        formats = _formats(self._layouts, labels, self.source.columns)
-        self._stored = [_Stored(form, self.source.columns) for form in formats]
 
     def _check_header(self, header: Sequence[str]) -> None:
         """Says at once, and of the file, what would be wrong with its every row."""
         self._seen |= dict.fromkeys(header)
-        if all(stored.missing(header) for stored in self._stored):
-            raise InputError(f"{self._raw.header_place()}: {self.missing(header)}.")
+        if self._formats.fitting(header) is None:
+            raise InputError(f"{self._raw.header_place()}: {self._formats.missing(header)}.")
         if self.class_names and not self.source.labels:
-            self._make_formats({str(number): name for number, name in enumerate(self.class_names)})
+            labels = {str(number): name for number, name in enumerate(self.class_names)}
+            self._formats = RowFormats(self._layouts, labels, self.source.columns)
 
     def _made(self, raw: dict[str, Any]) -> Row | RowError:
         if not raw.keys() <= self._seen.keys():
             self._seen |= dict.fromkeys(raw)
-        for stored in self._stored:
-            if not stored.missing(raw):
-                self._asked |= stored.names
-                try:
-                    return self._row(raw, stored)
-                except RowError as error:
-                    return error
-        return RowError(self.missing(raw))
-
-    def _row(self, raw: dict[str, Any], stored: _Stored) -> Row:
-        if raw.get("tools") and "tools" not in stored.names and messages.tools_of(raw["tools"]):
-            raise RowError(
-                "the row holds `tools`, which this template does not show to the model: data.template: "
-                "chat does"
-            )
+        if (stored := self._formats.fitting(raw)) is None:
+            return RowError(self._formats.missing(raw))
+        self._asked |= stored.names
         if self._raw.is_table:
             raw = messages.pruned(raw)
         if not raw.keys().isdisjoint(PICTURES):
             self._unshown |= {name for name in PICTURES if raw.get(name)}
         if stored.asks:
             self._unshown |= {name for name in _SAID_BEFORE if raw.get(name) and name not in stored.names}
-        return stored.make(raw)
-
-    def missing(self, found: Iterable[str]) -> str:
-        """What is missing for the format that comes closest, and which column may be meant."""
-        found = list(found)
-        closest = max(self._stored, key=lambda stored: stored.likeness(found))
-        theirs = closest.missing(found)[0]
-        names = [readers.shown(name) for name in found]
-        others = [name for name in names if name not in closest.theirs]
-        shown = ", ".join(names[:20]) or "none"
-        labelled = any("label" in layout.answer for layout in self._layouts)
-        other = None if labelled else template_for(found, self.source.columns)
-        if other:
-            return (
-                f"there is no column '{theirs}' (columns: {shown}). The rows hold {other.holds}: "
-                f"data.template: {other.name} takes them"
-            )
-        return (
-            f"there is no column '{theirs}' (columns: {shown}).{did_you_mean(theirs, others)} If it has "
-            f"another name, map it with data.columns: {{{closest.ours_of(theirs)}: "
-            f"{nearest(theirs, others) or 'NAME'}}}"
-        )
-
-    def _check_columns(self) -> None:
-        known = list(dict.fromkeys(name for stored in self._stored for name in stored.ours))
-        for ours in self.source.columns:
-            if ours not in known:
-                raise InputError(
-                    f"data.columns: the template uses no column '{ours}'.{did_you_mean(ours, known)} It "
-                    f"uses: {', '.join(known)}."
-                )
+        try:
+            return stored.make(raw)
+        except RowError as error:
+            return error
 
 
 class _Stored:
@@ -306,6 +316,11 @@ class _Stored:
         return next(ours for ours, name in self._required if name == theirs)
 
     def make(self, raw: Mapping[str, Any]) -> Row:
+        if raw.get("tools") and "tools" not in self.names and messages.tools_of(raw["tools"]):
+            raise RowError(
+                "the row holds `tools`, which this template does not show to the model: data.template: "
+                "chat does"
+            )
         cells = {}
         for ours, theirs in self._required:
             value = raw.get(theirs)

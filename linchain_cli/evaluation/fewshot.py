@@ -85,7 +85,8 @@ class _Turns(_Examples):
         system = [turn for turn in asked[:1] if turn["role"] == "system"]
         output = row.get("output")
         last = [{"role": "assistant", "content": output}] if output and "messages" not in row else []
-        return {"messages": [*system, *turns, *asked[len(system) :], *last]}
+        beside = row if "messages" in row else {}  # tools, say
+        return {**beside, "messages": [*system, *turns, *asked[len(system) :], *last]}
 
 
 def _asked(row: Row) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from linchain_cli.data.encoding import encode_prompt, encode_responses, text_encoder
+from linchain_cli.data.formats import RowFormats
 from linchain_cli.data.rows import Rendered, RowError, Template
 from linchain_cli.data.templates import closing_token
 from linchain_cli.errors import InputError, LinchainError
@@ -180,7 +181,7 @@ class LossJob:
 
 def _loss_tree(setup: Setup, task: Task, row: TaskRow) -> OptionTree:
     with _place(task, row):
-        rendered = setup.template.render(row.fields)
+        rendered = setup.template.render(RowFormats(setup.template.layouts).row(row.fields))
         encoded = text_encoder(setup.tokenizer).encode(rendered, adds_bos=setup.template.adds_bos)
         return loss_tree([(one.input_ids.tolist(), one.supervised.tolist()) for one in encoded])
 

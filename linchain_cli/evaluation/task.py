@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from linchain_cli.data.formats import check_text
+from linchain_cli.data.messages import conversation, messages_of, pruned
+from linchain_cli.data.reading import RawRows
+from linchain_cli.data.rows import RowError
+from linchain_cli.data.sources import resolve_source
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import RULES_VERSION, AnswerRule
 from linchain_cli.evaluation.raw import ANSWER_PREFIX
+from linchain_cli.recipe import SourceConfig
 from linchain_cli.storage import sha256_bytes
 
 OPTIONS_LINE = re.compile(r"Answer format:\s*(\S[^\n]*?)\s*$")
@@ -55,7 +61,8 @@ class Task:
         rule = [RULES_VERSION[kind], kind, pattern, self.max_new_tokens, self.prefix, self.stop]
         examples = [[dict(row.fields), row.answer] for row in self.examples]
         parts = [rule, rows, *([examples] if examples else [])]
-        return sha256_bytes(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode())
+        text = json.dumps(parts, sort_keys=True, ensure_ascii=False, default=str)
+        return sha256_bytes(text.encode())
 
     @property
     def majority(self) -> float | None:
@@ -77,8 +84,17 @@ def check_protocol(name: str, rule: AnswerRule, protocol: str) -> None:
         )
 
 
+def stored_rows(source: SourceConfig) -> Iterator[dict[str, Any]]:
+    """The rows of a source as they are stored; one that cannot be read is an InputError."""
+    rows = RawRows(resolve_source(source), set())
+    for row in rows:
+        if isinstance(row, RowError):
+            raise InputError(f"{rows.place()}: {row}")
+        yield pruned(row) if rows.is_table else row
+
+
 def read_row(
-    row: Any,
+    row: Mapping[str, Any],
     index: int,
     rule: AnswerRule,
     source: str,
@@ -96,13 +112,13 @@ def read_row(
         InputError: naming the source, the row (from 1) and what is wrong with it.
     """
     place = f"{source}, row {index + 1}"
-    if not isinstance(row, Mapping):
-        raise InputError(
-            f"{place}: expected a mapping with {', '.join(required)} and answer, got {row!r:.60}"
-        )
+    try:
+        check_text(json.dumps(row, ensure_ascii=False, default=str), row)
+    except RowError as error:
+        raise InputError(f"{place}: {error}") from None
     if rule.kind == "loss":
-        return TaskRow(index, dict(row), "")
-    if "messages" in row:
+        return TaskRow(index, dict(row), "")  # in its form when the template is known
+    if "messages" in row or "conversations" in row:
         fields, answer = _conversation(row, place)
     else:
         fields, answer = _fields(row, required, optional, place), row.get("answer")
@@ -131,18 +147,20 @@ def _fields(
 
 
 def _conversation(row: Mapping[str, Any], place: str) -> tuple[dict[str, Any], Any]:
-    """The turns that are read and the answer: the row's, or the assistant's last turn."""
-    messages = row["messages"]
-    turns = messages if isinstance(messages, list) else []
-    if not turns or not all(isinstance(turn, Mapping) for turn in turns):
-        raise InputError(f"{place}: 'messages' is not a list of turns like {{role: user, content: ...}}")
-    answer = row.get("answer")
-    if messages[-1].get("role") == "assistant":
-        answer = messages[-1].get("content") if answer is None else answer
-        messages = messages[:-1]
-    if not messages:
-        raise InputError(f"{place}: 'messages' asks nothing: there is only the assistant's turn")
-    return {"messages": messages}, answer
+    """The turns that are read, with what the row says beside them, as in training; and the answer: the row's,
+    or the assistant's last turn."""
+    column = "messages" if "messages" in row else "conversations"
+    try:
+        read = conversation(messages_of(row[column], column), row)
+    except RowError as error:
+        raise InputError(f"{place}: {error}") from None
+    asked, answer = read["messages"], row.get("answer")
+    if asked[-1]["role"] == "assistant":
+        answer = asked[-1]["content"] if answer is None else answer
+        asked = asked[:-1]
+    if not asked:
+        raise InputError(f"{place}: '{column}' asks nothing: there is only the assistant's turn")
+    return {**read, "messages": asked}, answer
 
 
 def _option_of(answer: Any, options: Sequence[str], names: AnswerNames, place: str) -> str:

@@ -7,19 +7,20 @@ user's own.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from linchain_cli.data.sources import DATA_DIR_VARIABLE
 from linchain_cli.errors import InputError, did_you_mean
 from linchain_cli.evaluation.answers import AnswerRule
-from linchain_cli.evaluation.raw import RAW_SOURCES
-from linchain_cli.evaluation.task import Task, read_row
+from linchain_cli.evaluation.raw import RAW_SOURCES, RawSource
+from linchain_cli.evaluation.task import Task, read_row, stored_rows
+from linchain_cli.recipe import SourceConfig
 from linchain_cli.storage import expand
 
 COMMONSENSE_TOKENS = 32
@@ -114,13 +115,13 @@ def load_task(name: str, data_dir: Path | str | None = None, limit: int | None =
         return load_user_task(expand(name), limit)
     spec = SPECS[name]
     raw_rows, source = _find_rows(name, data_dir)
-    rows = tuple(read_row(row, index, spec.rule, source) for index, row in enumerate(raw_rows[:limit]))
+    rows = tuple(read_row(row, index, spec.rule, source) for index, row in enumerate(islice(raw_rows, limit)))
     if not rows:
         raise InputError(f"{source} has no rows")
     return Task(name, rows, source, spec.rule, spec.max_new_tokens)
 
 
-def _find_rows(name: str, data_dir: Path | str | None) -> tuple[list[Any], str]:
+def _find_rows(name: str, data_dir: Path | str | None) -> tuple[Iterable[Mapping[str, Any]], str]:
     """The rows of a built-in task and where they were found."""
     if name == "everyday":
         from linchain_cli.data.everyday import everyday_rows
@@ -132,27 +133,12 @@ def _find_rows(name: str, data_dir: Path | str | None) -> tuple[list[Any], str]:
     for folder in dict.fromkeys(filter(None, [data_dir, os.environ.get(DATA_DIR_VARIABLE)])):
         path = expand(folder) / name / "test.json"
         if path.is_file():
-            return read_json_rows(path), str(path)
+            return stored_rows(SourceConfig(path=str(path))), str(path)
         tried.append(str(path))
     return _hub_rows(name, tried)
 
 
-def read_json_rows(path: Path) -> list[Any]:
-    """A JSON file that holds a list.
-
-    Raises:
-        InputError: it cannot be read or holds something else.
-    """
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if not isinstance(rows, list):
-        raise InputError(f"{path}: expected a JSON list of rows, got {type(rows).__name__}")
-    return rows
-
-
-def _hub_rows(name: str, tried: Sequence[str]) -> tuple[list[Any], str]:
+def _hub_rows(name: str, tried: Sequence[str]) -> tuple[Iterable[Mapping[str, Any]], str]:
     source = RAW_SOURCES.get(name)
     if source is None:
         raise InputError(_not_found(name, tried))
@@ -163,14 +149,16 @@ def _hub_rows(name: str, tried: Sequence[str]) -> tuple[list[Any], str]:
         loaded = load_hub_dataset(path, source.split, source.revision)
     except InputError as error:
         raise InputError(_not_found(name, tried, f"the hub's {source}: {error}")) from error
-    rows = []
-    for index, raw in enumerate(loaded):
+    return _built(source, loaded), str(source)
+
+
+def _built(source: RawSource, rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    for index, raw in enumerate(rows):
         try:
-            rows.append(source.build(raw))
+            yield source.build(raw)
         except (KeyError, ValueError, TypeError) as error:
             reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
             raise InputError(f"{source}, row {index + 1} cannot be used: {reason}") from None
-    return rows, str(source)
 
 
 def _not_found(name: str, tried: Sequence[str], hub: str = "no hub data set with these rows is known") -> str:

@@ -14,17 +14,19 @@ import glob
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from linchain_cli.data.files import is_data_file
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.raw import ANSWER_PREFIX
-from linchain_cli.evaluation.task import AnswerNames, Task, TaskRow, read_row, row_options
-from linchain_cli.recipe.data import TemplateConfig
+from linchain_cli.evaluation.task import AnswerNames, Task, TaskRow, read_row, row_options, stored_rows
+from linchain_cli.recipe import SourceConfig, TemplateConfig
 from linchain_cli.recipe.fields import Count, FileName, Text
 from linchain_cli.recipe.strict_yaml import parse, within
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, check
@@ -137,10 +139,9 @@ def _task_rows(
     file: TaskFile, path: Path, source: str, split: str, rule: AnswerRule, limit: int | None
 ) -> Iterator[TaskRow]:
     required, optional = _columns(file.template)
-    for index, raw in enumerate(_raw_rows(file, path, source, split)):
-        if index == limit:
-            break
-        row = _renamed(raw, file.columns) if isinstance(raw, Mapping) else raw
+    rows = stored_rows(_source(file, path, source, split))
+    for index, raw in enumerate(islice(rows, limit)):
+        row = {**raw, **{ours: _value(raw, theirs) for ours, theirs in file.columns.items()}}
         yield read_row(row, index, rule, source, file.options or (), required, optional, file.answer_names)
 
 
@@ -202,23 +203,12 @@ def _placeholders(pattern: str) -> list[str]:
         return []  # get_template says what is wrong with it
 
 
-def _raw_rows(file: TaskFile, path: Path, source_path: str, split: str) -> Iterator[Any]:
-    from linchain_cli.data.reading import RawRows
-    from linchain_cli.data.rows import RowError
-    from linchain_cli.data.sources import resolve_source
-    from linchain_cli.recipe import SourceConfig
-
-    beside = os.path.join(glob.escape(str(path.parent)), source_path)
-    place = str(path.parent / source_path) if glob.glob(beside, recursive=True) else source_path
-    rows = RawRows(resolve_source(SourceConfig(path=place, split=split, revision=file.revision)), set())
-    for row in rows:
-        if isinstance(row, RowError):
-            raise InputError(f"{rows.place()}: {row}")
-        yield row
-
-
-def _renamed(raw: Mapping[str, Any], columns: Mapping[str, str | list[str]]) -> dict[str, Any]:
-    return {**raw, **{ours: _value(raw, theirs) for ours, theirs in columns.items()}}
+def _source(file: TaskFile, path: Path, named: str, split: str) -> SourceConfig:
+    """What the task's file names: beside it, or else a hub id or a path or address of its own."""
+    beside = glob.glob(os.path.join(glob.escape(str(path.parent)), named), recursive=True)
+    is_file = is_data_file(named) and "://" not in named and not named.startswith("~")
+    place = str(path.parent / named) if beside or is_file else named
+    return SourceConfig(path=place, split=split, revision=file.revision)
 
 
 def _value(raw: Mapping[str, Any], name: str | list[str]) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from linchain_cli.data.encoding import text_encoder
 from linchain_cli.data.templates import get_template
+from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.fewshot import with_examples
@@ -167,6 +169,26 @@ def test_losses_are_those_that_transformers_computes(model, tokenizer):
         assert results.summary.tasks["held-out"].accuracy is None and results.summary.average is None
 
 
+def test_losses_are_of_rows_in_every_form_that_training_takes(chatty):
+    model, tokenizer = chatty
+    asked, said = {"role": "user", "content": QUESTIONS[0]}, {"role": "assistant", "content": "It is 5"}
+    forms = (
+        {"messages": [asked, said]},
+        {"messages": [{**asked, "content": [{"type": "text", "text": QUESTIONS[0]}]}, said]},
+        {"conversations": [{"from": "human", "value": QUESTIONS[0]}, {"from": "gpt", "value": "It is 5"}]},
+        {"prompt": [asked], "completion": [said]},
+        {"instruction": QUESTIONS[0], "input": None, "output": "It is 5"},
+    )
+    rows = tuple(TaskRow(number, fields, "") for number, fields in enumerate(forms))
+    task = Task("held-out", rows, "held-out", AnswerRule("loss"), 1)
+    first, *others = run(model, tokenizer, [task], "chat").predictions
+    for other in others:
+        assert other["loss"] == pytest.approx(first["loss"], abs=1e-5) and other["tokens"] == first["tokens"]
+    odd = replace(task, rows=(TaskRow(0, {"text": "a document"}, ""),))
+    with pytest.raises(InputError, match="held-out, row 1: there is no column"):
+        run(model, tokenizer, [odd], "chat")
+
+
 def test_examples_stand_answered_in_front(tokenizer):
     shown = (TaskRow(0, {"instruction": "A?", "input": ""}, "yes", ("yes", "no")),)
     task = free_text_task(prefix="I say ", examples=shown)
@@ -182,6 +204,10 @@ def test_examples_stand_answered_in_front(tokenizer):
         "<|im_start|>user\nB?<|im_end|>\n<|im_start|>assistant\n"
     )
     assert chat.complete(row, "no").text == chat.prompt(row) + "no"
+    talk = {"messages": [{"role": "user", "content": "B?"}], "tools": [{"function": {"name": "f"}}]}
+    with_tools = chat._conversation(talk)
+    assert [turn["content"] for turn in with_tools["messages"]] == ["A?", "I say yes", "B?"]
+    assert with_tools["tools"] == talk["tools"]
     assert plain.fingerprint != get_template("plain", tokenizer).fingerprint
     assert task.fingerprint != free_text_task(prefix="I say ").fingerprint
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 
 import pytest
 
@@ -96,7 +98,7 @@ def test_unknown_tasks_list_the_nearest(names, expected):
 
 
 BAD_ROWS = [
-    ("text", "expected a mapping"),
+    ("text", "the row is a text, not an object"),
     ({"answer": "true"}, "'instruction' is missing"),
     ({"instruction": 3, "answer": "true"}, "'instruction' is missing or is not text"),
     ({"instruction": "Q\n\nAnswer format: true/false"}, "'answer' is missing"),
@@ -111,6 +113,7 @@ BAD_ROWS = [
     ({"instruction": "Q?", "answer": "true"}, "two or more different options"),
     ({"instruction": "Q\n\nAnswer format: true/true", "answer": "true"}, "two or more different options"),
     ({"instruction": "Q", "input": 3, "answer": "true"}, "'input' is missing or is not text"),
+    ({"instruction": "Q \ud83d", "answer": "true"}, "'instruction' holds half a character"),
 ]
 
 
@@ -119,7 +122,15 @@ def test_a_row_that_cannot_be_used_is_named(tmp_path, row, reason):
     write(tmp_path, "boolq", [{"instruction": "Q\n\nAnswer format: true/false", "answer": "true"}, row])
     with pytest.raises(InputError) as error:
         load_task("boolq", tmp_path)
-    assert "test.json, row 2" in str(error.value) and reason in str(error.value)
+    assert re.search(r"test\.json(, |:1 \()row 2\b", str(error.value)) and reason in str(error.value)
+
+
+def test_rows_are_read_as_far_as_they_are_asked(tmp_path):
+    row = {"instruction": "Q\n\nAnswer format: true/false", "answer": "true"}
+    write(tmp_path, "boolq", [row, row, "text"])
+    path = tmp_path / "boolq" / "test.json"
+    path.write_bytes(codecs.BOM_UTF8 + path.read_bytes())
+    assert len(load_task("boolq", tmp_path, limit=2).rows) == 2
 
 
 def test_an_answer_that_is_no_number_is_named(tmp_path):

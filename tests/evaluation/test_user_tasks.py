@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import textwrap
 
@@ -99,7 +100,7 @@ def test_an_alias_is_one_problem(tmp_path):
         ("path: rows.jsonl\nanswer: number\noptions: [a, b]\n", "read as a number"),
         ("path: rows.jsonl\nanswer: pattern\n", "an answer_pattern is missing"),
         ("path: rows.jsonl\nanswer: pattern\nanswer_pattern: '('\n", "not a regular expression"),
-        ("path: nowhere.jsonl\n", "no file nowhere.jsonl"),
+        ("path: nowhere.jsonl\n", "there is no file {}/nowhere.jsonl"),
         ("path: [\n", "not YAML"),
         ("- path\n", "expected a mapping"),
         ("path: rows.jsonl\n", "row 1: 'instruction' is missing"),
@@ -109,7 +110,7 @@ def test_an_alias_is_one_problem(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path, text, reason):
     with pytest.raises(InputError) as error:
         load_task(task_file(tmp_path, text))
-    assert reason in str(error.value)
+    assert reason.format(tmp_path) in str(error.value)
 
 
 def test_a_missing_task_file(tmp_path):
@@ -188,11 +189,56 @@ def test_conversations_are_rows(tmp_path):
     task = load_task(task_file(tmp_path, "path: rows.jsonl\noptions: ['yes', 'no']\nprefix: ''\n", rows))
     assert [row.answer for row in task.rows] == ["yes", "no"]
     assert all(row.fields == {"messages": turns[:1]} for row in task.rows)
-    for messages, reason in (([], "not a list of turns"), (turns[1:], "asks nothing"), ("x", "not a list")):
+    for messages, reason in (
+        ([], "not a list of turns"),
+        (turns[1:], "asks nothing"),
+        ("x", "neither a list"),
+    ):
         with pytest.raises(InputError, match=reason):
             load_task(
                 task_file(tmp_path, "path: rows.jsonl\noptions: ['yes', 'no']\n", [{"messages": messages}])
             )
+
+
+def test_conversations_are_read_as_in_training(tmp_path):
+    asked, said = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "yes"}
+    in_parts = {"role": "user", "content": [{"type": "text", "text": "Hello"}]}
+    share_gpt = [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "yes"}]
+    tool = {"type": "function", "function": {"name": "greet"}}
+    options = {"enable_thinking": False}
+    rows = [
+        {"messages": [in_parts, said]},
+        {"messages": json.dumps([asked, said])},
+        {"conversations": share_gpt, "system": "Be brief."},
+        {"messages": [asked, said], "tools": [{"name": "greet"}], "chat_template_kwargs": options},
+    ]
+    task = load_task(task_file(tmp_path, "path: rows.jsonl\noptions: ['yes', 'no']\n", rows))
+    assert [row.fields for row in task.rows] == [
+        {"messages": [asked]},
+        {"messages": [asked]},
+        {"messages": [{"role": "system", "content": "Be brief."}, asked]},
+        {"messages": [asked], "tools": [tool], "options": options},
+    ]
+    assert all(row.answer == "yes" for row in task.rows)
+    with pytest.raises(InputError, match="row 1: turn 1 of 'messages' has the role 'usr'"):
+        load_task(
+            task_file(
+                tmp_path,
+                "path: rows.jsonl\noptions: ['yes', 'no']\n",
+                [{"messages": [{**asked, "role": "usr"}, said]}],
+            )
+        )
+
+
+def test_rows_with_dates_have_a_fingerprint(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = {"instruction": ["Q"], "output": ["A"], "when": [datetime.date(2024, 1, 2)], "none": [None]}
+    path = task_file(tmp_path, "path: rows.parquet\nanswer: loss\n")
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    task = load_task(path)
+    assert task.rows[0].fields.keys() == {"instruction", "output", "when"} and task.fingerprint
 
 
 def test_examples_come_from_rows_of_their_own(tmp_path):
