@@ -14,6 +14,7 @@ import numpy as np
 from linchain_cli.cache import cache_root
 from linchain_cli.data.cache import open_or_encode
 from linchain_cli.data.choosing import PICTURES, choose_template
+from linchain_cli.data.files import short_name
 from linchain_cli.data.glue import TASKS
 from linchain_cli.data.labelled import (
     Labelling,
@@ -277,8 +278,8 @@ def _tell(report: DataReport, found: Sequence[_Found], max_length: int) -> None:
                 + (", with data.columns: {system: system_prompt}" if column == "system_prompt" else "")
             )
         if files and files.left_out:
-            names = [Path(file).name for file in files.left_out]
-            notes.append(f"{name}: not read are {some(names, 5)}")
+            left_out = list(map(short_name, files.left_out))
+            notes.append(f"{name}: not read are {some(left_out, 5)}")
     if report.truncated and isinstance(labelling := found[0].template, Labelling):
         place = "beginning" if labelling.keeps_end else "end"
         told.append(

@@ -128,7 +128,7 @@ def check_file(path: Path) -> None:
 
 
 def _matching(pattern: str) -> FoundFiles:
-    matches = sorted(match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match))
+    matches = sorted(match for match in glob.glob(pattern, recursive=True) if not os.path.isdir(match))
     files = [match for match in matches if is_data_file(match)]
     if not files:
         what = f"no data file (it matches {some(matches)})" if matches else "nothing"
@@ -138,16 +138,19 @@ def _matching(pattern: str) -> FoundFiles:
 
 def _in_directory(path: Path) -> FoundFiles:
     """Splits are told by the names of files and directories (train-00000-of-00002.parquet, test/a.jsonl), as
-    `datasets` does; where none is, all files are `train`."""
+    `datasets` does; where none is, all files are `train`. What lies behind links to directories is left out,
+    by `datasets` too."""
     from datasets.data_files import get_data_patterns, resolve_pattern
 
     base = glob.escape(str(path))
     everything = sorted(
-        str(file) for file in path.rglob("*") if file.is_file() and not _is_hidden(file, path)
+        str(file)
+        for file in path.rglob("*")
+        if (file.is_file() or file.is_symlink()) and not _is_hidden(file, path)
     )
     files = [file for file in everything if is_data_file(file)]
     if not files:
-        beside = f" (it holds {some([os.path.basename(file) for file in everything])})" if everything else ""
+        beside = f" (it holds {some(list(map(short_name, everything)))})" if everything else ""
         raise InputError(f"data: the directory {path} holds no data file{beside}; one ends in {ENDINGS}.")
     splits: dict[str, list[str]] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -161,6 +164,11 @@ def _in_directory(path: Path) -> FoundFiles:
     return _found(str(path), named or {"train": files}, everything, bool(named))
 
 
+def short_name(file: str) -> str:
+    """The last part of a path; of a link to a directory with a slash."""
+    return os.path.basename(file) + ("/" if os.path.isdir(file) else "")
+
+
 def _is_hidden(file: Path, base: Path) -> bool:
     return any(part.startswith((".", "__")) for part in file.relative_to(base).parts)
 
@@ -169,8 +177,9 @@ def _found(
     location: str, splits: dict[str, list[str]], everything: Iterable[str], named: bool = False
 ) -> FoundFiles:
     taken = {name for names in splits.values() for name in names}
-    for name in taken:
-        check_file(Path(name))
+    for name in everything:
+        if name in taken or is_data_file(name) and not os.path.exists(name):  # a link that leads nowhere
+            check_file(Path(name))
     return FoundFiles(
         location,
         {split: tuple(DataFile(Path(name), name) for name in names) for split, names in splits.items()},

@@ -200,7 +200,7 @@ def _whole_message(turn: dict[str, Any], place: str) -> Message:
 
 
 def _of_share_gpt(turn: dict[str, Any], place: str) -> dict[str, Any]:
-    speaker = turn.pop("from", None) or turn.pop("role")
+    speaker = turn.pop("from", "") or turn.pop("role", "")
     role = _ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
     if role is None:
         raise RowError(f"{place} is from {shown(speaker)}; known are {', '.join(_ROLES)}")
@@ -258,13 +258,11 @@ def _tool_calls(turn: dict[str, Any], place: str) -> list[ToolCall]:
     calls = turn.pop("tool_calls", None)
     if isinstance(calls, str):
         calls = parsed(calls, f"tool_calls of {place}")
-    calls = _columns_to_rows(calls)
-    if call := turn.pop("function_call", None):  # OpenAI's older form, of one call
-        calls = [*(calls or []), call]
-    if not calls:
-        return []
+    calls = _columns_to_rows(calls) or []
     if not isinstance(calls, list):
         raise RowError(f"{place}: tool_calls is {shown(calls)}, not a list")
+    if call := turn.pop("function_call", None):  # OpenAI's older form, of one call
+        calls = [*calls, call]
     return [_tool_call(call, place) for call in calls]
 
 

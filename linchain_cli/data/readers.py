@@ -102,6 +102,11 @@ def _skip_byte_order_mark(handle: BinaryIO, reader: Reader) -> int:
     for mark, said in _OTHER_FILES.items():
         if start.startswith(mark):
             raise reader.problem(said)
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise reader.problem(
+            "the file is a web page. Get the file that it shows: at the hub its address has `resolve`, at"
+            " GitHub `raw`, where the page's has `blob`."
+        )
     return len(handle.read(len(_BOM))) if start.startswith(_BOM) else 0
 
 

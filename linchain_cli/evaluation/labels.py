@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -145,19 +146,22 @@ def _glue_labels(name: str, task: GlueTask, outputs: Outputs) -> dict[str, str] 
     )
 
 
+_WITH_SPLIT = re.compile(r"(.+?):((?:[^/:\[]|\[[^]]*\])+)")
+
+
 def _source(
     name: str, like: DataConfig | None, limit: int | None, data_dir: str | Path | None = None
 ) -> SourceConfig:
-    """The source of that name; a colon and a split may stand behind it: `glue/mnli:validation_mismatched`.
-    It has the columns and labels of `like`; where it lacks these columns, those that are found."""
+    """The source of that name; a colon and a split, or a slice of one, may stand behind it:
+    `glue/mnli:validation_mismatched`, `glue/rte:train[:100]`. It has the columns and labels of `like`; where
+    it lacks these columns, those that are found."""
     if name.startswith(HARNESS_PREFIX):
         raise InputError(
             f"{name} asks a model that writes, and this one tells labels: name labelled rows, such as"
             " dev.tsv or glue/rte"
         )
-    path, colon, split = name.rpartition(":")
-    if not colon or "/" in split or not split:
-        path, split = name, "validation"
+    found = _WITH_SPLIT.fullmatch(name)
+    path, split = found.groups() if found else (name, "validation")
     plain = SourceConfig(path=path, split=split, max_rows=limit)
     if like is None or path.startswith("glue/"):
         return plain

@@ -296,3 +296,19 @@ def test_a_link_that_leads_nowhere_is_told(name, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="is a link to /nowhere/mounted, where nothing is") as error:
         resolve_source(SourceConfig(path=name))
     assert "Did you mean" not in str(error.value)
+
+
+def test_no_link_in_a_directory_is_passed_over_in_silence(tmp_path, read, prepare):
+    """`datasets` follows none to directories, so their splits could not be told."""
+    (rows := tmp_path / "rows").mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "b.jsonl").write_bytes(lines(ROWS[5:]))
+    (rows / "more").symlink_to(elsewhere)
+    with pytest.raises(InputError, match=r"holds no data file \(it holds more/\)"):
+        read(rows)
+    (rows / "a.jsonl").write_text('{"text": "a document"}\n{"text": "another one"}\n')
+    assert prepare(str(rows)).report.notes[-1] == f"{rows}: not read are more/"
+    (rows / "c.jsonl").symlink_to("/nowhere/mounted")
+    for source in (rows, rows / "*.jsonl"):
+        with pytest.raises(InputError, match=r"no file .*c.jsonl .*is a link to /nowhere/mounted"):
+            read(source)

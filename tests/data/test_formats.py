@@ -221,6 +221,11 @@ def test_instructions_with_earlier_turns(read):
             "turn 4 of 'messages' has the role 'assistent', where 'assistant' seems to be meant",
         ),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "turn 1 of 'conversations' is from alien"),
+        ({"conversations": [{"from": "", "value": "x"}]}, "turn 1 of 'conversations' is from ''; known"),
+        (
+            {"messages": [ASKED, {"role": "assistant", "tool_calls": 5, "function_call": {}}]},
+            "tool_calls is 5",
+        ),
         (
             {
                 "messages": [

@@ -151,6 +151,8 @@ def test_lines_and_rows_are_counted(write, monkeypatch, block):
             (f"x.{kind}", LFS, f"x.{kind} is not the file itself but what Git LFS keeps in its place: `git")
             for kind in ("jsonl", "csv.gz", "parquet")
         ),
+        ("x.jsonl", b"\n\n<!DOCTYPE html>\n<html>", "x.jsonl: the file is a web page. .*`resolve`.*`raw`"),
+        ("x.csv", b"<HTML><head>", "x.csv: the file is a web page"),
         ("x.csv", b"PK\x03\x04\x14", "x.csv: the file is a zip archive or a spreadsheet"),
         ("x.parquet", b"", "x.parquet: not a parquet file"),
         ("x.parquet", b"PAR1 nothing PAR1", "x.parquet: not a parquet file"),

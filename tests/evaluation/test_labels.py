@@ -52,6 +52,12 @@ def test_a_tasks_classes_may_be_called_otherwise(tokenizer, classes, targets):
     assert task.data.train.targets.tolist() == targets
 
 
+def test_a_slice_of_a_split_may_be_named(tokenizer):
+    for name, targets in (("glue/rte:validation[1:]", [0]), ("rows.jsonl:dev[:50%]+dev[:1]", [2, 2])):
+        (task,) = load_labelled([name], Outputs(("entailment", "not_entailment", "bad")), tokenizer)
+        assert task.data.train.targets.tolist() == targets
+
+
 def test_labels_of_a_file_may_be_the_numbers_of_classes_that_nobody_has_named(tokenizer):
     rows = [{"text": "a dog", "label": 1}, {"text": "a cat", "label": 0}]
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
