@@ -28,8 +28,8 @@ from linchain_cli.evaluation.raw import ANSWER_PREFIX
 from linchain_cli.evaluation.task import AnswerNames, Task, TaskRow, read_row, row_options, stored_rows
 from linchain_cli.recipe import SourceConfig, TemplateConfig
 from linchain_cli.recipe.fields import Count, FileName, Text
-from linchain_cli.recipe.strict_yaml import parse, within
-from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, check
+from linchain_cli.recipe.loading import FileKind, load_file
+from linchain_cli.recipe.validation import Conflict, Expected, StrictModel
 
 
 class TaskFile(StrictModel):
@@ -102,13 +102,16 @@ class TaskFile(StrictModel):
                 yield Conflict(("answer_pattern",), f"not a regular expression: {error}.")
 
 
+_TASK = FileKind("a task", "path: rows.jsonl", "docs/evaluation.md says what one holds.")
+
+
 def load_user_task(path: Path, limit: int | None = None) -> Task:
     """The task that the YAML file describes, cut to its first `limit` rows.
 
     Raises:
         InputError: the file or a row is wrong, naming file, line and key, or source and row.
     """
-    file = _read(path)
+    file = load_file(TaskFile, path, _TASK)
     name = file.name or path.stem
     rule = AnswerRule(file.answer, file.answer_pattern)
     rows = list(_task_rows(file, path, file.path, file.split, rule, limit))
@@ -148,41 +151,6 @@ def _task_rows(
 def _labelled(rows: Sequence[TaskRow]) -> bool:
     """Whether options are labels, which stand in the question, rather than texts of their own."""
     return all(row_options(str(row.fields.get("instruction") or "")) == row.options for row in rows)
-
-
-def _read(path: Path) -> TaskFile:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"there is no task file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    try:
-        document = parse(text)
-    except InputError as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(document.value, dict):
-        raise InputError(f"{path}: expected a mapping with path, and options or answer_pattern")
-    file, problems = check(TaskFile, document.value)
-    complaints = [(problem.line, problem.key, problem.message) for problem in document.problems]
-    for problem in problems:
-        line = next((document.lines[key] for key in _outwards(problem.key) if key in document.lines), 1)
-        if not within(problem.key, document.broken):
-            complaints.append((line, problem.key, problem.message))
-    if complaints:
-        shown = sorted((line, f"{path}:{line}: {_named(key)}{message}") for line, key, message in complaints)
-        raise InputError("\n".join(message for _, message in shown))
-    assert file is not None
-    return file
-
-
-def _named(key: tuple[str | int, ...]) -> str:
-    return f"{'.'.join(map(str, key))}: " if key else ""
-
-
-def _outwards(key: tuple[str | int, ...]) -> Iterator[tuple[str | int, ...]]:
-    """The key, then the sections around it."""
-    return (key[:length] for length in range(len(key), -1, -1))
 
 
 def _columns(template: str | TemplateConfig | None) -> tuple[list[str], list[str]]:

@@ -1,4 +1,6 @@
-"""From a YAML file and `key=value` overrides to a `Recipe`, or to one message that names everything wrong."""
+"""From a YAML file and `key=value` overrides to a `Recipe`, or to one message that names everything wrong.
+
+Other files of ours that people write are read the same way."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.conversion import converted, foreign_keys
 from linchain_cli.recipe.other_tools import CALLED_HERE
 from linchain_cli.recipe.schema import Recipe
-from linchain_cli.recipe.validation import MOST_PROBLEMS, Key, check, dotted_fields
+from linchain_cli.recipe.validation import MOST_PROBLEMS, Key, Model, check, dotted_fields
 from linchain_cli.shipped import shipped_recipes
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -36,17 +38,43 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         InputError: naming every problem with its place (`recipe.yaml:12` or the override), key and remedy.
     """
     path = Path(path)
-    draft = _read(path)
+    document = _parsed(path, _RECIPE)
+    if foreign := foreign_keys(document.value):
+        raise InputError(
+            f"{path}: a configuration of another tool ({some(foreign)}), no recipe. `linchain recipes "
+            f"convert {shlex.quote(str(path))}` writes it as one, and what a recipe does not say."
+        )
+    draft = _drafted(path, document)
     for override in overrides:
         _apply(override, draft)
-    recipe, problems = check(Recipe, draft.value)
+    return _checked(Recipe, path, draft)
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a YAML file should hold, how one begins, and where to find out more. `read_once` says that it may
+    be a pipe."""
+
+    name: str
+    begin: str
+    hint: str
+    read_once: bool = False
+
+
+def load_file(model: type[Model], path: Path, kind: FileKind) -> Model:
+    """Reads and checks a file of another kind; raises InputError as `load_recipe` does."""
+    return _checked(model, path, _drafted(path, _parsed(path, kind)))
+
+
+def _checked(model: type[Model], path: Path, draft: _Draft) -> Model:
+    valid, problems = check(model, draft.value)
     for problem in problems:
         if not strict_yaml.within(problem.key, draft.broken):
             draft.add(problem.key, problem.message)
     if draft.complaints:
         raise InputError(_summary(path, draft.complaints))
-    assert recipe is not None
-    return recipe
+    assert valid is not None
+    return valid
 
 
 @dataclass
@@ -115,24 +143,16 @@ def convert_recipe(path: Path | str) -> str:
     return converted(document.value, path.name)
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What a file should hold, and where to find out more."""
-
-    name: str
-    hint: str
-    read_once: bool = False
-
-
-_RECIPE = _Kind("a recipe", "Start from a shipped one: `linchain recipes list`.")
-_CONVERTED = _Kind(
+_RECIPE = FileKind("a recipe", "name: my-run", "Start from a shipped one: `linchain recipes list`.")
+_CONVERTED = FileKind(
     "a configuration that can be converted",
+    "base_model: owner/model",
     "docs/coming-from.md says what its settings are called here.",
     read_once=True,
 )
 
 
-def _parsed(path: Path, kind: _Kind = _RECIPE) -> strict_yaml.Document:
+def _parsed(path: Path, kind: FileKind) -> strict_yaml.Document:
     """A file's document, which is a mapping."""
     text = _read_text(path, kind)
     if path.suffix in (".py", ".ipynb", ".sh"):
@@ -144,22 +164,15 @@ def _parsed(path: Path, kind: _Kind = _RECIPE) -> strict_yaml.Document:
         place = f"{path}:{where.removeprefix('line ')}" if colon and where.startswith("line ") else str(path)
         raise InputError(f"{place}: not YAML: {reason if colon else error}") from None
     if document.value is None:
-        raise InputError(f"{path}: the {'recipe' if kind is _RECIPE else 'file'} is empty. {kind.hint}")
+        raise InputError(f"{path}: the file is empty. {kind.hint}")
     if not isinstance(document.value, dict):
-        begin = "name: my-run" if kind is _RECIPE else "base_model: owner/model"
         raise InputError(
-            f"{path}: {kind.name} is a mapping that begins like `{begin}`, this is not one. {kind.hint}"
+            f"{path}: {kind.name} is a mapping that begins like `{kind.begin}`, this is not one. {kind.hint}"
         )
     return document
 
 
-def _read(path: Path) -> _Draft:
-    document = _parsed(path)
-    if foreign := foreign_keys(document.value):
-        raise InputError(
-            f"{path}: a configuration of another tool ({some(foreign)}), no recipe. `linchain recipes "
-            f"convert {shlex.quote(str(path))}` writes it as one, and what a recipe does not say."
-        )
+def _drafted(path: Path, document: strict_yaml.Document) -> _Draft:
     places = {key: _Place(f"{path}:{line}", line) for key, line in document.lines.items()}
     draft = _Draft(document.value, str(path), places, broken=document.broken)
     for problem in document.problems:
@@ -167,15 +180,15 @@ def _read(path: Path) -> _Draft:
     return draft
 
 
-def _read_text(path: Path, kind: _Kind) -> str:
+def _read_text(path: Path, kind: FileKind) -> str:
     try:
         if path.is_dir():
             raise InputError(_directory_message(path, kind))
         if not kind.read_once and path.exists() and not path.is_file():
-            raise InputError(f"{path}: not a regular file. A recipe is read more than once: write it to one.")
+            raise InputError(f"{path}: not a regular file. It is read more than once: write it to one.")
         if path.stat().st_size > MAX_RECIPE_BYTES:
             size = f"{path.stat().st_size:,} bytes"
-            raise InputError(f"{path}: {size} are no recipe; {kind.name} is a short YAML file.")
+            raise InputError(f"{path}: {size} are too many; {kind.name} is a short YAML file.")
         data = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.{_similar_file(path, kind)}") from None
@@ -192,13 +205,13 @@ def _read_text(path: Path, kind: _Kind) -> str:
     return text
 
 
-def _directory_message(path: Path, kind: _Kind) -> str:
+def _directory_message(path: Path, kind: FileKind) -> str:
     if kind is _RECIPE and (path / "recipe.yaml").is_file():
         return f"{path}: a directory. Its recipe is {path / 'recipe.yaml'}."
     return f"{path}: a directory; {kind.name} is a YAML file."
 
 
-def _similar_file(path: Path, kind: _Kind) -> str:
+def _similar_file(path: Path, kind: FileKind) -> str:
     """The nearest YAML file beside a missing one, else the nearest shipped recipe."""
     beside = path.parent
     try:

@@ -80,9 +80,10 @@ def test_all_problems_of_a_file_are_told_with_their_lines(tmp_path):
         load_task(path)
     lines = str(error.value).splitlines()
     assert lines == [
-        f"{path}:1: pth: unknown key. Did you mean 'path'?",
-        f"{path}:2: options: expected a list of two or more texts, got ['red'].",
-        f"{path}:3: answer: expected one of options, pattern, number, letter, loss, got 'numbr'."
+        f"{path} has 3 problems:",
+        f"  {path}:1: pth: unknown key. Did you mean 'path'?",
+        f"  {path}:2: options: expected a list of two or more texts, got ['red'].",
+        f"  {path}:3: answer: expected one of options, pattern, number, letter, loss, got 'numbr'."
         " Did you mean 'number'?",
     ]
 
@@ -102,7 +103,8 @@ def test_an_alias_is_one_problem(tmp_path):
         ("path: rows.jsonl\nanswer: pattern\nanswer_pattern: '('\n", "not a regular expression"),
         ("path: nowhere.jsonl\n", "there is no file {}/nowhere.jsonl"),
         ("path: [\n", "not YAML"),
-        ("- path\n", "expected a mapping"),
+        ("- path\n", "a task is a mapping that begins like `path: rows.jsonl`"),
+        ("", "the file is empty. docs/evaluation.md says"),
         ("path: rows.jsonl\n", "row 1: 'instruction' is missing"),
         ("path: rows.jsonl\ncolumns: {instruction: q, answer: a}\n", "two or more different options"),
     ],
@@ -114,8 +116,9 @@ def test_what_does_not_go_together_is_refused(tmp_path, text, reason):
 
 
 def test_a_missing_task_file(tmp_path):
-    with pytest.raises(InputError, match="there is no task file"):
-        load_task(str(tmp_path / "none.yaml"))
+    task_file(tmp_path, "")
+    with pytest.raises(InputError, match="clors.yaml: no such file. Did you mean '.*/colours.yaml'"):
+        load_task(str(tmp_path / "clors.yaml"))
 
 
 def test_a_torn_row_names_its_line(tmp_path):

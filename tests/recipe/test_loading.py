@@ -350,8 +350,8 @@ def test_an_alias_is_one_problem(write, wrong):
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("", "the recipe is empty"),
-        ("# nothing\n---\n", "the recipe is empty"),
+        ("", "the file is empty"),
+        ("# nothing\n---\n", "the file is empty"),
         ("just words", "a recipe is a mapping"),
         ("- a\n- b\n", "a recipe is a mapping"),
         ("name: r\n\tmodel: m\n", ":2: not YAML"),
@@ -363,7 +363,7 @@ def test_an_alias_is_one_problem(write, wrong):
         (b"name: r\nmodel: \xff\n", ":2: not UTF-8 text"),
         (b"PK\x03\x04\x00\x00", "a binary file"),
         (b"name: \x07\n", ":1: not YAML: holds a character"),
-        (b"#" * ((1 << 20) + 1), "no recipe"),
+        (b"#" * ((1 << 20) + 1), "a recipe is a short YAML file"),
     ],
 )
 def test_files_that_are_no_recipes(write, content, text):
