@@ -146,7 +146,7 @@ def _is_evaluated(directory: RunDirectory, recipe: Recipe, tasks: Sequence[Asked
     from linchain_cli.training.processes import connect, from_main
 
     accelerator = connect()
-    return from_main(accelerator, accelerator.is_main_process and has_result(directory, recipe, tasks))
+    return from_main(accelerator, lambda: has_result(directory, recipe, tasks))
 
 
 def _plot(directory: RunDirectory) -> None:

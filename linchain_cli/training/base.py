@@ -27,7 +27,7 @@ from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import Recipe, TrainingConfig
 from linchain_cli.run import RunDirectory, RunStatus
 from linchain_cli.training.norms import make_norms_lean
-from linchain_cli.training.processes import from_main, on_main, together
+from linchain_cli.training.processes import from_main, together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,10 +84,10 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
         return find_base(status.base_of(config.path, config.revision), near=run and run.path)
 
     # One process downloads or converts; the others find what it left, or do so on a machine of their own.
-    found = from_main(accelerator, on_main(accelerator, find))
+    found = from_main(accelerator, find)
     found = together(accelerator, lambda: found if found.directory.is_dir() else find())
     directory = found.directory
-    sharded = from_main(accelerator, on_main(accelerator, lambda: _shards(recipe, directory, accelerator)))
+    sharded = from_main(accelerator, lambda: _shards(recipe, directory, accelerator))
 
     def load() -> Base:
         options = {"dtype": config.dtype, "quantization": config.quantization, "attention": config.attention}
@@ -106,8 +106,8 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
         tokenizer = load_tokenizer(directory)
         return Base(directory, model, tokenizer, weights, sharded, found.source, found.commit, outputs)
 
-    weights = from_main(accelerator, on_main(accelerator, lambda: base_hash(directory)))
-    outputs = from_main(accelerator, on_main(accelerator, lambda: recipe_outputs(recipe)))
+    weights = from_main(accelerator, lambda: base_hash(directory))
+    outputs = from_main(accelerator, lambda: recipe_outputs(recipe))
     base = together(accelerator, load)
     together(accelerator, lambda: refuse_unfit(base.model, recipe.training))
     together(accelerator, lambda: suit_to_training(base.model))

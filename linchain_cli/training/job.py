@@ -209,7 +209,7 @@ def prepare(
         together(accelerator, lambda: _refuse_classes(base.model, data))
     head = together(accelerator, lambda: put_on_head(base, recipe)) if base.outputs else {}
     store = CheckpointStore(run.checkpoints_dir, recipe.training.keep_checkpoints)
-    begun = from_main(accelerator, on_main(accelerator, lambda: resume and bool(store.steps())))
+    begun = from_main(accelerator, lambda: resume and bool(store.steps()))
     layers = together(accelerator, lambda: put_in_chains(base.model, _unstarted(recipe) if begun else recipe))
     # Funnel halves a row from block to block.
     any_rows = torch.zeros(1, 16, dtype=torch.long, device=accelerator.device)
@@ -324,7 +324,7 @@ def resume(job: Job, note: Callable[[str], None], finished: bool = False) -> Non
         InputError: the checkpoint belongs to another run, or none is usable.
     """
     accelerator, run = job.accelerator, job.run
-    found = from_main(accelerator, on_main(accelerator, lambda: job.store.read_latest(note)))
+    found = from_main(accelerator, lambda: job.store.read_latest(note))
     if found is None and finished:
         raise_on_all(
             accelerator,

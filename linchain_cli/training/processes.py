@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -173,8 +173,9 @@ def raise_on_all(accelerator: Accelerator, error: LinchainError) -> None:
     raise SystemExit(error.exit_code)
 
 
-def from_main(accelerator: Accelerator, value: Any) -> Any:
-    """The first process's value, on every process."""
+def from_main(accelerator: Accelerator, work: Callable[[], Result]) -> Result:
+    """What `work` gives on the first process, on every process; a small value, which is sent."""
+    value = on_main(accelerator, work)
     if accelerator.num_processes == 1:
         return value
     with told_when_lost():

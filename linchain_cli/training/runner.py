@@ -84,8 +84,7 @@ def run_training(
         accelerator = connect(recipe.training.trackers, run.path / "trackers")
         say = note if accelerator.is_main_process else (lambda message: None)
         began = time.perf_counter()
-        claim = on_main(accelerator, lambda: _claim(run, recipe, resume, fresh, held))
-        found, taken = from_main(accelerator, claim)
+        found, taken = from_main(accelerator, lambda: _claim(run, recipe, resume, fresh, held))
         job = None if found == FINISHED else jobs.prepare(recipe, run, accelerator, base, resume=found != NEW)
         if job is None or found == LONGER and job.total_steps <= taken:
             say(f"{run.path} is finished already; nothing to resume")
@@ -116,7 +115,7 @@ def run_training(
             with tracking(job), display, answering_soon():
                 train(job, display, stop, LoadedCpus(job, cpus, display.note))
             _finish(job)
-        if signum := from_main(accelerator, stop.signum):  # it came too late to stop a step
+        if signum := from_main(accelerator, lambda: stop.signum):  # it came too late to stop a step
             raise_on_all(accelerator, Stopped(f"{run.path} is finished; nothing was done after that", signum))
     return job
 
@@ -129,8 +128,8 @@ def finished_job(run: RunDirectory) -> Job:
     """
     limit_threads()
     accelerator = connect()
-    read = on_main(accelerator, lambda: (load_recipe(run.recipe_path), load_adapter(run.adapter_dir)))
-    recipe, adapter = from_main(accelerator, read)
+    recipe = from_main(accelerator, lambda: load_recipe(run.recipe_path))
+    adapter = from_main(accelerator, lambda: load_adapter(run.adapter_dir))
     job = jobs.prepare(recipe, run, accelerator, resume=True)
     states.restore(job.parameters, named_tensors(adapter))
     return job

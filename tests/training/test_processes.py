@@ -294,6 +294,17 @@ def test_wrong_input_is_told_once(starter, recipe_file):
     assert ranks[0].log.startswith("error: ") and ranks[1].log == ""
 
 
+def test_what_the_first_process_alone_looks_at_fails_for_all(starter, recipe_file):
+    """Whether a finished run has been evaluated."""
+    for rank in starter.ranks(2, "train", recipe_file({"training.max_steps": 1})):
+        assert rank.wait(90) == 0, rank.log
+    changes = {"training.max_steps": 1, "evaluation.tasks": ["everyday"]}
+    options = {"hook": "fail_on_rank", "rank": 0, "where": "results", "kind": "bug"}
+    ranks = starter.ranks(2, "train", recipe_file(changes), "--resume", **options)
+    assert [rank.wait(90) for rank in ranks] == [1, 1]
+    assert "a bug" in ranks[0].log and ranks[1].log == ""
+
+
 def test_sharding_is_refused_where_it_cannot_be(starter, recipe_file):
     alone = starter.start("train", recipe_file({"training.parallel": "shard"}))
     ranks = starter.ranks(

@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 
 from linchain_cli import cli, storage
+from linchain_cli.evaluation import asked
 from linchain_cli.machine import peak_resident_bytes, resident_bytes
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
@@ -133,6 +134,7 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
         "size": (memory, "_peak_of"),
         "heaviest": (loss, "add_gradients"),
         "step": (loop, "optimizer_step"),
+        "results": (asked, "has_result"),
     }[where]
     setattr(module, name, fail)
 
