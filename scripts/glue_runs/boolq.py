@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 from linchain_cli.data.sources import DATA_DIR_VARIABLE
-from linchain_cli.evaluation.tasks import read_json_rows
 from linchain_cli.recipe import SourceConfig
 from linchain_cli.storage import write_atomic
 
@@ -31,7 +30,7 @@ def sources(out: Path, told: int) -> tuple[SourceConfig, SourceConfig]:
         file = out / f"boolq-{name}.jsonl"
         if not file.exists():
             out.mkdir(parents=True, exist_ok=True)
-            rows = [_labelled(row) for row in read_json_rows(folder / f"{name}.json")]
+            rows = [_labelled(row) for row in json.loads((folder / f"{name}.json").read_bytes())]
             write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
         files.append(str(file))
     return SourceConfig(path=files[0]), SourceConfig(path=files[1], max_rows=told)
