@@ -52,8 +52,8 @@ def _of_conversations(cells: Cells) -> Row:
 
 def _of_prompt_and_completion(cells: Cells) -> Row:
     names = ("prompt", "completion")
-    turns = messages.asked_and_answered(cells["prompt"], cells["completion"], names)
-    return messages.conversation(turns, cells)
+    said = (cells[name] if messages.is_messages(cells[name]) else _text(name, cells[name]) for name in names)
+    return messages.conversation(messages.asked_and_answered(*said, names), cells)
 
 
 _BESIDE_TURNS = ("system", "tools", "chat_template_kwargs")

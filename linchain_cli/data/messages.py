@@ -91,12 +91,17 @@ def tools_of(value: Any, column: str = "tools") -> list[dict[str, Any]]:
     value = parsed(value, column) if value else None
     if not value:
         return []
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(map(_is_tool, value)):
         raise RowError(f"'{column}' is not a list of tools like {{type: function, function: {{name: ...}}}}")
     return [
         tool if "function" in tool or "name" not in tool else {"type": "function", "function": tool}
         for tool in map(_without_null, value)
     ]
+
+
+def _is_tool(value: Any) -> bool:
+    function = _without_null(value).get("function", value) if isinstance(value, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name", ""), str)
 
 
 def _options_of(value: Any) -> dict[str, Any]:

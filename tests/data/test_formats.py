@@ -59,6 +59,7 @@ def read(write, source):
         {"prompt": "2 + 2?", "completion": "4"},
         {"prompt": [ASKED], "completion": [ANSWERED]},
         {"prompt": ASKED, "completion": {"from": "gpt", "value": "4"}},
+        {"prompt": "2 + 2?", "completion": 4},
         {"prompt": json.dumps([ASKED]), "completion": "4"},
         {"prompt": "2 + 2?", "completion": [ANSWERED], "tools": "[]"},
         {"messages": [{**ASKED, "role": "human"}, {**ANSWERED, "role": "gpt"}]},
@@ -246,7 +247,10 @@ def test_instructions_with_earlier_turns(read):
         ),
         ({"messages": [ASKED, {"role": "assistant", "tool_calls": ["f"]}]}, "a tool call needs a function"),
         ({"messages": [ASKED, ANSWERED], "tools": "add"}, "'tools' is add, which is neither"),
-        ({"messages": [ASKED, ANSWERED], "tools": ["add"]}, "'tools' is not a list of tools"),
+        *(
+            ({"messages": [ASKED, ANSWERED], "tools": [tool]}, "'tools' is not a list of tools")
+            for tool in ("add", {"function": "add"}, {"function": {"name": 5}}, {"function": []})
+        ),
         (
             {"conversations": [{"role": "system", "content": "a"}, ASKED], "system": "b"},
             "and another among the",
