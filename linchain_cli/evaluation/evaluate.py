@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -16,12 +16,11 @@ from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
-from linchain_cli.errors import LinchainError
 from linchain_cli.evaluation.jobs import EvaluationJob, NormaliseName, ProtocolName, Setup, halved, make_job
+from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Results, fingerprint, summarise
-from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluation.task import Task, check_protocol
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
 from linchain_cli.model.computed import computed_sha256
@@ -97,16 +96,16 @@ def evaluate(
     setup = Setup(model, tokenizer, template, batch_tokens, beams, normalise, straddles)
     own = {task.name: task_template(task, template, tokenizer) for task in tasks}
     fingerprints = {task.name: fingerprint(setting, task, _asked_through(own[task.name])) for task in tasks}
-    refuse_unlike(fingerprints)
-    rank, world = processes()
+    measuring = Measuring(setting, fingerprints, out)
+    rank, world = measuring.rank, measuring.world
     turn_of, shares = (rank, world) if share else (0, 1)
-    store = ResultStore(out, setting) if out is not None else None
-    earlier = measured_before(store, fingerprints)
-    missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
+    missing = [task for task in tasks if not measuring.knows(task.name)]
     for warning in check_questions(tokenizer, template, missing, protocol, limits(model)):
         if rank == 0:
             logger.warning("warning: %s", warning)
-    progress = FinishedRows(store.directory, _only(fingerprints, missing)) if store and share else None
+    unfinished = {task.name: fingerprints[task.name] for task in missing}
+    place = measuring.directory if share else None
+    progress = FinishedRows(place, unfinished) if place else None
     done = dict(progress.done) if progress else {}
     total = sum(len(task.rows) for task in tasks)
     known = total - sum(len(task.rows) for task in missing)
@@ -126,9 +125,9 @@ def evaluate(
             if on_progress:
                 on_progress(job.task.name, passed, total)
     if not missing:
-        return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
-    results = summarise(missing, gather(list(done.values()), shares), setting, fingerprints)
-    results = keep(results, store if rank == 0 else None, earlier, fingerprints)
+        return measuring.results()
+    found = gather(list(done.values()), shares)
+    results = measuring.results(summarise(missing, found, setting, fingerprints))
     if progress and rank == 0:
         progress.remove()
     return results
@@ -137,10 +136,6 @@ def evaluate(
 def _asked_through(template: Template) -> str:
     """What tells templates apart: also by what stands around an answer, which is scored with it."""
     return template.fingerprint + "".join(template.frame)
-
-
-def _only(fingerprints: Mapping[str, str], tasks: Sequence[Task]) -> dict[str, str]:
-    return {task.name: fingerprints[task.name] for task in tasks}
 
 
 @contextlib.contextmanager
@@ -219,44 +214,3 @@ def _adapter_hash(model: PreTrainedModel) -> str | None:
         for name, value in chain.named_parameters(recurse=False)
     }
     return sha256_bytes(tensor_bytes(chains)) if chains else None
-
-
-def processes() -> tuple[int, int]:
-    """This process's number and how many there are."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def refuse_unlike(fingerprints: Mapping[str, str]) -> None:
-    """Of processes that would evaluate different things the first raises LinchainError, the others end."""
-    rank, world = processes()
-    found: list[Any] = [None] * world
-    if world > 1:
-        torch.distributed.all_gather_object(found, fingerprints)
-    if all(each == found[0] for each in found):
-        return
-    error = LinchainError("the processes do not hold the same adapter, rows and settings to evaluate")
-    if rank == 0:
-        raise error
-    raise SystemExit(error.exit_code)
-
-
-def measured_before(store: ResultStore | None, fingerprints: Mapping[str, str]) -> Results | None:
-    """What a store holds of these, as the first process sees it, on each of them: it decides what all do
-    next, and another's disk may not hold it, or not yet."""
-    rank, world = processes()
-    held = [store.measured(fingerprints) if store and rank == 0 else None]
-    if world > 1:
-        torch.distributed.broadcast_object_list(held)
-    return held[0]
-
-
-def gather(own: list[Any], world: int) -> list[Any]:
-    """What all processes have, such as rows, on each of them."""
-    if world == 1:
-        return own
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, own)
-    return [one for part in parts for one in part]

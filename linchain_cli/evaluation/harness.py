@@ -13,7 +13,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +21,11 @@ from typing import TYPE_CHECKING, Any
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
 from linchain_cli.errors import InputError, first_line, nearest
-from linchain_cli.evaluation.evaluate import (
-    evaluating,
-    gather,
-    measured_before,
-    processes,
-    refuse_unlike,
-    setting_of,
-)
+from linchain_cli.evaluation.evaluate import evaluating, setting_of
 from linchain_cli.evaluation.generation import stop_tokens
+from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.results import Prediction, Results, averaged
 from linchain_cli.evaluation.statistics import normal_interval
-from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Evaluation, Metric, TaskScore
 from linchain_cli.recipe.schema import HARNESS_PREFIX
 from linchain_cli.run import now
@@ -239,16 +232,13 @@ def evaluate_harness(
     setting = setting.model_copy(
         update={"versions": versions} | ({} if chat else {"template": OWN_PROMPTS, "template_sha256": None})
     )
-    store = ResultStore(out, setting) if out is not None else None
     own = [task.fingerprints(setting, system if chat else None) for task in tasks]
     fingerprints = {name: value for of_task in own for name, value in of_task.items()}
-    refuse_unlike(fingerprints)
-    rank, world = processes()
-    earlier = measured_before(store, fingerprints)
-    known = earlier.summary.tasks if earlier else {}
-    missing = [task for task, names in zip(tasks, own, strict=True) if not names.keys() <= known.keys()]
+    measuring = Measuring(setting, fingerprints, out)
+    rank, world = measuring.rank, measuring.world
+    missing = [task for task, names in zip(tasks, own, strict=True) if not measuring.knows(*names)]
     if not missing:
-        return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
+        return measuring.results()
     # The harness has no row for a process that gets none.
     shared = share and all(count >= world for task in missing for count in task.counts(limit))
     before = model.generation_config.eos_token_id
@@ -273,7 +263,7 @@ def evaluate_harness(
         model.generation_config.eos_token_id = before
     rows = {name: value for task in missing for name, value in task.rows(limit).items()}
     (results,) = gather([results_of(found, setting, fingerprints, rows)] if rank == 0 else [], world)
-    return keep(results, store if rank == 0 else None, earlier, fingerprints)
+    return measuring.results(results)
 
 
 def results_of(

@@ -7,7 +7,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,18 +26,11 @@ from linchain_cli.data.labelled_batches import collate_labelled
 from linchain_cli.data.rows import RowError, UnusableRow
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.errors import InputError, some
-from linchain_cli.evaluation.evaluate import (
-    evaluating,
-    gather,
-    measured_before,
-    processes,
-    refuse_unlike,
-    setting_of,
-)
+from linchain_cli.evaluation.evaluate import evaluating, setting_of
 from linchain_cli.evaluation.jobs import halved
+from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
 from linchain_cli.evaluation.statistics import standard_error, wilson_interval
-from linchain_cli.evaluation.store import ResultStore, keep
 from linchain_cli.evaluations import Metric, TaskScore
 from linchain_cli.model.classifier import Outputs, padding, predictions, row_logits
 from linchain_cli.recipe import DataConfig, Recipe, SourceConfig
@@ -247,15 +240,12 @@ def evaluate_labels(
         update={"template": None, "template_sha256": None, "adapter_sha256": adapter_sha256}
     )
     fingerprints = {task.name: fingerprint(setting, task, task.data.report.fingerprint) for task in tasks}
-    refuse_unlike(fingerprints)
-    rank, world = processes()
-    store = ResultStore(out, setting) if out is not None else None
-    earlier = measured_before(store, fingerprints)
-    missing = [task for task in tasks if earlier is None or task.name not in earlier.summary.tasks]
+    measuring = Measuring(setting, fingerprints, out)
+    missing = [task for task in tasks if not measuring.knows(task.name)]
+    if not missing:
+        return measuring.results()
     total = sum(len(task.data.train) for task in tasks)
     done = total - sum(len(task.data.train) for task in missing)
-    if not missing:
-        return replace(earlier.of_tasks(fingerprints), known=tuple(fingerprints))
     batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
     pad_id, found = padding(model, tokenizer), []
 
@@ -265,20 +255,19 @@ def evaluate_labels(
 
     with evaluating(model):
         for task in missing:
-            for part in _parts(task.data.train.lengths, batch_tokens, rank, world):
+            for part in _parts(task.data.train.lengths, batch_tokens, measuring.rank, measuring.world):
                 found += halved(partial(told, task), part)
                 done += len(part)
                 if on_progress:
                     on_progress(task.name, done, total)
-    found = gather(found, world)
+    found = gather(found, measuring.world)
     by_task = {task.name: [row for row in found if row["task"] == task.name] for task in missing}
     by_task = {each: sorted(rows, key=lambda row: row["index"]) for each, rows in by_task.items()}
     scores = {
         task.name: _score(task, outputs, by_task[task.name], fingerprints[task.name]) for task in missing
     }
     summary = averaged(setting.model_copy(update={"tasks": scores}))
-    results = Results(summary, [row for rows in by_task.values() for row in rows])
-    return keep(results, store if rank == 0 else None, earlier, fingerprints)
+    return measuring.results(Results(summary, [row for rows in by_task.values() for row in rows]))
 
 
 def _parts(lengths: np.ndarray, batch_tokens: int, rank: int, world: int) -> Iterator[np.ndarray]:

@@ -121,17 +121,6 @@ class ResultStore:
         return there.with_tasks_of(results)
 
 
-def keep(
-    results: Results, store: ResultStore | None, earlier: Results | None, fingerprints: Mapping[str, str]
-) -> Results:
-    """What was measured now, written to `store`, together with what was found in it `earlier`: the tasks of
-    `fingerprints`."""
-    path = store.add(results).path if store else earlier.path if earlier else None
-    known = tuple(earlier.summary.tasks) if earlier else ()
-    results = results.with_tasks_of(earlier) if earlier else results
-    return replace(results.of_tasks(fingerprints), path=path, known=known)
-
-
 def add_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
     """Keeps a comparison in the result file at `path`, in place of one of the same two models and tasks."""
     with locked(path.parent / "results", LOCK_SECONDS):
