@@ -49,6 +49,16 @@ def stderr_console(quiet: bool = False) -> Console:
     return Console(stderr=True, quiet=quiet or _quiet, soft_wrap=True, highlight=False)
 
 
+def table_console() -> Console:
+    """Where tables are printed, which are made for 80 columns: a narrower terminal breaks their lines, and
+    no number is cut."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(console.width, 80)
+    return console
+
+
 def print_json(value: Any) -> None:
     """A result as indented JSON on stdout, in ASCII where that is all that stdout takes."""
     plain = (getattr(sys.stdout, "encoding", None) or "ascii").lower().replace("-", "") != "utf8"

@@ -75,7 +75,6 @@ def _base(subject: AdaptedRun, base: str | None, allow_other: bool) -> Path | No
 
 def _show(layers: list[LayerNumbers], rank: int, depth: int) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     prefix = _common_prefix([layer.path for layer in layers])
@@ -104,7 +103,7 @@ def _show(layers: list[LayerNumbers], rank: int, depth: int) -> None:
         if depth:
             cells.append(f"{max(max(layer.link_conditions) for layer in alike):.3g}")
         table.add_row(path.removeprefix(prefix), *cells)
-    Console().print(table)
+    console.table_console().print(table)
     if len(rows) < len(layers):
         print("* is all experts: the middle one of them in each number, and the worst cond(W).")
     middle = statistics.median(layer.entropy_rank for layer in layers)

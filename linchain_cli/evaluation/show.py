@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from linchain_cli import storage
+from linchain_cli.console import table_console
 from linchain_cli.evaluation.published import PUBLISHED, published_beside
 from linchain_cli.evaluation.results import Results
 from linchain_cli.evaluations import Evaluation, Metric, describe, heading
@@ -19,7 +20,7 @@ from linchain_cli.evaluations import Evaluation, Metric, describe, heading
 
 def print_results(results: Results, console: Console | None = None) -> None:
     """One row per task: accuracy, 95 % interval, what always giving the most frequent answer would get."""
-    console = console or Console()
+    console = console or table_console()
     summary = results.summary
     scores = summary.tasks.values()
     table = _table()
@@ -84,7 +85,7 @@ def count(value: int | None) -> str:
 
 def print_comparison(first: Results, comparison: dict[str, Any], console: Console | None = None) -> None:
     """Paired differences on the same rows, after a warning if the two were not evaluated in the same way."""
-    console = console or Console()
+    console = console or table_console()
     for difference in comparison["differences_in_settings"]:
         console.print(Text.assemble(("not evaluated alike", "bold yellow"), f" — {difference}"))
     table = _table()
@@ -133,7 +134,7 @@ def _paired_cells(entry: dict[str, Any]) -> list[str]:
 
 def print_published(results: Results, console: Console | None = None) -> None:
     """Published rows over the same tasks, in a table of their own."""
-    console = console or Console()
+    console = console or table_console()
     rows = published_beside(list(results.summary.tasks))
     if not rows:
         groups = {len(row.tasks): ", ".join(row.tasks) for row in PUBLISHED}

@@ -119,6 +119,12 @@ def test_other_rows_are_not_compared(other):
         compare(make([True] * 4), other)
 
 
+def test_a_narrow_terminal_cuts_no_number(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "30")
+    print_results(make([True, False, True, True]))
+    assert "75.0 %" in capsys.readouterr().out
+
+
 def test_the_table_names_the_settings_and_the_majority():
     text = shown(print_results, make([True, False, True, True]))
     assert "one · likelihood · template alpaca · float32" in text

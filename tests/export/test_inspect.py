@@ -10,7 +10,7 @@ import torch
 
 from linchain_cli.chain import delta_weight, load_adapter
 
-from .test_commands import linchain
+from ..command_line import linchain
 
 
 def test_inspect_shows_and_writes_the_spectra(make_run, base_of, capsys):
@@ -29,6 +29,13 @@ def test_inspect_shows_and_writes_the_spectra(make_run, base_of, capsys):
     assert len(module["singular_values"]) == 4 and len(module["link_condition_numbers"]) == 2
     assert module["relative_norm"] == pytest.approx(module["norm"] / module["base_norm"])
     assert (run.path / "inspect.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_narrow_terminal_cuts_no_number(make_run, base_of, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    assert linchain("inspect", make_run(base_of("llama"), depth=2).path) == 0
+    table = capsys.readouterr().out.partition("14 modules")[0]
+    assert "…" not in table.replace("model.layers.…", "") and "0.self_attn.q_proj" in table
 
 
 def test_inspect_without_the_base_leaves_its_norms_out(make_run, base_of, capsys, tmp_path):
