@@ -24,8 +24,8 @@ from linchain_cli.commands.subject import (
     find_subject,
     load_subject,
     locate_subject,
+    predicts_labels,
     subject_tokenizer,
-    tells_labels,
 )
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
@@ -133,7 +133,7 @@ def run(
     refuse_other_kind(subject, other)
     if data_dir is None and (section := subject.evaluation) and section.data_dir is not None:
         data_dir = Path(section.data_dir)
-    if tells_labels(subject):
+    if predicts_labels(subject):
         refuse_settings(protocol, normalise, template)
         labels = LabelSettings(label_names(tasks, subject), dtype, limit, data_dir, batch_tokens)
         if second is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linchain_cli import console
-from linchain_cli.commands.subject import Subject, load_subject, tells_labels
+from linchain_cli.commands.subject import Subject, load_subject, predicts_labels
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """How models tell labelled rows."""
+    """How models predict labelled rows."""
 
     names: Sequence[str]
     dtype: str | None
@@ -28,7 +28,7 @@ class LabelSettings:
     batch_tokens: int | None
 
     def evaluate(self, subject: Subject, out: Path, like: Subject | None = None) -> Results:
-        """Loads the subject, has it tell the rows, and lets go of it again. Rows are read as the subject's
+        """Loads the subject, has it predict the rows, and lets go of it again. Rows are read as the subject's
         recipe says, or else as that of `like`."""
         from linchain_cli.evaluation.labels import evaluate_labels, load_labelled, named_length
         from linchain_cli.model.limits import limits
@@ -116,11 +116,13 @@ def refuse_settings(protocol: str, normalise: str, template: str | None) -> None
     }
     for option, wrong in given.items():
         if wrong:
-            raise InputError(f"{option} is about written answers, and this model tells labels: leave it out")
+            raise InputError(
+                f"{option} is about written answers, and this model predicts labels: leave it out"
+            )
 
 
 def refuse_other_kind(first: Subject, second: Subject | None) -> None:
-    """Raises InputError where one of two models tells labels and the other one writes."""
-    if second is not None and tells_labels(first) != tells_labels(second):
-        one, other = (first, second) if tells_labels(first) else (second, first)
-        raise InputError(f"{one.name} tells labels and {other.name} writes text: they cannot be compared")
+    """Raises InputError where one of two models predicts labels and the other one writes."""
+    if second is not None and predicts_labels(first) != predicts_labels(second):
+        one, other = (first, second) if predicts_labels(first) else (second, first)
+        raise InputError(f"{one.name} predicts labels and {other.name} writes text: they cannot be compared")

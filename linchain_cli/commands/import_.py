@@ -211,7 +211,7 @@ def _what_it_tells(foreign: ForeignAdapter, adapter: Adapter) -> str:
     from linchain_cli.errors import some
 
     classes = adapter.head.classes
-    told = f"tells {some(classes)}" if classes else "tells a number: a regression"
+    told = f"predicts {some(classes)}" if classes else "predicts a number: a regression"
     if telling := read_telling(foreign.directory):
         cut = f", of rows of up to {telling.max_length:,} tokens" if telling.max_length else ""
         return f"{told}{cut}, as its {TELLING_FILE} says"

@@ -162,7 +162,7 @@ def locate_subject(subject: Subject, weights: bool = True) -> Path:
     return locate(subject.name, weights=weights)
 
 
-def tells_labels(subject: Subject) -> bool:
+def predicts_labels(subject: Subject) -> bool:
     """Whether it is a classifier or a regression: a run of such a task, or a checkpoint of such a model."""
     from linchain_cli.model.classifier import names_classifier
     from linchain_cli.model.files import read_config
@@ -173,11 +173,11 @@ def tells_labels(subject: Subject) -> bool:
 
 
 def refuse_classifier(subject: Subject) -> None:
-    """Raises InputError for a model that tells labels and writes no text."""
-    if tells_labels(subject):
+    """Raises InputError for a model that predicts labels and writes no text."""
+    if predicts_labels(subject):
         raise InputError(
-            f"{subject.name} is a classifier (or a regression): it tells labels and writes no text. linchain"
-            " eval has it tell those of a file: --tasks FILE"
+            f"{subject.name} is a classifier (or a regression): it predicts labels and writes no text."
+            " linchain eval measures how well: --tasks FILE"
         )
 
 
@@ -228,19 +228,19 @@ def load_subject(
 
 
 def _outputs(subject: Subject, adapter: Adapter | None, directory: Path) -> Outputs | None:
-    """What the subject tells, if it is a classifier."""
+    """What the subject predicts, if it is a classifier."""
     from linchain_cli.model.classifier import Outputs
     from linchain_cli.model.config import stored_outputs
     from linchain_cli.model.files import read_config
 
     if adapter is not None:
         return Outputs(adapter.head.classes) if adapter.head else None
-    if not tells_labels(subject):
+    if not predicts_labels(subject):
         return None
     if read_config(directory).get("problem_type") == "multi_label_classification":
         raise InputError(
-            f"{subject.name} tells several labels at once (its config.json: problem_type), which cannot be"
-            " measured here: name a model that tells one"
+            f"{subject.name} predicts several labels at once (its config.json: problem_type), which cannot be"
+            " measured here: name a model that predicts one"
         )
     return stored_outputs(directory)
 

@@ -103,7 +103,7 @@ def load_labelled(
         except UnusableRow as error:
             remedy = "Mend the row, or leave it out"
             if isinstance(error.reason, UnknownLabel):
-                remedy = "The model tells no others: name rows that are labelled with these"
+                remedy = "The model predicts no others: name rows that are labelled with these"
             raise InputError(f"{error.place}: {error.reason}. {remedy}.") from None
         found.append(LabelledTask(name, data, _fingerprint(section, data, data_dir)))
     return found
@@ -131,7 +131,7 @@ def _glue_labels(name: str, task: GlueTask, outputs: Outputs) -> dict[str, str] 
         called = list(outputs.classes)
     if None in called or bool(called) != bool(outputs.classes):
         theirs, ours = (some(each, 5) or "numbers" for each in (task.classes, outputs.classes))
-        raise InputError(f"{name} is labelled with {theirs}, and the model tells {ours}: name other rows")
+        raise InputError(f"{name} is labelled with {theirs}, and the model predicts {ours}: name other rows")
     if called == list(task.classes):
         return None
     return {str(number): each for number, each in enumerate(called)} | dict(
@@ -150,7 +150,7 @@ def _source(
     it lacks these columns, those that are found."""
     if name.startswith(HARNESS_PREFIX):
         raise InputError(
-            f"{name} asks a model that writes, and this one tells labels: name labelled rows, such as"
+            f"{name} asks a model that writes, and this one predicts labels: name labelled rows, such as"
             " dev.tsv or glue/rte"
         )
     found = _WITH_SPLIT.fullmatch(name)

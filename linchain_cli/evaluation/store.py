@@ -138,7 +138,7 @@ def stored_result(
     protocol: str | None = None,
 ) -> Found | None:
     """The result, of those in a directory, that `section` asked for: of that adapter, or of a model without
-    one. `protocol` stands in for the section's, of models that tell labels."""
+    one. `protocol` stands in for the section's, of models that predict labels."""
     found, _ = find_evaluations(directory)
     best = first_of(
         found, protocol or section.protocol, limit=section.limit, adapter_sha256=adapter_sha256, tasks=tasks

@@ -31,12 +31,12 @@ def outputs_of(foreign: ForeignAdapter, directory: Path, labels: Sequence[str] =
     config = read_config(directory)
     if config.get("problem_type") == "multi_label_classification":
         raise InputError(
-            f"{foreign.directory}: its base {directory} tells several labels at once (config.json:"
+            f"{foreign.directory}: its base {directory} predicts several labels at once (config.json:"
             " problem_type), which cannot be learned or measured here. Merge it with PEFT (merge_and_unload)."
         )
     number = _number(foreign, directory)
     if labels and len(labels) != (number if number > 1 else 0):
-        told = f"tells {number} classes" if number > 1 else "tells one number, a regression's"
+        told = f"predicts {number} classes" if number > 1 else "predicts one number, a regression's"
         raise InputError(f"{foreign.directory} {told}, and {len(labels)} are named: {', '.join(labels)}")
     if number == 1:
         return Outputs()

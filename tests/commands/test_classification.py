@@ -12,16 +12,10 @@ import pytest
 import yaml
 
 from linchain_cli.chain.files import adapter_hash
-from linchain_cli.cli import main
 from linchain_cli.evaluation.statistics import wilson_interval
 
 from ..classifiers import make_checkpoint, pair_rows, write_rows
-
-
-def linchain(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
+from ..command_line import linchain
 
 
 @pytest.fixture(scope="module")
@@ -184,20 +178,23 @@ def test_resuming_a_finished_run_makes_up_its_evaluation(workplace, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["generate", "runs/one", "good?"], "tells labels and writes no text"),
+        (["generate", "runs/one", "good?"], "predicts labels and writes no text"),
         (["export", "runs/one", "--format", "gguf"], "linchain merge writes"),
         (["eval", "runs/one", "--tasks", "gone.jsonl"], "there is no file gone.jsonl"),
         (["eval", "runs/one", "--tasks", "glue/rtee"], "GLUE has no task"),
-        (["eval", "runs/one", "--tasks", "glue/rte"], "not_entailment, and the model tells bad, good: name"),
+        (
+            ["eval", "runs/one", "--tasks", "glue/rte"],
+            "not_entailment, and the model predicts bad, good: name",
+        ),
         (
             ["eval", "runs/one", "--tasks", "odd.jsonl"],
-            "'odd' is none of the classes.*The model tells no oth",
+            "'odd' is none of the classes.*The model predicts no oth",
         ),
         (
             ["train", "recipe.yaml", "name=x", "evaluation.tasks=[glue/stsb]"],
             "evaluation.tasks: glue/stsb is a regression, and the run's task a classification",
         ),
-        (["eval", "runs/one", "--protocol", "generate"], "tells labels: leave it out"),
+        (["eval", "runs/one", "--protocol", "generate"], "predicts labels: leave it out"),
         (["train", "recipe.yaml", "name=x", "evaluation.tasks=[gone.jsonl]"], "no file gone.jsonl"),
         (
             ["train", "recipe.yaml", "name=x", "data.columns.label=lable"],

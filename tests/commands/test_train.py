@@ -188,7 +188,7 @@ def test_tasks_of_the_harness_are_evaluated_at_the_end(linchain, recipe, run, tm
     code, out, err = linchain("eval", run.path)  # which asks for what the recipe names, all rows of it
     assert code == 0 and "linchain_test_places" in out, err
     code, _, err = linchain("train", recipe, f"evaluation.tasks=[{task}]", "--fresh", "task=classification")
-    assert code == 2 and "asks a model that writes, and this one tells labels" in err
+    assert code == 2 and "asks a model that writes, and this one predicts labels" in err
 
 
 def test_a_wrong_task_is_told_before_training(linchain, recipe, run, tmp_path):

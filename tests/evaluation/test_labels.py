@@ -71,10 +71,10 @@ def test_labels_of_a_file_may_be_the_numbers_of_classes_that_nobody_has_named(to
         (
             "glue/rte",
             OWN,
-            "glue/rte is labelled with entailment, not_entailment, and the model tells bad, good",
+            "glue/rte is labelled with entailment, not_entailment, and the model predicts bad, good",
         ),
-        ("glue/rte", Outputs(), "labelled with entailment, not_entailment, and the model tells numbers"),
-        ("glue/stsb", OWN, "glue/stsb is labelled with numbers, and the model tells bad, good"),
+        ("glue/rte", Outputs(), "labelled with entailment, not_entailment, and the model predicts numbers"),
+        ("glue/stsb", OWN, "glue/stsb is labelled with numbers, and the model predicts bad, good"),
     ],
 )
 def test_a_task_of_other_labels_is_told_before_a_row_is_read(tokenizer, task, outputs, message):
@@ -89,7 +89,7 @@ def test_a_row_of_another_label_is_told_without_settings_that_eval_has_not(token
         InputError, match=r"rows.jsonl:2 .*'odd' is none of the classes \(bad, good\)"
     ) as told:
         load_labelled(["rows.jsonl"], OWN, tokenizer, like=like)
-    assert "on_bad_row" not in str(told.value) and "The model tells no others" in str(told.value)
+    assert "on_bad_row" not in str(told.value) and "The model predicts no others" in str(told.value)
 
 
 def test_columns_are_the_runs_where_the_rows_have_them_and_else_found(tokenizer):

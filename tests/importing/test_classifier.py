@@ -12,11 +12,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from linchain_cli.chain import attach, load_adapter
-from linchain_cli.cli import main
 from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.loading import load_model
 
 from ..classifiers import KINDS, make_checkpoint, pair_rows, write_rows
+from ..command_line import linchain
 
 ROWS = [[2, 5, 6, 3], [2, 7, 8, 9, 10, 3, 11, 3]]
 
@@ -25,12 +25,6 @@ ROWS = [[2, 5, 6, 3], [2, 7, 8, 9, 10, 3, 11, 3]]
 def _places(tmp_path, monkeypatch):
     monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-
-
-def linchain(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code or 0
 
 
 def trained_by_peft(base: Path, kind: str, classes: int, **options) -> torch.Tensor:
@@ -122,7 +116,7 @@ def test_what_was_exported_comes_back_bit_for_bit(tmp_path, capsys, kind):
     assert linchain("export", "runs/one") == 0
     capsys.readouterr()
     assert linchain("import", "runs/one/peft", "--out", "back") == 0
-    assert "tells bad, good, of rows of up to 16 tokens, as its linchain_labels" in capsys.readouterr().out
+    assert "predicts bad, good, of rows of up to 16 tokens, as its linchain_labels" in capsys.readouterr().out
     first, back = load_adapter(Path("runs/one/adapter")), load_adapter(Path("back/adapter"))
     assert first.head.classes == back.head.classes
     assert first.head.tensors.keys() == back.head.tensors.keys()
@@ -169,7 +163,7 @@ def test_classes_are_named_by_the_option_or_the_base(tmp_path, capsys):
     assert load_adapter(Path("own/adapter")).head.classes == ("sad", "merry")
     capsys.readouterr()
     for labels, message in {
-        "a,b,c": "error: peft tells 2 classes, and 3 are named: a, b, c",
+        "a,b,c": "error: peft predicts 2 classes, and 3 are named: a, b, c",
         "a,a": "error: --labels a,a: expected different names",
         "a,": "error: --labels a,: expected different names",
     }.items():
@@ -184,7 +178,7 @@ def test_several_labels_at_once_are_refused(tmp_path, capsys):
     (base / "config.json").write_text(json.dumps(config))
     capsys.readouterr()
     assert linchain("import", "peft", "--out", "run") == 2
-    assert "tells several labels at once" in capsys.readouterr().err
+    assert "predicts several labels at once" in capsys.readouterr().err
 
 
 def edited(**changes) -> None:
