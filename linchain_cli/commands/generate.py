@@ -78,9 +78,9 @@ def run(
     refuse_classifier(subject)
     tokenizer = subject_tokenizer(subject)
     asked = choose_template(subject, tokenizer, template)
+    row = _row(asked.template, prompt, columns)
     loaded = load_subject(subject, dtype, tokenizer)
     console.note(f"{subject.name}: template {asked.template.name}, {asked.why}")
-    row = _row(asked.template, prompt, columns)
     speaker = Speaker(loaded.model, loaded.tokenizer, asked.template, asked.straddles, warn=console.warn)
     said = speaker.say(row, sampling, show=lambda piece: None if json else print(piece, end="", flush=True))
     if json:
