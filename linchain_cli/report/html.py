@@ -104,8 +104,12 @@ def table(rows: Sequence[Mapping[str, Any]], caption: str) -> Markup:
 
 
 def facts(pairs: Iterable[tuple[str, Any]]) -> Markup:
-    """Names with their values, those that are None left out."""
-    shown = [tag("div", tag("dt", name), tag("dd", value)) for name, value in pairs if value is not None]
+    """Names with their values, those without one left out."""
+    shown = [
+        tag("div", tag("dt", name), tag("dd", value))
+        for name, value in pairs
+        if value not in (None, "", [], {})
+    ]
     return tag("dl", shown) if shown else Markup("")
 
 

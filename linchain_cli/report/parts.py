@@ -121,8 +121,12 @@ def samples_section(run: RunDirectory, recipe: Recipe, base: str | None = None) 
 
 
 def origin_section(status: RunStatus, command: str) -> Markup:
-    """Versions, hashes, machine, and the command that does it again."""
+    """Versions, hashes, machine, and the command that does it again; of an imported adapter what it was made
+    of."""
     machine, base = status.machine, status.base
+    if status.imported is not None:
+        origin = ("imported from", status.imported.get("from")), ("base model", base and base.path)
+        return section("Where it is from", facts(origin))
     pairs = [(f"version of {name}", version) for name, version in status.versions.items()]
     pairs += [(f"SHA-256 of {name}", value) for name, value in status.hashes.items()]
     pairs += [

@@ -98,7 +98,7 @@ def _summary(status: RunStatus, recipe: Recipe, training: Sequence, validation: 
                 "of these supervised" if status.classes is None else "labels trained on",
                 _count(status.supervised_tokens),
             ),
-            ("seed", recipe.seed),
+            ("seed", recipe.seed if status.imported is None else None),
         ]
     )
 

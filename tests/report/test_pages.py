@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from linchain_cli.cli import main
 from linchain_cli.errors import InputError
 from linchain_cli.report.comparison_page import write_comparison_report
 from linchain_cli.report.run_page import write_run_report
 from linchain_cli.run import ComparisonDirectory, RunDirectory
+
+from ..command_line import linchain
 
 
 @pytest.fixture
@@ -71,6 +72,17 @@ def test_a_run_that_stopped_early_has_a_page(check_page, run_path, hostile, show
     assert "What was learned" not in page.text and "Evaluation" not in page.text
 
 
+def test_the_page_of_an_imported_adapter_tells_of_no_training(check_page, run_path):
+    run = RunDirectory(run_path)
+    run.metrics_path.unlink()
+    run.rows_path.unlink()
+    run.update_status(imported={"from": "their/adapter"}, rows={}, hashes={})
+    source = write_run_report(run).read_text()
+    assert "imported from" in source and "their/adapter" in check_page(source).text
+    assert "<dd></dd>" not in source and "<dd>{}</dd>" not in source
+    assert "seed</dt>" not in source and "linchain train" not in source
+
+
 def test_what_cannot_be_read_is_said_on_the_page(check_page, run_path, tmp_path):
     run = RunDirectory(run_path)
     status = run.read_status()
@@ -85,24 +97,19 @@ def test_what_cannot_be_read_is_said_on_the_page(check_page, run_path, tmp_path)
 
 
 def test_a_page_goes_where_one_says_and_over_no_file_of_another_hand(run_path, tmp_path, monkeypatch, capsys):
-    def report(*arguments) -> int:
-        with pytest.raises(SystemExit) as end:
-            main(["report", str(run_path), *map(str, arguments)])
-        return end.value.code
-
     place = tmp_path / "pages" / "a page.html"
     for _ in range(2):  # its own page is replaced
-        assert report("--out", place) == 0
+        assert linchain("report", run_path, "--out", place) == 0
     assert capsys.readouterr().out == f"{place}\n" * 2
-    assert report("--out", tmp_path / "pages") == 0
+    assert linchain("report", run_path, "--out", tmp_path / "pages") == 0
     assert (tmp_path / "pages" / "report.html").read_text() == place.read_text()
     (tmp_path / "mine.html").write_text("mine")
-    assert report("--out", tmp_path / "mine.html") == 2
+    assert linchain("report", run_path, "--out", tmp_path / "mine.html") == 2
     assert "mine.html exists and is no page of linchain report" in capsys.readouterr().err
     assert (tmp_path / "mine.html").read_text() == "mine"
     assert not (run_path / "report.html").exists()
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
-    assert report() == 2
+    assert linchain("report", run_path) == 2
     assert "cannot be written to: name another place, such as --out report.html" in capsys.readouterr().err
 
 
@@ -141,17 +148,13 @@ def test_a_comparison_without_results(tmp_path):
 @pytest.mark.parametrize("kind", ["run_path", "comparison_path"])
 def test_the_command_writes_and_names_the_page(kind, request, capsys):
     path: Path = request.getfixturevalue(kind)
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(path)])
-    assert end.value.code == 0
+    assert linchain("report", path) == 0
     assert capsys.readouterr().out.strip() == str(path / "report.html")
     assert (path / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_the_command_names_what_is_no_run(tmp_path, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["report", str(tmp_path)])
-    assert end.value.code == 2
+    assert linchain("report", tmp_path) == 2
     assert "is not a run directory" in capsys.readouterr().err
 
 
