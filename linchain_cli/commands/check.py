@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from linchain_cli.commands import check_view
 from linchain_cli.commands.options import Json, Overrides, RecipePath
 from linchain_cli.console import print_json
 from linchain_cli.errors import InputError
@@ -27,7 +28,6 @@ def run(recipe: RecipePath, overrides: Overrides = None, json: Json = False) -> 
     """Show what a recipe would train, on what, at what cost."""
     from rich.console import Console
 
-    from linchain_cli.commands import check_view
     from linchain_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
@@ -41,7 +41,6 @@ def run(recipe: RecipePath, overrides: Overrides = None, json: Json = False) -> 
 def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     """Model, then data, tasks and cost: what is cheap to find wrong comes first. Shows each as soon as it is
     known, and returns all of it, as JSON holds it, but for the example rows. Memory is in bytes."""
-    from linchain_cli.commands import check_view
     from linchain_cli.data.dataset import prepare_data
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.config import empty_model
@@ -118,7 +117,6 @@ def _run_there(recipe: Recipe) -> str | None:
 def _modules(recipe: Recipe, model: nn.Module, console: Console) -> tuple[dict[str, Any], Sequence[str]]:
     """What is told of the modules that get a chain, as `train` would choose or refuse them; their paths."""
     from linchain_cli.chain import carriers, coverage, match_modules, parameter_count, refuse_shared
-    from linchain_cli.commands import check_view
     from linchain_cli.model.classifier import head_names, is_classifier
     from linchain_cli.model.config import text_decoder_prefix
     from linchain_cli.training.base import refuse_unfit
@@ -159,7 +157,6 @@ def _rows(
 ) -> tuple[dict[str, Any], list[str]]:
     """The rows, the steps that they make, and what the run is too short for."""
     from linchain_cli.cache import cache_days, cache_root, cache_size
-    from linchain_cli.commands import check_view
     from linchain_cli.training.forecast import recipe_epoch
     from linchain_cli.training.schedule import total_steps, unreachable
 
@@ -199,7 +196,6 @@ def _tasks(
     console: Console,
 ) -> tuple[dict[str, int], list[str]]:
     """How many rows each task has that the run is evaluated on, and what is to be said of them."""
-    from linchain_cli.commands import check_view
     from linchain_cli.evaluation.asked import harness_tasks, own_tasks, recipe_tasks
     from linchain_cli.evaluation.labels import recipe_labelled
     from linchain_cli.evaluation.questions import check_questions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
     from linchain_cli.export.card import Origin
     from linchain_cli.export.comparison import LogitProof
-    from linchain_cli.export.merge import MergeOptions, MergeResult
+    from linchain_cli.export.merge import MergeOptions
+    from linchain_cli.export.receipts import MergeReceipt
     from linchain_cli.model.files import FoundBase
 
 
@@ -71,7 +71,7 @@ def run(
     """Fold a run's adapter into its base checkpoint."""
     import torch
 
-    from linchain_cli.export.merge import MergeOptions
+    from linchain_cli.export.merge import MergeOptions, merge_checkpoint
     from linchain_cli.export.output import check_output, parse_size
     from linchain_cli.export.receipts import ImportReceipt, MergeReceipt
 
@@ -108,11 +108,14 @@ def run(
     adapter, origin = subject.adapter, subject.origin(found, base)
     if summed is not None:
         adapter, origin, options = _with_sum(summed, origin, options)
-    result = _merge(found.directory, adapter, out, options, origin, keep)
+    with console.Progress("bytes", counted=["trying"]) as progress:
+        merged = merge_checkpoint(
+            found.directory, adapter, out, options, origin, keep=keep, progress=progress.show
+        )
     if json:
-        console.print_json({"directory": str(result.directory), **asdict(result.receipt)})
+        console.print_json({"directory": str(out), **asdict(merged.receipt)})
     else:
-        _show(result)
+        _show(out, merged.receipt)
 
 
 def _with_sum(summed: Sum, origin: Origin, options: MergeOptions) -> tuple[Adapter, Origin, MergeOptions]:
@@ -150,16 +153,6 @@ def _write_adapter(summed: Sum, found: FoundBase, out: Path, overwrite: bool, js
     print(f"  {describe_sum(summed.parts, summed.error)}")
 
 
-def _merge(
-    base: Path, adapter: Adapter, out: Path, options: MergeOptions, origin: Origin, keep: Sequence[Path]
-) -> MergeResult:
-    """Merges, and shows how far it is."""
-    from linchain_cli.export.merge import merge_checkpoint
-
-    with console.Progress("bytes", counted=["trying"]) as progress:
-        return merge_checkpoint(base, adapter, out, options, origin, keep=keep, progress=progress.show)
-
-
 def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
     """Prompts of the run's own rows; of plain sentences for an imported adapter, or where the rows are
     gone."""
@@ -179,14 +172,10 @@ def _prompts(subject: AdaptedRun, directory: Path) -> list[list[int]]:
         return plain_prompts(tokenizer)
 
 
-def _show(result: MergeResult) -> None:
-    receipt = result.receipt
+def _show(out: Path, receipt: MergeReceipt) -> None:
     tensors, logits = receipt.tensors, receipt.logits
     others = f"the base's, as {receipt.dtype}" if receipt.dtype else "the base's"
-    print(
-        f"{result.directory}: {tensors['changed']} of {tensors['total']} tensors changed, the others are"
-        f" {others}"
-    )
+    print(f"{out}: {tensors['changed']} of {tensors['total']} tensors changed, the others are {others}")
     if receipt.parts:
         print(f"  {describe_sum(receipt.parts, receipt.sum_error)}")
     for line in receipt.changes:
@@ -206,7 +195,7 @@ def _show(result: MergeResult) -> None:
         print("  transformers' generate runs with the settings in this directory")
     for line in receipt.not_proven:
         print(f"  not shown: {line}")
-    print(f"  receipt: {result.directory / receipt.FILE}")
+    print(f"  receipt: {out / receipt.FILE}")
 
 
 def _logits(logits: LogitProof) -> str:
