@@ -19,6 +19,8 @@ from linchain_cli import __version__, cli, console
 from linchain_cli.commands import recipes
 from linchain_cli.errors import InputError, LinchainError, Stopped
 
+from .command_line import linchain
+
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
 COMMANDS = [
     "train",
@@ -40,20 +42,13 @@ COMMANDS = [
 ]
 
 
-def linchain(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def process(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "linchain_cli", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=ENVIRONMENT, timeout=60)
 
 
-def run(*arguments: str) -> int:
-    """The exit code of `main` within this process."""
-    with pytest.raises(SystemExit) as end:
-        cli.main(arguments)
-    return end.value.code
-
-
 def test_help_lists_every_command_with_its_whole_sentence(capsys):
-    assert run("--help") == 0
+    assert linchain("--help") == 0
     lines = capsys.readouterr().out.split("Commands:")[1].splitlines()
     listed = {line.split()[0]: line for line in lines if line.strip()}
     assert list(listed) == COMMANDS
@@ -103,7 +98,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_is_there_and_has_a_help_text(command, capsys):
-    assert run(command, "--help") == 0
+    assert linchain(command, "--help") == 0
     text = capsys.readouterr().out
     for option in OPTIONS[command]:
         assert option in text
@@ -136,7 +131,7 @@ def test_every_command_that_reports_takes_json_and_one_word_means_replacing():
 
 def test_h_is_help_everywhere(capsys):
     for words in ([], ["train"], ["recipes"], ["recipes", "copy"]):
-        assert run(*words, "-h") == 0
+        assert linchain(*words, "-h") == 0
         assert f"Usage: {' '.join(['linchain', *words])}" in capsys.readouterr().out
 
 
@@ -151,7 +146,7 @@ def test_a_shell_completes_commands_and_options():
 
 
 def test_version(capsys):
-    assert run("--version") == 0
+    assert linchain("--version") == 0
     assert capsys.readouterr().out == f"linchain {__version__}\n"
 
 
@@ -172,7 +167,7 @@ def test_version(capsys):
     ],
 )
 def test_wrong_words_exit_2_and_name_the_nearest(arguments, expected, capsys):
-    assert run(*arguments) == 2
+    assert linchain(*arguments) == 2
     output = capsys.readouterr()
     assert expected in output.err and output.out == ""
     assert "Traceback" not in output.err
@@ -180,7 +175,7 @@ def test_wrong_words_exit_2_and_name_the_nearest(arguments, expected, capsys):
 
 @pytest.mark.parametrize("command", ["train", "compare", "check", "import", "generate", "reproduce", "push"])
 def test_a_command_without_its_arguments_shows_its_help(command, capsys):
-    assert run(command) == 2
+    assert linchain(command) == 2
     assert f"Usage: linchain {command}" in "".join(capsys.readouterr())
 
 
@@ -214,11 +209,11 @@ def test_errors_become_one_line_and_an_exit_code(error, code, text, capsys, monk
         raise error
 
     monkeypatch.setattr(recipes, "recipe_purposes", fail)
-    assert run("recipes", "list") == code
+    assert linchain("recipes", "list") == code
     output = capsys.readouterr()
     assert text in output.err and "Traceback" not in output.err
     if isinstance(error, Exception):
-        assert run("recipes", "list", "--debug") == code
+        assert linchain("recipes", "list", "--debug") == code
         assert "Traceback" in capsys.readouterr().err
 
 
@@ -250,21 +245,21 @@ def test_quiet_leaves_results_warnings_and_errors(option, capsys, monkeypatch):
         return [("one", "A purpose")]
 
     monkeypatch.setattr(recipes, "recipe_purposes", purposes)
-    assert run("recipes", "list") == 0
+    assert linchain("recipes", "list") == 0
     loud = capsys.readouterr()
     assert loud.err.splitlines() == [
         *("a note", "a conversion", "an old download", "warning: few rows", "rows: 3 of 4,000")
     ]
-    assert run("recipes", option, "list") == 0
+    assert linchain("recipes", option, "list") == 0
     assert capsys.readouterr() == (loud.out, "an old download\nwarning: few rows\n")
-    assert run("recipes", "list", option, "--json", "--no-such") == 2
+    assert linchain("recipes", "list", option, "--json", "--no-such") == 2
     assert "--no-such" in capsys.readouterr().err
 
 
 def test_json_is_all_that_stdout_holds(capsys, monkeypatch):
     purposes = recipes.recipe_purposes
     monkeypatch.setattr(recipes, "recipe_purposes", lambda: console.note("listing") or purposes())
-    assert run("recipes", "list", "--json") == 0
+    assert linchain("recipes", "list", "--json") == 0
     shown = capsys.readouterr()
     assert {entry["name"]: entry["purpose"] for entry in json.loads(shown.out)} == dict(purposes())
     assert shown.err == "listing\n"
@@ -276,7 +271,7 @@ def test_notes_of_the_package_reach_the_user(capsys, monkeypatch):
 
     monkeypatch.setattr(cli, "app", note)
     for _ in range(2):
-        assert run("check") == 0
+        assert linchain("check") == 0
         assert capsys.readouterr().err == "Converting once\n"
 
 
@@ -284,16 +279,16 @@ def test_under_a_launcher_one_process_does_what_is_for_one(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     for words in (["recipes", "list"], ["merge", "no-such-run"]):
-        assert run(*words) == 0 and capsys.readouterr() == ("", "")
+        assert linchain(*words) == 0 and capsys.readouterr() == ("", "")
     monkeypatch.setenv("RANK", "0")
-    assert run("merge", "no-such-run") == 2
+    assert linchain("merge", "no-such-run") == 2
 
 
 def test_a_current_directory_that_is_gone_is_told(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    assert run("merge", str(tmp_path)) == 2
+    assert linchain("merge", str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith("error: the current directory was removed")
 
 
@@ -347,7 +342,7 @@ def test_torch_is_not_imported_for(arguments, tmp_path):
 def cpu_seconds(*arguments: str) -> float:
     """CPU time of a whole process: on an idle machine its wall time, and independent of what else runs."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    linchain(*arguments)
+    process(*arguments)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -364,7 +359,7 @@ def test_the_console_script_and_the_module_are_the_same():
     if not script.exists():
         pytest.skip("linchain is not installed in this environment")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, timeout=60)
-    assert done.stdout == linchain("--version").stdout
+    assert done.stdout == process("--version").stdout
 
 
 @pytest.mark.parametrize(
@@ -375,7 +370,7 @@ def test_what_the_system_refuses_is_told_with_its_place(monkeypatch, capsys, cod
         raise OSError(code, os.strerror(code), "/some/place")
 
     monkeypatch.setattr(recipes, "recipe_purposes", refused)
-    assert run("recipes", "list") == exit_code
+    assert linchain("recipes", "list") == exit_code
     said = capsys.readouterr().err
     assert said.startswith(f"error: /some/place: {os.strerror(code)}") and said.count("\n") == 1
 
@@ -389,7 +384,7 @@ def test_what_the_system_refuses_is_told_with_its_place(monkeypatch, capsys, cod
     ],
 )
 def test_an_override_written_as_an_option_is_told_how(words, said, capsys):
-    assert run("check", "recipe.yaml", *words) == 2
+    assert linchain("check", "recipe.yaml", *words) == 2
     assert capsys.readouterr().err == f"error: {words[0]}: a recipe's value is {said}\n"
 
 
@@ -408,7 +403,7 @@ def test_an_override_written_as_an_option_is_told_how(words, said, capsys):
     ],
 )
 def test_what_other_tools_take_is_told_how_it_is_done_here(words, said, capsys):
-    assert run(*words) == 2
+    assert linchain(*words) == 2
     assert said in capsys.readouterr().err
 
 

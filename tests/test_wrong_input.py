@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from linchain_cli.cli import main
+from .command_line import linchain
 
 LONG = "x" * 300  # longer than a file name can be
 
@@ -94,10 +94,9 @@ def _there(place, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words)[:80])
 def test_wrong_input_is_one_message_and_exit_code_2(words, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(words)
+    code = linchain(*words)
     said = capsys.readouterr().err
-    assert end.value.code == 2, said
+    assert code == 2, said
     assert "Traceback" not in said and "unexpected" not in said
     error = said[said.rindex("rror") :]
     assert 10 < len(error) < 1500 and error.count("\n") < 12, said

@@ -1,4 +1,4 @@
-"""A place to work in, with a checkpoint, test files and a run; and the command line within this process."""
+"""A place to work in, with a checkpoint, test files and a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 
-from linchain_cli import cli
 from linchain_cli.chain import ChainConfig, adapter_of, inject, save_adapter
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.loading import load_model
@@ -31,6 +30,11 @@ def workplace(tmp_path, monkeypatch, tiny_llama_dir, commonsense_rows):
         Path("data", task, "test.json").write_text(json.dumps(own))
     make_run("tuned")
     return tmp_path
+
+
+def read(path):
+    """A JSON file."""
+    return json.loads(Path(path).read_text())
 
 
 def make_run(name, status="finished", template="plain", seed=1, **data):
@@ -56,10 +60,3 @@ def make_run(name, status="finished", template="plain", seed=1, **data):
         adapter_of(model, config, {"path": "base", "hash": base_hash(Path("base"))}), run.adapter_dir
     )
     return run
-
-
-def linchain(*arguments):
-    """The exit code of the command line within this process."""
-    with pytest.raises(SystemExit) as end:
-        cli.main([str(argument) for argument in arguments])
-    return end.value.code

@@ -17,7 +17,8 @@ import torch
 from linchain_cli.evaluation.speaking import Speaker
 from linchain_cli.model.loading import load_model
 
-from .conftest import linchain, make_run
+from ..command_line import linchain
+from .conftest import make_run
 
 SHORT = ("--max-new-tokens", 6)
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,10 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from linchain_cli.cli import main
 from linchain_cli.commands import check_view
 from linchain_cli.model.tokenizer import load_tokenizer
+
+from ..command_line import linchain
 
 
 @pytest.fixture
@@ -35,30 +36,24 @@ def recipe(tmp_path, tiny_llama_dir, commonsense_rows, monkeypatch):
     return tmp_path / "recipe.yaml"
 
 
-def check(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["check", *map(str, arguments)])
-    return end.value.code
-
-
 def lines_of(text: str, start: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines() if line.startswith(start)]
 
 
 def test_what_auto_comes_to_is_shown(recipe, capsys):
     words = (recipe, "training.learning_rate=auto", "adapter.alpha=16")
-    assert check(*words) == 0
+    assert linchain("check", *words) == 0
     assert "learning rate 0.002, by auto: 0.001 for" in capsys.readouterr().out
-    assert check(*words, "--json") == 0
+    assert linchain("check", *words, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recipe"]["training"]["learning_rate"] == 2e-3 and "alpha" in found["auto_rate"]
 
 
 def test_with_json_stdout_holds_one_value_of_what_is_shown(recipe, capfd):
     arguments = (recipe, "training.warmup_steps=100", "evaluation.tasks=[everyday]", "evaluation.limit=7")
-    assert check(*arguments) == 0
+    assert linchain("check", *arguments) == 0
     shown = capfd.readouterr().out
-    assert check(*arguments, "--json") == 0
+    assert linchain("check", *arguments, "--json") == 0
     printed = capfd.readouterr()
     found = json.loads(printed.out)
     assert "Recipe" not in printed.err and "note: " not in printed.err
@@ -79,13 +74,13 @@ def test_with_json_stdout_holds_one_value_of_what_is_shown(recipe, capfd):
 
 
 def test_with_json_an_error_leaves_stdout_empty(recipe, capfd):
-    assert check(recipe, "--json", "adapter.target_modules=[q_prj]") == 2
+    assert linchain("check", recipe, "--json", "adapter.target_modules=[q_prj]") == 2
     printed = capfd.readouterr()
     assert printed.out == "" and "Did you mean 'q_proj'" in printed.err
 
 
 def test_everything_is_shown(recipe, capsys):
-    assert check(recipe) == 0
+    assert linchain("check", recipe) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out, "no colours where no terminal is"
     assert "warmup_steps: 0.05" in out, "defaults are written out"
@@ -114,34 +109,34 @@ def test_everything_is_shown(recipe, capsys):
 
 
 def test_numbers_that_a_short_run_cannot_reach_are_told(recipe, capsys):
-    assert check(recipe, "training.warmup_steps=100", "training.early_stopping=3") == 0
+    assert linchain("check", recipe, "training.warmup_steps=100", "training.early_stopping=3") == 0
     out = capsys.readouterr().out
     assert "note: training.warmup_steps: the run has 10 steps, and warm-up takes 100" in out
     assert "note: training.early_stopping: 3 validations without a lower loss cannot come before" in out
-    assert check(recipe) == 0
+    assert linchain("check", recipe) == 0
     assert "training.warmup_steps: the run" not in capsys.readouterr().out, "defaults fit any length"
 
 
 def test_a_run_that_is_there_already_is_told(recipe, capsys, tmp_path):
     (tmp_path / "runs" / "run").mkdir(parents=True)
     (tmp_path / "runs" / "run" / "mine.txt").write_text("x")
-    assert check(recipe, "name=run", f"output_dir={tmp_path / 'runs'}") == 0
+    assert linchain("check", recipe, "name=run", f"output_dir={tmp_path / 'runs'}") == 0
     assert "runs/run exists and is not a run directory; it is left alone." in capsys.readouterr().out
 
 
 def test_tasks_are_looked_at_too(recipe, capsys, tmp_path):
-    assert check(recipe, "evaluation.tasks=[everyday]", "evaluation.limit=7") == 0
+    assert linchain("check", recipe, "evaluation.tasks=[everyday]", "evaluation.limit=7") == 0
     out = capsys.readouterr().out
     assert "Evaluated afterwards, by likelihood" in out
     assert lines_of(out, "everyday") == [["everyday", "7", "everyday", "(test)"]]
     (tmp_path / "sums.jsonl").write_text('{"instruction": "1 + 1?", "answer": "2"}\n')
     (tmp_path / "sums.yaml").write_text("path: sums.jsonl\nanswer: number\n")
-    assert check(recipe, "evaluation.tasks=[sums.yaml]") == 2
+    assert linchain("check", recipe, "evaluation.tasks=[sums.yaml]") == 2
     assert "sums has no options whose likelihood could be compared" in capsys.readouterr().err
 
 
 def test_overrides_count(recipe, capsys):
-    assert check(recipe, "adapter.depth=0", "training.epochs=1", "data.template=plain") == 0
+    assert linchain("check", recipe, "adapter.depth=0", "training.epochs=1", "data.template=plain") == 0
     out = capsys.readouterr().out
     assert "the run takes 5 steps (1.00 epochs)" in out
     assert "Below is an instruction" not in out
@@ -161,7 +156,7 @@ def test_overrides_count(recipe, capsys):
     ],
 )
 def test_what_is_wrong_is_one_message(recipe, capsys, override, said):
-    assert check(recipe, override) == 2
+    assert linchain("check", recipe, override) == 2
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err
 
@@ -169,7 +164,7 @@ def test_what_is_wrong_is_one_message(recipe, capsys, override, said):
 def test_what_train_would_refuse_is_refused(recipe, capsys):
     config = recipe.parent / "model" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
-    assert check(recipe, "adapter.target_modules=[q_proj,lm_head]") == 2
+    assert linchain("check", recipe, "adapter.target_modules=[q_proj,lm_head]") == 2
     assert "'lm_head' shares its weight with 'model.embed_tokens'" in capsys.readouterr().err
 
 
@@ -179,15 +174,15 @@ def change(path, **values):
 
 def test_rows_that_the_model_cannot_read_are_told(recipe, capsys, tmp_path, tiny_gpt2_dir):
     change(tmp_path / "model" / "config.json", max_position_embeddings=100)
-    assert check(recipe) == 0
+    assert linchain("check", recipe) == 0
     assert "and the model was made for 100: it reads on" in capsys.readouterr().out
     change(tmp_path / "model" / "config.json", vocab_size=300)
-    assert check(recipe) == 2
+    assert linchain("check", recipe) == 2
     error = capsys.readouterr().err
     assert "train.jsonl:1 (row 1): the token " in error and "the model's embeddings end at 299" in error
     shutil.copytree(tiny_gpt2_dir, tmp_path / "gpt2", ignore=shutil.ignore_patterns("*.safetensors"))
     change(tmp_path / "gpt2" / "config.json", n_positions=100)
-    assert check(recipe, "model.path=gpt2", "adapter.target_modules=[c_attn]") == 2
+    assert linchain("check", recipe, "model.path=gpt2", "adapter.target_modules=[c_attn]") == 2
     assert "the model has 100 positions: set data.max_length to at most 100" in capsys.readouterr().err
 
 
@@ -247,19 +242,19 @@ def test_an_end_that_the_base_never_learned_to_write_is_told_before_anything_is_
     recipe, tiny_llama_dir, capsys
 ):
     words = (recipe, "--json")
-    assert check(*words) == 0
+    assert linchain("check", *words) == 0
     assert "never taught" not in capsys.readouterr().out  # without weights nobody can tell
     tensors = load_file(tiny_llama_dir / "model.safetensors")
     tokenizer = load_tokenizer(tiny_llama_dir)
     save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
-    assert check(*words) == 0
+    assert linchain("check", *words) == 0
     assert "never taught" not in capsys.readouterr().out
     tensors["lm_head.weight"][tokenizer.eos_token_id] = 0
     save_file(tensors, "model/model.safetensors", metadata={"format": "pt"})
-    assert check(*words) == 0
+    assert linchain("check", *words) == 0
     (told,) = (note for note in json.loads(capsys.readouterr().out)["notes"] if "never taught" in note)
     assert f"to write {tokenizer.eos_token}: " in told and "[all-linear, lm_head]" in told
-    assert check(recipe) == 0
+    assert linchain("check", recipe) == 0
     assert "never taught" in capsys.readouterr().out
-    assert check(*words, "adapter.target_modules=[q_proj,lm_head]") == 0
+    assert linchain("check", *words, "adapter.target_modules=[q_proj,lm_head]") == 0
     assert "never taught" not in capsys.readouterr().out

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from linchain_cli import storage
-from linchain_cli.cli import main
 from linchain_cli.recipe import load_recipe
 from linchain_cli.shipped import recipe_purposes, shipped_recipes
+
+from ..command_line import linchain
 
 
 @pytest.fixture(autouse=True)
@@ -19,14 +20,8 @@ def elsewhere(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def recipes(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["recipes", *arguments])
-    return end.value.code
-
-
 def test_list_shows_every_recipe_with_its_purpose(capsys):
-    assert recipes("list") == 0
+    assert linchain("recipes", "list") == 0
     lines = capsys.readouterr().out.splitlines()
     purposes = dict(recipe_purposes())
     assert [line.split(maxsplit=1) for line in lines] == [
@@ -42,11 +37,11 @@ def test_purposes_are_first_lines_that_are_comments():
 
 def test_convert_prints_a_recipe_that_says_the_same(elsewhere, capsys):
     (elsewhere / "theirs.yml").write_text("base_model: m\nlora_r: 8\ndatasets: [{path: x.jsonl}]\n")
-    assert recipes("convert", "theirs.yml") == 0
+    assert linchain("recipes", "convert", "theirs.yml") == 0
     (elsewhere / "ours.yaml").write_text(capsys.readouterr().out)
     recipe = load_recipe("ours.yaml")
     assert (recipe.name, recipe.model.path, recipe.adapter.rank) == ("theirs", "m", 8)
-    assert recipes("convert", "ours.yaml") == 2
+    assert linchain("recipes", "convert", "ours.yaml") == 2
     assert "ours.yaml: no configuration of Axolotl" in capsys.readouterr().err
 
 
@@ -57,7 +52,7 @@ def test_convert_reads_the_standard_input(capsys):
     before = os.dup(0)
     os.dup2(reading, 0)
     try:
-        assert recipes("convert", "-") == 0
+        assert linchain("recipes", "convert", "-") == 0
     finally:
         os.dup2(before, 0)
         os.close(before)
@@ -75,55 +70,55 @@ def test_convert_reads_the_standard_input(capsys):
 )
 def test_convert_says_what_it_takes(elsewhere, capsys, name, said):
     (elsewhere / "train.py").write_text("import trl\n")
-    assert recipes("convert", name) == 2
+    assert linchain("recipes", "convert", name) == 2
     assert said in capsys.readouterr().err
 
 
 def test_copy_writes_the_same_bytes_and_never_over_a_file(elsewhere, capsys):
-    assert recipes("copy", "figure2") == 0
+    assert linchain("recipes", "copy", "figure2") == 0
     copied = elsewhere / "figure2.yaml"
     assert copied.read_bytes() == shipped_recipes()["figure2"].read_bytes()
     assert load_recipe(copied).name == "figure2"
     copied.write_text("mine")
     capsys.readouterr()
-    assert recipes("copy", "figure2") == 2
+    assert linchain("recipes", "copy", "figure2") == 2
     assert "figure2.yaml exists and is left as it is" in capsys.readouterr().err
     assert copied.read_text() == "mine"
 
 
 def test_copy_over_a_file_only_when_asked(elsewhere):
     (elsewhere / "figure2.yaml").write_text("mine")
-    assert recipes("copy", "figure2", "--overwrite") == 0
+    assert linchain("recipes", "copy", "figure2", "--overwrite") == 0
     assert (elsewhere / "figure2.yaml").read_bytes() == shipped_recipes()["figure2"].read_bytes()
     (elsewhere / "linked.yaml").symlink_to("nowhere")
-    assert recipes("copy", "figure2", "--overwrite", "--out", "linked.yaml") == 2
+    assert linchain("recipes", "copy", "figure2", "--overwrite", "--out", "linked.yaml") == 2
     (elsewhere / "folder" / "figure2.yaml").mkdir(parents=True)
-    assert recipes("copy", "figure2", "--overwrite", "--out", "folder") == 2
+    assert linchain("recipes", "copy", "figure2", "--overwrite", "--out", "folder") == 2
 
 
 def test_copy_to_another_place(elsewhere, capsys):
     (elsewhere / "folder").mkdir()
-    assert recipes("copy", "figure2", "--out", "folder") == 0
-    assert recipes("copy", "figure2", "--out", "mine.yaml") == 0
+    assert linchain("recipes", "copy", "figure2", "--out", "folder") == 0
+    assert linchain("recipes", "copy", "figure2", "--out", "mine.yaml") == 0
     assert (elsewhere / "folder/figure2.yaml").is_file() and (elsewhere / "mine.yaml").is_file()
-    assert recipes("copy", "figure2", "--out", "no/such/place.yaml") == 2
+    assert linchain("recipes", "copy", "figure2", "--out", "no/such/place.yaml") == 2
     assert "no/such is not a directory" in capsys.readouterr().err
 
 
 def test_copy_does_not_follow_a_dangling_link(elsewhere):
     (elsewhere / "figure2.yaml").symlink_to("nowhere")
-    assert recipes("copy", "figure2") == 2
+    assert linchain("recipes", "copy", "figure2") == 2
 
 
 def test_copy_of_an_unknown_name_lists_them(capsys):
-    assert recipes("copy", "zzz") == 2
+    assert linchain("recipes", "copy", "zzz") == 2
     assert "There are: " in capsys.readouterr().err
-    assert recipes("copy", "figure2.yaml") == 2
+    assert linchain("recipes", "copy", "figure2.yaml") == 2
     assert "Did you mean 'figure2'?" in capsys.readouterr().err
 
 
 def test_schema_is_json(capsys):
-    assert recipes("schema") == 0
+    assert linchain("recipes", "schema") == 0
     assert json.loads(capsys.readouterr().out)["title"] == "Recipe"
 
 
@@ -132,7 +127,7 @@ def test_a_place_that_cannot_be_written_is_named(monkeypatch, capsys):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(storage, "write_atomic", read_only)
-    assert recipes("copy", "figure2") == 2
+    assert linchain("recipes", "copy", "figure2") == 2
     assert "figure2.yaml cannot be written: Read-only file system" in capsys.readouterr().err
-    assert recipes("copy", "figure2", "--out", "~nobody-knows/x.yaml") == 2
+    assert linchain("recipes", "copy", "figure2", "--out", "~nobody-knows/x.yaml") == 2
     assert "home directory is not known" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.run.jsonl import jsonl_bytes
 from linchain_cli.training.reproduction import compare_runs
 
-from .conftest import linchain
+from ..command_line import linchain
 from .test_train import RECIPE
 
 

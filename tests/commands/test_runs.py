@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from linchain_cli.cli import main
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, jsonl_bytes, locked
+
+from ..command_line import linchain
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +39,7 @@ def make_run(path: Path, depth: int = 3, age: timedelta = timedelta(), **status)
 
 
 def runs(capsys, *words: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as end:
-        main(["runs", *words])
-    shown = capsys.readouterr()
-    return end.value.code, shown.out, shown.err
+    return (linchain("runs", *words), *capsys.readouterr())
 
 
 def listed(capsys, *words: str) -> dict[str, dict]:

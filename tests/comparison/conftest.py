@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from linchain_cli.run import ComparisonDirectory, RunDirectory, read_jsonl
+
+WORDS = ["adapter.depth=0,3"]
+TIMES = ("tokens_per_second", "step_seconds", "peak_memory_bytes")
 RECIPE = """
 name: tiny
 output_dir: {root}
@@ -23,6 +27,17 @@ training:
   log_every: 1
   eval_every: 2
 """
+
+
+def metrics(run: RunDirectory) -> list[dict]:
+    """What a run logged, without what another run of the same takes longer or shorter for."""
+    return [
+        {key: value for key, value in row.items() if key not in TIMES} for row in read_jsonl(run.metrics_path)
+    ]
+
+
+def runs_of(directory: ComparisonDirectory) -> dict[str, RunDirectory]:
+    return {path.name: RunDirectory(path) for path in sorted(directory.arms_dir.iterdir()) if path.is_dir()}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,12 +76,26 @@ def finished(write_recipe, tmp_path_factory):
     """(recipe file, comparison, results) of two arms with two seeds; tests only read it."""
     from linchain_cli.comparison.grid import expand
     from linchain_cli.comparison.runner import run_comparison
-    from linchain_cli.run import ComparisonDirectory
 
     root = tmp_path_factory.mktemp("comparison")
     path = write_recipe(root)
     return (
         path,
         ComparisonDirectory(root / "tiny"),
-        run_comparison(expand(path, ["adapter.depth=0,3"]), [1, 2]),
+        run_comparison(expand(path, WORDS), [1, 2]),
     )
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """The recipes a base model was loaded for."""
+    from linchain_cli.comparison import runner
+
+    seen, load = [], runner.load_base
+
+    def counted(recipe, *others):
+        seen.append(recipe.name)
+        return load(recipe, *others)
+
+    monkeypatch.setattr(runner, "load_base", counted)
+    return seen

@@ -6,15 +6,11 @@ import json
 
 import pytest
 
-from linchain_cli.cli import main
+from linchain_cli.commands.compare import parse_seeds
 from linchain_cli.errors import InputError
 from linchain_cli.run import ComparisonDirectory, find_run
 
-
-def linchain(*words: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(words)
-    return end.value.code
+from ..command_line import linchain
 
 
 def test_from_the_command_line_to_a_page(recipe_path, tmp_path, capsys):
@@ -67,3 +63,11 @@ def test_wrong_words_are_told_in_one_message(recipe_path, words, message, capsys
     assert linchain("compare", str(recipe_path), *words) == 2
     shown = capsys.readouterr().err
     assert message in shown and "Traceback" not in shown
+
+
+def test_seeds():
+    assert parse_seeds("1,2,3") == [1, 2, 3]
+    assert parse_seeds("7, 7,4294967295") == [7, 4294967295]
+    for text in ("", "1,", "1.5", "-1", "x", "4294967296"):
+        with pytest.raises(InputError, match="--seeds"):
+            parse_seeds(text)

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from linchain_cli.cli import main
 from linchain_cli.commands.tune import lines
 from linchain_cli.comparison import tuning
 from linchain_cli.comparison.tuning import (
@@ -29,6 +28,7 @@ from linchain_cli.training import loop, range_test
 from linchain_cli.training.range_test import RangePoint, rising_rates
 
 from ..classifiers import KINDS, make_checkpoint, pair_rows, write_rows
+from ..command_line import linchain
 
 # Of 60 steps each part takes 12: the tiny model learns something, and a rate of 0.3 is too high for it.
 WORDS = ["training.max_steps=60", "training.learning_rate=auto"]
@@ -138,18 +138,15 @@ def test_a_rate_that_fails_has_no_loss(recipe_path, monkeypatch):
     ],
 )
 def test_wrong_input_is_one_message(recipe_path, words, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["tune", str(recipe_path), *words])
+    assert linchain("tune", recipe_path, *words) == 2
     shown = capsys.readouterr().err
-    assert end.value.code == 2 and message in shown and "Traceback" not in shown
+    assert message in shown and "Traceback" not in shown
 
 
 def test_what_it_shows(tuned, capsys):
     path, directory, found = tuned
     for words in ([], ["--json"]):
-        with pytest.raises(SystemExit) as end:
-            main(["tune", str(path), *WORDS, *words])
-        assert end.value.code == 0
+        assert linchain("tune", path, *WORDS, *words) == 0
         shown = capsys.readouterr().out
         if words:
             assert json.loads(shown)["rate"] == found.rate

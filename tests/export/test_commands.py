@@ -13,17 +13,12 @@ import yaml
 
 from linchain_cli import storage
 from linchain_cli.chain import delta_weight, load_adapter
-from linchain_cli.cli import main
 from linchain_cli.data.fingerprint import tokenizer_hash
 from linchain_cli.model.computed import computed_values
 from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.run import RunBase, RunDirectory
 
-
-def linchain(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
+from ..command_line import linchain
 
 
 def files_of(directory) -> dict[str, bytes]:

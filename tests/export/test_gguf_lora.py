@@ -8,7 +8,6 @@ import torch
 from transformers import modeling_gguf_pytorch_utils as reading
 
 from linchain_cli.chain import Adapter, ChainConfig, adapter_of, delta_weight, detach, inject
-from linchain_cli.cli import main
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.export import gguf_lora
 from linchain_cli.export.card import PublishedBase
@@ -16,12 +15,7 @@ from linchain_cli.export.gguf_lora import ADAPTER_FILE, LAYOUTS, prove_gguf, wri
 from linchain_cli.export.modelfile import modelfile
 from linchain_cli.model.config import empty_model
 
-
-def linchain(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
-
+from ..command_line import linchain
 
 # Whose GGUF files transformers reads by itself, with its own knowledge of llama.cpp's names and layouts.
 READ_BY_TRANSFORMERS = [

@@ -12,7 +12,8 @@ import yaml
 from linchain_cli.chain import load_adapter
 from linchain_cli.run import RunDirectory
 
-from .test_commands import files_of, linchain
+from ..command_line import linchain
+from .test_commands import files_of
 
 
 def test_an_imported_adapter_is_a_run(make_run, base_of, capsys, tmp_path):

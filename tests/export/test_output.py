@@ -23,6 +23,7 @@ from linchain_cli.export.merge import MergeOptions, merge_checkpoint
 from linchain_cli.export.output import check_disk, check_output, parse_size, staged_output
 from linchain_cli.export.receipts import MergeReceipt, check_replaceable
 
+from ..command_line import linchain
 from ..failing import failing_at_each_call
 
 Usage = namedtuple("Usage", "total used free")
@@ -178,7 +179,6 @@ def test_overwrite_leaves_what_another_hand_wrote(merged, change, message):
 
 
 def test_overwrite_leaves_other_directories(tmp_path, make_run, base_of, capsys):
-    from linchain_cli.cli import main
 
     run, other = make_run(base_of("llama"), targets=["q_proj"]), make_run(base_of("llama"), name="other")
     people = tmp_path / "people"
@@ -186,9 +186,7 @@ def test_overwrite_leaves_other_directories(tmp_path, make_run, base_of, capsys)
     (people / "thesis.tex").write_text("years of work")
     for command in ("merge", "export"):
         for place in (people, other.path):
-            with pytest.raises(SystemExit) as end:
-                main([command, str(run.path), "--out", str(place), "--overwrite"])
-            assert end.value.code == 2
+            assert linchain(command, run.path, "--out", place, "--overwrite") == 2
             assert f"replaces only what 'linchain {command}' wrote" in capsys.readouterr().err
     assert (people / "thesis.tex").read_text() == "years of work"
     assert (other.adapter_dir / "chain.safetensors").exists()

@@ -9,17 +9,11 @@ import pytest
 from huggingface_hub import constants
 
 from linchain_cli.chain import load_adapter
-from linchain_cli.cli import main
 from linchain_cli.errors import InputError
 from linchain_cli.export.publish import plan_publication
 
+from ..command_line import linchain
 from .hub import COMMIT, TOKEN, running_hub
-
-
-def linchain(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
 
 
 @pytest.fixture

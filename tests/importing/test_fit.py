@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 from linchain_cli.chain import attach, load_adapter
-from linchain_cli.cli import main
 from linchain_cli.errors import InputError
 from linchain_cli.importing.convert import import_adapter
 from linchain_cli.importing.fit import fit_to_model, short_targets
@@ -21,15 +20,11 @@ from linchain_cli.importing.foreign import read_foreign
 from linchain_cli.model.config import empty_model
 from linchain_cli.model.loading import load_model
 
+from ..command_line import linchain
+
 IDS = torch.tensor([[5, 6, 7, 8, 9, 20, 30]])
 PATH = "model.layers.0.self_attn.q_proj"
 PREFIX = f"base_model.model.{PATH}"
-
-
-def linchain(*arguments) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(argument) for argument in arguments])
-    return end.value.code
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
