@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from linchain_cli.commands.origin import NamedRun, name_run
 from linchain_cli.errors import InputError
-from linchain_cli.run import RunDirectory, is_adapter, is_run, runs_below
+from linchain_cli.run import ComparisonDirectory, RunDirectory, is_adapter, is_run, runs_below
 from linchain_cli.storage import expand
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def find_subject(name: str | None, base: str | None = None, allow_other_base: bo
 
     if name is not None and name.startswith("~"):
         name = str(expand(name))
-    if name is None or is_run(name) or is_adapter(name):
+    if name is None or is_run(name) or is_adapter(name) or ComparisonDirectory(name).exists():
         named = name_run(name)
         return Subject(named.opened.name, named, base, allow_other_base)
     if base is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -342,11 +343,12 @@ class _Runner:
     def _note_sparse_validation(self, data: PreparedData) -> None:
         training = self.definition.base.training
         steps = total_steps(training, len(data.train))
-        times = validations(training, steps, len(data.train))
-        if times < 5:
+        times, every = validations(training, steps, len(data.train)), max(1, steps // 10)
+        more = math.ceil(steps / every)
+        if times < min(5, more):
             note(
                 f"only {times} validation(s) in {steps} steps: the loss curves will be coarse;"
-                f" training.eval_every={max(1, steps // 10)} would give ten"
+                f" training.eval_every={every} would give {more}"
             )
 
     def _evaluate(self, recipe: Recipe, run: RunDirectory) -> None:

@@ -81,13 +81,13 @@ def table_cells(rows: Sequence[Row], rates: bool) -> list[dict[str, str]]:
         cells |= {
             "validation loss": spread(row["validation_loss"]),
             "reference": "" if common else row["reference"],
-            f"difference to {against} [95 %]": difference(row["difference"]["validation_loss"]),
+            f"difference to {against} [95 %]": _difference_of(row, "validation_loss"),
             "smallest telling difference": smallest_telling(row["difference"]["validation_loss"]),
             "area under the curve": spread(row["area"]),
-            "difference of areas [95 %]": difference(row["difference"]["area"]),
+            "difference of areas [95 %]": _difference_of(row, "area"),
             f"tokens to {against}'s final loss": reached(row["tokens_to_reference"]),
             "accuracy": spread(row["accuracy"]),
-            "difference of accuracies [95 %]": difference(row["difference"]["accuracy"]),
+            "difference of accuracies [95 %]": _difference_of(row, "accuracy"),
             "smallest telling difference of accuracies": smallest_telling(row["difference"]["accuracy"]),
             "seconds per step": number(row["step_seconds"], 3),
             "memory": gigabytes(row["peak_memory_bytes"]),
@@ -95,9 +95,12 @@ def table_cells(rows: Sequence[Row], rates: bool) -> list[dict[str, str]]:
         }
         lines.append(cells)
     shown = [name for name in (lines[0] if lines else {}) if any(line[name] for line in lines)]
-    if not any(line.get("accuracy") for line in lines):
-        shown = [name for name in shown if name != "difference of accuracies [95 %]"]
     return [{name: line[name] for name in shown} for line in lines]
+
+
+def _difference_of(row: Row, measure: str) -> str:
+    """The difference of a measure, where the row has that."""
+    return difference(row["difference"][measure]) if row[measure] else ""
 
 
 def table_titles(results: Mapping[str, Any]) -> list[tuple[str, list[Row], bool]]:

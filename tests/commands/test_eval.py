@@ -172,6 +172,7 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
         (["eval", "base", "--tasks", "bolq"], "Did you mean 'boolq'?"),
         (["eval", "base", "--tasks", "boolq", "--data-dir", "nowhere"], "there is no such directory"),
         (["eval", "base", "--tasks", "mawps", "--data-dir", "data"], "data/mawps/test.json"),
+        (["eval", "compared"], "compared is a comparison: name one of its runs, which lie in compared/arms/"),
         (["eval", "runs/nothing", "--tasks", "boolq", "--data-dir", "data"], "runs/nothing"),
         (["eval", "runs/unfinished"], "was killed and has no checkpoint yet"),
         (["eval", "tuned"], "Did you mean 'runs/tuned'?"),
@@ -187,6 +188,8 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
 )
 def test_wrong_input_is_one_message(workplace, capsys, arguments, reason):
     make_run("unfinished", status="running")
+    Path("compared").mkdir()
+    Path("compared", "comparison.json").write_text("{}")
     assert linchain(*arguments) == 2
     error = capsys.readouterr().err
     assert reason in error and "Traceback" not in error

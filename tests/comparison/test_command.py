@@ -27,7 +27,7 @@ def test_from_the_command_line_to_a_page(recipe_path, tmp_path, capsys):
     assert "At the recipe's learning rate (0.003)" in shown.out
     assert "Each arm at its best learning rate" in shown.out
     assert "run 8 of 8: depth-3-kaiming_learning_rate-0.01_seed-2" in shown.err
-    assert "only 1 validation(s) in 2 steps" in shown.err
+    assert "only 1 validation(s) in 2 steps" in shown.err and "eval_every=1 would give 2" in shown.err
     for path in (
         directory.table_path,
         directory.runs_table_path,

@@ -249,6 +249,14 @@ def test_the_reference_is_the_lora_that_is_like_the_arm(compared):
     assert shown[0]["reference"] == "LoRA, rank 8"  # two references: each line names its own
 
 
+def test_what_was_not_measured_has_no_column(compared):
+    arms, rate = compared(["adapter.depth=0,3"], {"depth-0": {1: 1.0}, "depth-3-kaiming": {1: 0.5}})
+    rows = [row | {"area": None} for row in at_recipe_rate(arms, rate)]
+    (columns,) = {tuple(line) for line in table_cells(rows, rates=False)}
+    assert any(name.startswith("difference to LoRA") for name in columns)
+    assert not [name for name in columns if "area" in name or "accurac" in name]
+
+
 def test_without_lora_the_first_arm_is_the_reference(compared):
     arms, rate = compared(["adapter.depth=1,3"], {"depth-1-kaiming": {1: 1.0}, "depth-3-kaiming": {1: 0.5}})
     rows = at_recipe_rate(arms, rate)
