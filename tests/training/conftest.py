@@ -4,6 +4,7 @@ imported all.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -251,19 +252,22 @@ def recipe_file(tmp_path: Path, recipe_of) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
-    """stop_after(step): the run dies when it begins the step behind that one; stop_after(None): no more."""
+def dies_after(monkeypatch):
+    """`with dies_after(step):` what trains in the block dies when it begins the step behind that one."""
     from linchain_cli.errors import LinchainError
     from linchain_cli.training import loop
 
     original = loop.optimizer_step
 
-    def set_up(step: int | None) -> None:
+    @contextlib.contextmanager
+    def dying(step: int) -> Iterator[None]:
         def step_or_die(job, *args):
             if job.state.step == step:
                 raise LinchainError("pulled the plug")
             return original(job, *args)
 
-        monkeypatch.setattr(loop, "optimizer_step", step_or_die)
+        with monkeypatch.context() as patch, pytest.raises(LinchainError, match="pulled the plug"):
+            patch.setattr(loop, "optimizer_step", step_or_die)
+            yield
 
-    return set_up
+    return dying

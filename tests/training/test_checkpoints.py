@@ -17,21 +17,10 @@ FILES = ["chain.safetensors", "chain.json", "optimizer.safetensors", "state.json
 
 
 @pytest.fixture
-def stopped(run_tiny, recipe_of, monkeypatch) -> RunDirectory:
+def stopped(run_tiny, recipe_of, dies_after) -> RunDirectory:
     """A run that died in its sixth step, with checkpoints of steps 2 and 4."""
-    from linchain_cli.training import loop
-
-    original = loop.optimizer_step
-
-    def dies(job, *args):
-        if job.state.step == 5:
-            raise RuntimeError("died")
-        return original(job, *args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "optimizer_step", dies)
-        with pytest.raises(RuntimeError, match="died"):
-            run_tiny()
+    with dies_after(5):
+        run_tiny()
     run = RunDirectory(recipe_of().run_path)
     assert CheckpointStore(run.checkpoints_dir, 2).steps() == [2, 4]
     return run
