@@ -271,7 +271,7 @@ def use_attention(model: PreTrainedModel, name: str) -> bool:
 
     def values() -> Tensor:
         if is_classifier(model):  # whose logits are a few numbers for the whole row
-            return model.base_model(input_ids=ids).last_hidden_state
+            return model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
         return model(input_ids=ids, use_cache=False).logits
 
     expected = values()

@@ -272,7 +272,7 @@ def settled(recipe: Recipe, data: PreparedData) -> Recipe:
 
 def _any_forward(base: Base, rows: Tensor) -> Tensor:
     if base.outputs is not None:
-        return base.model.base_model(input_ids=rows).last_hidden_state
+        return base.model.base_model(input_ids=rows, attention_mask=torch.ones_like(rows)).last_hidden_state
     return hidden_states(base.model, rows)
 
 
