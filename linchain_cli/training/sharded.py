@@ -170,7 +170,7 @@ class _Form:
         scales = {
             path: {
                 key: value.cpu() if isinstance(value, Tensor) else value
-                for key, value in module.quant_state.as_dict().items()
+                for key, value in module.quant_state.as_dict(packed=True).items()
             }
             for path, module in block.named_modules()
             if getattr(module, "quant_state", None) is not None
