@@ -49,8 +49,11 @@ def nearest(name: str, names: Iterable[str], alike: float = 0.6) -> str | None:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """A sentence to put behind a message: ` Did you mean 'rank'?`, or nothing."""
-    found = nearest(name, names)
+    """A sentence to put behind a message: ` Did you mean 'rank'?`, or nothing. What alone begins with `name`
+    comes before what is like it."""
+    names = list(names)
+    begun = [one for one in names if len(name) > 2 and one.startswith(name)]
+    found = begun[0] if len(begun) == 1 else nearest(name, names)
     return f" Did you mean '{found}'?" if found else ""
 
 

@@ -48,7 +48,10 @@ class Entry:
 def run(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="The directory that holds the runs: a recipe's output_dir."),
+        typer.Argument(
+            metavar="DIR",
+            help="The directory that holds the runs: a recipe's output_dir; or a comparison, or one run.",
+        ),
     ] = Path("runs"),
     json: Json = False,
 ) -> None:
@@ -67,12 +70,13 @@ def run(
 
 
 def entries_below(directory: Path) -> list[Entry]:
-    """The runs and comparisons that lie directly in a directory, newest first; what is hidden is on its way
-    in or out."""
+    """The runs and comparisons that lie directly in a directory, newest first: of a comparison its arms',
+    and a run itself. What is hidden is on its way in or out."""
     from linchain_cli.run import ComparisonDirectory, RunDirectory
 
-    found = []
-    for path in sorted(directory.glob("[!.]*")):
+    found, compared = [], ComparisonDirectory(directory)
+    place = compared.arms_dir if compared.exists() else directory
+    for path in [place] if RunDirectory(place).exists() else sorted(place.glob("[!.]*")):
         if (one := RunDirectory(path)).exists():
             found.append(entry_of(one))
         elif (comparison := ComparisonDirectory(path)).exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +107,8 @@ def find_adapter(path: Path | str | None) -> Opened:
     state = "is going on" if going_on else "was killed" if status.status == "running" else status.ended
     steps = _checkpoints(run)
     if not steps:
-        way = "wait for one" if going_on else "continue it with 'linchain train RECIPE --resume'"
+        again = f"continue it with 'linchain train {shlex.quote(str(run.recipe_path))} --resume'"
+        way = "wait for one" if going_on else again
         raise InputError(f"{run.path} {state} and has no checkpoint yet: {way}")
     step = max(steps)
     note = f"{run.path} {state}: taking its newest checkpoint, {steps[step].name}"

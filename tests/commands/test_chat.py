@@ -96,6 +96,7 @@ def test_answers_are_drawn_when_asked_for(workplace, chat):
     ("arguments", "lines", "reason"),
     [
         ((), ["/rest"], "there is no command /rest. Did you mean '/reset'?"),
+        ((), ["/temp 1"], "there is no command /temp. Did you mean '/temperature'?"),
         (
             (),
             ["/use tuned2"],

@@ -174,7 +174,10 @@ def test_published_rows_are_shown_on_request(workplace, capsys):
         (["eval", "base", "--tasks", "mawps", "--data-dir", "data"], "data/mawps/test.json"),
         (["eval", "compared"], "compared is a comparison: name one of its runs, which lie in compared/arms/"),
         (["eval", "runs/nothing", "--tasks", "boolq", "--data-dir", "data"], "runs/nothing"),
-        (["eval", "runs/unfinished"], "was killed and has no checkpoint yet"),
+        (
+            ["eval", "runs/unfinished"],
+            "no checkpoint yet: continue it with 'linchain train runs/unfinished/recipe.yaml --resume'",
+        ),
         (["eval", "tuned"], "Did you mean 'runs/tuned'?"),
         (["eval", "base", "--tasks", "boolq", "--base", "base"], "--base is for runs, and base is none"),
         (["generate", "runs/tuned"], "runs/tuned is a model, and the prompt is missing"),

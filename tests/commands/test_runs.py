@@ -114,6 +114,7 @@ def test_the_newest_stands_first(here, capsys):
     for name, days in {"old": 9, "new": 1, "middle": 4}.items():
         make_run(here / "elsewhere" / name, age=timedelta(days=days))
     assert list(listed(capsys, "elsewhere")) == ["new", "middle", "old"]
+    assert list(listed(capsys, "elsewhere/old")) == ["old"]
     _, out, _ = runs(capsys, "elsewhere")
     assert [line.split("  ")[-1].strip() for line in out.splitlines()[1:]] == ["24 h", "4 d", "9 d"]
 
@@ -134,6 +135,7 @@ def test_a_comparison_is_one_line(here, capsys):
     entry = listed(capsys)["arms"]
     assert (entry["kind"], entry["status"], entry["loss"]) == ("comparison", "2 of 4 runs finished", 1.5)
     assert (entry["base"], entry["data"]) == ("org/base", ["rows.json"])
+    assert set(listed(capsys, str(directory.path))) == {"depth-0_seed-1", "depth-0_seed-2"}
     directory.definition_path.write_text("{")
     assert listed(capsys)["arms"]["status"] == "damaged"
 
