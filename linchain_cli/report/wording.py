@@ -18,33 +18,33 @@ def number(found: Row | None, digits: int = 4) -> str:
     return f"{found['mean']:.{digits}f}" if found else ""
 
 
-def spread(found: Row | None, digits: int = 4) -> str:
+def spread(found: Row | None) -> str:
     """`0.1683 ± 0.0012`, without the spread where there is one seed."""
     if not found:
         return ""
-    return number(found, digits) + (f" ± {found['sd']:.{digits}f}" if found["sd"] is not None else "")
+    return number(found) + (f" ± {found['sd']:.4f}" if found["sd"] is not None else "")
 
 
-def difference(found: Row | None, digits: int = 4) -> str:
+def difference(found: Row | None) -> str:
     """`−0.0031 [−0.0050, −0.0012] lower`, or the word that stands in its place."""
     if not found:
         return ""
     if "mean" not in found:
         return found["verdict"]
-    value = _signed(found["mean"], digits)
+    value = _signed(found["mean"])
     if found["interval"] is None:
         return f"{value} ({found['verdict']})"
-    low, high = (_signed(bound, digits) for bound in found["interval"])
+    low, high = (_signed(bound) for bound in found["interval"])
     return f"{value} [{low}, {high}] {found['verdict']}"
 
 
-def smallest_telling(found: Row | None, digits: int = 4) -> str:
+def smallest_telling(found: Row | None) -> str:
     """`0.0040`: the difference that would have been called lower or higher."""
     value = (found or {}).get("smallest_telling")
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else f"{value:.4f}"
 
 
-def _signed(value: float, digits: int) -> str:
+def _signed(value: float, digits: int = 4) -> str:
     """With a minus sign, behind which no line breaks, instead of a hyphen."""
     return f"{value:+.{digits}f}".replace("-", "−")
 
