@@ -15,7 +15,7 @@ from linchain_cli import run as runs
 from linchain_cli import storage
 from linchain_cli.chain import load_adapter, named_tensors, save_adapter
 from linchain_cli.console import note, warn
-from linchain_cli.errors import LinchainError, Stopped
+from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.machine import SharedCpus, limit_threads
 from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.run import KeptAdapter, RunDirectory, Timings
@@ -71,6 +71,7 @@ def run_training(
         Stopped: a signal ended it after a checkpoint. LinchainError: it failed.
         SystemExit: on one of several processes, when another one tells the error.
     """
+    _refuse_place_without_text()
     check_trackers(recipe)
     refuse_optimizer(recipe.training)
     limit_threads()
@@ -118,6 +119,17 @@ def run_training(
         if signum := from_main(accelerator, lambda: stop.signum):  # it came too late to stop a step
             raise_on_all(accelerator, Stopped(f"{run.path} is finished; nothing was done after that", signum))
     return job
+
+
+def _refuse_place_without_text() -> None:
+    """Raises InputError where the name of the current directory, which run.json tells, is in an encoding of
+    its own. Names that a recipe gives are text."""
+    place = os.getcwd()
+    try:
+        place.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(place).decode(errors="backslashreplace")
+        raise InputError(f"{shown}: this directory's name is not UTF-8: train in another one") from None
 
 
 def finished_job(run: RunDirectory) -> Job:

@@ -130,6 +130,16 @@ def test_an_output_head_of_its_own_trains(run_tiny, capfd):
     assert "chains on 11.1% of the blocks' weights; without: mlp.gate_proj 22.2%" in capfd.readouterr().err
 
 
+def test_a_directory_whose_name_no_file_can_hold_is_refused_at_once(
+    run_tiny, recipe_of, tmp_path, monkeypatch
+):
+    (place := tmp_path / os.fsdecode(b"caf\xe9")).mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(InputError, match=r"caf\\xe9: this directory's name is not UTF-8"):
+        run_tiny()
+    assert not recipe_of().run_path.exists()
+
+
 def test_a_directory_that_is_no_run_is_left_alone(run_tiny, recipe_of):
     path = recipe_of().run_path
     path.mkdir(parents=True)
