@@ -101,7 +101,8 @@ def _checked(content: dict[str, Any], kind: type[Record], path: Path) -> Record:
     from pydantic import ValidationError
 
     try:
-        return _adapter(kind).validate_json(json.dumps(content), strict=True)
+        text = storage.utf8(json.dumps(content, ensure_ascii=False))
+        return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, first["loc"]))

@@ -178,7 +178,13 @@ def staged_file(path: Path) -> Iterator[Path]:
 
 def json_bytes(value: Any) -> bytes:
     """Indented JSON as the project writes it everywhere: UTF-8, a newline at the end, NaN refused."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return utf8(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def utf8(json_text: str) -> bytes:
+    """JSON as bytes. For half a character (a byte that is no UTF-8 in a file's name, say) a question mark
+    stands: strict readers of JSON refuse its escape, too."""
+    return json_text.encode(errors="replace")
 
 
 def write_json(path: Path, value: Any) -> None:

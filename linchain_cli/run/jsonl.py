@@ -32,7 +32,8 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 def jsonl_bytes(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """Rows as `append_jsonl` writes them."""
-    return b"".join(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n" for row in rows)
+    texts = (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows)
+    return b"".join(storage.utf8(text) + b"\n" for text in texts)
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import gzip
 import http.server
 import json
 import lzma
+import os
 import threading
 from pathlib import Path
 
@@ -312,3 +313,17 @@ def test_no_link_in_a_directory_is_passed_over_in_silence(tmp_path, read, prepar
     for source in (rows, rows / "*.jsonl"):
         with pytest.raises(InputError, match=r"no file .*c.jsonl .*is a link to /nowhere/mounted"):
             read(source)
+
+
+def test_a_name_that_is_no_utf8_is_one_as_any(tmp_path, prepare):
+    """As files from before UTF-8 have them: the name comes into reports, hashes and messages."""
+    content = b'{"instruction": "a", "output": "b"}\n' * 3 + b"nonsense\n"
+    (folder := tmp_path / "rows").mkdir()
+    path = os.path.join(os.fsencode(folder), b"caf\xe9.jsonl")
+    with open(path, "wb") as handle:
+        handle.write(content)
+    os.utime(path, (0, 0))
+    for name in (os.fsdecode(path), f"{folder}/caf?.jsonl"):  # written, and read again
+        report = prepare(str(folder), on_bad_row="skip").report
+        assert report.bad_examples[0].startswith(f"{name}:4 (row 4): not JSON")
+    assert report.cached

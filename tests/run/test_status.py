@@ -85,6 +85,12 @@ def test_an_update_keeps_what_it_does_not_know_and_writes_the_present_version(tm
     assert run.read_status().base == RunBase(path="org/tiny") and run.read_status().step == 3
 
 
+def test_a_name_that_is_no_utf8_has_a_question_mark(tmp_path):
+    run = run_of(tmp_path, TRAINED)
+    run.update_status(rows={"bad_examples": ["caf\udce9.jsonl:4"]})
+    assert run.read_status().rows == {"bad_examples": ["caf?.jsonl:4"]}
+
+
 def test_what_the_format_does_not_know_is_not_written(tmp_path):
     run = run_of(tmp_path, TRAINED)
     with pytest.raises(TypeError, match="RunStatus has no field colour"):
