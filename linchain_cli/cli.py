@@ -254,6 +254,8 @@ def _call(arguments: list[str]) -> int:
     try:
         app(args=arguments, prog_name="linchain")
     except SystemExit as end:
+        if isinstance(getattr(end.__context__, "__cause__", None), KeyboardInterrupt):
+            raise KeyboardInterrupt from None  # which Typer ends without a word
         return end.code if isinstance(end.code, int) else 0
     return 0
 

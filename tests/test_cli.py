@@ -187,7 +187,7 @@ def test_a_command_without_its_arguments_shows_its_help(command, capsys):
         (Stopped("saved at step 3", signal.SIGTERM), 143, "error: saved at step 3\n"),
         (Stopped("saved at step 3", signal.SIGINT), 130, "error: saved at step 3\n"),
         (ValueError("two\nlines"), 1, "error: unexpected ValueError: two lines (--debug shows where)\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "stopped"),
         (MemoryError("for 3 TB"), 1, "error: the memory is not enough (for 3 TB)\n"),
         (RuntimeError("Symlink loop from 'a'"), 2, "error: 'a': a link that leads back to itself\n"),
         (RuntimeError("DefaultCPUAllocator: can't allocate"), 1, "error: the memory is not enough"),
