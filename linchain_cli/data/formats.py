@@ -141,14 +141,10 @@ def _text(column: str, value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (int, float, Decimal)):
         return str(value)
+    hint = "; conversations are for data.template: chat" if messages.are_turns(value) else ""
     raise RowError(
-        f"'{column}' is {readers.shown(value)} ({type(value).__name__}), where a text is expected"
-        + _other_template(value)
+        f"'{column}' is {readers.shown(value)} ({type(value).__name__}), where a text is expected{hint}"
     )
-
-
-def _other_template(value: Any) -> str:
-    return "; conversations are for data.template: chat" if messages.are_turns(value) else ""
 
 
 def _history(value: Any) -> list[tuple[str, str]]:

@@ -55,16 +55,16 @@ def _is_slice(split: str | None) -> bool:
 
 @dataclass(frozen=True)
 class _Registered:
-    """A data set known by name: a local file of one of these names, else a hub id."""
+    """A data set known by name: a local file of that name, else a hub id; generated without a file."""
 
-    files: tuple[str, ...] = ()
+    file: str | None = None
     hub: str | None = None
     origin: str = ""
 
 
 _REGISTERED = {
-    "commonsense170k": _Registered(("commonsense_170k.json",), "zwhe99/commonsense_170k"),
-    "math10k": _Registered(("math_10k.json",), None, "ft-training_set/ of the LLM-Adapters repository"),
+    "commonsense170k": _Registered("commonsense_170k.json", "zwhe99/commonsense_170k"),
+    "math10k": _Registered("math_10k.json", None, "ft-training_set/ of the LLM-Adapters repository"),
     "everyday": _Registered(),
 }
 DATASET_NAMES = tuple(_REGISTERED)
@@ -121,7 +121,7 @@ def stand_in(source: Source) -> str | None:
         split, file = task.validation
         return f"{task.directory}/{file if source.split == split else 'train.tsv'}"
     known = _REGISTERED.get(source.name)
-    return known.files[0] if known and known.files else None
+    return known.file if known else None
 
 
 def _of_glue(found: GlueSource, name: str, settings: dict[str, Any]) -> Source:
@@ -142,18 +142,16 @@ def _beside(path: Path) -> list[str]:
 
 def _registered(name: str, settings: dict[str, Any], data_dir: str | Path | None) -> Source:
     known = _REGISTERED[name]
-    if not known.files:
+    if known.file is None:
         return Source(name, "generated", name, **settings)
     for folder in _data_folders(data_dir):
-        for file in known.files:
-            if (folder / file).is_file():
-                return Source(
-                    name, "files", str(folder / file), **settings, files=find_files(f"{folder / file}")
-                )
+        path = str(folder / known.file)
+        if os.path.isfile(path):
+            return Source(name, "files", path, **settings, files=find_files(path))
     if known.hub:
         return Source(name, "hub", known.hub, **settings)
     raise InputError(
-        f"data: '{name}' needs the file {known.files[0]} (from {known.origin}) in the current directory or "
+        f"data: '{name}' needs the file {known.file} (from {known.origin}) in the current directory or "
         f"in ${DATA_DIR_VARIABLE}; or give its path."
     )
 
