@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES
 from linchain_cli.recipe.fields import Count, CountFromZero, Text
+from linchain_cli.recipe.strict_yaml import scalar
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
 from linchain_cli.storage import expand
 
@@ -82,18 +82,9 @@ def _as_written(value: Any) -> Any:
     Raises ValueError for what other readers of YAML take for true or false: as a text each would be true to a
     template.
     """
-    if not isinstance(value, str):
-        return value
-    word = value.lower()
-    if word in ("true", "false"):
-        return word == "true"
-    if word in ("yes", "on", "no", "off"):
-        raise ValueError(f"write {'true' if word in ('yes', 'on') else 'false'}")
-    if re.fullmatch(r"[+-]?\d{1,18}", value):
-        return int(value)
-    if re.fullmatch(r"[+-]?\d+\.?\d*([eE][+-]?\d{1,3})?", value) and math.isfinite(float(value)):
-        return float(value)
-    return value
+    if isinstance(value, str) and value.lower() in ("yes", "on", "no", "off"):
+        raise ValueError(f"write {'true' if value.lower() in ('yes', 'on') else 'false'}")
+    return scalar(value) if isinstance(value, str) else value
 
 
 Scalar = Annotated[

@@ -12,6 +12,7 @@ Differences from `yaml.safe_load`:
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -63,6 +64,16 @@ class Document:
 def within(key: Key, others: Iterable[Key]) -> bool:
     """Whether a key is one of `others`, or lies below one."""
     return any(key[: len(other)] == other for other in others)
+
+
+def scalar(text: str) -> bool | int | float | str:
+    """What a scalar's text says where any type goes: true, false, a number, or itself."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?\d{1,18}", text):
+        return int(text)
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", text)
+    return float(text) if is_number and math.isfinite(float(text)) else text
 
 
 def parse(text: str) -> Document:

@@ -6,13 +6,13 @@ Values are texts here, as `strict_yaml.parse` gives them.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import yaml
 
 from linchain_cli.recipe.other_tools import TOOLS, Tool
+from linchain_cli.recipe.strict_yaml import scalar
 
 Config = Mapping[str, Any]
 Fields = dict[str, Any]  # of a recipe, by dotted key
@@ -113,11 +113,4 @@ def typed(value: Any) -> Any:
         return {key: typed(item) for key, item in value.items()}
     if isinstance(value, list):
         return [typed(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    if value in ("true", "True", "false", "False"):
-        return value.lower() == "true"
-    if re.fullmatch(r"[+-]?\d{1,15}", value):
-        return int(value)
-    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d{1,3})?", value)
-    return float(value) if is_number and math.isfinite(float(value)) else value
+    return scalar(value) if isinstance(value, str) else value
