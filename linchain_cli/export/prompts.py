@@ -32,9 +32,7 @@ SENTENCES = (
 )
 
 
-def run_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, number: int = NUMBER
-) -> list[list[int]]:
+def run_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of the first rows' prompts, at most `data.max_length` of them each.
 
     Raises:
@@ -44,17 +42,17 @@ def run_prompts(
     for source in data.sources:
         template = get_template(source.template, tokenizer, data.chat, data.turns)
         rows = load_rows(source, template)
-        prompts += [encode_prompt(tokenizer, template, row) for row in islice(rows, number - len(prompts))]
-        if len(prompts) == number:
+        prompts += [encode_prompt(tokenizer, template, row) for row in islice(rows, NUMBER - len(prompts))]
+        if len(prompts) == NUMBER:
             break
     return [prompt[-longest_row(data, tokenizer) :] for prompt in prompts if prompt]
 
 
 def label_prompts(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str], number: int = NUMBER
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str]
 ) -> list[list[int]]:
     """Token ids of the first labelled rows, or of a few sentences where the rows are gone."""
-    first = data.train[0].model_copy(update={"max_rows": number})
+    first = data.train[0].model_copy(update={"max_rows": NUMBER})
     section = data.model_copy(update={"train": [first], "validation": 0})
     task = "classification" if classes else "regression"
     try:

@@ -43,9 +43,9 @@ def introduce(rank: int, gather: Callable[[list[Peer]], list[Peer]]) -> None:
     _known[:] = gather([Peer(rank, socket.gethostname(), os.getpid())])
 
 
-def gone(patience: float = _DYING) -> list[str]:
+def gone() -> list[str]:
     """The names of those that have ended; waits a moment for one that is just ending."""
-    deadline = time.monotonic() + patience
+    deadline = time.monotonic() + _DYING
     while True:
         names = [f"process {peer.rank} (pid {peer.pid} on {peer.host})" for peer in _known if peer.is_gone()]
         if names or time.monotonic() > deadline:
