@@ -248,10 +248,10 @@ class EncodedRows:
         """How many of these rows have the same tokens as one of `others`, looked at in blocks."""
         wanted = self._column("hashes")
         if others._only is not None:
-            return int(np.isin(wanted, others._column("hashes")).sum())
+            return int(np.isin(wanted, others._column("hashes"), kind="sort").sum())
         found = np.zeros(len(wanted), dtype=bool)
         for start in range(0, others.store.num_rows, block):
             hashes = others.store.column("hashes", start, block)
             left_out = others._without[(others._without >= start) & (others._without < start + block)] - start
-            found |= np.isin(wanted, np.delete(hashes, left_out))
+            found |= np.isin(wanted, np.delete(hashes, left_out), kind="sort")
         return int(found.sum())

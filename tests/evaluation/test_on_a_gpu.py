@@ -119,6 +119,8 @@ def test_an_answer_is_read_by_4_bit_weights_as_they_are_packed(small_model, tmp_
         (trial, FLAT_SDPA): True for trial in ("continues_from_cache", "ignores_padding")
     }
     model = pretend_gpu.four_bits_to_device(model)
+    if not hasattr(torch.ops.bitsandbytes, "gemm_4bit"):
+        pytest.skip("this bitsandbytes restores the weights for an answer of four beams, too")
     layers = inject(model, ChainConfig(4, 3, 8.0, 0.0, "orthogonal", "all-linear"), 1)
     with pretend_gpu.PretendGpu(scalar=0.0) as gpu, folded(model):
         generator = Generator(model, [END], prompts([3]), 4, ANSWER, 10_000)

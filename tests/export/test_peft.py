@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -233,7 +234,7 @@ def test_what_peft_would_lose_is_refused_by_name(tmp_path, kind, targets, lost):
     from peft import PeftModel
 
     model, adapter = chains_on(kind, targets)
-    if lost:
+    if lost and version("peft") >= "0.19":  # earlier ones lose nothing
         with pytest.raises(InputError, match=f"would lose 6 of .* first '{lost}'.*Merge instead"):
             write_peft(adapter, model, tmp_path)
         return
