@@ -11,7 +11,6 @@ Differences from `yaml.safe_load`:
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections.abc import Iterable
@@ -19,16 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from yaml.composer import Composer
 from yaml.events import AliasEvent, CollectionStartEvent, ScalarEvent
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from linchain_cli.errors import InputError
-
-try:
-    from yaml import CSafeLoader
-except ImportError:  # PyYAML was built without libyaml
-    from yaml import SafeLoader as CSafeLoader
 
 Key = tuple[str | int, ...]
 
@@ -82,42 +75,30 @@ def parse(text: str) -> Document:
     Raises:
         InputError: the text is not YAML; the message starts with `line N:` where a line is known.
     """
+    loader = None
     try:
-        root, refused = _composed(text)
+        loader = _Loader(text)
+        root = loader.get_single_node()
     except yaml.YAMLError as error:
         raise InputError(_syntax_message(error, text)) from None
+    finally:
+        if loader is not None:
+            loader.dispose()
     document = Document(None)
     if root is not None:
         document.value = _build(root, (), document)
-    document.problems += [YamlProblem((), line, message) for line, message in refused]
+    document.problems += [YamlProblem((), line, message) for line, message in loader.refused]
     return document
 
 
-# What libyaml takes otherwise than PyYAML, or only one of them takes: tabs, ? in a list, tags, directives,
-# other systems' line breaks, a comment right behind | or >.
-_READ_OTHERWISE = re.compile(r"[\t?!%\x85\u2028\u2029\ufeff]|[|>]\S*#")
-
-
-def _composed(text: str) -> tuple[Node | None, list[tuple[int, str]]]:
-    """The document's node, and what was refused in it. libyaml is five times as fast; what it does not read
-    is left to PyYAML's own parser, for whose messages `_syntax_message` is made."""
-    if not _READ_OTHERWISE.search(text):
-        with contextlib.suppress(yaml.YAMLError, UnicodeEncodeError):
-            return _LibYaml(text).composed()
-    return _PyYaml(text).composed()
-
-
-class _Strict(Composer):
+class _Loader(yaml.SafeLoader):
     """Composes nodes only. Anchors and tags are noted in `refused` and then ignored; an alias becomes a
     scalar that is tagged as one."""
 
-    def __init__(self) -> None:
-        Composer.__init__(self)
+    def __init__(self, text: str):
+        super().__init__(text)
         self.refused: list[tuple[int, str]] = []
         self.depth = 0
-
-    def composed(self) -> tuple[Node | None, list[tuple[int, str]]]:
-        return self.get_single_node(), self.refused
 
     def compose_node(self, parent: Node | None, index: Any) -> Node:
         event = self.peek_event()
@@ -149,18 +130,6 @@ class _Strict(Composer):
         self.refused.append((event.start_mark.line + 1, message))
 
 
-class _LibYaml(_Strict, CSafeLoader):
-    def __init__(self, text: str):
-        CSafeLoader.__init__(self, text)
-        _Strict.__init__(self)
-
-
-class _PyYaml(_Strict, yaml.SafeLoader):
-    def __init__(self, text: str):
-        yaml.SafeLoader.__init__(self, text)
-        _Strict.__init__(self)
-
-
 def _build(node: Node, key: Key, document: Document) -> Any:
     document.lines.setdefault(key, node.start_mark.line + 1)
     if node.tag == _ALIAS:
@@ -170,7 +139,7 @@ def _build(node: Node, key: Key, document: Document) -> Any:
         return _build_mapping(node, key, document)
     if isinstance(node, SequenceNode):
         return [_build(item, (*key, index), document) for index, item in enumerate(node.value)]
-    return None if not node.style and node.value in NULLS else node.value
+    return None if node.style is None and node.value in NULLS else node.value
 
 
 def _build_mapping(node: MappingNode, key: Key, document: Document) -> dict[str, Any]:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import Recipe, load_recipe, strict_yaml
+from linchain_cli.recipe import Recipe, load_recipe
 
 from .test_loading import VALID
 
@@ -86,21 +85,6 @@ def test_a_mutated_recipe_is_a_recipe_or_an_input_error(tmp_path, content):
     else:
         path.write_text(recipe.to_yaml(), encoding="utf-8")
         assert load_recipe(path) == recipe
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(content=mutated())
-def test_libyaml_reads_what_pyyaml_reads(content):
-    def outcome() -> object:
-        try:
-            return strict_yaml.parse(content.decode("utf-8", "surrogateescape"))
-        except InputError as error:
-            return str(error)
-
-    fast = outcome()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(strict_yaml, "_LibYaml", strict_yaml._PyYaml)
-        assert outcome() == fast
 
 
 KEYS = ["name", "model", "data.train", "data.columns", "data.template.prompt", "adapter.target_modules"]
