@@ -62,6 +62,27 @@ def alike(
     return bool((ours - expected).norm() <= tolerance * spread.norm())
 
 
+def gradient_of(hidden: Tensor, embedded: Tensor) -> Tensor:
+    """Of a sum of these hidden states, each through its sine; no trained tensor receives any."""
+    return torch.autograd.grad(hidden.float().sin().sum(), embedded)[0]
+
+
+@contextlib.contextmanager
+def embeddings_apart(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside, the list receives what the embeddings give in each forward, as leaves that take a gradient."""
+    embedded: list[Tensor] = []
+
+    def apart(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1].clone()  # which the model may change in place
+
+    hook = model.get_input_embeddings().register_forward_hook(apart)
+    try:
+        yield embedded
+    finally:
+        hook.remove()
+
+
 def record(model: nn.Module) -> dict[str, Any]:
     """What trials have found out about a model, by the trial's name; a copy of the model takes it along."""
     return model.__dict__.setdefault("_linchain", {})

@@ -8,7 +8,6 @@ training, too: prompts of one template share a quarter of their tokens and more.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, TypeVar
@@ -22,7 +21,9 @@ from linchain_cli.model.fast import (
     GRADIENT_SLACK,
     REFUSALS,
     alike,
+    embeddings_apart,
     forget_failed_forward,
+    gradient_of,
     probe_ids,
     record,
 )
@@ -321,7 +322,7 @@ def share_beginnings(model: nn.Module, wanted: bool) -> None:
 
 def _the_same_flat(model: nn.Module, ids: Tensor, mask: Tensor, kernel: Kernel | None) -> bool:
     try:
-        with torch.enable_grad(), _embeddings_apart(model) as embedded:
+        with torch.enable_grad(), embeddings_apart(model) as embedded:
             return _compare(model, ids, mask, kernel, embedded)
     except REFUSALS:
         forget_failed_forward(model)
@@ -336,10 +337,10 @@ def _compare(
     mask = mask.to(embeddings.device)
     tokens = rows.token_of.to(embeddings.device)[:, : mask.shape[1]][mask]  # of the rows one after the other
     padded = hidden_states(model, ids.to(embeddings.device))[mask]
-    gradients, found = _gradient(padded, embedded[-1])[mask], []
+    gradients, found = gradient_of(padded, embedded[-1])[mask], []
     for own in tokens.split(mask.sum(1).tolist()):
         flat = flat_hidden_states(model, rows)
-        found.append(_gradient(flat[own], embedded[-1])[0])
+        found.append(gradient_of(flat[own], embedded[-1])[0])
         foreign = torch.ones_like(found[-1][:, 0], dtype=torch.bool).index_fill(0, own, False)
         if found[-1][foreign].any():
             return False
@@ -347,24 +348,3 @@ def _compare(
     return alike(flat[tokens], padded, model.dtype) and alike(
         sum(found), expected, model.dtype, whole=True, slack=GRADIENT_SLACK
     )
-
-
-def _gradient(hidden: Tensor, embedded: Tensor) -> Tensor:
-    """Of a sum of these hidden states, each through its sine; no trained tensor receives any."""
-    return torch.autograd.grad(hidden.float().sin().sum(), embedded)[0]
-
-
-@contextlib.contextmanager
-def _embeddings_apart(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside, the list receives what the embeddings give in each forward, as leaves that take a gradient."""
-    embedded: list[Tensor] = []
-
-    def apart(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # which the model may change in place
-
-    hook = model.get_input_embeddings().register_forward_hook(apart)
-    try:
-        yield embedded
-    finally:
-        hook.remove()

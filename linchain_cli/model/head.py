@@ -19,15 +19,20 @@ from torch import Tensor, nn
 
 from linchain_cli.errors import InputError
 from linchain_cli.model.config import text_decoder
-from linchain_cli.model.fast import REFUSALS, alike, probe_ids, replace_forward
+from linchain_cli.model.fast import (
+    REFUSALS,
+    alike,
+    embeddings_apart,
+    forget_failed_forward,
+    gradient_of,
+    probe_ids,
+    replace_forward,
+)
 from linchain_cli.model.names import map_names
 from linchain_cli.model.packed import open_weights
 
 _ROWS_AT_ONCE = 4096
 _NOTHING = 1e-6  # of what rows usually are
-# How much more than rounding a token's state may change with those behind it: in half precision a mixture of
-# experts multiplies other groups of tokens then, and may choose another expert. What is seen changes more.
-_ROUTES = 10.0
 
 
 def backbone(model: nn.Module) -> nn.Module:
@@ -172,10 +177,15 @@ def check_split(model: nn.Module) -> None:
         the model would be shown what it is to predict.
     """
     ids = probe_ids(model, 1, 8)
+    if _looks_ahead(model, ids):
+        raise InputError(
+            f"{type(model).__name__} as config.json describes it sees the tokens that it should predict;"
+            " linchain trains language models that read from left to right. Others may learn to tell classes:"
+            " task: classification"
+        )
     whole = model(input_ids=ids, use_cache=False).logits[0]
     try:
-        hidden = hidden_states(model, ids)[0]
-        split = head_logits(model, hidden)
+        split = head_logits(model, hidden_states(model, ids)[0])
     except REFUSALS as error:
         raise InputError(
             f"{type(model).__name__} cannot be split into backbone and head ({error})"
@@ -185,11 +195,18 @@ def check_split(model: nn.Module) -> None:
             f"{type(model).__name__} computes more between its hidden states and its logits than linchain can"
             " follow; this architecture is not supported"
         )
-    another_end = torch.cat([ids[:, :4], ids[:, :4]], dim=1)
-    states = hidden_states(model, another_end)[0, :4]
-    if not alike(states, hidden[:4], model.dtype, slack=_ROUTES):
-        raise InputError(
-            f"{type(model).__name__} as config.json describes it sees the tokens that it should predict;"
-            " linchain trains language models that read from left to right. Others may learn to tell classes:"
-            " task: classification"
-        )
+
+
+def _looks_ahead(model: nn.Module, ids: Tensor) -> bool:
+    """Whether the states of the first tokens have a gradient for the embeddings of those behind them. A model
+    that reads from left to right has none at all, however it rounds and whatever experts it chooses."""
+    try:
+        with torch.enable_grad(), embeddings_apart(model) as embedded:
+            half = ids.shape[1] // 2
+            states = hidden_states(model, ids)[:, :half]
+            gradient = gradient_of(states, embedded[-1])
+    except REFUSALS:  # which training will tell of
+        forget_failed_forward(model)
+        return False
+    behind = gradient.reshape(ids.numel(), -1)[half:]  # some put rows behind positions
+    return bool(behind.nan_to_num(0.0, 0.0, 0.0).any())
