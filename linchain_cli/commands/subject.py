@@ -196,12 +196,14 @@ def load_subject(
     `dtype` None is float32 on a CPU and elsewhere the recipe's, or `auto`.
 
     Raises:
-        InputError: the model cannot be found or read, or a run's base is not the one it was trained on.
+        InputError: the model cannot be found or read, is none that reads from left to right, or a run's base
+        is not the one it was trained on.
     """
     from linchain_cli.chain import attach
     from linchain_cli.chain.files import adapter_hash
     from linchain_cli.machine import limit_threads
     from linchain_cli.model.hashing import refuse_other_base
+    from linchain_cli.model.head import refuse_looking_ahead
     from linchain_cli.model.loading import load_model
 
     limit_threads()
@@ -220,6 +222,8 @@ def load_subject(
         subject.named.warn_of_changed_base(directory, tokenizer)
     outputs = _outputs(subject, adapter, directory)
     model = load_model(directory, dtype=dtype, device=device, outputs=outputs, **options)
+    if outputs is None:
+        refuse_looking_ahead(model)
     values = None
     if adapter is not None:
         attach(model, adapter)

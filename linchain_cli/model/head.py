@@ -176,13 +176,8 @@ def check_split(model: nn.Module) -> None:
         InputError: they do not, so that training on them would be training on something else; or it does, and
         the model would be shown what it is to predict.
     """
+    refuse_looking_ahead(model)
     ids = probe_ids(model, 1, 8)
-    if _looks_ahead(model, ids):
-        raise InputError(
-            f"{type(model).__name__} as config.json describes it sees the tokens that it should predict;"
-            " linchain trains language models that read from left to right. Others may learn to tell classes:"
-            " task: classification"
-        )
     whole = model(input_ids=ids, use_cache=False).logits[0]
     try:
         split = head_logits(model, hidden_states(model, ids)[0])
@@ -194,6 +189,17 @@ def check_split(model: nn.Module) -> None:
         raise InputError(
             f"{type(model).__name__} computes more between its hidden states and its logits than linchain can"
             " follow; this architecture is not supported"
+        )
+
+
+def refuse_looking_ahead(model: nn.Module) -> None:
+    """Raises InputError for a model that sees the tokens which it should predict: it would be trained, and
+    measured, on what it was just shown."""
+    if _looks_ahead(model, probe_ids(model, 1, 8)):
+        raise InputError(
+            f"{type(model).__name__} as config.json describes it sees the tokens that it should predict:"
+            " it is no language model that reads from left to right. It may learn to tell classes:"
+            " task: classification"
         )
 
 

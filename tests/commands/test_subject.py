@@ -9,11 +9,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from linchain_cli.commands.subject import process_device
 from linchain_cli.model.loading import load_model
 from linchain_cli.training import processes
 
+from ..architectures import SMALL
 from ..command_line import linchain
 from .conftest import make_run, read
 
@@ -99,6 +101,22 @@ def test_without_a_record_a_model_is_asked_through_its_chat_template(workplace, 
                 path.write_text(json.dumps(settings))
     assert linchain("generate", "base", "Is it?", "--max-new-tokens", 2) == 0
     assert "template alpaca, base has no chat template, and no record" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", [["eval", "base", "--tasks", "boolq", "--data-dir", "data"], ["generate", "base", "Is it?"]]
+)
+def test_a_model_that_sees_what_it_should_predict_is_refused(workplace, capsys, command):
+    """Scores by likelihood were those of a model that had been shown the answer."""
+    config = Gemma3TextConfig(
+        **{**SMALL, "vocab_size": read("base/config.json")["vocab_size"]},
+        head_dim=8,
+        use_bidirectional_attention=True,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained("base")
+    assert linchain(*command) == 2
+    assert "sees the tokens that it should predict" in " ".join(capsys.readouterr().err.split())
+    assert not Path("eval-base").exists()
 
 
 def test_threads_stay_within_the_containers_limit(workplace, monkeypatch):
