@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.fast import record
+from linchain_cli.model.fast import (
+    REFUSALS,
+    changing_nothing,
+    embeddings_apart,
+    gradient_of,
+    probe_ids,
+    record,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -207,6 +214,28 @@ def _moved_right(inputs: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor
     missing = length - mask.sum(1, keepdim=True)
     places = (torch.arange(length, device=mask.device) - missing) % length
     return {name: tensor.gather(1, places) for name, tensor in inputs.items()}
+
+
+def reads_padding(model: nn.Module, pad_token_id: int) -> bool:
+    """Whether what the base tells the head of a row depends on the row's padding: that state has a gradient
+    for the padding's embeddings, which is exactly zero where a mask hides them.
+
+    ConvBERT's convolutions and Nyströmformer's landmarks take padding for text, in transformers as well.
+    """
+    ids = probe_ids(model, 2, 16).clone()
+    mask = torch.ones_like(ids)
+    left = padding_side(model) == "left"
+    hidden = slice(None, -4) if left else slice(4, None)
+    ids[1, hidden], mask[1, hidden] = pad_token_id, 0
+    try:
+        with torch.enable_grad(), changing_nothing(model), embeddings_apart(model) as embedded:
+            states = model.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+            gradient = gradient_of(states[1, -1 if left else 0], embedded[-1])
+    except REFUSALS:  # which training will tell of
+        return False
+    if len(gradient) != len(ids):  # XLNet puts rows behind positions
+        gradient = gradient.transpose(0, 1)
+    return bool(gradient[1, hidden].nan_to_num(0.0, 0.0, 0.0).any())
 
 
 def predictions(logits: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from linchain_cli.data.labelled import find_classes
 from linchain_cli.errors import InputError
-from linchain_cli.model.classifier import Outputs, is_classifier, padding
+from linchain_cli.model.classifier import Outputs, is_classifier, padding, reads_padding
 from linchain_cli.model.computed import computed_values
 from linchain_cli.model.config import empty_model
 from linchain_cli.model.fast import changing_nothing
@@ -43,7 +43,8 @@ class Base:
     """A frozen base model with its tokenizer; one may serve several runs after another.
 
     `source` and `commit` are those of model.files.FoundBase; `outputs` are those of a classifier, None of a
-    language model; `config` is what its config.json said of what it computes.
+    language model, and `reads_padding` is whether that one takes padding for text; `config` is what its
+    config.json said of what it computes.
     """
 
     directory: Path
@@ -54,6 +55,7 @@ class Base:
     source: str | None = None
     commit: str | None = None
     outputs: Outputs | None = None
+    reads_padding: bool = False
     config: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -111,6 +113,7 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
     base = together(accelerator, load)
     together(accelerator, lambda: refuse_unfit(base.model, recipe.training))
     together(accelerator, lambda: suit_to_training(base.model))
+    base.reads_padding = outputs is not None and reads_padding(base.model, base.pad_id)
     return base
 
 

@@ -309,6 +309,11 @@ def warnings(job: Job) -> list[str]:
     if job.base.outputs is None and job.accelerator.is_main_process:
         base = job.base
         found += untrained_marks(base.model, base.directory, job.layers, job.data.train, base.tokenizer)
+    if job.base.reads_padding:
+        found.append(
+            f"{type(job.model).__name__} reads padding like text: what it gives for a row depends somewhat on"
+            " the longest row beside it. With training.micro_batch_size: 1 no row has padding"
+        )
     return found
 
 

@@ -9,7 +9,13 @@ import torch
 
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.labelled_batches import collate_labelled
-from linchain_cli.model.classifier import padding, padding_side, row_logits, tells_segments
+from linchain_cli.model.classifier import (
+    padding,
+    padding_side,
+    reads_padding,
+    row_logits,
+    tells_segments,
+)
 from linchain_cli.recipe import DataConfig
 
 from ..classifiers import make_encoder, pair_rows, write_rows
@@ -53,3 +59,13 @@ def test_segments_are_for_models_that_have_them():
     }
     assert [kind for kind, tells in told.items() if tells] == ["bert", "xlnet", "funnel"]
     assert not tells_segments(AutoConfig.for_model("roberta", type_vocab_size=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "reads"),
+    [("bert", False), ("electra", False), ("xlnet", False), ("funnel", False), ("convbert", True)],
+)
+def test_what_takes_padding_for_text_is_known(kind, reads):
+    model, tokenizer = make_encoder(kind)
+    assert reads_padding(model, padding(model, tokenizer)) is reads
+    assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())

@@ -14,7 +14,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training.base import load_base
-from linchain_cli.training.job import prepare
+from linchain_cli.training.job import prepare, warnings
 from linchain_cli.training.loop import validation
 from linchain_cli.training.processes import connect
 from linchain_cli.training.runner import run_training
@@ -117,6 +117,12 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing(label_recipe, kind
         assert loss == pytest.approx(found[0][0], rel=1e-5)
         for name, value in parameters.items():
             torch.testing.assert_close(value, found[0][1][name], rtol=0, atol=2e-3, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["bert", "convbert"])
+def test_what_takes_padding_for_text_is_trained_with_a_warning(label_recipe, kind):
+    told = [one for one in warnings(job_of(label_recipe(kind))) if "reads padding like text" in one]
+    assert len(told) == (kind == "convbert")
 
 
 def test_the_loss_is_that_of_transformers(label_recipe):
