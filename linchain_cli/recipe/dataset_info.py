@@ -11,6 +11,7 @@ from typing import Any
 FILE = "dataset_info.json"
 STARTED_THERE = "convert where LLaMA-Factory is started"
 PAIRS = "pairs of answers, for preference training, which is not here"
+DRAWN = "drawn there, from all rows; max_rows takes the first ones"
 _COLUMNS = {
     "prompt": "instruction",
     "query": "input",
@@ -75,7 +76,13 @@ class DatasetInfo:
             return
         if said.get("ranking"):
             yield f"{name}: {PAIRS}"
+        if said.get("num_samples"):
+            yield f"{name}: num_samples: {said['num_samples']}  ({DRAWN})"
+        if said.get("folder"):
+            yield f"{name}: folder: {said['folder']}  (data_files beside the path takes some of its files)"
         columns = said.get("columns") if isinstance(said.get("columns"), dict) else {}
+        if {"prompt", "response"} <= columns.keys() and not columns.get("query"):
+            yield f"{name}: a column `input` would be read, too, which is not named there"
         if left := [key for key in columns if key not in _COLUMNS and key not in ("chosen", "rejected")]:
             yield f"{name}: nothing reads {', '.join(left)}"
         tags = said.get("tags") if isinstance(said.get("tags"), dict) else {}

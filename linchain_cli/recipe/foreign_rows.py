@@ -11,7 +11,7 @@ from typing import Any
 from linchain_cli.errors import InputError
 from linchain_cli.recipe import strict_yaml
 from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES
-from linchain_cli.recipe.dataset_info import PAIRS, STARTED_THERE, DatasetInfo
+from linchain_cli.recipe.dataset_info import DRAWN, PAIRS, STARTED_THERE, DatasetInfo
 from linchain_cli.recipe.other_tools import (
     AXOLOTL,
     CALLED_HERE,
@@ -20,7 +20,7 @@ from linchain_cli.recipe.other_tools import (
     TRL,
     instead_of,
 )
-from linchain_cli.recipe.theirs import Fields, Theirs, are_all, is_no, names, number, remark
+from linchain_cli.recipe.theirs import Fields, Theirs, are_all, is_no, is_yes, names, number, remark
 
 Source = dict[str, Any]
 
@@ -135,20 +135,38 @@ def _to_validate(given: Source | str, split: str) -> Source:
 def _turns(theirs: Theirs) -> Fields:
     """Which part of a row is learned."""
     longest = theirs("excess_length_strategy", "truncation_mode")
-    narrower = [theirs(key) for key in ("completion_only_loss", "assistant_only_loss")]
-    whole = theirs.yes("train_on_inputs", "train_on_prompt") or any(
-        said is not None and is_no(said) for said in narrower
-    )
-    if theirs.tool is TRL and not whole and narrower == [None, None]:
-        theirs.remarks.append("data.train_on_inputs: TRL learns conversations whole, as true does here")
     return {
         "data.turns": "last" if theirs.yes("mask_history", "train_on_last_step_only") else None,
-        "data.train_on_inputs": "true" if whole else None,
-        "data.max_length": theirs(*LENGTH),
+        "data.train_on_inputs": "true" if _learns_whole_rows(theirs) else None,
+        "data.max_length": _length(theirs),
         "data.on_long_row": {"truncate": "cut", "keep_start": "cut", "raise": "error"}.get(
             str(longest), longest
         ),
     }
+
+
+def _learns_whole_rows(theirs: Theirs) -> bool:
+    """TRL's two keys are about rows of two kinds: either of them that says yes says that questions are not
+    learned."""
+    completion, assistant = theirs("completion_only_loss"), theirs("assistant_only_loss")
+    if theirs.yes("train_on_inputs", "train_on_prompt"):
+        return True
+    if is_yes(completion) or is_yes(assistant):
+        return False
+    if theirs.tool is TRL and completion is None:
+        theirs.remarks.append(
+            "data.train_on_inputs: TRL learns conversations whole, as true does here"
+            if assistant is None
+            else "data.train_on_inputs: of prompts with completions TRL learns these alone, as false does"
+        )
+    return completion is not None or assistant is not None
+
+
+def _length(theirs: Theirs) -> Any:
+    if theirs.tool is TRL and "max_length" in theirs.nulls and not theirs.sets(*LENGTH):
+        theirs.unsaid("max_length", None, "no row is cut there; auto, as here, is at most 2,048")
+        return None
+    return theirs(*LENGTH)
 
 
 LENGTH = [key for key, field in CALLED_HERE.items() if field == "data.max_length"] + ["max_length"]
@@ -164,7 +182,7 @@ def _chat(theirs: Theirs) -> Fields:
         options = {**(options if isinstance(options, Mapping) else {}), "enable_thinking": thinking}
     own, template = theirs("template"), None
     if theirs.tool in (LLAMA_FACTORY, LLAMA_FACTORY_V1):  # instructions are conversations, too
-        template = "text" if theirs("stage") == "pt" else "alpaca" if own == "alpaca" else "chat"
+        template = "text" if theirs("stage") == "pt" else _ALPACA if own == "alpaca" else "chat"
         name = None if own == "alpaca" else own
     if str(name) in CHAT_TEMPLATES and not own:  # Axolotl's takes the place of the tokenizer's
         jinja = jinja or name
@@ -173,6 +191,18 @@ def _chat(theirs: Theirs) -> Fields:
         why = "the template that the model's tokenizer brings is used; if there is none, data.chat.template: "
         theirs.unsaid("template" if own else "chat_template", name, why + known)
     return {"data.template": template or own, "data.chat.template": jinja, "data.chat.options": options}
+
+
+# LLaMA-Factory's knows no input: that stands below the instruction.
+_BEFORE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}"
+)
+_ALPACA = {
+    "prompt": _BEFORE + "\n{input}\n\n### Response:\n",
+    "prompt_no_input": _BEFORE + "\n\n### Response:\n",
+    "response": "{output}",
+}
 
 
 def _all_sources(value: Any, theirs: Theirs, documents: bool = False) -> list[Source | str]:
@@ -222,6 +252,8 @@ def _listed(file: str, theirs: Theirs) -> Iterator[Source]:
         if isinstance(said, Mapping):
             if said.get("converter") == "pair":
                 theirs.remarks.append(f"{name}: {PAIRS}")
+            if said.get("size"):
+                theirs.remarks.append(remark(f"{name}: size", said["size"], DRAWN))
             source = {**said, "max_rows": said.get("size")}
             yield {key: source[key] for key in _AS_HERE if source.get(key)}
 

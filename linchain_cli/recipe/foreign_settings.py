@@ -89,13 +89,17 @@ def _adapter(theirs: Theirs) -> Fields:
     rooted = theirs.yes("use_rslora", "peft_use_rslora")
     if _method(theirs)[1] not in _LORA or (start and not theirs.sets(*_RANK)):
         return fields
-    rank, alpha = theirs(*_RANK), theirs("lora_alpha")
+    rank, alpha, dropout = theirs(*_RANK), theirs("lora_alpha"), theirs("lora_dropout")
+    if theirs.tool is TRL and theirs.sets("r"):  # not on its command line
+        script, of_script = _of_a_script(theirs)
+        if not theirs.sets("lora_alpha"):
+            alpha, theirs.notes["adapter.alpha"] = of_script, f"{script}'s, where nothing is said"
+        dropout = dropout if theirs.sets("lora_dropout") else "0"
     rows = number(rank) or 0
     if alpha is None and theirs.tool is LLAMA_FACTORY and rows:
         alpha = f"{2 * rows:.12g}"
     if rooted and rows > 0 and number(alpha):
         alpha = round(number(alpha) * math.sqrt(rows), 4)
-    dropout = theirs("lora_dropout")
     return {
         **fields,
         "adapter.rank": rank,
@@ -105,11 +109,18 @@ def _adapter(theirs: Theirs) -> Fields:
     }
 
 
+def _of_a_script(theirs: Theirs) -> tuple[str, str]:
+    """Who makes the adapter where a script calls the rank `r`, and its alpha by default."""
+    unsloth = theirs.sets("random_state", "use_gradient_checkpointing")
+    return ("Unsloth", "16") if unsloth else ("PEFT", "8")
+
+
 def _targets(theirs: Theirs) -> Any:
     chosen = theirs("lora_target_modules", "lora_target", "target_modules", "target")
     every = theirs.yes("lora_target_linear") or chosen in ("all", "all-linear", ["all-linear"])
     experts = names(theirs("lora_target_parameters", "target_parameters"))
-    if chosen is None and not every and theirs.tool is TRL:
+    by_peft = theirs.tool is TRL and not (theirs.sets("r") and _of_a_script(theirs)[0] == "Unsloth")
+    if chosen is None and not every and by_peft:
         theirs.remarks.append("adapter.target_modules: PEFT's choice there, [q_proj, v_proj] for most models")
     if every or chosen is None:
         return ["all-linear", *experts] if experts else "all-linear"
@@ -139,7 +150,8 @@ def _batches(theirs: Theirs) -> Fields:
 
 
 def _schedule(theirs: Theirs) -> Fields:
-    """transformers' `constant` has no warm-up, and a number of warm-up steps comes before a share."""
+    """transformers' `constant` has no warm-up, and a number of warm-up steps comes before a share; to Axolotl
+    0 is a number, too."""
     most = theirs("max_steps")
     steps = None if (number(most) or 0) <= 0 else most
     epochs = theirs("num_epochs", "num_train_epochs", "epochs")
@@ -156,8 +168,10 @@ def _schedule(theirs: Theirs) -> Fields:
     if near not in (course, "constant"):
         theirs.unsaid("training.lr_scheduler", course, f"not here: {near} is the nearest")
     warm_up = theirs("warmup_steps")
-    if warm_up is None or number(warm_up) == 0:
+    if warm_up is None or number(warm_up) == 0 and theirs.tool is not AXOLOTL:
         warm_up = theirs("warmup_ratio") or warm_up
+    if theirs.tool is AXOLOTL and not theirs.sets("warmup_steps", "warmup_ratio"):
+        theirs.notes["training.warmup_steps"] = "there at most 100 steps"
     optimizer = theirs("optimizer", "optim")
     return {
         "training.learning_rate": theirs("learning_rate", "lr"),

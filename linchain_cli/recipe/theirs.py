@@ -22,11 +22,12 @@ _YES, _NO = ("true", "yes", "on", "1"), ("false", "no", "off", "none", "", "0", 
 
 class Theirs:
     """Settings by their names. What nobody asks for is left in `unread`; what a recipe does not say of the
-    others is in `remarks`, and what is to be known of one of its fields in `notes`. `documents`: all rows are
-    some."""
+    others is in `remarks`, and what is to be known of one of its fields in `notes`. `nulls` are keys with
+    nothing behind them, which most tools take for keys that are not there. `documents`: all rows are some."""
 
     def __init__(self, config: Config):
         self.config = {key: value for key, value in config.items() if value is not None}
+        self.nulls = config.keys() - self.config.keys()
         self.tool = tool_of(self.config)
         self.unread = dict.fromkeys(self.config)
         self.remarks: list[str] = []

@@ -98,6 +98,10 @@ def test_a_configuration_of_trl(convert):
     assert [(source.path, source.config) for source in recipe.data.train] == [("org/rows", "en")]
 
 
+ASKS = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request."
+)
 # What a setting means there, beside the three configurations above.
 A, L, T = AXOLOTL, LLAMA_FACTORY, TRL
 
@@ -127,7 +131,8 @@ A, L, T = AXOLOTL, LLAMA_FACTORY, TRL
         (L, "per_device_train_batch_size:", {"training.global_batch_size": 64}),
         (L, "val_size:", {"data.validation": 0}),
         (T, "lora_r:", {"adapter.rank": 16, "adapter.dropout": 0.05}),
-        (T, "max_length:", {"data.max_length": 1024}),
+        (T, "max_length:", {"data.max_length": "auto"}),
+        (T, "max_length:\nmax_seq_length: 512", {"data.max_length": 512}),
         (T, "learning_rate:", {"training.learning_rate": 2e-5, "training.warmup_steps": 0}),
         (T, "load_best_model_at_end:", {"training.keep": "last"}),
         # batches
@@ -137,7 +142,9 @@ A, L, T = AXOLOTL, LLAMA_FACTORY, TRL
         (A, "auto_find_batch_size: true", {"training.micro_batch_size": "auto"}),
         # schedules: a number of steps comes before a share, and `constant` has no warm-up
         (A, "warmup_steps: 10", {"training.warmup_steps": 10}),
-        (A, "warmup_steps: 0", {"training.warmup_steps": 0.1}),
+        (A, "warmup_steps: 0", {"training.warmup_steps": 0}),
+        (A, "warmup_steps: 0\nwarmup_ratio:", {"training.warmup_steps": 0}),
+        (T, "warmup_steps: 0\nwarmup_ratio: 0.1", {"training.warmup_steps": 0.1}),
         (L, "lr_scheduler_type: constant", {"training.lr_scheduler": "constant", "training.warmup_steps": 0}),
         (L, "lr_scheduler_type: constant_with_warmup", {"training.warmup_steps": 0.1}),
         (L, "lr_scheduler_type: cosine_with_restarts", {"training.lr_scheduler": "cosine"}),
@@ -198,10 +205,32 @@ A, L, T = AXOLOTL, LLAMA_FACTORY, TRL
         (T, "dataset_text_field: body", {"data.columns": {"text": "body"}}),
         (T, "dataset_text_field: text\nrandom_state: 3", {"data.columns": {}, "seed": 3}),
         (L, "template: qwen", {"data.template": "chat"}),
-        (L, "template: alpaca", {"data.template": "alpaca"}),
+        (
+            L,
+            "template: alpaca",
+            {
+                "data.template": {
+                    "prompt": f"{ASKS}\n\n### Instruction:\n{{instruction}}\n{{input}}\n\n### Response:\n",
+                    "prompt_no_input": f"{ASKS}\n\n### Instruction:\n{{instruction}}\n\n### Response:\n",
+                    "response": "{output}",
+                }
+            },
+        ),
         (L, "stage: pt", {"data.template": "text"}),
         (L, "mask_history: true", {"data.turns": "last"}),
         (L, "train_on_prompt: true", {"data.train_on_inputs": True}),
+        # TRL's two keys are about rows of two kinds, each of which it tells apart by itself
+        (T, "completion_only_loss: true", {"data.train_on_inputs": False}),
+        (T, "completion_only_loss: false\nassistant_only_loss: true", {"data.train_on_inputs": False}),
+        (T, "completion_only_loss: false\nassistant_only_loss:", {"data.train_on_inputs": True}),
+        (T, "assistant_only_loss:", {"data.train_on_inputs": False}),
+        # what a script leaves out is PEFT's or Unsloth's default, not that of TRL's command line
+        (T, "lora_r:\nr: 32\nlora_alpha:\nuse_rslora:", {"adapter.alpha": 8, "adapter.dropout": 0}),
+        (
+            T,
+            "lora_r:\nr: 32\nlora_alpha:\nuse_rslora:\nuse_gradient_checkpointing: unsloth",
+            {"adapter.alpha": 16, "adapter.dropout": 0, "adapter.rank": 32},
+        ),
         (L, "enable_thinking: false", {"data.chat.options": {"enable_thinking": False}}),
         # LLaMA-Factory's second form
         (
@@ -270,6 +299,10 @@ def _set(value: Any) -> Any:
             "# Not said above:\n#   stage: dpo  (not here: what is learned is the rows' answers)\n",
         ),
         ("something: 3", "#   something: 3  (linchain does not know it)"),
+        ("max_length:", "#   max_length: null  (no row is cut there; auto, as here, is at most 2,048)"),
+        ("packing: true", "#   data.train_on_inputs: of prompts with completions TRL learns these alone"),
+        ("assistant_only_loss:", "#   data.train_on_inputs: TRL learns conversations whole, as true does"),
+        ("r: 8\nlora_r:\nlora_alpha:\nuse_rslora:", "  alpha: 8  # PEFT's, where nothing is said"),
         ("use_dora: false", "# Not needed: use_dora"),
         ("save_strategy: best", "#   training.save_every: best  (not here: a number of steps, or epoch)"),
         ("lr_scheduler_type: cosine_with_min_lr", "cosine_with_min_lr  (not here: cosine is the nearest)"),
@@ -300,7 +333,8 @@ def _set(value: Any) -> Any:
     ],
 )
 def test_what_a_recipe_cannot_say_is_told_beneath_it(convert, line, said):
-    kept = [old for old in TRL.splitlines() if old.partition(":")[0] != line.partition(":")[0]]
+    given = [new.partition(":")[0] for new in line.splitlines()]
+    kept = [old for old in TRL.splitlines() if old.partition(":")[0] not in given]
     if line.startswith("dataset:"):
         kept = [old for old in kept if not old.startswith("dataset_")]
     text, _ = convert("\n".join([*kept, line]))

@@ -24,6 +24,11 @@ def test_llama_factorys_names_are_looked_up(convert, tmp_path, monkeypatch):
         },
         "books": {"file_name": "books.jsonl", "columns": {"prompt": "body"}},
         "plain": {"file_name": "plain.json", "columns": {"messages": "conversations"}},
+        "code": {
+            "hf_hub_url": "org/code",
+            "folder": "python",
+            "columns": {"prompt": "task", "response": "output"},
+        },
         "pairs": {
             "hf_hub_url": "org/pairs",
             "ranking": True,
@@ -33,7 +38,7 @@ def test_llama_factorys_names_are_looked_up(convert, tmp_path, monkeypatch):
     (tmp_path / "sets").mkdir()
     (tmp_path / "sets" / "dataset_info.json").write_text(json.dumps(described))
     monkeypatch.chdir(tmp_path)
-    text = LLAMA_FACTORY.replace("one,two", "one,two,books,plain,pairs,three") + "dataset_dir: sets\n"
+    text = LLAMA_FACTORY.replace("one,two", "one,two,books,plain,code,pairs,three") + "dataset_dir: sets\n"
     made, recipe = convert(text)
     found = [source.model_dump(exclude_none=True, exclude={"weight"}) for source in recipe.data.train]
     assert found == [
@@ -41,11 +46,15 @@ def test_llama_factorys_names_are_looked_up(convert, tmp_path, monkeypatch):
         {"path": "org/two", "config": "en", "max_rows": 5, "columns": {"messages": "turns"}},
         {"path": "sets/books.jsonl", "max_rows": 1000, "columns": {"text": "body"}},
         {"path": "sets/plain.json", "max_rows": 1000},
+        {"path": "org/code", "max_rows": 1000, "columns": {"instruction": "task"}},
         {"path": "org/pairs", "max_rows": 1000},
         {"path": "three", "max_rows": 1000},
     ]
     for remark in (
+        "two: num_samples: 5  (drawn there, from all rows; max_rows takes the first ones)",
         "two: nothing reads images",
+        "code: folder: python  (data_files beside the path takes some of its files)",
+        "code: a column `input` would be read, too, which is not named there",
         "two: role_tag: speaker (turns have role and content, or from and value: rename them)",
         "pairs: pairs of answers, for preference training, which is not here",
         "three: write its file or hub id; sets/dataset_info.json does not tell it",
@@ -172,4 +181,5 @@ def test_data_sets_of_llama_factory_v1_stand_in_a_file(convert, tmp_path, monkey
         ("one.json", 5),
         ("org/two", None),
     ]
+    assert "#   one: size: 5  (drawn there, from all rows; max_rows takes the first ones)" in made
     assert "#   two: pairs of answers, for preference training, which is not here" in made
