@@ -92,6 +92,11 @@ class ChatTemplate:
         self._probe()
 
     @property
+    def source(self) -> str:
+        """The chat template's Jinja text."""
+        return self._write.source
+
+    @property
     def fingerprint(self) -> str:
         parts = ["chat", _VERSION, self._write.fingerprint, self._system, self._turns]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

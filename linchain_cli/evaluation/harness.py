@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PROTOCOL = "lm_eval"
 OWN_PROMPTS = "the harness's own"
+WRITTEN = 2  # rises when conversations are written otherwise: what was measured before is measured again
 # How like another a task's name has to be to be suggested: of thousands some are a little like any word.
 LIKE_A_TASK = 0.8
 # The metric that stands as the accuracy of a task, in this order; the others stand beside it.
@@ -112,10 +113,11 @@ class HarnessTask:
         be compared only where it is equal."""
         return self._digests([self.code], limit)
 
-    def fingerprints(self, setting: Evaluation, system: str | None) -> dict[str, str]:
+    def fingerprints(self, setting: Evaluation, chat: tuple[int, str | None] | None) -> dict[str, str]:
         """Of each task and group what changes with anything that its numbers depend on: the setting, its
-        configuration, and the rows that are asked and shown as examples."""
-        return self._digests([setting.setting_sha256, system, self.code], setting.limit)
+        configuration, the rows that are asked and shown as examples, and of conversations how they are
+        written and their system prompt."""
+        return self._digests([setting.setting_sha256, chat, self.code], setting.limit)
 
     def _digests(self, about: Sequence[Any], limit: int | None) -> dict[str, str]:
         found = {name: _digest([*about, *_content(task, limit)]) for name, task in self.tasks.items()}
@@ -232,7 +234,7 @@ def evaluate_harness(
     setting = setting.model_copy(
         update={"versions": versions} | ({} if chat else {"template": OWN_PROMPTS, "template_sha256": None})
     )
-    own = [task.fingerprints(setting, system if chat else None) for task in tasks]
+    own = [task.fingerprints(setting, (WRITTEN, system) if chat else None) for task in tasks]
     fingerprints = {name: value for of_task in own for name, value in of_task.items()}
     measuring = Measuring(setting, fingerprints, out)
     rank, world = measuring.rank, measuring.world
@@ -241,12 +243,13 @@ def evaluate_harness(
         return measuring.results()
     # The harness has no row for a process that gets none.
     shared = share and all(count >= world for task in missing for count in task.counts(limit))
+    place = (rank, world) if shared else (0, 1)
     before = model.generation_config.eos_token_id
     model.generation_config.eos_token_id = stop_tokens(model, tokenizer, template)
     try:
         with evaluating(model), without_git():
             found = simple_evaluate(
-                SharedModel(model, tokenizer, *((rank, world) if shared else ())),
+                SharedModel(model, tokenizer, *place, template if chat else None),
                 tasks=[item for task in missing for item in task.items],
                 task_manager=missing[0].manager,
                 limit=limit,

@@ -17,6 +17,7 @@ from linchain_cli.evaluation.results import compare, read_results
 from linchain_cli.evaluation.task import Task, read_row
 from linchain_cli.model.loading import load_model
 from linchain_cli.model.tokenizer import load_tokenizer
+from linchain_cli.recipe import ChatConfig
 
 from ..harness import ROWS, write_task
 from .conftest import forked
@@ -137,6 +138,68 @@ def test_a_chat_template_and_end_tokens_are_handed_over(loaded, task_file, monke
     )
     assert seen["apply_chat_template"] is True and seen["system_instruction"] == "Be short."
     assert seen["ends"] == [2] and model.generation_config.eos_token_id == before
+
+
+BRIEF = (
+    "{% set asks = '<assistant>' ~ ('(brief)' if brief) ~ strftime_now('%Y:') %}{% for message in messages %}"
+    "{{ asks if message.role == 'assistant' else '<' ~ message.role ~ '>' }}{{ message.content }}<|im_end|>"
+    "{% endfor %}{% if add_generation_prompt %}{{ asks }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    "of_tokenizer", [None, "{% for message in messages %}{{ message.content }}{% endfor %}"]
+)
+def test_conversations_are_written_as_in_training(loaded, task_file, monkeypatch, of_tokenizer):
+    """With the template of the run, its variables and its date, whatever template the tokenizer has."""
+    import lm_eval
+
+    model, tokenizer = loaded
+    tokenizer.chat_template = of_tokenizer
+    measure, samples, read = lm_eval.simple_evaluate, [], []
+
+    def kept(wrapped, **options):
+        encode = wrapped.tok_encode
+        wrapped.tok_encode = lambda text, *rest, **more: read.append(encode(text, *rest, **more)) or read[-1]
+        found = measure(wrapped, **options)
+        samples.extend(found["samples"]["linchain_test_places"])
+        return found
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", kept)
+    chat = ChatConfig(template=BRIEF, options={"brief": True}, system="Be kind.")
+    template = get_template("chat", tokenizer, chat)
+    tasks = load_harness([task_file])
+    evaluate_harness(model, tokenizer, template, tasks, name="tiny", system="Be kind.", limit=1)
+    asked = "<system>Be kind.<|im_end|><user>Where is horse 0? A:<|im_end|><assistant>(brief)2024:"
+    assert samples[0]["arguments"][0][0] == asked
+    assert template.prompt({"messages": [{"role": "user", "content": "Where is horse 0? A:"}]}) == asked
+    trained = tokenizer(asked, add_special_tokens=False).input_ids
+    assert [tokens for tokens in read if tokens[: len(trained) - 1] == trained[:-1]]
+    assert not [tokens for tokens in read if tokens[0] == tokenizer.bos_token_id]
+
+
+def test_a_turn_that_the_harness_begins_goes_on_where_it_ends(loaded):
+    from linchain_cli.evaluation.harness_model import SharedModel
+
+    model, tokenizer = loaded
+    template = get_template("chat", tokenizer, ChatConfig(template=BRIEF))
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "The answer is"}]
+    wrapped = SharedModel(model, tokenizer, chat=template)
+    assert wrapped.apply_chat_template(turns, add_generation_prompt=False) == (
+        "<user>2 + 2?<|im_end|><assistant>2024:The answer is"
+    )
+
+
+def test_of_a_template_without_a_place_for_it_the_system_prompt_is_left_out(loaded):
+    from linchain_cli.evaluation.harness_model import SharedModel
+
+    model, tokenizer = loaded
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + BRIEF
+    wrapped = SharedModel(
+        model, tokenizer, chat=get_template("chat", tokenizer, ChatConfig(template=refusing))
+    )
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "2 + 2?"}]
+    assert wrapped.apply_chat_template(turns) == "<user>2 + 2?<|im_end|><assistant>2024:"
 
 
 def test_names_are_split_and_unknown_ones_told(tmp_path):
