@@ -17,6 +17,7 @@ class _AsWritten:
     layouts: tuple[Layout, ...]
     adds_bos = True
     frame = ("", "")
+    thinking = None
 
     def __init__(self, instructions: Template):
         self._instructions = instructions

@@ -36,6 +36,7 @@ Tools = Sequence[Mapping[str, Any]] | None
 _VERSION = 6
 _MOST_VARIANTS = 1000
 _WORD = "4f1c9a"  # stands for an answer; no template writes it
+_THOUGHT = "9b2e71"  # stands for its reasoning
 _QUESTION: Message = {"role": "user", "content": "2 + 2"}
 _ANSWER: Message = {"role": "assistant", "content": _WORD}
 # How templates write control tokens: <|im_end|>, </s>, <｜end▁of▁sentence｜>, [/INST].
@@ -308,6 +309,24 @@ class ChatTemplate:
             "tokenizer: it is written in letters, and the end-of-sequence token is learned behind it"
         )
         self._eos_ends = self._ends_in_letters or self._closes_nothing and not self._opening("user")
+        self.thinking = self._marks_of_reasoning()
+
+    def _marks_of_reasoning(self) -> tuple[str, str] | None:
+        """What the template writes around the reasoning of an answer, without white space; of what stands in
+        front of the answer as much as also answers without reasoning have, if they have any."""
+        try:
+            text, start, _ = self._answered([_QUESTION], None, {**_ANSWER, "reasoning_content": _THOUGHT})
+            plain, at, _ = self._answered([_QUESTION], None, _ANSWER)
+        except RowError:
+            return None
+        before, found, behind = text[start:].partition(_THOUGHT)
+        if not found or _WORD not in behind:
+            return None
+        begins = before.strip() or (_MARK.findall(text[:start]) or [""])[-1]
+        ends, lead = behind[: behind.rindex(_WORD)].strip(), plain[at : plain.rindex(_WORD)].strip()
+        if shared := _common(ends[::-1], lead[::-1]):
+            ends = ends[-shared:]
+        return (begins, ends) if begins and _MARK.search(ends) else None
 
 
 def _program(

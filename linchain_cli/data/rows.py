@@ -67,6 +67,8 @@ class Template(Protocol):
     layouts: tuple[Layout, ...]
     adds_bos: bool  # whether the tokenizer's own leading tokens (BOS) belong in front of the text
     frame: tuple[str, str]  # what stands in front of every answer, behind the prompt, and what behind it
+    # What is written in front of an answer's reasoning, and between that and the answer; None: it knows none.
+    thinking: tuple[str, str] | None
 
     @property
     def fingerprint(self) -> str:

@@ -78,6 +78,7 @@ class PromptTemplate:
     """
 
     adds_bos = True
+    thinking = None
 
     def __init__(self, name: str, prompt: str, response: str, prompt_no_input: str | None = None):
         self.name = name

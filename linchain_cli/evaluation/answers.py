@@ -16,9 +16,10 @@ from linchain_cli.evaluation.numbers import NUMBER_TOLERANCE, is_number, last_nu
 
 RuleKind = Literal["options", "pattern", "number", "letter", "loss"]
 # Changes with the rules below: answers that were read in another way are other results.
-RULES_VERSION: dict[RuleKind, int] = {"options": 2, "pattern": 2, "number": 2, "letter": 3, "loss": 2}
-# A new heading of the prompts; four marks are how GSM8K writes its answer.
-NEXT_TURN = re.compile(r"(?<!#)###(?!#)")
+RULES_VERSION: dict[RuleKind, int] = {"options": 3, "pattern": 3, "number": 3, "letter": 4, "loss": 2}
+_HEADING = "###"
+# A heading of a new turn; four marks are how GSM8K writes its answer.
+_NEXT_TURN = re.compile(rf"(?<!#){_HEADING}(?!#)")
 _LETTER = re.compile(r"\b[A-E]\b")
 # "The answer is (B)", "Answer: B", "option B": the first two say which one it is, the last may only name one.
 _STATED_LETTER = re.compile(
@@ -52,7 +53,7 @@ class AnswerRule:
 
     def readings(self, text: str, options: Sequence[str], answer: str) -> dict[str, Reading]:
         """The text read in each way, by its name; the first one counts."""
-        text = NEXT_TURN.split(text)[0].strip()
+        text = text.strip()
         if self.kind == "number":
             strict, flexible = last_number(text), stated_number(text)
             is_right = strict is not None and abs(float(strict) - float(answer)) <= NUMBER_TOLERANCE
@@ -68,6 +69,11 @@ class AnswerRule:
         if self.pattern:
             found["published"] = _exact(_first_match(self.pattern, text), answer)
         return found
+
+
+def within_turn(text: str, prompt: str) -> str:
+    """The text up to the heading of a new turn, which only a model writes whose prompts have headings."""
+    return _NEXT_TURN.split(text)[0] if _HEADING in prompt else text
 
 
 def _exact(prediction: str | None, answer: str) -> Reading:

@@ -65,7 +65,7 @@ class Dialogue:
             if pieces:
                 self._remember(text, "".join(pieces))
             raise
-        self._remember(text, said.text)
+        self._remember(text, said.text, said.parts)
         return said
 
     def _row(self, text: str) -> Row:
@@ -74,5 +74,10 @@ class Dialogue:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return {"messages": [*system, *self.messages, {"role": "user", "content": text}]}
 
-    def _remember(self, text: str, answer: str) -> None:
-        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+    def _remember(self, text: str, answer: str, parts: tuple[str, str] | None = None) -> None:
+        """What the template knows as reasoning and answer is handed to it as such the next time."""
+        thought, answer = parts or ("", answer)
+        said: Message = {"role": "assistant", "content": answer}
+        if thought:
+            said["reasoning_content"] = thought
+        self.messages += [{"role": "user", "content": text}, said]

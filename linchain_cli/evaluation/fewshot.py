@@ -28,7 +28,7 @@ class _Examples:
     def __init__(self, template: Template, answered: Sequence[tuple[Row, str]]):
         self._template, self._answered = template, answered
         self.name, self.layouts, self.adds_bos = template.name, template.layouts, template.adds_bos
-        self.frame = template.frame
+        self.frame, self.thinking = template.frame, template.thinking
 
     @property
     def fingerprint(self) -> str:

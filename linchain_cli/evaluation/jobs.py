@@ -13,10 +13,11 @@ from linchain_cli.data.formats import RowFormats
 from linchain_cli.data.rows import Rendered, RowError, Template
 from linchain_cli.data.templates import closing_token
 from linchain_cli.errors import InputError, LinchainError
-from linchain_cli.evaluation.answers import Reading
+from linchain_cli.evaluation.answers import Reading, within_turn
 from linchain_cli.evaluation.fewshot import with_examples
 from linchain_cli.evaluation.likelihood import OptionScorer
 from linchain_cli.evaluation.options import OptionTree, build_tree, loss_tree
+from linchain_cli.evaluation.reasoning import Reasoning
 from linchain_cli.evaluation.results import Prediction
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.machine import is_out_of_memory
@@ -125,13 +126,15 @@ def _spanning(rendered: Rendered, option: str) -> Rendered:
 
 
 class GenerationJob:
-    """Lets the model write and reads the answer off its text."""
+    """Lets the model write and reads the answer off its text, behind what it thought before."""
 
     def __init__(self, setup: Setup, task: Task):
         from linchain_cli.evaluation.generation import Generator, stop_tokens
 
         self.task, self._tokenizer = task, setup.tokenizer
+        self._reasoning = Reasoning(setup.tokenizer, setup.template)
         prompts = [_prompt(setup, task, row) for row in task.rows]
+        self._asked = [setup.template.prompt(row.fields) for row in task.rows]
         ends = stop_tokens(setup.model, setup.tokenizer, setup.template)
         self._generator = Generator(
             setup.model, ends, prompts, setup.beams, task.max_new_tokens, setup.batch_tokens
@@ -141,10 +144,14 @@ class GenerationJob:
     def run(self, batch: Sequence[int]) -> list[Prediction]:
         predictions = []
         for position, tokens in zip(batch, self._generator.generate(batch), strict=True):
-            row = self.task.rows[position]
-            text = before_stop(self._tokenizer.decode(tokens, skip_special_tokens=True), self.task.stop)
-            readings = self.task.rule.readings(text, row.options, row.answer)
-            predictions.append(_prediction(self.task, row, readings, {"text": text}))
+            row, asked = self.task.rows[position], self._asked[position]
+            text = self._tokenizer.decode(tokens, skip_special_tokens=True)
+            _, answer = self._reasoning.parts(tokens, asked)
+            answer = answer or ""
+            said = before_stop(answer, self.task.stop)
+            readings = self.task.rule.readings(within_turn(said, asked), row.options, row.answer)
+            found = {"text": text[: len(text) - len(answer)] + said}
+            predictions.append(_prediction(self.task, row, readings, found))
         return predictions
 
 

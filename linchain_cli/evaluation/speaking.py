@@ -16,6 +16,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.evaluation.evaluate import evaluating
 from linchain_cli.evaluation.generation import Generator, generate, stop_tokens
 from linchain_cli.evaluation.jobs import before_stop
+from linchain_cli.evaluation.reasoning import Reasoning
 from linchain_cli.evaluation.tryout import continues_from_cache, refuse_broken
 from linchain_cli.model.limits import limits
 
@@ -59,12 +60,14 @@ class Said:
     """An answer. Tokens are counted without the one that ends it.
 
     stop_reason: `end` (a token that ends answers), `stop_text`, or `length`
+    parts: its reasoning and what it says behind that, where the template writes them apart
     """
 
     text: str
     stop_reason: Literal["end", "stop_text", "length"]
     prompt_tokens: int
     tokens: int
+    parts: tuple[str, str] | None = None
 
 
 class Speaker:
@@ -89,6 +92,7 @@ class Speaker:
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self._straddles, self._warn = straddles, warn
         self._ends = stop_tokens(model, tokenizer, template)
+        self._reasoning = Reasoning(tokenizer, template) if template.thinking else None
         self._limits = limits(model)
         self._cache: Any = None
         self._cached: list[int] = []
@@ -121,7 +125,13 @@ class Speaker:
                 ended = self._stream(prompt, room, sampling, text)
         text.close()
         reason = "stop_text" if text.stopped else "end" if ended else "length"
-        return Said(text.whole, reason, len(prompt), len(text.tokens))
+        return Said(text.whole, reason, len(prompt), len(text.tokens), self._parts(row, text.tokens))
+
+    def _parts(self, row: Row, tokens: Sequence[int]) -> tuple[str, str] | None:
+        if self._reasoning is None:
+            return None
+        thought, answer = self._reasoning.parts(tokens, self.template.prompt(row))
+        return None if answer is None else (thought.strip(), answer.strip())
 
     def _encode(self, row: Row) -> list[int]:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from linchain_cli.evaluation.answers import AnswerRule
+from linchain_cli.evaluation.answers import AnswerRule, within_turn
 from linchain_cli.evaluation.numbers import is_number, stated_number, value_of
 
 YES_NO = ("yes", "no")
@@ -29,12 +29,32 @@ def read(rule, text, options=(), answer=""):
         ("us, and the US", ("US", "us"), "us"),
         ("İyi olur", ("kötü", "iyi"), "iyi"),
         ("ISI", ("ısı", "ses"), "ısı"),
-        ("true\n### Response:\nfalse", ("true", "false"), "true"),
         ("", YES_NO, None),
     ],
 )
 def test_options_are_words_whatever_their_case(text, options, expected):
     assert read(AnswerRule("options"), text, options) == {"words": expected}
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "expected"),
+    [
+        ("true\n### Response:\nfalse", "### Instruction:\nTrue?\n\n### Response:\n", "true\n"),
+        (
+            "6 * 7 = 42\n#### 42\nThat took 3 steps",
+            "### Response:\n",
+            "6 * 7 = 42\n#### 42\nThat took 3 steps",
+        ),
+        # As chat models write: nothing says that a new turn begins.
+        (
+            "### Step 1\n6 * 7\n### Answer\n42",
+            "<|user|>6 * 7?<|assistant|>",
+            "### Step 1\n6 * 7\n### Answer\n42",
+        ),
+    ],
+)
+def test_a_new_turn_begins_with_a_heading_where_prompts_have_them(text, prompt, expected):
+    assert within_turn(text, prompt) == expected
 
 
 def test_the_published_reading_of_a_builtin_task_stands_beside():
@@ -55,7 +75,6 @@ def test_a_pattern_gives_its_first_group():
     ("text", "strict", "flexible"),
     [
         ("The answer is 5. Eleven more would be 16", "16", "5"),
-        ("The answer is 5\n### Instruction:\nWhat is 5 + 6? 11", "5", "5"),
         ("She sold 1,250 in 3 days.", "3", "3"),
         ("6 * 7 = 42\n#### 42\nThat took 3 steps", "3", "42"),
         ("the result is -7", "-7", "-7"),

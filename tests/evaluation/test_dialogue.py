@@ -15,7 +15,7 @@ class Speaker:
     """Answers with a number, and notes what it was asked."""
 
     def __init__(self, template):
-        self.template, self.rows, self.interrupted = template, [], False
+        self.template, self.rows, self.interrupted, self.parts = template, [], False, None
 
     def say(self, row, sampling, show):
         self.rows.append(row)
@@ -24,7 +24,7 @@ class Speaker:
         if self.interrupted:
             raise KeyboardInterrupt
         show(answer[6:])
-        return Said(answer, "end", 1, 2)
+        return Said(answer, "end", 1, 2, self.parts)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,17 @@ def test_of_an_answer_that_is_stopped_what_was_shown_counts(tokenizer):
     with pytest.raises(KeyboardInterrupt):
         dialogue.ask("one?", Sampling())
     assert [one["content"] for one in dialogue.messages] == ["one?", "answer"]
+
+
+def test_reasoning_is_handed_on_as_what_it_is(tokenizer):
+    speaker = Speaker(get_template("chat", tokenizer))
+    dialogue = Dialogue(speaker)
+    speaker.parts = ("I count.", "2")
+    assert dialogue.ask("1 + 1?", Sampling()).text == "answer 1"
+    assert dialogue.messages[1] == {"role": "assistant", "content": "2", "reasoning_content": "I count."}
+    speaker.parts = ("", "3")
+    dialogue.ask("1 + 2?", Sampling())
+    assert dialogue.messages[3] == {"role": "assistant", "content": "3"}
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ class Bytes(Numbers):
 
 class Template:
     name = "numbers"
+    thinking = None
 
     def prompt(self, row):
         return ""
