@@ -103,7 +103,7 @@ def run(
         quantization=subject.recipe.model.quantization,
         chat_template=subject.recipe.data.chat.template,
         max_length=subject.longest_row(found.directory),
-        files=subject.travelling_files(found.directory),
+        files=subject.travelling_files(found.directory, template_travels=True),
     )
     adapter, origin = subject.adapter, subject.origin(found, base)
     if summed is not None:

@@ -86,15 +86,21 @@ class NamedRun:
                 f" ({'; '.join(changed)}), so its base computes otherwise: put it back, {way.format('it')}"
             )
 
-    def travelling_files(self, base_directory: Path) -> dict[str, bytes]:
+    def travelling_files(self, base_directory: Path, template_travels: bool = False) -> dict[str, bytes]:
         """The files that say how the run's model is asked and where it stops, by name; none where that is not
-        known."""
+        known. Says what other programs do not read there; `template_travels`: a chat template of its own they
+        do."""
         asking = self.asking
         if asking is None or self.recipe.task != "causal":
             return {}
-        from linchain_cli.data.asking import template_of_asking, travelling_files
+        from linchain_cli.data.asking import template_of_asking, to_be_sent_along, travelling_files
         from linchain_cli.model.tokenizer import load_tokenizer
 
+        if unread := to_be_sent_along(asking, template_travels):
+            console.warn(
+                f"{self.opened.name} was trained with {' and '.join(unread)}. Other programs do not read"
+                " that in linchain_prompt.json: send it along, or the model is asked otherwise than trained"
+            )
         try:
             tokenizer = load_tokenizer(base_directory)
             template = template_of_asking(asking, tokenizer)

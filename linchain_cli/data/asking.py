@@ -99,6 +99,24 @@ def template_of_asking(
     return get_template(name or asking.template, tokenizer, asking.chat_config(), asking.turns)
 
 
+def to_be_sent_along(asking: Asking, template_travels: bool) -> list[str]:
+    """What of conversations was said in training by no file that other programs read: whoever serves the
+    model has to send it with each question.
+
+    Args:
+        template_travels: whether the chat template is written beside the weights.
+    """
+    if asking.template != "chat":
+        return []
+    options = json.dumps(asking.options, ensure_ascii=False)
+    found = {
+        "a chat template of its own (data.chat.template)": asking.chat_template and not template_travels,
+        f"chat_template_kwargs {options} (data.chat.options)": asking.options,
+        "a system prompt (data.chat.system)": asking.system,
+    }
+    return [what for what, is_said in found.items() if is_said]
+
+
 def question(template: Template, text: str) -> Row:
     """The row that asks `text`: as the instruction, or as the one column that the template's prompt needs.
 

@@ -9,10 +9,12 @@ import pytest
 from linchain_cli.data.asking import (
     ASKING_FILE,
     GENERATION_FILE,
+    Asking,
     asking_of,
     read_asking,
     straddle_mostly,
     template_of_asking,
+    to_be_sent_along,
     travelling_files,
 )
 from linchain_cli.data.encoding import encode_prompt
@@ -100,6 +102,21 @@ def test_a_chat_template_of_ones_own_comes_along(tmp_path, tokenizer):
     again = template_of_asking(read_asking(out), tokenizer)
     assert again.prompt(ROW) == "[user] What is 2 + 2?<|im_end|>[assistant] "
     assert again.fingerprint == template_of(data, tokenizer).fingerprint
+
+
+def test_what_other_programs_do_not_read_is_known():
+    asking = Asking(
+        template="chat", chat_template="{{ x }}", options={"enable_thinking": False}, system="Be kind."
+    )
+    of_template, *others = to_be_sent_along(asking, template_travels=False)
+    assert of_template.startswith("a chat template of its own")
+    assert others == to_be_sent_along(asking, template_travels=True)
+    assert others == [
+        'chat_template_kwargs {"enable_thinking": false} (data.chat.options)',
+        "a system prompt (data.chat.system)",
+    ]
+    assert to_be_sent_along(Asking(template="chat"), template_travels=False) == []
+    assert to_be_sent_along(Asking(template="alpaca", system="Be kind."), template_travels=False) == []
 
 
 def test_a_damaged_record_is_named(tmp_path):

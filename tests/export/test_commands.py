@@ -61,6 +61,17 @@ def test_a_merged_checkpoint_asks_through_the_chat_template_it_was_trained_with(
     assert AutoTokenizer.from_pretrained(base).chat_template == before != own
 
 
+def test_what_other_programs_do_not_ask_with_is_said(make_run, base_of, capsys):
+    run = make_run(base_of("llama"))
+    recipe = yaml.safe_load(run.recipe_path.read_text())
+    recipe["data"] |= {"template": "chat", "chat": {"options": {"enable_thinking": False}}}
+    run.recipe_path.write_text(yaml.safe_dump(recipe))
+    said = 'was trained with chat_template_kwargs {"enable_thinking": false} (data.chat.options). Other'
+    for command in (("merge", run.path, "--no-proof"), ("export", run.path, "--format", "peft")):
+        assert linchain(*command) == 0
+        assert said in capsys.readouterr().err
+
+
 def test_merge_without_a_name_takes_the_newest_run_and_says_so(
     make_run, base_of, capsys, tmp_path, monkeypatch
 ):
