@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from linchain_cli.data.conversation import Conversation, Message, ToolCall
-from linchain_cli.data.readers import shown
+from linchain_cli.data.readers import WrittenNumber, shown
 from linchain_cli.data.rows import RowError
 from linchain_cli.errors import nearest
 
@@ -141,7 +141,7 @@ def parsed(value: Any, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return json.loads(value, parse_float=WrittenNumber)
     except (ValueError, RecursionError):
         pythons = "; it is Python's: write it with json.dumps" if _PYTHON_LIST.match(value) else ""
         raise RowError(
@@ -278,7 +278,7 @@ def _tool_call(call: Any, place: str) -> ToolCall:
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            arguments = json.loads(arguments, parse_float=WrittenNumber) if arguments.strip() else {}
         except (ValueError, RecursionError):
             raise RowError(
                 f"{place}: the arguments of '{function['name']}' are no JSON: {shown(arguments)}"

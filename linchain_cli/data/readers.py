@@ -115,6 +115,21 @@ def _not_utf8(error: UnicodeDecodeError, offset: int) -> str:
     return f"byte {offset + error.start:,} (0x{byte:02x}) is not UTF-8. Save the file as UTF-8."
 
 
+class WrittenNumber(float):
+    """A number whose text is what stands in the file: 2.50 and 0.00001, where Python writes 2.5 and 1e-05."""
+
+    __slots__ = ("_text",)
+    _text: str
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        number = super().__new__(cls, text)
+        number._text = text
+        return number
+
+    def __str__(self) -> str:
+        return self._text
+
+
 class JsonLinesReader(_LineReader):
     """One JSON object per line; blank lines don't count."""
 
@@ -127,7 +142,7 @@ class JsonLinesReader(_LineReader):
 
     def _parse(self, text: str) -> dict[str, Any] | RowError:
         try:
-            value = json.loads(text.rstrip())
+            value = json.loads(text.rstrip(), parse_float=WrittenNumber)
         except json.JSONDecodeError as error:
             cut = "; the file ends here without a line break, as if it had been cut off"
             cut = "" if text.endswith("\n") else cut
@@ -165,7 +180,7 @@ class JsonReader(Reader):
 
     def __init__(self, path: Path, name: str = ""):
         super().__init__(path, name)
-        self._decoder = json.JSONDecoder()
+        self._decoder = json.JSONDecoder(parse_float=WrittenNumber)
         self._text, self._at = "", 0  # a window of the file's text, and where in it we are
         self._dropped = 0  # characters before the window
         # Line breaks up to a position of the window.

@@ -71,6 +71,15 @@ def test_one_conversation_in_many_forms(read, row):
     assert read(row) == [{"messages": [ASKED, ANSWERED]}]
 
 
+def test_numbers_keep_the_digits_that_they_are_written_with(write, source):
+    turns = '[{"role": "user", "content": 1.10}, {"role": "assistant", "content": 2.50}]'
+    lines = ['{"instruction": 1.10, "output": 0.00001}', json.dumps({"messages": turns})]
+    path = write("x.jsonl", "\n".join(lines))
+    instruction, conversation = FormattedRows(resolve_source(source(path)), CHAT)
+    assert instruction == {"instruction": "1.10", "output": "0.00001"}
+    assert [turn["content"] for turn in conversation["messages"]] == ["1.10", "2.50"]
+
+
 def test_a_system_prompt_may_stand_in_a_column_of_its_own(read):
     said = {"role": "system", "content": "Add."}
     for column in ("messages", "conversations"):

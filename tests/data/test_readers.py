@@ -93,6 +93,16 @@ def test_numbers_at_the_edge_of_a_piece_are_not_cut(write, monkeypatch):
         ]
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_a_number_is_text_as_it_stands_in_the_file(write, name):
+    """Python would write 2.5, 1e-05 and 1e-07 in their place, and a model would learn that."""
+    written = ["2.50", "0.00001", "1e-7", "-3.0", "7", "1E+2", "0.1"]
+    rows = read(write(name, "".join(f'{{"a": {number}}}\n' for number in written)))
+    assert [str(row["a"]) for row in rows] == written
+    assert [row["a"] for row in rows] == [2.5, 1e-5, 1e-7, -3, 7, 100, 0.1]
+    assert json.dumps(rows[0]) == '{"a": 2.5}'
+
+
 @pytest.mark.parametrize("block", [5, 1 << 20])
 def test_lines_and_rows_are_counted(write, monkeypatch, block):
     monkeypatch.setattr(readers, "_BLOCK", block)
