@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from linchain_cli.recipe.foreign_rows import LENGTH
-from linchain_cli.recipe.other_tools import AXOLOTL, CALLED_HERE, LLAMA_FACTORY, TRL, instead_of
+from linchain_cli.recipe.other_tools import (
+    AXOLOTL,
+    CALLED_HERE,
+    LLAMA_FACTORY,
+    LLAMA_FACTORY_V1,
+    TRL,
+    instead_of,
+)
 from linchain_cli.recipe.theirs import Fields, Theirs, is_no, names, number
 
 
@@ -90,10 +97,9 @@ def _adapter(theirs: Theirs) -> Fields:
     if _method(theirs)[1] not in _LORA or (start and not theirs.sets(*_RANK)):
         return fields
     rank, alpha, dropout = theirs(*_RANK), theirs("lora_alpha"), theirs("lora_dropout")
-    if theirs.tool is TRL and theirs.sets("r"):  # not on its command line
-        script, of_script = _of_a_script(theirs)
+    if script := _script(theirs):
         if not theirs.sets("lora_alpha"):
-            alpha, theirs.notes["adapter.alpha"] = of_script, f"{script}'s, where nothing is said"
+            alpha, theirs.notes["adapter.alpha"] = _ALPHA[script], f"{script}'s, where nothing is said"
         dropout = dropout if theirs.sets("lora_dropout") else "0"
     rows = number(rank) or 0
     if alpha is None and theirs.tool is LLAMA_FACTORY and rows:
@@ -109,18 +115,21 @@ def _adapter(theirs: Theirs) -> Fields:
     }
 
 
-def _of_a_script(theirs: Theirs) -> tuple[str, str]:
-    """Who makes the adapter where a script calls the rank `r`, and its alpha by default."""
-    unsloth = theirs.sets("random_state", "use_gradient_checkpointing")
-    return ("Unsloth", "16") if unsloth else ("PEFT", "8")
+_ALPHA = {"Unsloth": "16", "PEFT": "8"}  # by default
+
+
+def _script(theirs: Theirs) -> str | None:
+    """Who makes the adapter of a script, which calls the rank `r` as no command line of these tools does."""
+    if not theirs.sets("r") or theirs.tool is LLAMA_FACTORY_V1:
+        return None
+    return "Unsloth" if theirs.sets("random_state", "use_gradient_checkpointing") else "PEFT"
 
 
 def _targets(theirs: Theirs) -> Any:
     chosen = theirs("lora_target_modules", "lora_target", "target_modules", "target")
     every = theirs.yes("lora_target_linear") or chosen in ("all", "all-linear", ["all-linear"])
     experts = names(theirs("lora_target_parameters", "target_parameters"))
-    by_peft = theirs.tool is TRL and not (theirs.sets("r") and _of_a_script(theirs)[0] == "Unsloth")
-    if chosen is None and not every and by_peft:
+    if chosen is None and not every and theirs.tool is TRL and _script(theirs) != "Unsloth":
         theirs.remarks.append("adapter.target_modules: PEFT's choice there, [q_proj, v_proj] for most models")
     if every or chosen is None:
         return ["all-linear", *experts] if experts else "all-linear"

@@ -231,6 +231,7 @@ A, L, T = AXOLOTL, LLAMA_FACTORY, TRL
             "lora_r:\nr: 32\nlora_alpha:\nuse_rslora:\nuse_gradient_checkpointing: unsloth",
             {"adapter.alpha": 16, "adapter.dropout": 0, "adapter.rank": 32},
         ),
+        (L, "lora_rank:\nr: 32", {"adapter.alpha": 8, "adapter.dropout": 0}),
         (L, "enable_thinking: false", {"data.chat.options": {"enable_thinking": False}}),
         # LLaMA-Factory's second form
         (
