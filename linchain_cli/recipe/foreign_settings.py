@@ -69,6 +69,9 @@ def _model(theirs: Theirs) -> Fields:
     bits = theirs("quantization_bit", "quantization_config")
     for name, flag in (("8", "load_in_8bit"), ("4", "load_in_4bit")):
         bits = name if theirs.yes(flag) else bits
+    for key in ("bnb_4bit_quant_type", "quantization_type", "quantization_method"):
+        if not is_no(bits) and theirs.sets(key) and (kind := str(theirs(key))).lower() not in _QUANTIZED:
+            theirs.unsaid(key, kind, "not here: model.quantization is nf4 or int8")
     attention = [theirs(key) for key in _ATTENTION]
     eager = theirs.yes("eager_attention") or "eager" in attention
     return {
@@ -78,6 +81,7 @@ def _model(theirs: Theirs) -> Fields:
     }
 
 
+_QUANTIZED = ("nf4", "int8", "bnb", "bitsandbytes", "auto")
 _ATTENTION = [key for key, field in CALLED_HERE.items() if field == "model.attention"]
 
 

@@ -300,6 +300,12 @@ def _set(value: Any) -> Any:
             "# Not said above:\n#   stage: dpo  (not here: what is learned is the rows' answers)\n",
         ),
         ("something: 3", "#   something: 3  (linchain does not know it)"),
+        (
+            "load_in_4bit: true\nbnb_4bit_quant_type: fp4",
+            "#   bnb_4bit_quant_type: fp4  (not here: model.quantization is nf4 or int8)",
+        ),
+        ("quantization_bit: 4\nquantization_method: hqq", "#   quantization_method: hqq  (not here: model"),
+        ("load_in_4bit: true\nbnb_4bit_quant_type: nf4", "  keep: best\n  trackers:\n"),
         ("max_length:", "#   max_length: null  (no row is cut there; auto, as here, is at most 2,048)"),
         ("packing: true", "#   data.train_on_inputs: of prompts with completions TRL learns these alone"),
         ("assistant_only_loss:", "#   data.train_on_inputs: TRL learns conversations whole, as true does"),
