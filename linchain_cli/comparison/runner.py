@@ -38,7 +38,6 @@ from linchain_cli.model.classifier import Outputs
 from linchain_cli.model.computed import changed_values
 from linchain_cli.model.config import empty_model
 from linchain_cli.model.files import locate
-from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.limits import limits
 from linchain_cli.recipe import Recipe
 from linchain_cli.records import write_record
@@ -323,8 +322,6 @@ class _Runner:
             status = run.read_status() if run.exists() else RunStatus(status="running")
             before, known = status.hashes, status.base
             changed = [name for name in now if before.get(name, now[name]) != now[name]]
-            if "base" in changed and is_same_base(base.directory, base.hash, before["base"]):
-                changed.remove("base")
             config = changed_values(known and known.config, base.config)
             changed += [f"the base's config.json ({change})" for change in config]
             if changed:

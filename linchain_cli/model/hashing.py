@@ -1,7 +1,6 @@
 """What tells one base model from another: one hash of its tensors, however they are spread over files.
 
-A hash reads `tensors:<64 digits>`. Runs of linchain 0.1.0 hold one of the weight files' bytes, 64 digits
-without a prefix, which is still compared where it stands.
+A hash reads `tensors:<64 digits>`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from linchain_cli.locks import locked
 from linchain_cli.machine import cpu_limit
 from linchain_cli.model.files import weight_files
 from linchain_cli.records import read_record, write_record
-from linchain_cli.storage import make_directory, sha256_bytes, sha256_file
+from linchain_cli.storage import make_directory, sha256_bytes
 
 if TYPE_CHECKING:
     from linchain_cli.model.checkpoint import StoredTensor
@@ -48,52 +47,28 @@ def base_hash(directory: Path) -> str:
     return PREFIX + sha256_bytes("\n".join(lines).encode())
 
 
-def refuse_other_base(
-    directory: Path, wanted: str | None, name: str, *, allow: bool = False, found: str | None = None
-) -> str:
+def refuse_other_base(directory: Path, wanted: str | None, name: str, *, allow: bool = False) -> str:
     """The hash of the base at `directory`, once it is clear that it is the one that `name` was trained on.
 
     Args:
         wanted: the hash of that one; None if it was not recorded.
         allow: take another one all the same.
-        found: what `base_hash` has told of `directory`, if it was asked already.
 
     Raises:
         InputError: it is another one.
     """
-    found = found or base_hash(directory)
-    if wanted is None or allow or is_same_base(directory, found, wanted):
+    found = base_hash(directory)
+    if wanted in (None, found) or allow:
         return found
-    what = "weights" if wanted.startswith(PREFIX) else "files"
-    remedy = (
-        "Name the right base with --base MODEL, or take this one all the same with --allow-other-base."
-        if wanted.startswith(PREFIX)
-        else "The run is of linchain 0.1.0, which knew its base by its files alone: if these are the same"
-        " weights in other files, take them with --allow-other-base; else name the right base with --base"
-        " MODEL."
-    )
     raise InputError(
-        f"{name} was trained on other {what} than {directory} holds ({short(wanted)}, not {short(found)})."
-        f" {remedy}"
+        f"{name} was trained on other weights than {directory} holds ({short(wanted)}, not {short(found)})."
+        " Name the right base with --base MODEL, or take this one all the same with --allow-other-base."
     )
-
-
-def is_same_base(directory: Path, found: str, wanted: str) -> bool:
-    """Whether the base at `directory`, whose hash is `found`, has the hash `wanted`, of either kind."""
-    return found == wanted if wanted.startswith(PREFIX) else file_hash(directory) == wanted
 
 
 def short(base: str) -> str:
     """A hash for a message."""
     return base.removeprefix(PREFIX)[:12] + "…"
-
-
-def file_hash(directory: Path) -> str:
-    """The hash that linchain 0.1.0 knew a base by: over its weight files' SHA-256 values, in name order."""
-    files = weight_files(directory)
-    with concurrent.futures.ThreadPoolExecutor(max_workers=min(8, len(files))) as pool:
-        hashes = list(pool.map(lambda path: _blob(path) or sha256_file(path), files))
-    return sha256_bytes("\n".join(hashes).encode())
 
 
 @dataclass(frozen=True)

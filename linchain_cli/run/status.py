@@ -70,8 +70,7 @@ class RunStatus:
     status, reason: how it stands, and why if it did not finish
     created_at, started_at, finished_at: UTC, ISO 8601
     started_in: absolute path of the directory that its recipe's relative paths are of
-    hashes: of `recipe`, `data`, `base` and `tokenizer`; of an old run, base's is that of the weight files'
-    bytes
+    hashes: of `recipe`, `data`, `base` and `tokenizer`
     classes: the names of a classification's classes, in the order of the head's outputs
     coverage: of the blocks' weights, how many have a chain and which kinds have none
     rows: counts of kept, skipped and truncated rows, of all sources and of each

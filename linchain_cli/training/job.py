@@ -34,7 +34,6 @@ from linchain_cli.errors import InputError
 from linchain_cli.machine import cpu_info
 from linchain_cli.model.computed import changed_values
 from linchain_cli.model.config import text_decoder_prefix
-from linchain_cli.model.hashing import is_same_base
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.limits import limits
 from linchain_cli.model.rope import length_classes
@@ -160,8 +159,6 @@ class Job:
 
         state, about = states.read_state(files[states.STATE_FILE])
         before = about["fingerprints"]
-        if is_same_base(self.base.directory, self.base.hash, before["base"]):  # of either kind of hash
-            before = before | {"base": self.base.hash}
         places = {"base": str(self.base.directory), "data": self.data.report.names}
         config = changed_values(about.get("config"), self.base.config)
         about["notes"] = compare(before, self.fingerprints, self.store.path(step), places, config)
@@ -304,7 +301,7 @@ def warnings(job: Job) -> list[str]:
         start = start_adapter(recipe)
     if start is not None:
         trained_on = start.base.get("hash")
-        if trained_on and not is_same_base(job.base.directory, job.base.hash, trained_on):
+        if trained_on and trained_on != job.base.hash:
             found.append(f"adapter.init_from: {recipe.adapter.init_from} was trained on another base model")
     if job.base.outputs is None and job.accelerator.is_main_process:
         base = job.base

@@ -15,7 +15,7 @@ from linchain_cli.chain.files import adapter_hash, named_tensors
 from linchain_cli.data.relocation import recipe_from_here
 from linchain_cli.errors import InputError
 from linchain_cli.model.computed import changed_values
-from linchain_cli.model.hashing import is_same_base
+from linchain_cli.model.hashing import short
 from linchain_cli.recipe import Recipe
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 from linchain_cli.storage import sha256_bytes, sha256_file
@@ -81,8 +81,8 @@ def check_job(job: Job, status: RunStatus, run: RunDirectory) -> None:
             f"the rows' files, or how they become tokens, are others ({wanted and wanted[:12]}… in run.json)"
         )
     base = status.hashes.get("base")
-    if base is not None and not is_same_base(job.base.directory, job.base.hash, base):
-        wrong.append(f"the base's weights are others ({base.removeprefix('tensors:')[:12]}… in run.json)")
+    if base not in (None, job.base.hash):
+        wrong.append(f"the base's weights are others ({short(base)} in run.json)")
     for change in changed_values(status.base and status.base.config, job.base.config):
         wrong.append(f"the base's config.json was changed ({change})")
     if wrong:

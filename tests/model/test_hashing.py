@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from linchain_cli import console
 from linchain_cli.errors import InputError
 from linchain_cli.model import hashing
-from linchain_cli.model.hashing import base_hash, file_hash, is_same_base, refuse_other_base
-from linchain_cli.storage import sha256_bytes, sha256_file
+from linchain_cli.model.hashing import base_hash, refuse_other_base
+from linchain_cli.storage import sha256_file
 
 
 @pytest.fixture
@@ -94,14 +94,12 @@ def test_a_file_that_was_just_written_is_read_again(checkpoint, reads):
 def test_the_hubs_name_for_a_file_stands_for_its_content(checkpoint, tmp_path, reads, old_files):
     weights = checkpoint / "model.safetensors"
     content = sha256_file(weights)
-    expected = file_hash(checkpoint)
     for cache in ("one", "two"):
         (blobs := tmp_path / cache / "blobs").mkdir(parents=True)
         (snapshot := tmp_path / cache / "snapshots" / "0123").mkdir(parents=True)
         shutil.copy(weights, blobs / content)
         (snapshot / weights.name).symlink_to(blobs / content)
         base_hash(snapshot)
-        assert file_hash(snapshot) == expected
     assert reads == [weights.name]
 
 
@@ -116,19 +114,6 @@ def test_a_damaged_cache_is_made_anew(checkpoint, tmp_path, reads, old_files):
     (entry,) = (tmp_path / "cache" / "hashes").glob("*.json")
     entry.write_text("{")
     assert base_hash(checkpoint) == expected == base_hash(checkpoint) and len(reads) == 2
-
-
-def test_a_run_of_the_first_version_knows_its_base_by_its_files(checkpoint, tmp_path):
-    digest = sha256_file(checkpoint / "model.safetensors")
-    old = sha256_bytes(digest.encode())  # as 0.1.0 computed it
-    found = base_hash(checkpoint)
-    assert file_hash(checkpoint) == old and is_same_base(checkpoint, found, old)
-    assert refuse_other_base(checkpoint, old, "runs/a") == found
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
-    with pytest.raises(InputError, match="runs/a was trained on other files .* linchain 0.1.0"):
-        refuse_other_base(tmp_path / "sharded", old, "runs/a")
-    assert refuse_other_base(tmp_path / "sharded", old, "runs/a", allow=True) == found
 
 
 def test_another_base_is_refused_unless_it_is_allowed(checkpoint, tiny_tied_dir):

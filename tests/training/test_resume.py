@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from linchain_cli.errors import InputError
-from linchain_cli.model.hashing import file_hash
 from linchain_cli.run import RunDirectory, read_jsonl
 
 
@@ -55,14 +54,6 @@ def test_a_resume_that_would_be_another_run_is_refused_with_each_difference(run_
     assert "adapter.rank=4" in str(caught.value) and "training.keep=best" in str(caught.value)
     assert "name=NEW adapter.init_from=" in str(caught.value)
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
-
-
-def test_a_run_that_knows_its_base_by_its_files_goes_on(run_tiny, dies_after, base, monkeypatch):
-    """As linchain 0.1.0 did."""
-    with monkeypatch.context() as patch, dies_after(3):
-        patch.setattr(base, "hash", file_hash(base.directory))
-        run_tiny()
-    assert run_tiny(resume=True).run.read_status().hashes["base"] == base.hash
 
 
 def test_other_rows_another_base_or_more_threads_are_refused(
