@@ -8,12 +8,12 @@ A file holds what one model scored in one setting, on any number of tasks; every
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from linchain_cli.errors import InputError
 from linchain_cli.storage import sha256_bytes
@@ -91,17 +91,10 @@ class TaskScore(_Stored):
         return entry if self.accuracy is None else {"accuracy": self.accuracy, "stderr": self.stderr, **entry}
 
 
-def _as_list(value: Any) -> Any:
-    return [value] if isinstance(value, Mapping) else value
-
-
 class Evaluation(_Stored):
-    """A result file: the setting, the tasks measured in it, and their unweighted average.
+    """A result file: the setting, the tasks measured in it, and their unweighted average."""
 
-    Files without a `format_version` are those of version 1, which had no setting of their own to tell.
-    """
-
-    format_version: int = 1
+    format_version: int = FORMAT_VERSION
     model: str = "unknown"
     protocol: str = "unknown"
     beams: int | None = None
@@ -120,7 +113,7 @@ class Evaluation(_Stored):
     average: float | None = None
     average_stderr: float | None = None
     average_interval: Interval | None = None
-    against: Annotated[list[dict[str, Any]], BeforeValidator(_as_list)] = []
+    against: list[dict[str, Any]] = []
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -133,7 +126,7 @@ class Evaluation(_Stored):
 
     @property
     def measured_at(self) -> str:
-        """When its newest task was measured; empty for files of version 1."""
+        """When its newest task was measured."""
         return max((score.measured_at or "" for score in self.tasks.values()), default="")
 
     def to_json(self) -> dict[str, Any]:
@@ -155,7 +148,7 @@ class Found:
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """The result file at `path`, of this version or an earlier one.
+    """The result file at `path`.
 
     Raises:
         InputError: it cannot be read, is no result, or is of a later version.
@@ -168,13 +161,12 @@ def read_evaluation(path: Path) -> Evaluation:
         raise InputError(f"{path}: this is no result of linchain eval, or a damaged one: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("tasks"), dict):
         raise InputError(f"{path}: this is no result of linchain eval: it has no tasks")
-    version = content.get("format_version", 1)
+    version = content.get("format_version", FORMAT_VERSION)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise InputError(
             f"{path} has format version {version}, this linchain reads versions up to {FORMAT_VERSION}:"
             " install the version that wrote it, or a later one"
         )
-    content.setdefault("protocol", path.stem.partition("-")[0])
     try:
         return Evaluation.model_validate(content)
     except ValidationError as error:
@@ -201,23 +193,18 @@ def first_of(
     limit: int | None,
     adapter_sha256: str | None,
     tasks: Iterable[str] = (),
-) -> Evaluation | None:
+) -> Found | None:
     """Of several results of one protocol that of the first `limit` rows and of this adapter which has all
-    these tasks, and was measured first: what came later was somebody's own trial. A file of version 1 tells
-    neither limit nor adapter, and fits if nothing else does.
+    these tasks, and was measured first: what came later was somebody's own trial.
     """
-    of_protocol = [
-        one.evaluation
-        for one in found
-        if one.evaluation.protocol == protocol and one.evaluation.tasks.keys() >= set(tasks)
-    ]
+    wanted = protocol, limit, adapter_sha256
     fitting = [
         one
-        for one in of_protocol
-        if one.format_version > 1 and one.limit == limit and one.adapter_sha256 == adapter_sha256
+        for one in found
+        if (one.evaluation.protocol, one.evaluation.limit, one.evaluation.adapter_sha256) == wanted
+        and one.evaluation.tasks.keys() >= set(tasks)
     ]
-    fitting = fitting or [one for one in of_protocol if one.format_version == 1]
-    return min(fitting, key=lambda one: one.measured_at, default=None)
+    return min(fitting, key=lambda one: one.evaluation.measured_at, default=None)
 
 
 def heading(metric: str) -> str:
@@ -253,27 +240,27 @@ def describe(evaluation: Evaluation, score: TaskScore | None = None) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a model's table: a task in one setting. `age` says whether it is of the present adapter."""
+    """One line of a model's table: a task in one setting. `earlier` says that it is of another adapter than
+    the present one."""
 
     task: str
     setting: str
     score: TaskScore
     path: Path
-    age: Literal["present", "earlier", "unknown"]
+    earlier: bool
 
 
 def table(found: Sequence[Found], adapter_sha256: str | None = None) -> list[Line]:
     """All results of one model, by task and setting: those of its present adapter first."""
-    order = {"present": 0, "unknown": 1, "earlier": 2}
     lines = [
-        Line(task, describe(one.evaluation, score), score, one.path, _age(one.evaluation, adapter_sha256))
+        Line(
+            task,
+            describe(one.evaluation, score),
+            score,
+            one.path,
+            adapter_sha256 not in (None, one.evaluation.adapter_sha256),
+        )
         for one in found
         for task, score in one.evaluation.tasks.items()
     ]
-    return sorted(lines, key=lambda line: (order[line.age], line.setting, line.path))
-
-
-def _age(evaluation: Evaluation, adapter_sha256: str | None) -> Literal["present", "earlier", "unknown"]:
-    if adapter_sha256 is None or (evaluation.format_version == 1 and evaluation.adapter_sha256 is None):
-        return "unknown"
-    return "present" if evaluation.adapter_sha256 == adapter_sha256 else "earlier"
+    return sorted(lines, key=lambda line: (line.earlier, line.setting, line.path))

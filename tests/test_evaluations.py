@@ -1,4 +1,4 @@
-"""Result files: every version is read, and which of several is meant."""
+"""Result files: how they are read, and which of several is meant."""
 
 from __future__ import annotations
 
@@ -17,31 +17,6 @@ from linchain_cli.evaluations import (
     read_evaluation,
     table,
 )
-
-# What linchain 0.x wrote, before results had a format version.
-VERSION_1 = {
-    "model": "runs/one", "protocol": "likelihood", "template": "alpaca", "dtype": "float32",
-    "quantization": "none", "adapter_sha256": "a" * 64,
-    "versions": {"linchain": "0.1.0"},
-    "tasks": {"boolq": {"accuracy": 0.5, "stderr": None, "interval": [0.1, 0.9], "n": 1, "unparsable": 0}},
-    "average": 0.5, "average_stderr": None, "average_interval": None,
-    "against": {"model": "base", "tasks": {}},
-}  # fmt: skip
-
-
-def test_a_file_of_version_1_is_read(tmp_path):
-    path = tmp_path / "likelihood.json"
-    path.write_text(json.dumps(VERSION_1))
-    found = read_evaluation(path)
-    assert found.format_version == 1 and found.tasks["boolq"].accuracy == 0.5
-    assert found.tasks["boolq"].stderr is None and found.against == [VERSION_1["against"]]
-
-
-def test_the_least_that_was_ever_written_is_read(tmp_path):
-    path = tmp_path / "generate.json"
-    path.write_text('{"tasks": {"boolq": {"accuracy": 0.5}}}')
-    found = read_evaluation(path)
-    assert (found.protocol, found.tasks["boolq"].n) == ("generate", None)
 
 
 def test_what_a_later_version_adds_is_kept(tmp_path):
@@ -87,21 +62,16 @@ def test_of_several_the_first_of_this_adapter_and_limit_is_meant():
         make("other-tasks", adapter_sha256="new", tasks={"piqa": {"accuracy": 1.0}}),
     ]
     one = first_of(found, "likelihood", limit=None, adapter_sha256="new", tasks=["boolq"])
-    assert one is found[2].evaluation
+    assert one is found[2]
     assert first_of(found, "likelihood", limit=7, adapter_sha256="new") is None
-    old = make("old", format_version=1)
-    assert first_of([*found, old], "likelihood", limit=7, adapter_sha256="new") is old.evaluation
 
 
 def test_the_table_tells_results_of_an_earlier_adapter():
-    found = [
-        make("before", adapter_sha256="old"),
-        make("now", adapter_sha256="new"),
-        make("v1", format_version=1),
-    ]
-    assert [(line.path.stem, line.age) for line in table(found, "new")] == [
-        ("now", "present"), ("v1", "unknown"), ("before", "earlier"),
+    found = [make("before", adapter_sha256="old"), make("now", adapter_sha256="new")]
+    assert [(line.path.stem, line.earlier) for line in table(found, "new")] == [
+        ("now", False), ("before", True),
     ]  # fmt: skip
+    assert not any(line.earlier for line in table(found)), "of a run without an adapter nobody knows"
 
 
 def test_a_setting_in_a_line():

@@ -187,7 +187,7 @@ class AdaptedRun(NamedRun):
             results=tuple(
                 line
                 for line in evaluations.table(results, adapter_hash(self.opened.adapter_dir))
-                if line.age != "earlier"
+                if not line.earlier
             ),
         )
 

@@ -88,8 +88,7 @@ def _by_seed(directory: ComparisonDirectory, recipe: Recipe, one: Candidate) -> 
     found = {}
     for seed, measured in sorted(one.runs.items()):
         run = RunDirectory(directory.path / measured.directory)
-        if measured.kept_step is None:  # else its accuracies are not those of the adapter whose loss is shown
-            found[seed] = _answered(run.eval_dir, adapter_hash(run.adapter_dir), recipe)
+        found[seed] = _answered(run.eval_dir, adapter_hash(run.adapter_dir), recipe)
     return {seed: answered for seed, answered in found.items() if answered is not None}
 
 

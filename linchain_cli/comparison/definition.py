@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,26 +84,19 @@ def read_definition(directory: ComparisonDirectory) -> Definition:
         content: dict[str, Any] = json.loads(path.read_bytes())
         if content["format"] != FORMAT_VERSION:
             raise InputError(f"{path} has format {content['format']}; this linchain reads {FORMAT_VERSION}")
-        base = Recipe.model_validate(content["recipe"])
         return Definition(
-            base,
+            Recipe.model_validate(content["recipe"]),
             bool(content["equal_parameters"]),
-            [_read_arm(arm, base) for arm in content["arms"]],
+            [
+                Arm(arm["name"], Recipe.model_validate(arm["recipe"]), float(arm["alpha"]))
+                for arm in content["arms"]
+            ],
             {arm["name"]: list(map(int, arm["seeds"])) for arm in content["arms"]},
             [list(map(str, words)) for words in content["commands"]],
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged ({reason}): start over with --fresh") from error
-
-
-def _read_arm(content: Mapping[str, Any], base: Recipe) -> Arm:
-    recipe = Recipe.model_validate(content["recipe"])
-    alpha = content.get("alpha")
-    if alpha is None:  # version 0.1 did not keep it: what --equal-parameters has changed, changed back
-        adapter = recipe.adapter
-        alpha = float(f"{adapter.alpha * base.adapter.rank / adapter.rank:.12g}")
-    return Arm(content["name"], recipe, float(alpha))
 
 
 def open_definition(directory: ComparisonDirectory, grid: Grid, equal_parameters: bool) -> Definition:

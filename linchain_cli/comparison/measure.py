@@ -13,7 +13,7 @@ from linchain_cli.comparison.halves import read_halves
 from linchain_cli.evaluation.asked import asked_results
 from linchain_cli.evaluation.store import run_result
 from linchain_cli.recipe.schema import EvaluationConfig
-from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
+from linchain_cli.run import RunDirectory, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,6 @@ class Point:
 class Measurement:
     """One run. `reason` says why it did not finish; `accuracies` are those of its tasks, by name; `halves`
     are the last adapter's losses on either half of the validation rows.
-
-    `kept_step` is the step of a kept adapter that is not the last one. What is known of that one (accuracies)
-    is left out, because the losses are the last one's.
     """
 
     arm: str
@@ -48,7 +45,6 @@ class Measurement:
     accuracies: dict[str, float] = field(default_factory=dict)
     hashes: dict[str, str] = field(default_factory=dict)
     halves: tuple[float, float] | None = None
-    kept_step: int | None = None
 
     @property
     def finished(self) -> bool:
@@ -113,7 +109,7 @@ def measure(
     rows = read_jsonl(run.metrics_path)
     trained = [row for row in rows if "loss" in row]
     peaks = [row["peak_memory_bytes"] for row in trained if row.get("peak_memory_bytes")]
-    kept_step, halves = earlier_step(status), read_halves(run)
+    halves = read_halves(run)
     return Measurement(
         arm,
         seed,
@@ -127,17 +123,10 @@ def measure(
         status.tokens_per_second,
         # A peak that the process had reached in an earlier arm says nothing about this one.
         max(peaks) if peaks and status.own_peak_memory else None,
-        _accuracies(run, evaluation, protocol or evaluation.protocol) if kept_step is None else {},
+        _accuracies(run, evaluation, protocol or evaluation.protocol),
         status.hashes,
         halves.losses if halves else None,
-        kept_step,
     )
-
-
-def earlier_step(status: RunStatus) -> int | None:
-    """The step whose adapter a finished run has kept, by its run.json, if that is not the last one."""
-    step = status.adapter.step if status.adapter else None
-    return step if step != status.step else None
 
 
 def _validation(rows: Sequence[dict[str, Any]], trained: Sequence[dict[str, Any]]) -> tuple[Point, ...]:

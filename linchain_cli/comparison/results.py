@@ -136,13 +136,6 @@ def notes(
             f"Only {points} validation(s) per run: area and tokens to a loss are coarse. Lower"
             " training.eval_every."
         )
-    kept = [one for one in measurements if one.finished and one.kept_step is not None]
-    if kept:
-        found.append(
-            f"{len(kept)} of the runs kept an earlier adapter than their last one, as an earlier version of"
-            f" linchain did ({kept[0].directory}: step {kept[0].kept_step}). Their losses are the last one's,"
-            " so their accuracies are left out."
-        )
     if base.task == "causal" and base.evaluation.tasks:
         found.append(
             "Accuracies by task have 95 % intervals for other seeds and other rows (crossed random effects,"

@@ -22,7 +22,6 @@ from linchain_cli.comparison.definition import (
 from linchain_cli.comparison.evaluating import evaluate_base, evaluate_run
 from linchain_cli.comparison.grid import Arm, Grid
 from linchain_cli.comparison.halves import half_losses, halves_path, read_halves
-from linchain_cli.comparison.measure import earlier_step
 from linchain_cli.comparison.parameters import with_equal_parameters
 from linchain_cli.comparison.results import collect, write
 from linchain_cli.console import note
@@ -245,10 +244,9 @@ class _Runner:
         if not finished:
             self._train(recipe, arm, run, title)
             shutil.rmtree(run.checkpoints_dir, ignore_errors=True)  # a finished run has no use for them
-        status = run.read_status()
-        if read_halves(run) is None and earlier_step(status) is None:
+        if read_halves(run) is None:
             with run.lock():
-                self._measure_halves(recipe, run, status)
+                self._measure_halves(recipe, run, run.read_status())
         asked = self.definition.base
         if asked.evaluation.tasks and not has_result(run, asked, self.tasks):
             with run.lock():

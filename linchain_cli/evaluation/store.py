@@ -47,34 +47,33 @@ class ResultStore:
                 raise InputError(f"--out {file}: {rows} is there already: name another file")
             return
         there = read_evaluation(file)
-        if not self._same_setting(there):
+        if there.setting != self._setting.setting:
             raise InputError(
                 f"--out {file} holds another result ({there.model}: {describe(there)}): name another file, or"
                 " a directory, where each setting gets a file of its own"
             )
 
-    def _same_setting(self, other: Evaluation) -> bool:
-        return other.format_version > 1 and other.setting == self._setting.setting
-
     def measured(self, fingerprints: Mapping[str, str]) -> Results | None:
         """The tasks, by name and fingerprint, that were measured already; None without any."""
         found: Results | None = None
-        for path in self._files():
+        for one in self._of_setting():
             names = [
                 name
-                for name, score in _tasks(path).items()
+                for name, score in one.evaluation.tasks.items()
                 if score.fingerprint is not None and score.fingerprint == fingerprints.get(name)
             ]
             if names:
-                there = read_results(path).of_tasks(names)
+                there = read_results(one.path).of_tasks(names)
                 found = found.with_tasks_of(there) if found else there
         return found
 
-    def _files(self) -> list[Path]:
-        if self._file is not None:
-            return [self._file] if self._file.exists() else []
-        found, _ = find_evaluations(self.directory)
-        return [one.path for one in found if self._same_setting(one.evaluation)]
+    def _of_setting(self) -> list[Found]:
+        """What is there already of this setting."""
+        if self._file is None:
+            found, _ = find_evaluations(self.directory)
+        else:
+            found = [Found(self._file, read_evaluation(self._file))] if self._file.exists() else []
+        return [one for one in found if one.evaluation.setting == self._setting.setting]
 
     def add(self, results: Results) -> Results:
         """Writes the results into the file of their setting; what it held stays.
@@ -112,7 +111,7 @@ class ResultStore:
             there = read_results(path)
         except InputError:
             return None
-        if not self._same_setting(there.summary):
+        if there.summary.setting != self._setting.setting:
             return None
         tasks = results.summary.tasks
         for name, score in there.summary.tasks.items():
@@ -140,10 +139,9 @@ def stored_result(
     """The result, of those in a directory, that `section` asked for: of that adapter, or of a model without
     one. `protocol` stands in for the section's, of models that predict labels."""
     found, _ = find_evaluations(directory)
-    best = first_of(
+    return first_of(
         found, protocol or section.protocol, limit=section.limit, adapter_sha256=adapter_sha256, tasks=tasks
     )
-    return next((one for one in found if one.evaluation is best), None)
 
 
 def run_result(
@@ -172,10 +170,6 @@ def results_directory(out: Path) -> Path:
             f"{existing} cannot be written to: name another place for the results, such as --out results"
         )
     return directory
-
-
-def _tasks(path: Path) -> Mapping[str, Any]:
-    return read_evaluation(path).tasks
 
 
 def _pair(comparison: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -77,6 +77,7 @@ class _Results(BaseModel):
     learning_rate: float
     hashes: dict[str, str]
     tables: dict[Literal["recipe_rate", "best_rate"], list[dict[str, Any]]]
+    accuracies: list[dict[str, Any]]
     runs: list[dict[str, Any]]
     notes: list[str]
 

@@ -139,7 +139,7 @@ def _line(line: evaluations.Line) -> dict[str, Any]:
         f"{evaluations.heading(name)} {metric.value:{'.1%' if metric.is_share else '.4g'}}"
         for name, metric in score.metrics.items()
     )
-    earlier = " · of an earlier adapter" if line.age == "earlier" else ""
+    earlier = " · of an earlier adapter" if line.earlier else ""
     return {
         "task": line.task,
         "accuracy": "" if score.accuracy is None else f"{score.accuracy:.1%}",

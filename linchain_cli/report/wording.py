@@ -128,7 +128,6 @@ def accuracy_title(results: Mapping[str, Any]) -> str:
 def accuracy_cells(results: Mapping[str, Any]) -> list[dict[str, str]]:
     """A comparison's accuracies by task and arm as texts by column, in per cent and points; columns that are
     empty in every line are left out."""
-    rows = results.get("accuracies", ())  # earlier versions had none
     lines = [
         {
             "task": row["task"],
@@ -143,7 +142,7 @@ def accuracy_cells(results: Mapping[str, Any]) -> list[dict[str, str]]:
             "minus reference [95 %]": _with_interval(row["minus_reference"], _points),
             "without an answer": f"{row['without_answer']:,.0f}" if row["without_answer"] else "",
         }
-        for row in rows
+        for row in results["accuracies"]
     ]
     return [{name: line[name] for name in line if any(one[name] for one in lines)} for line in lines]
 

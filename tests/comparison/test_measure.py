@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from linchain_cli.comparison.definition import arm_recipe
+from linchain_cli.comparison.grid import expand
 from linchain_cli.comparison.measure import Measurement, Point, measure
 from linchain_cli.recipe.schema import EvaluationConfig
-from linchain_cli.run import RunDirectory, jsonl_bytes
+from linchain_cli.run import ComparisonDirectory, RunDirectory, jsonl_bytes
 
 
 def curve(*losses: float) -> Measurement:
@@ -78,21 +80,17 @@ def test_a_run_is_read(run):
 def test_accuracies_are_those_of_the_protocol(run):
     run.eval_dir.mkdir()
     tasks = {"boolq": {"accuracy": 0.5}, "piqa": {"accuracy": 0.7}}
-    (run.eval_dir / "likelihood.json").write_text(json.dumps({"tasks": tasks}))
+    (run.eval_dir / "likelihood.json").write_text(json.dumps({"protocol": "likelihood", "tasks": tasks}))
     found = measure(run, "arm", 3, "", EvaluationConfig())
     assert found.accuracy == pytest.approx(0.6)
     assert measure(run, "arm", 3, "", EvaluationConfig(protocol="generate")).accuracy is None
 
 
-def test_accuracies_of_an_earlier_adapter_do_not_stand_beside_the_last_ones_loss(run):
-    run.eval_dir.mkdir()
-    (run.eval_dir / "likelihood.json").write_text(json.dumps({"tasks": {"boolq": {"accuracy": 0.5}}}))
-    run.update_status(step=6, adapter={"step": 3, "kept": "best"})
-    found = measure(run, "arm", 3, "", EvaluationConfig())
-    assert (found.accuracy, found.kept_step, found.final_loss) == (None, 3, 1.0)
-    run.update_status(adapter={"step": 6, "kept": "best"})
-    found = measure(run, "arm", 3, "", EvaluationConfig())
-    assert (found.accuracy, found.kept_step) == (0.5, None)
+def test_accuracies_of_an_earlier_adapter_do_not_stand_beside_the_last_ones_loss(recipe_path, tmp_path):
+    """No arm keeps one, whatever the recipe says."""
+    (arm, _) = expand(recipe_path, ["training.keep=best", "adapter.depth=0,1"]).arms
+    assert arm.recipe.training.keep == "best"
+    assert arm_recipe(arm, 1, ComparisonDirectory(tmp_path)).training.keep == "last"
 
 
 def test_a_peak_of_the_whole_process_is_not_the_arms(run):

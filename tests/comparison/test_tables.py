@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from dataclasses import replace
@@ -183,7 +182,7 @@ def test_a_rate_is_chosen_on_one_half_and_reported_on_the_other(recipe_path):
     assert chain["difference"]["validation_loss"]["mean"] == pytest.approx(0.1)
     text = "\n".join(notes(definition, found, candidates(definition, found)))
     assert "chosen by the loss on one half" in text and "too good" not in text
-    # One run of an earlier version, of which the halves are not known: all rates are chosen as they were.
+    # One run of which the halves are not known: all rates are chosen by the loss on all rows.
     found[0] = measurement("depth-0", 1, 1.25)
     rows = by_label(at_best_rate(candidates(definition, found)))
     assert rows["LoRA"]["validation_loss"]["mean"] == pytest.approx(0.85)
@@ -216,19 +215,6 @@ def with_rank(recipe, rank: int):
     adapter = recipe.adapter
     changed = adapter.model_copy(update={"rank": rank, "alpha": adapter.alpha * rank / adapter.rank})
     return recipe.model_copy(update={"adapter": changed})
-
-
-def test_a_comparison_written_before_alpha_was_kept_is_read_right(recipe_path, tmp_path):
-    grid = expand(recipe_path, ["adapter.depth=0,3", "adapter.alpha=8,77", "adapter.rank=12"])
-    definition = Definition(grid.base, True)
-    definition.add([replace(arm, recipe=with_rank(arm.recipe, 10)) for arm in grid.arms], [1])
-    directory = ComparisonDirectory(tmp_path / "tiny")
-    definition.write(directory)
-    content = json.loads(directory.definition_path.read_bytes())
-    for arm in content["arms"]:
-        del arm["alpha"]
-    directory.definition_path.write_text(json.dumps(content))
-    assert [arm.alpha for arm in read_definition(directory).arms] == [arm.alpha for arm in definition.arms]
 
 
 def test_only_seeds_that_both_have_are_paired(compared):

@@ -61,12 +61,6 @@ def test_what_is_no_result_is_left_alone(tmp_path):
     assert (tmp_path / "likelihood.json").read_text() == "{"
 
 
-def test_a_result_of_version_1_is_never_added_to(tmp_path):
-    setting, results, _ = results_of("boolq", format_version=1)
-    results.write(tmp_path / "likelihood.json")
-    assert add(tmp_path, "piqa") == "likelihood-2.json"
-
-
 def test_measured_finds_the_tasks_of_a_fingerprint(tmp_path):
     add(tmp_path, "boolq")
     add(tmp_path, "piqa")

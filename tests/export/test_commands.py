@@ -13,6 +13,7 @@ import yaml
 
 from linchain_cli import storage
 from linchain_cli.chain import delta_weight, load_adapter
+from linchain_cli.chain.files import adapter_hash
 from linchain_cli.data.fingerprint import tokenizer_hash
 from linchain_cli.model.computed import computed_values
 from linchain_cli.model.tokenizer import load_tokenizer
@@ -333,6 +334,7 @@ def test_the_card_says_what_it_is(make_run, base_of, monkeypatch, tmp_path):
         "protocol": "likelihood",
         "template": "alpaca",
         "dtype": "float32",
+        "adapter_sha256": adapter_hash(run.adapter_dir),
         "tasks": {"boolq": task, "piqa": {"accuracy": 0.25}},
     }
     (run.eval_dir / "likelihood.json").write_text(json.dumps(result))

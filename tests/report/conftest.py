@@ -52,6 +52,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path) -> Path:
     """The directory of a finished run; tests only read it."""
+    from linchain_cli.chain.files import adapter_hash
     from linchain_cli.recipe import load_recipe
     from linchain_cli.training.runner import run_training
 
@@ -76,6 +77,7 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_llama_dir: Path)
     }
     summary = {"model": "x", "protocol": "likelihood", "template": "alpaca", "dtype": "float32"}
     summary |= {
+        "adapter_sha256": adapter_hash(run / "adapter"),
         "tasks": {"<b>boolq</b>": task, "piqa": task},
         "average": 0.625,
         "average_interval": [0.5, 0.75],
@@ -166,6 +168,7 @@ def comparison_path(tmp_path: Path, finished_run: Path, tiny_llama_dir: Path) ->
         "learning_rate": 3e-4,
         "hashes": {"data": "d" * 64, "base": "b" * 64},
         "tables": {"recipe_rate": [lora, row], "best_rate": [lora, row]},
+        "accuracies": [],
         "runs": runs,
         "notes": [f"a note {HOSTILE}"],
     }
