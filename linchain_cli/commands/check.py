@@ -54,12 +54,10 @@ def _check(recipe: Recipe, console: Console) -> dict[str, Any]:
     from linchain_cli.training.forecast import forecast
     from linchain_cli.training.launch import wanted_processes
     from linchain_cli.training.marks import untrained_marks
-    from linchain_cli.training.optimizer import refuse_optimizer
     from linchain_cli.training.rate import far_from_auto, with_rate
     from linchain_cli.training.trackers import check_trackers
 
     limit_threads()
-    refuse_optimizer(recipe.training)
     check_trackers(recipe)
     there = [note] if (note := _run_there(recipe)) else []
     check_view.notes(console, there)

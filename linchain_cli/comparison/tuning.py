@@ -29,7 +29,6 @@ from linchain_cli.storage import write_atomic
 from linchain_cli.training.base import Base, load_base
 from linchain_cli.training.job import Job, prepare
 from linchain_cli.training.memory import explained
-from linchain_cli.training.optimizer import refuse_optimizer
 from linchain_cli.training.processes import connect
 from linchain_cli.training.range_test import RangePoint, range_test, rising_rates
 from linchain_cli.training.runner import settle_micro_batch
@@ -107,7 +106,6 @@ def tune(recipe: Recipe, *, fresh: bool = False) -> tuple[TuningDirectory, Tunin
         LinchainError: no rate led to a finite loss.
     """
     check_measurable(recipe)
-    refuse_optimizer(recipe.training)
     directory = TuningDirectory(recipe.run_path.with_name(f"{recipe.name}-tune"))
     limit_threads()
     with locked(directory.path.with_name(f"{directory.path.name}-range")):

@@ -187,9 +187,8 @@ class TrainingConfig(StrictModel):
     as A and B do, not to what they began as."""
     max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     """The gradient's norm over all adapters is cut down to this; null leaves it alone."""
-    optimizer: Annotated[Literal["adamw", "adamw_8bit", "paged_adamw_8bit"], Expected("adamw")] = "adamw"
-    """AdamW, with its state in 32 bit. adamw_8bit and paged_adamw_8bit are in recipes of earlier versions'
-    runs, which can be read, but not trained with."""
+    optimizer: Annotated[Literal["adamw"], Expected("adamw")] = "adamw"
+    """AdamW, with its state in 32 bit: beside a base it is small."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: slower, with less memory."""
     offload_activations: bool = False

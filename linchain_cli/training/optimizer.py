@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from linchain_cli.chain import Chain
 from linchain_cli.errors import InputError
-from linchain_cli.recipe import TrainingConfig
 from linchain_cli.stopping import SIGNALS
 
 BETAS = (0.9, 0.999)
@@ -34,16 +33,6 @@ def kind_of(name: str) -> str:
     """What a trained tensor is, by its name in the adapter's file."""
     last = name.rpartition(".")[2]
     return last if last in KINDS else "head"
-
-
-def refuse_optimizer(training: TrainingConfig) -> None:
-    """Raises InputError for an optimizer of earlier versions, which recipes of their runs may still name."""
-    if training.optimizer != "adamw":
-        raise InputError(
-            f"training.optimizer: {training.optimizer} is no longer there; use adamw. Its state takes 8 bytes"
-            " for each trained number (0.23 GB for 28 million), which is too little beside a base to be worth"
-            " 8 bits"
-        )
 
 
 class FlatAdamW(torch.optim.AdamW):

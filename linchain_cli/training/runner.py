@@ -27,7 +27,6 @@ from linchain_cli.training.job import Job
 from linchain_cli.training.loop import train
 from linchain_cli.training.memory import explained, find_tokens, run_heaviest
 from linchain_cli.training.metrics import reset_peak_memory
-from linchain_cli.training.optimizer import refuse_optimizer
 from linchain_cli.training.processes import (
     answering_soon,
     connect,
@@ -73,7 +72,6 @@ def run_training(
     """
     _refuse_place_without_text()
     check_trackers(recipe)
-    refuse_optimizer(recipe.training)
     limit_threads()
     cpus = SharedCpus(torch.get_num_threads())
     run = RunDirectory(recipe.run_path)

@@ -133,7 +133,7 @@ def test_a_rate_that_fails_has_no_loss(recipe_path, monkeypatch):
     [
         (["data.validation=0", "training.keep=last"], "data.validation is 0"),
         (["training.early_stopping=1"], "training.early_stopping"),
-        (["training.optimizer=adamw_8bit"], "training.optimizer: adamw_8bit is no longer there"),
+        (["training.optimizer=adamw_8bit"], "expected adamw, got 'adamw_8bit'. Did you mean 'adamw'?"),
         (["adapter.depht=1"], "Did you mean 'depth'?"),
     ],
 )

@@ -167,17 +167,6 @@ def test_state_of_other_parameters_or_another_optimizer_is_refused():
         FlatAdamW(parameters()).load_named_state(other)
 
 
-@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
-def test_8_bit_state_is_refused_with_what_to_use_and_its_runs_are_read(run_tiny, recipe_of, name, tmp_path):
-    from linchain_cli.recipe import load_recipe
-
-    path = tmp_path / "recipe.yaml"
-    path.write_text(recipe_of({"training.optimizer": name}).to_yaml())
-    assert load_recipe(path).training.optimizer == name
-    with pytest.raises(InputError, match=f"training.optimizer: {name} is no longer there; use adamw"):
-        run_tiny({"training.optimizer": name})
-
-
 def test_training_and_exact_resume(run_tiny, dies_after):
     changes = {"adapter.dropout": 0.1, "training.max_steps": 4}
     whole = run_tiny({**changes, "name": "whole"})
