@@ -11,7 +11,7 @@ import numpy as np
 
 from linchain_cli.data.batches import step_rows, steps_per_epoch
 
-# Rises with every change of what encoding rows reports of them: what an earlier version told is told anew.
+# Rises with every change of what encoding rows reports of them, which are then encoded anew.
 REPORT_VERSION = 2
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from linchain_cli import storage
 from linchain_cli.data import cache
 from linchain_cli.data.dataset import prepare_data
 from linchain_cli.data.store import EncodedStore
@@ -110,6 +111,7 @@ def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
         lambda: (directory / "meta.json").write_text("{}"),
         lambda: (directory / "labels.int32").unlink(),
         lambda: (directory / "meta.json").unlink(),
+        lambda: (directory / "report.json").unlink(),
     ):
         damage()
         prepared = prepare(train)
@@ -117,31 +119,15 @@ def test_a_damaged_cache_is_encoded_again(prepare, train, tmp_path):
         assert all_rows(prepared.train) == expected
 
 
-def test_what_another_version_told_of_rows_is_told_anew(prepare, train, tmp_path, monkeypatch):
+def test_rows_of_which_another_version_tells_otherwise_have_an_entry_of_their_own(
+    prepare, train, tmp_path, monkeypatch
+):
     first = prepare(train)
-    directory = entry_of(tmp_path)
-    (report,) = directory.glob("report-*.json")
-    told = json.loads(report.read_bytes())
-    report.unlink()
-    (directory / "report-1.json").write_text("what an earlier version told")
-    rows = {path.name: path.stat().st_ino for path in directory.glob("*.*[0-9]")}
+    before = entry_of(tmp_path)
+    monkeypatch.setattr(cache, "REPORT_VERSION", cache.REPORT_VERSION + 1)
     again = prepare(train)
-    assert again.report.cached and again.report.fingerprint == first.report.fingerprint
-    assert again.report.counts() == first.report.counts()
-    assert json.loads(report.read_bytes()) == {**told, "cached": False}
-    assert rows == {path.name: path.stat().st_ino for path in directory.glob("*.*[0-9]")}, "rows stay"
-    assert (directory / "report-1.json").exists(), "the other version may still be in use"
-    monkeypatch.setattr(cache, "_report_anew", None)  # calling it would fail
-    assert prepare(train).report.counts() == first.report.counts()
-
-
-def test_rows_that_this_version_would_encode_otherwise_are_told(prepare, train, tmp_path, monkeypatch):
-    prepare(train)
-    (report,) = entry_of(tmp_path).glob("report-*.json")
-    report.unlink()
-    monkeypatch.setattr(cache._Counted, "append", lambda self, groups: None)
-    with pytest.raises(LinchainError, match=f"{entry_of(tmp_path)} .*: remove that directory"):
-        prepare(train)
+    assert not again.report.cached and again.report.fingerprint == first.report.fingerprint
+    assert before.is_dir(), "the other version may still be in use"
 
 
 def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
@@ -151,14 +137,19 @@ def test_a_failure_leaves_nothing_behind(prepare, write, rows, tmp_path):
     assert [found for found in (tmp_path / "cache").iterdir() if found.is_dir()] == []
 
 
-def test_what_a_killed_encoding_of_other_rows_left_goes(prepare, train, tmp_path):
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    for process in (dead.pid, os.getppid()):
-        (tmp_path / "cache" / f".staging-0123abcd-{process}").mkdir(parents=True)
+def test_what_a_killed_encoding_of_other_rows_left_goes(prepare, train, tmp_path, monkeypatch):
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (tmp_path / "cache").mkdir()
+    staged = []
+    for number in (process.pid, os.getppid()):
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda number=number: number)
+            staged.append(storage.beside(tmp_path / "cache" / "0123abcd", storage.STAGING_PREFIX))
+        staged[-1].mkdir()
     prepare(train)
-    left = [path.name for path in (tmp_path / "cache").glob(".staging-*")]
-    assert left == [f".staging-0123abcd-{os.getppid()}"], "what a living process writes stays"
+    left = list((tmp_path / "cache").glob(".staging-*"))
+    assert left == [staged[1]], "what a living process writes stays"
 
 
 def test_rows_that_may_not_be_read_are_not_taken_for_damaged(prepare, train, monkeypatch, tmp_path):
@@ -194,7 +185,8 @@ def test_a_cache_that_cannot_be_written_is_said(byte_level, train, data_config, 
 def test_the_cache_is_where_the_environment_says(byte_level, train, data_config, tmp_path, monkeypatch):
     monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "elsewhere"))
     report = prepare_data(data_config(train), byte_level).report
-    assert EncodedStore(tmp_path / "elsewhere" / "encoded" / report.fingerprint[:32]).num_rows == 50
+    (meta,) = (tmp_path / "elsewhere" / "encoded").glob("*/meta.json")
+    assert EncodedStore(meta.parent).num_rows == report.rows == 50
 
 
 PROCESS = """
@@ -217,12 +209,12 @@ def test_rows_that_nobody_reads_any_more_go_when_others_are_encoded(
     monkeypatch.setenv("LINCHAIN_CACHE", str(tmp_path / "elsewhere"))
     monkeypatch.setenv("LINCHAIN_CACHE_DAYS", "0")
     encoded = tmp_path / "elsewhere" / "encoded"
-    in_use = prepare_data(data_config(train), byte_level).report.fingerprint[:32]
+    prepare_data(data_config(train), byte_level)
     forgotten = encoded / ("f" * 32)
     forgotten.mkdir()
     (forgotten / "meta.json").write_text("{}")
-    other = prepare_data(data_config(train, max_length=255), byte_level).report.fingerprint[:32]
-    assert sorted(path.name for path in encoded.glob("[!.]*")) == sorted([in_use, other])
+    prepare_data(data_config(train, max_length=255), byte_level)
+    assert len(list(encoded.glob("*/meta.json"))) == 2 and not forgotten.exists()
 
 
 def test_two_processes_at_once(write, commonsense_rows, tiny_tokenizer_dir, tmp_path):

@@ -104,7 +104,7 @@ def test_a_report_that_tells_otherwise_is_another_version(write, byte_level, dat
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
     config = data_config(sources, max_length=200, on_bad_row="skip", max_unsupervised_share=1.0)
     prepare_data(config, tokenizer, cache_dir=tmp_path / "cache")
-    (path,) = (tmp_path / "cache").glob("*/report-*.json")
+    (path,) = (tmp_path / "cache").glob("*/report.json")
     told = json.loads(path.read_text().replace(f"{tmp_path}/", ""))
     del told["fingerprint"]
     of_rows = {"name": "rows.json", "location": "rows.json", "template": "alpaca", "total": 5, "kept": 3}
