@@ -2,9 +2,8 @@
 reader.
 
 A format is a dataclass with two class variables, `FORMAT` (its name in the file) and `VERSION`, which rises
-when an older reader would misread what is written. A file without a version is of version 1. What older
-versions wrote is brought up to date by the class's `upgrade(content, version)`, if it has one. Keys that the
-class does not know are left alone, so that a file of a later version that only adds to it can be read.
+when an older reader would misread what is written. Keys that the class does not know are left alone, so that
+a file of a later version that only adds to it can be read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def read_record(path: Path, kind: type[Record]) -> Record:
     Raises:
         InputError: it cannot be read, is no file of this format, is damaged, or of a later version.
     """
-    return _checked(_current(path, kind), kind, path)
+    return _checked(_content(path, kind), kind, path)
 
 
 def write_record(path: Path, record: Any) -> None:
@@ -53,7 +52,7 @@ def update_record(path: Path, kind: type, changes: dict[str, Any]) -> None:
     known = {field.name for field in fields(kind)}
     if unknown := sorted(changes.keys() - known):
         raise TypeError(f"{kind.__name__} has no field {', '.join(unknown)}: add it there")
-    before = _current(path, kind) if path.exists() else {}
+    before = _content(path, kind) if path.exists() else {}
     content = before | {name: _plain(value) for name, value in changes.items()}
     try:
         _checked(content, kind, path)
@@ -70,8 +69,8 @@ def _plain(value: Any) -> Any:
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
-def _current(path: Path, kind: type) -> dict[str, Any]:
-    """A file's content as the present version would have written it."""
+def _content(path: Path, kind: type) -> dict[str, Any]:
+    """A file's content, once it is clear that it is of this format."""
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
@@ -80,7 +79,7 @@ def _current(path: Path, kind: type) -> dict[str, Any]:
         raise InputError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path} is damaged: it holds no JSON object")
-    name, version = content.pop("format", kind.FORMAT), content.pop("format_version", 1)
+    name, version = content.pop("format", kind.FORMAT), content.pop("format_version", kind.VERSION)
     if name != kind.FORMAT or not isinstance(version, int):
         raise InputError(f"{path} is no '{kind.FORMAT}' file: it names its format {name!r}, {version!r}")
     if version > kind.VERSION:
@@ -88,13 +87,7 @@ def _current(path: Path, kind: type) -> dict[str, Any]:
             f"{path} has format version {version}, this linchain reads up to {kind.VERSION}: install the"
             " version that wrote it, or a later one"
         )
-    upgrade = getattr(kind, "upgrade", None)
-    if version == kind.VERSION or upgrade is None:
-        return content
-    try:
-        return upgrade(content, version)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+    return content
 
 
 def _checked(content: dict[str, Any], kind: type[Record], path: Path) -> Record:

@@ -233,16 +233,12 @@ def remove_staging(directory: Path, name: str | None = None, *, spare_living: bo
 
 def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_living: bool) -> None:
     """`filled` is the target itself where it was staged inside; `of_target` a pattern of targets' names."""
-    # The second form is of linchain 0.1.0. No process has a number of more than seven digits, so that the
-    # eight of a token, which may be decimal ones alone, are not taken for one.
-    ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d{1,7})-[0-9a-f]{8}|(?P<early>\d{1,7})"
+    ours = r"(?P<host>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}"
     prefixes = rf"(?P<prefix>{'|'.join(map(re.escape, PASSING))})"
-    pattern = re.compile(rf"{prefixes}(?P<target>{of_target})-(?:{ours})")
+    pattern = re.compile(rf"{prefixes}(?P<target>{of_target})-{ours}")
     for leftover in directory.iterdir():
         match = pattern.fullmatch(leftover.name)
-        if not match or (
-            spare_living and _may_live(leftover, match["host"], match["process"] or match["early"])
-        ):
+        if not match or (spare_living and _may_live(leftover, match["host"], match["process"])):
             continue
         if match["prefix"] == REPLACED_PREFIX:
             target = filled or leftover.with_name(match["target"])
@@ -259,8 +255,8 @@ def _remove_staging(directory: Path, filled: Path | None, of_target: str, spare_
             leftover.unlink(missing_ok=True)
 
 
-def _may_live(leftover: Path, host: str | None, process: str) -> bool:
-    if host not in (None, _host()):
+def _may_live(leftover: Path, host: str, process: str) -> bool:
+    if host != _host():
         return time.time() - _last_change(leftover) < _ABANDONED
     try:
         os.kill(int(process), 0)

@@ -212,8 +212,9 @@ def test_what_had_been_moved_aside_is_not_written_over_unasked(tmp_path):
     """Its place is empty since a process was killed that replaced it: it comes back first."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".replaced-target-{dead.pid}").mkdir()
-    (tmp_path / f".replaced-target-{dead.pid}" / "old").touch()
+    aside = tmp_path / f".replaced-target-{storage._host()}-{dead.pid}-0123abcd"
+    aside.mkdir()
+    (aside / "old").touch()
     with pytest.raises(FileExistsError), directories.staged_directory(tmp_path / "target") as staging:
         (staging / "new").touch()
     assert os.listdir(tmp_path) == ["target"] and os.listdir(tmp_path / "target") == ["old"]

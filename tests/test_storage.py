@@ -60,11 +60,11 @@ def test_tensors_as_bytes_depend_on_names_and_values_alone():
 
 
 def test_leftovers_are_removed_of_all_or_of_one(tmp_path):
-    (tmp_path / ".staging-a-1").mkdir()
-    (tmp_path / ".staging-b-2").touch()
+    (tmp_path / ".staging-a-0123abcd-1-0123abcd").mkdir()
+    (tmp_path / ".staging-b-0123abcd-2-0123abcd").touch()
     (tmp_path / "kept").touch()
     storage.remove_staging(tmp_path, "a")
-    assert sorted(os.listdir(tmp_path)) == [".staging-b-2", "kept"]
+    assert sorted(os.listdir(tmp_path)) == [".staging-b-0123abcd-2-0123abcd", "kept"]
     storage.remove_staging(tmp_path)
     assert os.listdir(tmp_path) == ["kept"]
     storage.remove_staging(tmp_path / "missing")
@@ -73,10 +73,10 @@ def test_leftovers_are_removed_of_all_or_of_one(tmp_path):
 def test_what_a_killed_process_had_moved_aside_is_put_back(tmp_path):
     """Killed between the two renames of a replacement, the old directory is all there is."""
     for name in ("lost", "there"):
-        (tmp_path / f".replaced-{name}-1").mkdir()
-        (tmp_path / f".replaced-{name}-1" / "old").touch()
+        (aside := tmp_path / f".replaced-{name}-0123abcd-1-0123abcd").mkdir()
+        (aside / "old").touch()
     (tmp_path / "there").mkdir()
-    (tmp_path / ".removed-gone-1").mkdir()
+    (tmp_path / ".removed-gone-0123abcd-1-0123abcd").mkdir()
     storage.remove_staging(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["lost", "there"]
     assert os.listdir(tmp_path / "lost") == ["old"] and os.listdir(tmp_path / "there") == []

@@ -95,10 +95,6 @@ def _receipt(directory: Path) -> MergeReceipt | ExportReceipt:
     receipt = read_record(directory / kind.FILE, kind)
     if failed := [line for line in receipt.not_proven if line.startswith("FAILED")]:
         raise InputError(f"{directory} is not published: {kind.FILE} says {failed[0]}")
-    if not receipt.files_listed:
-        raise InputError(
-            f"{directory} was written by linchain 0.1.0, which did not list its files: write it anew"
-        )
     return receipt
 
 

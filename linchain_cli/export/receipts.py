@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from linchain_cli import __version__, storage
 from linchain_cli.chain import Adapter, adapter_files
@@ -76,7 +76,6 @@ class MergeReceipt:
     not_proven: what was not shown, and why
     parts: the adapters that `adapter` is a weighted sum of; empty where it is a run's own
     sum_error: largest relative error (Frobenius) of any module's sum
-    files_listed: whether `files` names all that was written, which the first version did not
     """
 
     FORMAT: ClassVar[str] = "linchain merge"
@@ -100,20 +99,6 @@ class MergeReceipt:
     sum_error: float | None = None
     card: str | None = None
     linchain: str = __version__
-    files_listed: bool = True
-
-    @staticmethod
-    def upgrade(content: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 1 named the base by its path, listed its weight files alone, and had the comparison with a
-        rounded base within that of the logits."""
-        base = {"name": content["base"]["path"], "revision": None, **content["base"]}
-        base.pop("path")
-        logits = dict(content["logits"]) if content["logits"] else None
-        quantized = logits.pop("quantized", None) if logits else None
-        if quantized:
-            quantized = {key: value for key, value in quantized.items() if key != "quantization"}
-        found = {"base": base, "logits": logits, "quantized": quantized, "files_listed": False}
-        return content | found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +124,6 @@ class ExportReceipt:
     load_with: dict[str, int | bool] = field(default_factory=dict)
     card: str | None = None
     linchain: str = __version__
-    files_listed: bool = True
-
-    @staticmethod
-    def upgrade(content: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 1 was the proof of a PEFT export alone."""
-        return content | {"kind": "peft", "files": content["hashes"], "files_listed": False}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +136,6 @@ class ImportReceipt:
 
     files: dict[str, str]
     linchain: str = __version__
-    files_listed: bool = True
 
 
 Receipt = MergeReceipt | ExportReceipt | ImportReceipt
@@ -180,8 +158,6 @@ def check_replaceable(directory: Path, kind: type[Receipt]) -> None:
     except InputError as error:
         missing = f"there is no {kind.FILE} of it" if not (directory / kind.FILE).exists() else str(error)
         raise InputError(f"{refused}, and {missing}. {elsewhere}") from error
-    if not receipt.files_listed:  # the first version did not list all that it wrote
-        return
     known = {*receipt.files, kind.FILE, CARD_FILE}
     files = [path for path in directory.rglob("*") if not path.is_dir() or path.is_symlink()]
     found = [str(path.relative_to(directory)) for path in files]

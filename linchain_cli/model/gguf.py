@@ -48,8 +48,6 @@ def converted_gguf(path: Path) -> Path:
                     convert_gguf(path, target)
                     _is_converted(target)
             remove_unused(cache_root())
-    with contextlib.suppress(OSError):  # an earlier version wrote transformers 5's names alone
-        make_portable(target)
     return target
 
 

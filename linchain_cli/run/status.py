@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 Status = Literal["running", "stopped", "failed", "finished"]
@@ -144,19 +143,3 @@ class RunStatus:
         if self.base and self.base.path == path and self.base.revision in (None, revision):
             return self.base
         return RunBase(path=path, revision=revision)
-
-    @staticmethod
-    def upgrade(content: dict[str, Any], version: int) -> dict[str, Any]:
-        """Version 1: an imported run named its times `created` and `finished`; a base had its path and its
-        directory alone, the latter of a local model as it was written."""
-        for name in ("created", "finished"):
-            if name in content:
-                moment = content.pop(name)
-                content.setdefault(f"{name}_at", moment)
-        if base := content.get("base"):
-            place = Path(base["directory"])
-            if place.parent.name == "snapshots":
-                base["commit"] = place.name
-            else:
-                base["source"] = base["directory"]
-        return content

@@ -107,18 +107,12 @@ def test_a_converted_model_is_readable_by_others_and_reused(gguf_file, cache, mo
 
 def test_a_converted_model_is_read_alike_by_older_readers(gguf_file, cache):
     directory = locate(str(gguf_file))
-    for _ in range(2):
-        config = json.loads((directory / "config.json").read_bytes())
-        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
-        assert config["rope_scaling"] is None and config["torch_dtype"] == config["dtype"] == "float32"
-        tokenizer = json.loads((directory / "tokenizer_config.json").read_bytes())
-        assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
-        assert not tokenizer.keys() & {"backend", "is_local", "local_files_only"}
-        # As an earlier version left it: it is made up on the next use.
-        for name in ("rope_theta", "rope_scaling", "torch_dtype"):
-            del config[name]
-        (directory / "config.json").write_text(json.dumps(config))
-        assert locate(str(gguf_file)) == directory
+    config = json.loads((directory / "config.json").read_bytes())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert config["rope_scaling"] is None and config["torch_dtype"] == config["dtype"] == "float32"
+    tokenizer = json.loads((directory / "tokenizer_config.json").read_bytes())
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not tokenizer.keys() & {"backend", "is_local", "local_files_only"}
 
 
 def test_two_processes_convert_once(gguf_file, cache, monkeypatch):

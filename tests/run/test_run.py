@@ -120,8 +120,8 @@ def test_files_that_are_no_run_are_never_touched(tmp_path):
 
 
 def test_what_killed_starts_left_beside_a_run_goes_and_other_runs_stay(tmp_path):
-    leftovers = [".staging-a-123", ".removed-a-0123abcd-77-0123abcd", ".staging-a-0123abcd-77-0123abcd"]
-    others = [".staging-a-1-123", ".staging-a-b-0123abcd-77-0123abcd", ".staging-b-5", ".staging-a", "a-1"]
+    leftovers = [".removed-a-0123abcd-77-0123abcd", ".staging-a-0123abcd-77-0123abcd"]
+    others = [".staging-a-b-0123abcd-77-0123abcd", ".staging-b-0123abcd-5-0123abcd", ".staging-a", "a-1"]
     for name in leftovers + others:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
@@ -223,7 +223,7 @@ def test_the_newest_finished_run_is_no_arm_of_a_comparison(tmp_path, caplog):
     finished(runs / "damaged", "2026-01-05T00:00:00").status_path.write_text("{")
     unknown = finished(runs / "unknown", "2026-01-06")
     unknown.update_status(finished_at=None, created_at=None)
-    finished(runs / ".replaced-new-77", "2026-01-07T00:00:00")
+    finished(runs / ".replaced-new-0123abcd-77-0123abcd", "2026-01-07T00:00:00")
     later = finished(runs / "later", "2026-01-08T00:00:00")
     later.status_path.write_text('{"format": "linchain run", "format_version": 99, "status": "finished"}')
     (runs / "directory").mkdir()
