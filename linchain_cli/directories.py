@@ -82,6 +82,16 @@ def check_writable(target: Path) -> None:
         raise InputError(f"{target} cannot be written: {place}: {error.strerror or error}") from error
 
 
+def refuse_unwritable(directory: Path, remedy: str) -> None:
+    """Raises InputError, whose message `remedy` ends, where it is clear without a try that nothing can be
+    written into a directory. It need not be there yet."""
+    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"{existing} is not a directory: {remedy}")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{existing} cannot be written to: {remedy}")
+
+
 def is_empty(directory: Path) -> bool:
     """Whether a directory holds nothing that anybody put there."""
     return not entries(directory)

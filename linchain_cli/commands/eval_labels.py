@@ -58,19 +58,19 @@ class LabelSettings:
                 if report.skipped:
                     first = next(iter(report.bad_examples + report.unsupervised_examples), "")
                     console.warn(f"{report.names}: {report.skipped:,} rows are left out, first {first}")
-        with told_when_lost(), console.Progress(quiet=not is_first_process()) as progress:
+        with told_when_lost():
             return evaluate_labels(
                 loaded.model,
                 loaded.tokenizer,
                 loaded.outputs,
                 tasks,
                 name=subject.name,
+                title=subject.name,
                 limit=self.limit,
                 batch_tokens=self.batch_tokens,
                 base_sha256=loaded.base_sha256,
                 adapter_sha256=loaded.adapter_sha256,
                 out=out,
-                on_progress=lambda task, done, total: progress.show(subject.name, done, total, task),
             )
 
 

@@ -198,18 +198,16 @@ def _labels(job: Job, section: EvaluationConfig, tasks: Sequence[LabelledTask]) 
     from linchain_cli.evaluation.labels import evaluate_labels
     from linchain_cli.storage import sha256_bytes
 
-    with console.Progress(quiet=not is_first_process()) as progress:
-        return [
-            evaluate_labels(
-                job.model,
-                job.base.tokenizer,
-                job.base.outputs,
-                tasks,
-                name=str(job.run.path),
-                limit=section.limit,
-                base_sha256=job.base.hash,
-                adapter_sha256=sha256_bytes(adapter_files(job.adapter())[TENSORS_FILE]),
-                out=job.run.eval_dir,
-                on_progress=lambda task, done, total: progress.show("evaluating", done, total, task),
-            )
-        ]
+    found = evaluate_labels(
+        job.model,
+        job.base.tokenizer,
+        job.base.outputs,
+        tasks,
+        name=str(job.run.path),
+        title="evaluating",
+        limit=section.limit,
+        base_sha256=job.base.hash,
+        adapter_sha256=sha256_bytes(adapter_files(job.adapter())[TENSORS_FILE]),
+        out=job.run.eval_dir,
+    )
+    return [found]

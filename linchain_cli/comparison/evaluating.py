@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from linchain_cli.chain.files import adapter_hash
-from linchain_cli.console import Progress
 from linchain_cli.data.asking import straddle_mostly
 from linchain_cli.data.templates import template_of
 from linchain_cli.evaluation.asked import AskedTask, evaluate_asked
@@ -24,19 +23,18 @@ def evaluate_run(
         own, straddles = load_recipe(run.recipe_path), straddle_mostly(run.read_status().rows)
         _answers(asked.evaluation, own, base, tasks, str(run.path), run.path.name, run.eval_dir, straddles)
         return
-    with Progress() as progress:
-        evaluate_labels(
-            base.model,
-            base.tokenizer,
-            base.outputs,
-            tasks,
-            name=str(run.path),
-            limit=asked.evaluation.limit,
-            base_sha256=base.hash,
-            adapter_sha256=adapter_hash(run.adapter_dir),
-            out=run.eval_dir,
-            on_progress=lambda task, done, total: progress.show(run.path.name, done, total, task),
-        )
+    evaluate_labels(
+        base.model,
+        base.tokenizer,
+        base.outputs,
+        tasks,
+        name=str(run.path),
+        title=run.path.name,
+        limit=asked.evaluation.limit,
+        base_sha256=base.hash,
+        adapter_sha256=adapter_hash(run.adapter_dir),
+        out=run.eval_dir,
+    )
 
 
 def evaluate_base(

@@ -60,12 +60,10 @@ def _correlation(metric: str, targets: np.ndarray, predictions: np.ndarray) -> f
     return float(function(targets, predictions).statistic)
 
 
-def with_interval(
-    metric: str, targets: np.ndarray, predictions: np.ndarray, classes: int = 0, seed: int = 0
-) -> Agreement:
+def with_interval(metric: str, targets: np.ndarray, predictions: np.ndarray, classes: int = 0) -> Agreement:
     """A number with its bootstrap interval; the arguments are those of `agreement`."""
     value = agreement(metric, targets, predictions, classes)
-    (drawn,) = resampled(metric, [targets, predictions], classes, seed)
+    (drawn,) = resampled(metric, [targets, predictions], classes)
     return _summary(value, drawn)
 
 
@@ -75,11 +73,10 @@ def difference(
     first: np.ndarray,
     second: np.ndarray,
     classes: int = 0,
-    seed: int = 0,
 ) -> Agreement:
     """The first model's number less the second one's, on the same rows in every draw."""
     value = agreement(metric, targets, first, classes) - agreement(metric, targets, second, classes)
-    ours, theirs = resampled(metric, [targets, first, second], classes, seed)
+    ours, theirs = resampled(metric, [targets, first, second], classes)
     return _summary(value, ours - theirs)
 
 
@@ -88,11 +85,11 @@ def _summary(value: float, drawn: np.ndarray) -> Agreement:
     return Agreement(value, float(np.std(drawn, ddof=1)), (float(low), float(high)))
 
 
-def resampled(metric: str, columns: Sequence[np.ndarray], classes: int, seed: int) -> list[np.ndarray]:
+def resampled(metric: str, columns: Sequence[np.ndarray], classes: int) -> list[np.ndarray]:
     """The metric of each column after the first, the targets, in RESAMPLES draws of as many rows."""
     targets, *told = (np.asarray(column) for column in columns)
     # RandomState's streams are frozen: the same intervals in every NumPy version.
-    random, rows = np.random.RandomState(seed), len(targets)
+    random, rows = np.random.RandomState(0), len(targets)
     if classes:
         # Of classes only how often each combination occurs counts: combinations are drawn for their rows.
         cells, counts = np.unique(np.stack([targets, *told]), axis=1, return_counts=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from linchain_cli.data.chat_checks import check_answer, check_read, check_tools
 from linchain_cli.data.chat_program import ChatProgram, called
 from linchain_cli.data.conversation import Conversation, Message
-from linchain_cli.data.messages import ROLES
+from linchain_cli.data.messages import ROLES, conversation_of
 from linchain_cli.data.rows import Layout, Rendered, Row, RowError
 from linchain_cli.errors import InputError
 from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES, fitting_template
@@ -196,7 +196,7 @@ class ChatTemplate:
 
     def _conversation(self, row: Row) -> Conversation:
         """The row's conversation, with the recipe's system prompt if it has none of its own."""
-        conversation = row if "messages" in row else _of_instruction(row)
+        conversation = conversation_of(row)
         messages = conversation["messages"]
         if self._system is not None and messages[0]["role"] not in ("system", "developer"):
             return {**conversation, "messages": [{"role": "system", "content": self._system}, *messages]}
@@ -347,20 +347,6 @@ def _program(
             f"({named}; a Jinja file; or the directory of the model that was tuned for chat), use another "
             "template (alpaca, plain or your own), or take a model that was tuned for chat."
         ) from None
-
-
-def _of_instruction(row: Row) -> Conversation:
-    """An instruction row is a user turn (with its input below) and an answer, behind what was said before."""
-    asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-    turns = [*row.get("history", ()), (asked, row.get("output"))]
-    said = [
-        {"role": role, "content": text}
-        for turn in turns
-        for role, text in zip(("user", "assistant"), turn, strict=True)
-        if text is not None
-    ]
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    return {"messages": [*system, *said]}
 
 
 def _before_answer(messages: Sequence[Message]) -> Sequence[Message]:

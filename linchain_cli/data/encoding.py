@@ -237,13 +237,14 @@ def encode_responses(
     """
     encoder = text_encoder(tokenizer)
     split = [encoder.prompt_and_answer(template.complete(row, text), template.adds_bos) for text in responses]
-    shared = _common_prefix([prompt for prompt, _ in split])
-    return shared, [prompt[len(shared) :] + answer for prompt, answer in split]
+    shared = common_prefix([prompt for prompt, _ in split])
+    return split[0][0][:shared], [prompt[shared:] + answer for prompt, answer in split]
 
 
-def _common_prefix(sequences: Sequence[list[int]]) -> list[int]:
-    shortest = min(sequences, key=len)
-    for position, token in enumerate(shortest):
-        if any(sequence[position] != token for sequence in sequences):
-            return shortest[:position]
-    return shortest
+def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """How many tokens all sequences begin with in common."""
+    first, last = min(sequences), max(sequences)
+    for index, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return index
+    return min(len(first), len(last))

@@ -14,7 +14,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from linchain_cli.data import messages, readers
@@ -340,9 +339,7 @@ def check_text(text: str, row: Row) -> None:
         raise RowError(f"'{column}' holds half a character (\\u{ord(broken.group()):04x}, a lone surrogate)")
 
 
-def load_rows(
-    source: SourceConfig, template: Template, *, data_dir: str | Path | None = None
-) -> Iterator[Row]:
+def load_rows(source: SourceConfig, template: Template) -> Iterator[Row]:
     """The usable rows of a recipe's source in the template's form."""
-    rows = FormattedRows(resolve_source(source, data_dir), template.layouts)
+    rows = FormattedRows(resolve_source(source), template.layouts)
     return (row for row in rows if not isinstance(row, RowError))

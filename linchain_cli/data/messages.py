@@ -13,7 +13,7 @@ from typing import Any
 
 from linchain_cli.data.conversation import Conversation, Message, ToolCall
 from linchain_cli.data.readers import WrittenNumber, shown
-from linchain_cli.data.rows import RowError
+from linchain_cli.data.rows import Row, RowError
 from linchain_cli.errors import nearest
 
 # ShareGPT's names, those that LLaMA-Factory adds, and the usual ones.
@@ -112,6 +112,23 @@ def _options_of(value: Any) -> dict[str, Any]:
             f"'chat_template_kwargs' is {shown(value)}, not an object like {{enable_thinking: false}}"
         )
     return _without_null(value)
+
+
+def conversation_of(row: Row) -> Conversation:
+    """A row that is a conversation, or an instruction row as one: a user turn (with its input below) and an
+    answer, behind what was said before."""
+    if "messages" in row:
+        return row
+    asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
+    turns = [*row.get("history", ()), (asked, row.get("output"))]
+    said = [
+        {"role": role, "content": text}
+        for turn in turns
+        for role, text in zip(("user", "assistant"), turn, strict=True)
+        if text is not None
+    ]
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    return {"messages": [*system, *said]}
 
 
 def with_system(messages: list[Message], system: str | None) -> list[Message]:

@@ -13,6 +13,7 @@ from linchain_cli.data.batches import step_rows, steps_per_epoch
 
 # Rises with every change of what encoding rows reports of them, which are then encoded anew.
 REPORT_VERSION = 2
+_BINS = 12  # of the histogram of lengths
 
 
 @dataclass
@@ -147,17 +148,16 @@ def epoch_plan(
     seed: int,
     global_batch: int,
     micro_batch: int,
-    world: int = 1,
 ) -> EpochPlan:
-    """What the first epoch's batches look like, by the same order of rows that training takes.
+    """What the first epoch's batches look like in one process, by the same order of rows that training takes.
 
     `lengths` and `supervised` are each row's tokens and supervised tokens: (rows,) int32.
     """
     order = step_rows(len(lengths), seed, len(lengths), 0)  # an epoch as one step: its whole order
     steps = steps_per_epoch(len(lengths), global_batch)
     tokens = int(lengths.sum(dtype=np.int64))
-    computed, largest = _computed(lengths[order], global_batch, micro_batch, world, by_length=True)
-    unsorted, _ = _computed(lengths[order], global_batch, micro_batch, world, by_length=False)
+    computed, largest = _computed(lengths[order], global_batch, micro_batch, by_length=True)
+    unsorted, _ = _computed(lengths[order], global_batch, micro_batch, by_length=False)
     return EpochPlan(
         rows=len(lengths),
         steps=steps,
@@ -170,9 +170,7 @@ def epoch_plan(
     )
 
 
-def _computed(
-    lengths: np.ndarray, global_batch: int, micro_batch: int, world: int, by_length: bool
-) -> tuple[int, int]:
+def _computed(lengths: np.ndarray, global_batch: int, micro_batch: int, by_length: bool) -> tuple[int, int]:
     """Positions with padding of (an epoch, its largest micro-batch); `lengths` are in epoch order."""
     full = len(lengths) // global_batch * global_batch
     total = largest = 0
@@ -181,19 +179,16 @@ def _computed(
             continue
         if by_length:
             steps = -np.sort(-steps, axis=1)
-        count = math.ceil(math.ceil(steps.shape[1] / world) / micro_batch)
-        for rank in range(world):
-            for part in np.array_split(steps[:, rank::world], count, axis=1):
-                if part.size:
-                    sizes = part.max(axis=1).astype(np.int64) * part.shape[1]
-                    total += int(sizes.sum())
-                    largest = max(largest, int(sizes.max()))
+        for part in np.array_split(steps, math.ceil(steps.shape[1] / micro_batch), axis=1):
+            sizes = part.max(axis=1).astype(np.int64) * part.shape[1]
+            total += int(sizes.sum())
+            largest = max(largest, int(sizes.max()))
     return total, largest
 
 
-def length_histogram(lengths: np.ndarray, max_length: int, bins: int = 12) -> list[tuple[int, int, int]]:
+def length_histogram(lengths: np.ndarray, max_length: int) -> list[tuple[int, int, int]]:
     """(from, to, rows) for ranges of like width that cover 1 to `max_length`, both ends included."""
-    edges = np.unique(np.linspace(0, max_length, bins + 1).round().astype(int))
+    edges = np.unique(np.linspace(0, max_length, _BINS + 1).round().astype(int))
     counts, _ = np.histogram(lengths, bins=edges + 0.5)
     return [
         (int(low) + 1, int(high), int(count))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 from linchain_cli.errors import InputError
 
@@ -59,7 +59,6 @@ class Layout:
     answer: tuple[str, ...] = ("output",)
 
 
-@runtime_checkable
 class Template(Protocol):
     """What training and evaluation ask of a template: what is trained on begins with what is asked."""
 

@@ -165,9 +165,9 @@ class EncodedStore:
             _file(self._directory, name), dtype=dtype, count=rows, offset=start * dtype.itemsize
         )
 
-    def highest_token(self, block: int = 1 << 22) -> int:
+    def highest_token(self) -> int:
         """The largest id of all rows, looked at in blocks."""
-        total = int(self._read("offsets", self.num_rows, self.num_rows + 1)[0])
+        total, block = int(self._read("offsets", self.num_rows, self.num_rows + 1)[0]), 1 << 22
         starts = range(0, total, block)
         return max(int(self._read("tokens", at, min(at + block, total)).max()) for at in starts)
 

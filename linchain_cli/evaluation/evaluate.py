@@ -21,7 +21,7 @@ from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Results, fingerprint, summarise
-from linchain_cli.evaluation.task import Task, check_protocol
+from linchain_cli.evaluation.task import Task
 from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
 from linchain_cli.model.computed import computed_sha256
 from linchain_cli.model.limits import limits
@@ -87,8 +87,6 @@ def evaluate(
             written at `out`.
         LinchainError: the processes do not hold the same adapter, rows and settings.
     """
-    for task in tasks:
-        check_protocol(task.name, task.rule, protocol)
     of_protocol = {"beams": beams} if protocol == "generate" else {"normalise": normalise}
     of_base = base_sha256, tokenizer_sha256(tokenizer), quantization
     setting = setting_of(model, template, name, protocol, limit, *of_base, **of_protocol)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+from linchain_cli.data.conversation import Conversation, Message
+from linchain_cli.data.messages import conversation_of
 from linchain_cli.data.rows import Rendered, Row, Template
 from linchain_cli.evaluation.task import Task
 from linchain_cli.storage import sha256_bytes
@@ -77,20 +78,12 @@ class _Turns(_Examples):
     def render(self, row: Row) -> list[Rendered]:
         return self._template.render(self._conversation(row))[-1:]
 
-    def _conversation(self, row: Row) -> dict[str, Any]:
-        turns = []
+    def _conversation(self, row: Row) -> Conversation:
+        turns: list[Message] = []
         for fields, answer in self._answered:
-            turns += [*_asked(fields), {"role": "assistant", "content": answer, "train": False}]
-        asked = _asked(row)
-        system = [turn for turn in asked[:1] if turn["role"] == "system"]
-        output = row.get("output")
-        last = [{"role": "assistant", "content": output}] if output and "messages" not in row else []
-        beside = row if "messages" in row else {}  # tools, say
-        return {**beside, "messages": [*system, *turns, *asked[len(system) :], *last]}
-
-
-def _asked(row: Row) -> list[dict[str, Any]]:
-    if "messages" in row:
-        return list(row["messages"])
-    text = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-    return [{"role": "user", "content": text}]
+            shown = conversation_of(fields)["messages"]
+            turns += [*shown, {"role": "assistant", "content": answer, "train": False}]
+        asked = conversation_of(row)
+        messages = asked["messages"]
+        system = [turn for turn in messages[:1] if turn["role"] == "system"]
+        return {**asked, "messages": [*system, *turns, *messages[len(system) :]]}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from linchain_cli.console import Progress, is_first_process
 from linchain_cli.data.agreement import Agreement, with_interval
 from linchain_cli.data.batches import micro_batches
 from linchain_cli.data.dataset import PreparedData, prepare_data
@@ -219,14 +220,15 @@ def evaluate_labels(
     tasks: Sequence[LabelledTask],
     *,
     name: str,
+    title: str = "",
     limit: int | None = None,
     batch_tokens: int | None = None,
     base_sha256: str | None = None,
     adapter_sha256: str | None = None,
     out: Path | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
 ) -> Results:
-    """Has a loaded classifier tell the rows of `tasks`; see evaluate.evaluate, whose results these are.
+    """Has a loaded classifier tell the rows of `tasks`; see evaluate.evaluate, whose results these are, and
+    asked.evaluate_asked for `title`.
 
     Under torch.distributed the processes share the batches, each returns all results, and the first one
     writes.
@@ -253,13 +255,12 @@ def evaluate_labels(
         batch = collate_labelled(task.data.train, part, pad_id).to(model.device)
         return _predicted(task, outputs, part, row_logits(model, batch))
 
-    with evaluating(model):
+    with Progress(quiet=not is_first_process()) as progress, evaluating(model):
         for task in missing:
             for part in _parts(task.data.train.lengths, batch_tokens, measuring.rank, measuring.world):
                 found += halved(partial(told, task), part)
                 done += len(part)
-                if on_progress:
-                    on_progress(task.name, done, total)
+                progress.show(title, done, total, task.name)
     found = gather(found, measuring.world)
     by_task = {task.name: [row for row in found if row["task"] == task.name] for task in missing}
     by_task = {each: sorted(rows, key=lambda row: row["index"]) for each, rows in by_task.items()}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from linchain_cli.evaluation.options import OptionTree, additive, common_prefix, tree_mask
+from linchain_cli.data.encoding import common_prefix
+from linchain_cli.evaluation.options import OptionTree, additive, tree_mask
 from linchain_cli.evaluation.tryout import continues_from_cache, reads_tree_masks
 from linchain_cli.model.attention import attention_window
 from linchain_cli.model.flat_rows import in_one_copy

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from linchain_cli.data.encoding import common_prefix
+
 
 @dataclass(frozen=True)
 class OptionTree:
@@ -67,15 +69,6 @@ class OptionTree:
         return OptionTree(
             tuple(self.tokens[index] for index in indices), tuple(range(-1, len(indices) - 1)), options
         )
-
-
-def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """How many tokens all sequences begin with in common."""
-    first, last = min(sequences), max(sequences)
-    for index, (one, other) in enumerate(zip(first, last, strict=False)):
-        if one != other:
-            return index
-    return min(len(first), len(last))
 
 
 class _GrowingTree:

@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from linchain_cli.data.encoding import encode_prompt
+from linchain_cli.data.encoding import common_prefix, encode_prompt
 from linchain_cli.data.rows import Row, RowError, Template
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.evaluate import evaluating
@@ -170,10 +170,7 @@ class Speaker:
         """The cache of what this prompt begins with, or None."""
         if self._cache is None or not continues_from_cache(self.model):
             return None
-        pairs = zip(self._cached, prompt[:-1], strict=False)  # one token at least has to be read
-        same = next((place for place, (one, other) in enumerate(pairs) if one != other), None)
-        if same is None:
-            same = min(len(self._cached), len(prompt) - 1)
+        same = common_prefix([self._cached, prompt[:-1]])  # one token at least has to be read
         if surplus := len(self._cached) - same:
             # A window has forgotten what it would have to go back to.
             if same == 0 or any(type(layer) is not DynamicLayer for layer in self._cache.layers):

@@ -6,7 +6,6 @@ what the others have added in the meantime.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linchain_cli.chain.files import adapter_hash
+from linchain_cli.directories import refuse_unwritable
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import Results, predictions_path, read_results
 from linchain_cli.evaluations import Evaluation, Found, describe, find_evaluations, first_of, read_evaluation
@@ -162,13 +162,7 @@ def results_directory(out: Path) -> Path:
     if out.suffix != ".json" and out.suffix and not out.is_dir():
         raise InputError(f"--out {out}: expected a .json file or a directory for the results")
     directory = out.parent if out.suffix == ".json" and not out.is_dir() else out
-    existing = next(path for path in [directory, *directory.absolute().parents] if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"{existing} is not a directory: name another place for the results with --out")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{existing} cannot be written to: name another place for the results, such as --out results"
-        )
+    refuse_unwritable(directory, "name another place for the results, such as --out results")
     return directory
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints
 
 from linchain_cli.recipe.chat_templates import CHAT_TEMPLATES
-from linchain_cli.recipe.fields import Count, CountFromZero, Text
+from linchain_cli.recipe.fields import Count, CountFromZero, Text, number_or_auto
 from linchain_cli.recipe.strict_yaml import scalar
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
 from linchain_cli.storage import expand
@@ -201,13 +201,9 @@ Validation = Annotated[
 ]
 
 
-def _kind_of_length(value: Any) -> str:
-    return "auto" if value == "auto" else "number"
-
-
 Length = Annotated[
     tagged(Annotated[int, Field(ge=2, le=10**9)], "number") | tagged(Literal["auto"], "auto"),
-    choose(_kind_of_length),
+    choose(number_or_auto),
     Expected("a whole number from 2 to 1,000,000,000, or auto"),
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
@@ -17,3 +17,8 @@ FileName = Annotated[
     StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,199}$"),
     Expected("a directory name of letters, digits, '.', '_' and '-'"),
 ]
+
+
+def number_or_auto(value: Any) -> str:
+    """For `choose`: which of the two a value is meant as."""
+    return "auto" if value == "auto" else "number"

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from linchain_cli.recipe.data import DataConfig
 from linchain_cli.recipe.dotted import flat, nested
-from linchain_cli.recipe.fields import Count, CountFromZero, FileName, Text
+from linchain_cli.recipe.fields import Count, CountFromZero, FileName, Text, number_or_auto
 from linchain_cli.recipe.validation import Conflict, Expected, StrictModel, choose, tagged
 from linchain_cli.storage import expand
 
@@ -123,19 +123,15 @@ WarmUp = Annotated[
 ]
 
 
-def _number_or_auto(value: Any) -> str:
-    return "auto" if value == "auto" else "number"
-
-
 LearningRate = Annotated[
     tagged(Annotated[float, Field(gt=0, le=1)], "number") | tagged(Literal["auto"], "auto"),
-    choose(_number_or_auto),
+    choose(number_or_auto),
     Expected("a number above 0 and up to 1, or auto"),
 ]
 _ROWS_ON_CPU = 4
 MicroBatch = Annotated[
     tagged(Count, "number") | tagged(Literal["auto"], "auto"),
-    choose(_number_or_auto),
+    choose(number_or_auto),
     Expected("a whole number of at least 1, auto"),  # or null, as its field says
 ]
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from linchain_cli.directories import refuse_unwritable
 from linchain_cli.errors import InputError
 from linchain_cli.report.html import GENERATOR
 from linchain_cli.storage import expand
@@ -24,11 +24,7 @@ def page_path(directory: Path, out: Path | None = None) -> Path:
         target = out / FILE if out.is_dir() else out
         if target.exists() and not _is_page(target):
             raise InputError(f"--out {target} exists and is no page of linchain report; it is left as it is")
-    existing = next(path for path in target.absolute().parents if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"{existing} is not a directory: name another place with --out FILE")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{existing} cannot be written to: name another place, such as --out {FILE}")
+    refuse_unwritable(target.parent, f"name another place, such as --out {FILE}")
     return target
 
 

@@ -86,7 +86,7 @@ def _drawn(
     """The mean over seeds, times 100, in draws of the told rows, for these runs and the reference's."""
     columns = [np.array([int(digit) for digit in row["told"]]) for row in [*rows, *reference]]
     targets = np.array([int(digit) for digit in rows[0]["targets"]])
-    drawn = [100 * each for each in resampled(MAIN[cell.task], [targets, *columns], 2, 0)]
+    drawn = [100 * each for each in resampled(MAIN[cell.task], [targets, *columns], 2)]
     own, theirs = drawn[: len(rows)], drawn[len(rows) :]
     return np.mean(own, axis=0), np.mean(theirs, axis=0) if theirs else None
 

@@ -26,19 +26,15 @@ from linchain_cli.data.report import (
     st.lists(st.integers(1, 256), min_size=1, max_size=120),
     st.integers(1, 20),
     st.integers(1, 9),
-    st.integers(1, 3),
 )
-def test_the_plan_is_what_the_batches_do(lengths, batch, micro, world):
+def test_the_plan_is_what_the_batches_do(lengths, batch, micro):
     lengths = np.array(lengths, np.int32)
-    plan = epoch_plan(
-        lengths, np.ones_like(lengths), seed=3, global_batch=batch, micro_batch=micro, world=world
-    )
+    plan = epoch_plan(lengths, np.ones_like(lengths), seed=3, global_batch=batch, micro_batch=micro)
     sizes = []
     for step in range(steps_per_epoch(len(lengths), batch)):
         rows = step_rows(len(lengths), 3, batch, step)
-        for rank in range(world):
-            parts = micro_batches(rows, lengths, micro, rank, world)
-            sizes += [len(part) * int(lengths[part].max()) for part in parts if len(part)]
+        parts = micro_batches(rows, lengths, micro)
+        sizes += [len(part) * int(lengths[part].max()) for part in parts]
     assert plan.steps == steps_per_epoch(len(lengths), batch)
     assert (plan.rows, plan.tokens, plan.supervised_tokens) == (len(lengths), lengths.sum(), len(lengths))
     assert plan.padding == pytest.approx(1 - lengths.sum() / sum(sizes))
@@ -53,7 +49,7 @@ def test_sorting_saves_padding():
 
 def test_the_histogram_covers_every_row_once():
     lengths = np.array([1, 2, 10, 11, 12, 256], np.int32)
-    bins = length_histogram(lengths, 256, bins=12)
+    bins = length_histogram(lengths, 256)
     assert bins[0][0] == 1 and bins[-1][1] == 256
     assert all(high + 1 == low for (_, high, _), (low, _, _) in zip(bins[:-1], bins[1:], strict=True))
     assert sum(count for _, _, count in bins) == 6

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from linchain_cli.evaluation.options import build_tree, common_prefix, tree_mask
+from linchain_cli.data.encoding import common_prefix
+from linchain_cli.evaluation.options import build_tree, tree_mask
 
 END = 99
 # The same examples every time, however slow the machine is.
