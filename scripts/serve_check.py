@@ -20,7 +20,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from linchain_cli.commands.origin import open_run
+from linchain_cli.commands.named_run import open_run
 from linchain_cli.data.everyday import everyday_rows
 from linchain_cli.data.templates import end_tokens, template_of
 from linchain_cli.model.tokenizer import load_tokenizer

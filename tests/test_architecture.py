@@ -27,7 +27,7 @@ LEVELS = [
         "model": ["model"],
         "recipe": ["recipe"],
         "run": ["run"],
-        "evaluations": ["evaluations"],
+        "result_files": ["result_files"],
     },
     {
         "base": [

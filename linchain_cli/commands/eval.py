@@ -284,7 +284,7 @@ def _as_json(first: Results, second: Results | None) -> dict[str, Any]:
 def _show(first: Results, second: Results | None, references: bool) -> None:
     """Tables, the chart, and where everything lies."""
     from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
-    from linchain_cli.evaluations import describe, find_evaluations
+    from linchain_cli.result_files import describe, find_evaluations
 
     for results in (first, second):
         if results is not None:

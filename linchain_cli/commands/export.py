@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from linchain_cli import console
+from linchain_cli.commands.named_run import AdaptedRun, open_run
 from linchain_cli.commands.options import Base, Json, Overwrite, RunPath
-from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:

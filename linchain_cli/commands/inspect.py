@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linchain_cli import console
+from linchain_cli.commands.named_run import AdaptedRun, open_run
 from linchain_cli.commands.options import AllowOtherBase, Base, Json, RunPath
-from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.errors import LinchainError
 
 if TYPE_CHECKING:

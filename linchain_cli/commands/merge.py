@@ -10,15 +10,15 @@ import typer
 
 from linchain_cli import console
 from linchain_cli.commands.adapter_run import write_adapter_run
+from linchain_cli.commands.named_run import AdaptedRun, open_run
 from linchain_cli.commands.options import AllowOtherBase, Base, Dtype, Json, Overwrite
-from linchain_cli.commands.origin import AdaptedRun, open_run
 from linchain_cli.commands.summing import Sum, describe_sum, parse_weights, sum_runs
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
     from linchain_cli.chain import Adapter
     from linchain_cli.export.card import Origin
-    from linchain_cli.export.comparison import LogitProof
+    from linchain_cli.export.logits import LogitProof
     from linchain_cli.export.merge import MergeOptions
     from linchain_cli.export.receipts import MergeReceipt
     from linchain_cli.model.files import FoundBase

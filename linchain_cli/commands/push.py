@@ -13,8 +13,8 @@ import typer
 
 from linchain_cli import console
 from linchain_cli.commands.export import export_run
+from linchain_cli.commands.named_run import open_run
 from linchain_cli.commands.options import Base, Json
-from linchain_cli.commands.origin import open_run
 from linchain_cli.errors import InputError
 from linchain_cli.run import is_adapter, is_run
 

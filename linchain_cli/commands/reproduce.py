@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from linchain_cli import console
+from linchain_cli.commands.named_run import NamedRun
 from linchain_cli.commands.options import Base, Json
-from linchain_cli.commands.origin import NamedRun
 from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 

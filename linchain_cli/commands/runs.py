@@ -86,8 +86,8 @@ def entries_below(directory: Path) -> list[Entry]:
 
 def entry_of(one: RunDirectory) -> Entry:
     """How a run stands."""
-    from linchain_cli.evaluations import describe, find_evaluations
     from linchain_cli.recipe import load_recipe
+    from linchain_cli.result_files import describe, find_evaluations
     from linchain_cli.run import in_use, read_jsonl
 
     try:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from linchain_cli.commands.origin import NamedRun, name_run
+from linchain_cli.commands.named_run import NamedRun, name_run
 from linchain_cli.errors import InputError
 from linchain_cli.run import ComparisonDirectory, RunDirectory, is_adapter, is_run, runs_below
 from linchain_cli.storage import expand

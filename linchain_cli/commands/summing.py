@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from linchain_cli import console
-from linchain_cli.commands.origin import AdaptedRun
+from linchain_cli.commands.named_run import AdaptedRun
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:

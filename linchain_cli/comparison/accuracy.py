@@ -17,8 +17,8 @@ from linchain_cli.evaluation.asked import asked_results
 from linchain_cli.evaluation.results import read_results
 from linchain_cli.evaluation.statistics import crossed
 from linchain_cli.evaluation.store import stored_result
-from linchain_cli.evaluations import TaskScore
 from linchain_cli.recipe import Recipe
+from linchain_cli.result_files import TaskScore
 from linchain_cli.run import ComparisonDirectory, RunDirectory
 
 AVERAGE = "average"

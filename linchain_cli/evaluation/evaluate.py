@@ -22,10 +22,10 @@ from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.questions import check_questions, task_template
 from linchain_cli.evaluation.results import Results, fingerprint, summarise
 from linchain_cli.evaluation.task import Task
-from linchain_cli.evaluations import FORMAT_VERSION, Evaluation
 from linchain_cli.model.computed import computed_sha256
 from linchain_cli.model.limits import limits
 from linchain_cli.model.products import fast_products
+from linchain_cli.result_files import FORMAT_VERSION, Evaluation
 from linchain_cli.storage import sha256_bytes, tensor_bytes
 
 if TYPE_CHECKING:

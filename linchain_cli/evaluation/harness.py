@@ -26,8 +26,8 @@ from linchain_cli.evaluation.generation import stop_tokens
 from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.results import Prediction, Results, averaged
 from linchain_cli.evaluation.statistics import normal_interval
-from linchain_cli.evaluations import Evaluation, Metric, TaskScore
 from linchain_cli.recipe.schema import HARNESS_PREFIX
+from linchain_cli.result_files import Evaluation, Metric, TaskScore
 from linchain_cli.run import now
 from linchain_cli.storage import expand, sha256_bytes
 

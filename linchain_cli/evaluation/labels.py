@@ -32,10 +32,10 @@ from linchain_cli.evaluation.jobs import halved
 from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
 from linchain_cli.evaluation.statistics import standard_error, wilson_interval
-from linchain_cli.evaluations import Metric, TaskScore
 from linchain_cli.model.classifier import Outputs, padding, predictions, row_logits
 from linchain_cli.recipe import DataConfig, Recipe, SourceConfig
 from linchain_cli.recipe.schema import HARNESS_PREFIX, METRICS
+from linchain_cli.result_files import Metric, TaskScore
 from linchain_cli.run import now
 
 if TYPE_CHECKING:

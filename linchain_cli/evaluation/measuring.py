@@ -13,7 +13,7 @@ import torch
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.evaluation.results import Results
 from linchain_cli.evaluation.store import ResultStore, results_directory
-from linchain_cli.evaluations import Evaluation
+from linchain_cli.result_files import Evaluation
 
 T = TypeVar("T")
 

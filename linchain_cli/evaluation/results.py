@@ -25,8 +25,8 @@ from linchain_cli.evaluation.statistics import (
     wilson_interval,
 )
 from linchain_cli.evaluation.task import Task
-from linchain_cli.evaluations import Evaluation, Metric, TaskScore, read_evaluation, template_label
 from linchain_cli.recipe.schema import METRICS
+from linchain_cli.result_files import Evaluation, Metric, TaskScore, read_evaluation, template_label
 from linchain_cli.run import jsonl_bytes, now
 
 NEAR_TIE = 1e-4

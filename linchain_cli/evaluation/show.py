@@ -15,7 +15,7 @@ from linchain_cli import storage
 from linchain_cli.console import table_console
 from linchain_cli.evaluation.published import PUBLISHED, published_beside
 from linchain_cli.evaluation.results import Results
-from linchain_cli.evaluations import Evaluation, Metric, describe, heading
+from linchain_cli.result_files import Evaluation, Metric, describe, heading
 
 
 def print_results(results: Results, console: Console | None = None) -> None:

@@ -16,9 +16,9 @@ from linchain_cli.chain.files import adapter_hash
 from linchain_cli.directories import refuse_unwritable
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import Results, predictions_path, read_results
-from linchain_cli.evaluations import Evaluation, Found, describe, find_evaluations, first_of, read_evaluation
 from linchain_cli.locks import locked
 from linchain_cli.recipe import EvaluationConfig
+from linchain_cli.result_files import Evaluation, Found, describe, find_evaluations, first_of, read_evaluation
 from linchain_cli.run import RunDirectory
 from linchain_cli.storage import expand, make_directory
 

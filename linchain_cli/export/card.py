@@ -15,7 +15,7 @@ import yaml
 from linchain_cli import __version__
 from linchain_cli.chain import Adapter, adapter_kind
 from linchain_cli.chain.head import Head
-from linchain_cli.evaluations import Line, TaskScore, heading
+from linchain_cli.result_files import Line, TaskScore, heading
 
 if TYPE_CHECKING:
     from linchain_cli.export.classifier import Loading

@@ -26,7 +26,6 @@ from linchain_cli.export.classifier import (
 from linchain_cli.export.companions import write_companions
 from linchain_cli.export.model_proof import prove_model
 from linchain_cli.export.output import check_disk, check_factors, check_output, staged_output, stops_with
-from linchain_cli.export.proof import TensorProof, prove_tensors
 from linchain_cli.export.receipts import (
     CARD_FILE,
     MergeReceipt,
@@ -37,6 +36,7 @@ from linchain_cli.export.receipts import (
 )
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import MergePlan, new_tensors, plan_merge
+from linchain_cli.export.tensor_proof import TensorProof, prove_tensors
 from linchain_cli.model.checkpoint import Checkpoint, companion_files
 from linchain_cli.model.config import auto_class
 from linchain_cli.model.files import read_config

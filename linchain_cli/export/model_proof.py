@@ -15,7 +15,7 @@ from torch import Tensor
 from linchain_cli.chain import Adapter, attach, disabled
 from linchain_cli.errors import LinchainError, first_line
 from linchain_cli.export.classifier import outputs_of
-from linchain_cli.export.comparison import LogitProof, compare_logits
+from linchain_cli.export.logits import LogitProof, compare_logits
 from linchain_cli.machine import available_memory, collect_memory, is_out_of_memory
 from linchain_cli.model.checkpoint import Checkpoint
 from linchain_cli.model.classifier import drawn_names, is_classifier

@@ -13,7 +13,7 @@ from typing import ClassVar
 from linchain_cli import __version__, storage
 from linchain_cli.chain import Adapter, adapter_files
 from linchain_cli.errors import InputError, some
-from linchain_cli.export.comparison import LogitProof
+from linchain_cli.export.logits import LogitProof
 from linchain_cli.records import read_record
 
 CARD_FILE = "README.md"

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linchain_cli import evaluations, storage
+from linchain_cli import result_files, storage
 from linchain_cli.chain import adapter_kind
 from linchain_cli.chain.files import adapter_hash
-from linchain_cli.evaluations import find_evaluations
 from linchain_cli.recipe import Recipe, load_recipe
 from linchain_cli.report.figures import loss_curves
 from linchain_cli.report.html import Markup, facts, figure, page, section, table, tag
 from linchain_cli.report.parts import layers_section, origin_section, recipe_section, samples_section
 from linchain_cli.report.place import page_path
 from linchain_cli.report.wording import gigabytes
+from linchain_cli.result_files import find_evaluations
 from linchain_cli.run import RunDirectory, RunStatus, read_jsonl
 
 
@@ -119,11 +119,11 @@ def _seconds(value: float | None) -> str | None:
 
 def _evaluations(run: RunDirectory) -> Markup:
     found, problems = find_evaluations(run.eval_dir)
-    rows = [_line(line) for line in evaluations.table(found, adapter_hash(run.adapter_dir))]
+    rows = [_line(line) for line in result_files.table(found, adapter_hash(run.adapter_dir))]
     averages = [
         tag(
             "p",
-            f"Average of {len(one.evaluation.tasks)} tasks ({evaluations.describe(one.evaluation)}): ",
+            f"Average of {len(one.evaluation.tasks)} tasks ({result_files.describe(one.evaluation)}): ",
             f"{one.evaluation.average:.1%}, 95 % interval {_interval(one.evaluation.average_interval)}",
         )
         for one in found
@@ -133,10 +133,10 @@ def _evaluations(run: RunDirectory) -> Markup:
     return section("Evaluation", table(rows, "Accuracy by task and setting"), averages, notes)
 
 
-def _line(line: evaluations.Line) -> dict[str, Any]:
+def _line(line: result_files.Line) -> dict[str, Any]:
     score = line.score
     others = (
-        f"{evaluations.heading(name)} {metric.value:{'.1%' if metric.is_share else '.4g'}}"
+        f"{result_files.heading(name)} {metric.value:{'.1%' if metric.is_share else '.4g'}}"
         for name, metric in score.metrics.items()
     )
     earlier = " · of an earlier adapter" if line.earlier else ""

@@ -8,7 +8,7 @@ import pytest
 
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.measuring import Measuring
-from linchain_cli.evaluations import Evaluation
+from linchain_cli.result_files import Evaluation
 
 from .conftest import forked
 

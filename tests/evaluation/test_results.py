@@ -15,7 +15,7 @@ from linchain_cli.evaluation.published import COMMONSENSE, PUBLISHED, published_
 from linchain_cli.evaluation.results import compare, summarise
 from linchain_cli.evaluation.show import print_comparison, print_published, print_results, write_chart
 from linchain_cli.evaluation.task import Task, TaskRow
-from linchain_cli.evaluations import Evaluation, Found, Metric, table
+from linchain_cli.result_files import Evaluation, Found, Metric, table
 
 SETTING = Evaluation(
     format_version=2, model="one", protocol="likelihood", template="alpaca", dtype="float32",

@@ -10,7 +10,7 @@ import pytest
 from linchain_cli.errors import InputError
 from linchain_cli.evaluation.results import fingerprint, predictions_path, read_results, summarise
 from linchain_cli.evaluation.store import ResultStore
-from linchain_cli.evaluations import find_evaluations
+from linchain_cli.result_files import find_evaluations
 
 from .test_results import SETTING, make_task, rows_of
 

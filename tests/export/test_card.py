@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from linchain_cli.chain import Adapter, ChainConfig, ChainTensors
-from linchain_cli.evaluations import Line, TaskScore
 from linchain_cli.export.card import Origin, PublishedBase, model_card
 from linchain_cli.model.config import auto_class
+from linchain_cli.result_files import Line, TaskScore
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

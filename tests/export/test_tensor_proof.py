@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from linchain_cli.chain import delta_weight
 from linchain_cli.errors import LinchainError
-from linchain_cli.export.comparison import compare_logits
-from linchain_cli.export.proof import prove_tensors
+from linchain_cli.export.logits import compare_logits
 from linchain_cli.export.shards import write_checkpoint
 from linchain_cli.export.sums import new_tensors, plan_merge
+from linchain_cli.export.tensor_proof import prove_tensors
 from linchain_cli.model.checkpoint import open_checkpoint
 from linchain_cli.model.config import empty_model
 

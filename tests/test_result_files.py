@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from linchain_cli.errors import InputError
-from linchain_cli.evaluations import (
+from linchain_cli.result_files import (
     Evaluation,
     Found,
     describe,

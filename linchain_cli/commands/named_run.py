@@ -168,11 +168,11 @@ class AdaptedRun(NamedRun):
 
     def origin(self, found: FoundBase, base: str | None = None) -> Origin:
         """What a model card says of it and of its base."""
-        from linchain_cli import evaluations
+        from linchain_cli import result_files
         from linchain_cli.chain.files import adapter_hash
         from linchain_cli.export.card import Origin, PublishedBase
 
-        results, _ = evaluations.find_evaluations(self.opened.place("eval"))
+        results, _ = result_files.find_evaluations(self.opened.place("eval"))
         if found.source is not None:
             published = PublishedBase.at(Path(found.source))
         else:
@@ -186,7 +186,7 @@ class AdaptedRun(NamedRun):
             data=() if self.imported else tuple(source.path for source in self.recipe.data.sources),
             results=tuple(
                 line
-                for line in evaluations.table(results, adapter_hash(self.opened.adapter_dir))
+                for line in result_files.table(results, adapter_hash(self.opened.adapter_dir))
                 if not line.earlier
             ),
         )
