@@ -55,11 +55,6 @@ def adapter_kind(depth: int) -> str:
     return {0: "a LoRA", 1: "a MoSLoRA"}.get(depth, f"a chain of {depth} links")
 
 
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
-
-
 def inject(model: nn.Module, config: ChainConfig, seed: int = 0, prefix: str = "") -> dict[str, Chain]:
     """Replaces every matched linear module by a freshly initialised chain layer around it, in place, and
     routed experts by ones with chains on the matched matrices.
@@ -88,8 +83,7 @@ def refuse_second_adapter(model: nn.Module) -> None:
 
 
 def inject_at(model: nn.Module, paths: Sequence[str], config: ChainConfig, seed: int) -> dict[str, Chain]:
-    """`inject` at modules and matrices of experts that are known; see there."""
-    refuse_second_adapter(model)
+    """`inject` at modules and matrices of experts that are known, in a model without chains; see there."""
     model.requires_grad_(False)
     modules = dict(model.named_modules())
     layers = {}
@@ -98,7 +92,7 @@ def inject_at(model: nn.Module, paths: Sequence[str], config: ChainConfig, seed:
         if path in modules:
             layer: Chain = ChainLinear(modules[path], *settings)
             layer.train(modules[path].training)
-            _set_module(model, path, layer)
+            model.set_submodule(path, layer)
         else:
             layer = _experts_at(model, path.rpartition(".")[0]).adapt(path.rpartition(".")[2], *settings)
         if layer.A.device.type != "meta":
@@ -112,7 +106,7 @@ def _experts_at(model: nn.Module, path: str) -> ChainExperts:
     experts = model.get_submodule(path)
     if not isinstance(experts, ChainExperts):
         experts = ChainExperts(experts)
-        _set_module(model, path, experts)
+        model.set_submodule(path, experts)
     return experts
 
 
@@ -120,7 +114,7 @@ def detach(model: nn.Module) -> None:
     """Takes every chain out and puts the untouched base modules back."""
     for path, module in list(model.named_modules()):
         if isinstance(module, (ChainLinear, ChainExperts)):
-            _set_module(model, path, module.base)
+            model.set_submodule(path, module.base)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:

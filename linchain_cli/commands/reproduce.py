@@ -16,7 +16,8 @@ from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 
 if TYPE_CHECKING:
-    from linchain_cli.run import RunDirectory
+    from linchain_cli.recipe import Recipe
+    from linchain_cli.run import RunDirectory, RunStatus
     from linchain_cli.training.job import Job
     from linchain_cli.training.reproduction import Reproduction
 
@@ -84,7 +85,7 @@ def _free(path: Path, overwrite: bool) -> RunDirectory:
     return second
 
 
-def _train(again: Any, status: Any, first: RunDirectory) -> None:
+def _train(again: Recipe, status: RunStatus, first: RunDirectory) -> None:
     from linchain_cli.training.processes import disconnect
     from linchain_cli.training.reproduction import check_job
     from linchain_cli.training.runner import run_training

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from linchain_cli.commands.named_run import NamedRun, name_run
 from linchain_cli.errors import InputError
-from linchain_cli.run import ComparisonDirectory, RunDirectory, is_adapter, is_run, runs_below
+from linchain_cli.run import ComparisonDirectory, is_adapter, is_run, runs_below
 from linchain_cli.storage import expand
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ class Subject:
     named: NamedRun | None = None
     base: str | None = None
     allow_other_base: bool = False
-
-    @property
-    def run(self) -> RunDirectory | None:
-        return self.named and self.named.run
 
     @property
     def recipe(self) -> Recipe | None:

@@ -38,7 +38,6 @@ class RunDirectory:
         self.checkpoints_dir = self.path / "checkpoints"
         self.adapter_dir = self.path / "adapter"
         self.eval_dir = self.path / "eval"
-        self.merged_dir = self.path / "merged"
         self._watched: int | None = None
 
     def exists(self) -> bool:

@@ -36,14 +36,14 @@ def test_merge_writes_beside_the_run_and_shows_the_proof(make_run, base_of, caps
     assert "14 of 21 tensors changed, the others are the base's" in out
     assert re.search(r"read back: at most 0\.\d+ ulp from W0 \+ ΔW", out)
     assert "top-1 agreement 100.0 %" in out and "of 8 prompts (float32)" in out
-    receipt = json.loads((run.merged_dir / "merge.json").read_bytes())
+    receipt = json.loads((run.path / "merged" / "merge.json").read_bytes())
     assert receipt["logits"]["prompts"] == 8 and receipt["logits"]["largest_difference"] < 1e-5
     after = {name: data for name, data in files_of(run.path).items() if not name.startswith("merged/")}
     assert after == before
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(run.merged_dir)
-    tokenizer = AutoTokenizer.from_pretrained(run.merged_dir)
+    model = AutoModelForCausalLM.from_pretrained(run.path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(run.path / "merged")
     assert model.generate(**tokenizer("the kettle", return_tensors="pt"), max_new_tokens=2).shape[0] == 1
 
 
@@ -58,7 +58,7 @@ def test_a_merged_checkpoint_asks_through_the_chat_template_it_was_trained_with(
     run.recipe_path.write_text(yaml.safe_dump(recipe))
     before = AutoTokenizer.from_pretrained(base).chat_template
     assert linchain("merge", run.path, "--no-proof") == 0
-    assert AutoTokenizer.from_pretrained(run.merged_dir).chat_template == own
+    assert AutoTokenizer.from_pretrained(run.path / "merged").chat_template == own
     assert AutoTokenizer.from_pretrained(base).chat_template == before != own
 
 
@@ -80,7 +80,7 @@ def test_merge_without_a_name_takes_the_newest_run_and_says_so(
     monkeypatch.chdir(tmp_path)
     assert linchain("merge", "--no-proof") == 0
     assert f"run runs/{run.path.name}" in capsys.readouterr().err
-    assert json.loads((run.merged_dir / "merge.json").read_bytes())["logits"] is None
+    assert json.loads((run.path / "merged" / "merge.json").read_bytes())["logits"] is None
 
 
 def test_merge_again_needs_overwrite(make_run, base_of, capsys):
@@ -89,7 +89,7 @@ def test_merge_again_needs_overwrite(make_run, base_of, capsys):
     assert linchain("merge", run.path, "--no-proof") == 2
     assert "Use --overwrite" in capsys.readouterr().err
     assert linchain("merge", run.path, "--no-proof", "--overwrite", "--dtype", "bfloat16") == 0
-    config = json.loads((run.merged_dir / "config.json").read_bytes())
+    config = json.loads((run.path / "merged" / "config.json").read_bytes())
     assert config["dtype"] == "bfloat16"
 
 
@@ -189,7 +189,7 @@ def test_a_stopped_run_gives_its_newest_checkpoint(make_run, base_of, capsys):
         assert "was stopped: taking its newest checkpoint, step-000200" in capsys.readouterr().err
     assert (run.path / "merged-step-000200" / "merge.json").is_file()
     assert (run.path / "peft-step-000200" / "adapter_model.safetensors").is_file()
-    assert (run.path / "inspect-step-000200.json").is_file() and not run.merged_dir.exists()
+    assert (run.path / "inspect-step-000200.json").is_file() and not (run.path / "merged").exists()
 
 
 def test_a_run_without_an_adapter_is_refused(make_run, base_of, capsys):
@@ -371,7 +371,7 @@ def test_a_base_given_anew_is_the_one_that_is_named(make_run, base_of, tmp_path,
     for kind in ("peft", "merged"):
         for path in (run.path / kind).glob("*.[jm][sd]*"):
             assert "old-home" not in path.read_text().split("## Recipe")[0], path
-    for path in (run.merged_dir / "merge.json", run.path / "peft" / "export.json"):
+    for path in (run.path / "merged" / "merge.json", run.path / "peft" / "export.json"):
         receipt = json.loads(path.read_bytes())
         assert receipt["base"]["name"] == "new-home"
         for name, digest in receipt["adapter"]["hashes"].items():

@@ -99,5 +99,5 @@ def test_a_merge_says_what_it_repaired_and_proves_generate(make_run, checkpoint,
     told = capsys.readouterr().out
     assert "changed: the base's generation_config.json is invalid" in told
     assert "without num_return_sequences (3) it is valid" in told and "generate runs with" in told
-    receipt = json.loads((run.merged_dir / "merge.json").read_bytes())
+    receipt = json.loads((run.path / "merged" / "merge.json").read_bytes())
     assert receipt["generated"] > 0 and receipt["changes"] and not receipt["not_proven"]

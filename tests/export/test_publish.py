@@ -75,7 +75,7 @@ def test_a_merged_checkpoint_goes_up_with_what_merge_wrote_alone(run, hub, capsy
     assert linchain("push", run.path, "me/model", "--merged", "--yes") == 2
     assert "write it with 'linchain merge" in capsys.readouterr().err
     assert linchain("merge", run.path, "--no-proof") == 0
-    (run.merged_dir / "notes.txt").write_text("for myself")
+    (run.path / "merged" / "notes.txt").write_text("for myself")
     hub.create("me/model", private=True, files={"README.md": b"old", "other.txt": b"stays"})
     capsys.readouterr()
     assert linchain("push", run.path, "me/model", "--merged", "--private", "--yes") == 0
@@ -84,9 +84,9 @@ def test_a_merged_checkpoint_goes_up_with_what_merge_wrote_alone(run, hub, capsy
     assert "stays here: notes.txt" in out
     found = files(hub, "me/model")
     assert "notes.txt" not in found and found["other.txt"] == b"stays"
-    assert found["model.safetensors"] == (run.merged_dir / "model.safetensors").read_bytes()
+    assert found["model.safetensors"] == (run.path / "merged" / "model.safetensors").read_bytes()
     assert b'from_pretrained("me/model")' in found["README.md"]
-    assert linchain("push", run.merged_dir, "me/second", "--private", "--yes") == 0
+    assert linchain("push", run.path / "merged", "me/second", "--private", "--yes") == 0
     assert hub.repositories["me/second"]["private"]
 
 
