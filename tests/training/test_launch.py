@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +19,7 @@ from linchain_cli.console import is_first_process
 from linchain_cli.errors import InputError
 from linchain_cli.run import RunDirectory, read_jsonl
 from linchain_cli.training import launch
+from linchain_cli.training.launch import free_port
 from linchain_cli.training.processes import connect
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -31,12 +31,6 @@ ADAPTER_TOLERANCE = 2e-3
 @pytest.fixture
 def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def close(run: RunDirectory, other: RunDirectory) -> None:
