@@ -66,9 +66,10 @@ def content_of(dataset: datasets.Dataset) -> list[str]:
 
 
 def hub_rows(dataset: datasets.Dataset, wanted: set[str]) -> Iterator[dict[str, Any]]:
-    """The rows, with the columns in `wanted` (all, if none of them is there)."""
+    """The rows, with the columns in `wanted` (all, if none of them is there). A data set may be saved with a
+    format, of tensors say, and with columns that this leaves out: they are read as they are stored."""
     columns = [name for name in dataset.column_names if name in wanted] or dataset.column_names
-    for batch in dataset.select_columns(columns).iter(1000):
+    for batch in dataset.with_format(None).select_columns(columns).iter(1000):
         for values in zip(*(batch[name] for name in columns), strict=True):
             yield dict(zip(columns, values, strict=True))
 

@@ -128,6 +128,15 @@ def test_classes_of_a_data_set_are_named(tmp_path, source):
     assert [row["output"] for row in numbers] == ["B", "A"]
 
 
+@pytest.mark.parametrize("form", [{"type": "numpy"}, {"type": "numpy", "columns": ["ids"]}])
+def test_a_saved_data_set_is_read_as_it_is_stored_whatever_its_format(tmp_path, source, form):
+    import datasets
+
+    rows = {"instruction": ["a", "b"], "output": [1, 2], "ids": [[3], [4]]}
+    datasets.Dataset.from_dict(rows).with_format(**form).save_to_disk(tmp_path)
+    assert [row["output"] for row in rows_of(source(tmp_path))] == ["1", "2"]
+
+
 def test_misspelt_headers_are_told_of_the_file(write, source, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
