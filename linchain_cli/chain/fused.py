@@ -215,8 +215,10 @@ class Group:
         if self._input is not x or self._state != state or self._outputs[place] is None:
             if self.factors is None or not all(member.is_fused(x) for member in self.layers):
                 return self.alone(layer, x)
-            self._input, self._state = x, state
-            self._outputs = list(fused_chains(x, self.factors, self.layers))
+            # Recomputation ends by an exception in the last product of a block. An input kept by then would
+            # keep all that the block has computed.
+            outputs = list(fused_chains(x, self.factors, self.layers))
+            self._input, self._state, self._outputs = x, state, outputs
         output, self._outputs[place] = self._outputs[place], None
         if all(other is None for other in self._outputs):
             self._forget()

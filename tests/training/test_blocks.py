@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from linchain_cli.chain import ChainConfig, chain_layers, folded, inject
+from linchain_cli.chain import ChainConfig, chain_layers, find_siblings, folded, inject
 from linchain_cli.data.batches import IGNORED, Batch
 from linchain_cli.errors import InputError, LinchainError, Stopped
 from linchain_cli.model.flat_rows import attention_way
-from linchain_cli.model.head import decoder_blocks
+from linchain_cli.model.head import decoder_blocks, hidden_states
 from linchain_cli.training import blocks, loop, loss
 from linchain_cli.training.signals import StopRequest
 
@@ -74,6 +75,30 @@ def test_recomputed_blocks_keep_less(job_of):
     assert saved_bytes(job.model, ids) < plain / 4
     blocks.set_up_blocks(job.model, recompute=False, compiled=False)
     assert saved_bytes(job.model, ids) == plain
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_a_block_computed_again_is_gone_behind_its_backward_pass(small_model, kind, dropout):
+    """Recomputation ends by an exception, in the last product of a block: who noted its input keeps all."""
+    model = small_model(kind)
+    inject(model, ChainConfig(4, 2, 8.0, dropout, "orthogonal", "all-linear"), seed=1)
+    ids, computed = torch.arange(3, 23)[None], []
+    find_siblings(model, lambda: hidden_states(model, ids))
+    blocks.set_up_blocks(model, recompute=True, compiled=False)
+    model.train(dropout > 0)
+
+    def note(_module: nn.Module, _inputs: tuple, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            computed.append(weakref.ref(output.untyped_storage()))
+
+    for layer in chain_layers(model).values():
+        layer.register_forward_hook(note)
+    with folded(model):
+        hidden = hidden_states(model, ids)
+        computed.clear()
+        hidden.sum().backward()
+        assert computed and all(storage() is None for storage in computed)
 
 
 def test_offloaded_blocks_leave_nothing_behind_but_their_hidden_states(job_of, monkeypatch):
