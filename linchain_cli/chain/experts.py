@@ -87,6 +87,7 @@ class ExpertChain(Chain):
             spare = -self.rank % (16 // x_ND.element_size())
             a_ErD = F.pad(self.folded_a.to(x_ND.dtype), (0, 0, 0, spare))
             b_EOr = F.pad(self.B.to(x_ND.dtype), (0, spare))
+            a_ErD, b_EOr = (OfExpertsWithRows.apply(each, groups.offsets) for each in (a_ErD, b_EOr))
             h_Nr = F.grouped_mm(x_ND, a_ErD.mT, offs=groups.offsets)
             return F.grouped_mm(h_Nr, b_EOr.mT, offs=groups.offsets)
         factors = self.group.part(self) or Factors.of_one(self.folded_a, self.B, x_ND.dtype)
@@ -207,6 +208,24 @@ def multiplies_groups(x: Tensor) -> bool:
         and hasattr(F, "grouped_mm")
         and torch.cuda.get_device_capability(x.device) >= (8, 0)
     )
+
+
+class OfExpertsWithRows(torch.autograd.Function):
+    """Matrices (E, ...) as they are; the gradient of those of experts without rows is zero. torch's grouped
+    product leaves it as whatever was in memory on Blackwell, as others have found
+    (github.com/pytorch/pytorch/issues/172439)."""
+
+    @staticmethod
+    def forward(ctx: Any, matrices: Tensor, offsets: Tensor) -> Tensor:
+        ctx.save_for_backward(offsets)
+        return matrices.view_as(matrices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (offsets,) = ctx.saved_tensors
+        empty_E = offsets == F.pad(offsets[:-1], (1, 0))
+        return grad.masked_fill(empty_E[:, None, None], 0), None
 
 
 class MultiplyExperts(torch.autograd.Function):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.func import functional_call
@@ -220,6 +222,44 @@ def test_experts_without_a_token_have_a_gradient_of_zero():
         for parameter in (chain.A, chain.links, chain.B):
             used = parameter.grad.flatten(1).abs().amax(1) > 0
             assert used.tolist() == [True, False, True, False]
+
+
+class LeavesGaps(torch.autograd.Function):
+    """torch's grouped product where it does not write the gradients of matrices without rows."""
+
+    @staticmethod
+    def forward(ctx, x, matrices, offs):
+        ctx.save_for_backward(x, matrices, offs)
+        return grouped_mm(x, matrices, offs=offs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, matrices, offs = ctx.saved_tensors
+        ends = [0, *offs.tolist()]
+        grad_x, grad_matrices = torch.zeros_like(x), torch.full_like(matrices, torch.nan)
+        for expert, (a, b) in enumerate(itertools.pairwise(ends)):
+            if b > a:
+                grad_x[a:b] = grad[a:b] @ matrices[expert].T
+                grad_matrices[expert] = x[a:b].T @ grad[a:b]
+        return grad_x, grad_matrices, None
+
+
+grouped_mm = F.grouped_mm
+
+
+def test_a_kernel_that_leaves_gaps_gives_experts_without_a_token_a_gradient_of_zero(monkeypatch):
+    monkeypatch.setattr(experts_room, "multiplies_groups", lambda x: True)
+    index = torch.tensor([[0, 2], [2, 0], [0, 2]])
+    found = []
+    for product in (grouped_mm, lambda x, matrices, offs: LeavesGaps.apply(x, matrices, offs)):
+        monkeypatch.setattr(F, "grouped_mm", product)
+        model = adapted("mixtral", torch.float32)
+        experts = next(module for module in model.modules() if isinstance(module, ChainExperts))
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+        experts(x, index, torch.full((3, 2), 0.5)).square().sum().backward()
+        found.append([p.grad for each in experts.chains.values() for p in (each.A, each.links, each.B)])
+    for whole, with_gaps in zip(*found, strict=True):
+        torch.testing.assert_close(with_gaps, whole)
 
 
 def test_dropout_and_recomputation():
