@@ -19,10 +19,12 @@ from pathlib import Path
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-# Of the messages of torch, of CUDA itself (on a GPU that others fill), and of its libraries.
+# Of the messages of torch, of CUDA itself (on a GPU that others fill), and of its libraries. The last is what
+# becomes of torch's own where it may not ask the driver who has taken the memory (MIG, some containers).
 _LACKING = re.compile(
     r"DefaultCPUAllocator|can't allocate memory|not enough memory|CUDA out of memory"
     r"|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|Cuda failure (\d+ )?'out of memory'"
+    r"|NVML_SUCCESS == [^\n]*CUDACachingAllocator"
 )
 
 
@@ -67,15 +69,22 @@ def suit_cuda_to_many_lengths() -> None:
     """Sets torch up for rows of many lengths on a GPU. It reads these when CUDA starts; what the user has set
     stands.
 
-    CUDA's allocator grows its segments, so that tensors of many sizes leave no gaps between them. And where
-    torch would ask cuDNN for attention first (Hopper and Blackwell), it asks flash attention: cuDNN makes a
-    plan for each shape that is new, which takes a second for both passes on a B200 as others have measured
+    CUDA's allocator grows its segments, so that tensors of many sizes leave no gaps between them; not under
+    Windows (WSL), whose drivers failed at that for others (github.com/pytorch/pytorch/issues/192330).
+    And where torch would ask cuDNN for attention first (Hopper and Blackwell), it asks flash attention: cuDNN
+    makes a plan for each shape that is new, which takes a second for both passes on a B200 as others measured
     (github.com/modelscope/FunASR/issues/3704), and while an answer is written every token is a new shape.
     """
     # The second name is the older one, which torch still reads, and reads first.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys() and not _under_windows():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
+
+
+def _under_windows() -> bool:
+    with contextlib.suppress(OSError):
+        return "microsoft" in (PROC / "sys" / "kernel" / "osrelease").read_text().lower()
+    return False
 
 
 def limit_threads() -> None:

@@ -306,6 +306,16 @@ def test_cudas_allocator_is_asked_for_expandable_segments_unless_it_is_set_up(mo
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
 
 
+def test_cudas_allocator_is_left_alone_under_windows(monkeypatch, tmp_path):
+    kernel = tmp_path / "sys" / "kernel"
+    kernel.mkdir(parents=True)
+    kernel.joinpath("osrelease").write_text("6.6.87.2-microsoft-standard-WSL2\n")
+    monkeypatch.setattr(machine, "PROC", tmp_path)
+    monkeypatch.setattr(os, "environ", environment := {})
+    machine.suit_cuda_to_many_lengths()
+    assert environment == {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "1"}
+
+
 @pytest.mark.parametrize("own", [{}, {"TORCH_CUDNN_SDPA_DEPRIORITIZED": "0"}])
 def test_cudnn_is_not_asked_for_attention_first_unless_it_is_set_up(monkeypatch, own):
     environment = own | {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}
@@ -321,6 +331,10 @@ def test_cudnn_is_not_asked_for_attention_first_unless_it_is_set_up(monkeypatch,
         "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        # On MIG and in some containers torch cannot say more of a GPU that is full.
+        'NVML_SUCCESS == r INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":1165',
+        "NVML_SUCCESS == DriverAPI::get()->nvmlDeviceGetHandleByPciBusId_v2_( pci_id, &nvml_device) INTERNAL"
+        ' ASSERT FAILED at "../c10/cuda/CUDACachingAllocator.cpp":963, please report a bug to PyTorch.',
     ],
 )
 def test_whoever_finds_the_gpu_full_has_run_out_of_memory(message):
