@@ -86,7 +86,8 @@ def wanted_processes(nproc: int | None) -> int:
     """
     import torch
 
-    gpus = torch.cuda.device_count()
+    # torch counts the cards also where their driver is too old for it, and then computes on the CPU.
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if nproc is not None and gpus and nproc > gpus:
         raise InputError(
             f"--nproc {nproc}: each process needs a GPU, and {gpus} {'are' if gpus > 1 else 'is'} visible."

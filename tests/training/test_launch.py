@@ -269,6 +269,9 @@ def test_processes_by_gpus_and_by_wish(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert [launch.wanted_processes(wish) for wish in (None, 1, 5)] == [1, 1, 5]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # their driver is too old
+    assert [launch.wanted_processes(wish) for wish in (None, 1, 5)] == [1, 1, 5]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [launch.wanted_processes(wish) for wish in (None, 1, 2)] == [2, 1, 2]
     with pytest.raises(InputError, match="--nproc 3: each process needs a GPU, and 2 are visible"):
         launch.wanted_processes(3)
