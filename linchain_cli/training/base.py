@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from linchain_cli.data.labelled import find_classes
@@ -22,7 +23,7 @@ from linchain_cli.model.files import FoundBase, find_base, read_config
 from linchain_cli.model.flat_rows import allow_flat_rows, forbid_flat_rows
 from linchain_cli.model.hashing import base_hash
 from linchain_cli.model.head import check_split, decoder_blocks
-from linchain_cli.model.loading import load_model, resolve_dtype
+from linchain_cli.model.loading import DTYPES, load_model, resolve_dtype
 from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import Recipe, TrainingConfig
 from linchain_cli.run import RunDirectory, RunStatus
@@ -89,10 +90,13 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
     found = from_main(accelerator, find)
     found = together(accelerator, lambda: found if found.directory.is_dir() else find())
     directory = found.directory
-    sharded = from_main(accelerator, lambda: _shards(recipe, directory, accelerator))
+    # One GPU that is too small for all of it is enough.
+    sharded = any(gather_object([together(accelerator, lambda: _shards(recipe, directory, accelerator))]))
+
+    dtype = together(accelerator, lambda: common_dtype(config.dtype, accelerator))
 
     def load() -> Base:
-        options = {"dtype": config.dtype, "quantization": config.quantization, "attention": config.attention}
+        options = {"dtype": dtype, "quantization": config.quantization, "attention": config.attention}
         if sharded:
             from linchain_cli.training.sharded import load_sharded  # FSDP2 takes a while to import
 
@@ -115,6 +119,15 @@ def load_base(recipe: Recipe, accelerator: Accelerator, run: RunDirectory | None
     together(accelerator, lambda: suit_to_training(base.model))
     base.reads_padding = outputs is not None and reads_padding(base.model, base.pad_id)
     return base
+
+
+def common_dtype(name: str, accelerator: Accelerator) -> str:
+    """A recipe's dtype as all processes can compute in it: their devices may differ in what `auto` means, and
+    gradients of a loss that float16 scales must not be added to others."""
+    if accelerator.num_processes == 1:
+        return name
+    found = set(gather_object([resolve_dtype(name, accelerator.device)]))
+    return next(each for each in ("float32", "float16", "bfloat16") if DTYPES[each] in found)
 
 
 def recipe_outputs(recipe: Recipe) -> Outputs | None:
@@ -164,7 +177,7 @@ def suit_to_training(model: nn.Module) -> Callable[[], None]:
 
 
 def _shards(recipe: Recipe, directory: Path, accelerator: Accelerator) -> bool:
-    """Whether the base is spread over the processes."""
+    """Whether the base is to be spread over the processes, as far as this one's device has a say."""
     wanted, quantization = recipe.training.parallel, recipe.model.quantization
     spread = wanted in SPREAD
     if spread and accelerator.num_processes == 1:

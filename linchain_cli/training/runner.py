@@ -201,9 +201,15 @@ def _open(job: Job, found: str, labels: dict[str, Any], prepare_seconds: float) 
 
 
 def _finish(job: Job) -> None:
-    """Puts what is kept into the model of every process; the first one writes adapter/ and the status."""
+    """Puts what is kept into the model of every process; the first one writes adapter/ and the status.
+
+    It is the first one's: processes on unlike devices round otherwise, and theirs may have other last digits.
+    """
     if job.recipe.training.keep == "best":
         states.restore(job.parameters, job.best)
+    if job.accelerator.num_processes > 1:
+        kept = from_main(job.accelerator, lambda: states.snapshot(job.parameters))
+        states.restore(job.parameters, kept)
     on_main(job.accelerator, lambda: _write_result(job))
 
 

@@ -148,6 +148,24 @@ def test_all_processes_evaluate_the_adapter_that_is_kept(starter, recipe_file, r
         assert ours == pytest.approx(theirs, abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ("type", lambda status: status.base.dtype == "float32"),
+        ("memory", lambda status: status.machine.sharded),
+        ("rounding", lambda status: True),
+    ],
+)
+def test_processes_on_unlike_devices_hold_one_model(starter, recipe_file, recipe_of, what, told):
+    """`auto` means for all what it means for the least of them, and what is kept is the first one's."""
+    changes = {"model.dtype": "auto", "evaluation.tasks": ["everyday"], "evaluation.limit": 6}
+    for rank in starter.ranks(2, "train", recipe_file(changes), hook="unlike_devices", rank=1, what=what):
+        assert rank.wait(120) == 0, rank.log
+    run = RunDirectory(recipe_of().run_path)
+    assert told(run.read_status())
+    assert json.loads((run.eval_dir / "likelihood.json").read_bytes())["tasks"]["everyday"]["n"] == 6
+
+
 def test_another_number_of_processes_does_not_resume(starter, recipe_file, recipe_of):
     recipe = recipe_file({"training.max_steps": 500, "training.save_every": 2})
     run = RunDirectory(recipe_of().run_path)

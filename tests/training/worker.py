@@ -18,10 +18,21 @@ import torch
 from linchain_cli import cli, storage
 from linchain_cli.evaluation import asked
 from linchain_cli.machine import peak_resident_bytes, resident_bytes
+from linchain_cli.model import loading
 from linchain_cli.model.fast import record
 from linchain_cli.model.head import hidden_states
 from linchain_cli.model.loading import load_model
-from linchain_cli.training import checkpoints, job, loop, loss, memory, processes, sharded
+from linchain_cli.training import (
+    base,
+    checkpoints,
+    job,
+    loop,
+    loss,
+    memory,
+    optimizer,
+    processes,
+    sharded,
+)
 from linchain_cli.training import step as one_step
 from linchain_cli.training.base import suit_to_training
 from linchain_cli.training.metrics import reset_peak_memory
@@ -137,6 +148,25 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
         "results": (asked, "has_result"),
     }[where]
     setattr(module, name, fail)
+
+
+def unlike_devices(rank: int, what: str) -> None:
+    """One rank computes on another device than the others: one that multiplies no bfloat16, that rounds in
+    its own way, or on which a base does not fit."""
+    other = os.environ["RANK"] == str(rank)
+    if what == "type":
+        loading._multiplies_bfloat16 = lambda device: not other
+    elif what == "memory":
+        base._shards = lambda recipe, directory, accelerator: other
+    elif other:
+        clip = optimizer.FlatAdamW.clip_gradients
+
+        def rounds_otherwise(self, *args):
+            norm = clip(self, *args)
+            self.sums[: -optimizer.EXTRAS].mul_(1 + 2**-20)
+            return norm
+
+        optimizer.FlatAdamW.clip_gradients = rounds_otherwise
 
 
 def compare_spread_bases(bases: list[tuple[str, str]], path: str, per_machine: bool) -> None:
