@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from linchain_cli.data.encoding import common_prefix
@@ -158,16 +159,18 @@ def tree_mask(trees: Sequence[OptionTree], start: int, length: int) -> tuple[tor
 
     A token sees itself and what it follows, over any number of branches. Padding sees itself alone.
     """
-    masks, positions = [], []
-    for tree in trees:
-        mask = torch.eye(length, dtype=torch.bool)
-        for index, parent in enumerate(tree.parents):
-            if parent >= 0:
-                mask[index] |= mask[parent]
-        masks.append(mask[start:])
-        depths = tree.depths
+    # A large batch has thousands of tokens, most of them in stems, whose part of the mask is a triangle.
+    masks, positions = np.zeros((len(trees), length, length), dtype=bool), []
+    for tree, mask in zip(trees, masks, strict=True):
+        parents, depths = tree.parents, tree.depths
+        stem = next((at for at, parent in enumerate(parents) if parent != at - 1), len(parents))
+        mask[:stem, :stem] = np.tri(stem, dtype=bool)
+        np.fill_diagonal(mask, True)
+        for index in range(stem, len(parents)):
+            if parents[index] >= 0:
+                mask[index] |= mask[parents[index]]
         positions.append(torch.tensor(depths[start:] + [0] * (length - len(depths))))
-    return torch.stack(masks).unsqueeze(1), torch.stack(positions)
+    return torch.from_numpy(masks[:, None, start:]), torch.stack(positions)
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
