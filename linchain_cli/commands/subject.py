@@ -197,7 +197,7 @@ def load_subject(
     """
     from linchain_cli.chain import attach
     from linchain_cli.chain.files import adapter_hash
-    from linchain_cli.machine import limit_threads
+    from linchain_cli.machine import collect_memory, limit_threads
     from linchain_cli.model.hashing import refuse_other_base
     from linchain_cli.model.head import refuse_looking_ahead
     from linchain_cli.model.loading import load_model
@@ -217,6 +217,7 @@ def load_subject(
     if subject.named is not None:
         subject.named.warn_of_changed_base(directory, tokenizer)
     outputs = _outputs(subject, adapter, directory)
+    collect_memory()  # a model that was evaluated before must go before this one comes
     model = load_model(directory, dtype=dtype, device=device, outputs=outputs, **options)
     if outputs is None:
         refuse_looking_ahead(model)

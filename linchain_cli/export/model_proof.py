@@ -119,6 +119,7 @@ def _prove_on(
         # What is wrong with the base is not wrong with the merge, which has its tensors proven.
         reason = f"logits and generation: the base model does not run here ({first_line(error)})"
         return ModelProof(not_proven=(reason,))
+    collect_memory()  # of the adapted model, which refers to itself
     progress(1, total)
     outputs = outputs_of(adapter.head)
     model = load_model(merged, dtype=dtype, device=device, attention="eager", outputs=outputs)
@@ -136,6 +137,7 @@ def _prove_on(
             raise LinchainError(f"transformers cannot generate with it: {first_line(error)}") from error
         missing.append(f"generation: the base model cannot generate either ({first_line(error)})")
     del model
+    collect_memory()
     progress(2, total)
     quantized = None
     if quantization != "none":

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from linchain_cli.chain.files import adapter_hash
+from linchain_cli.model import loading
 from linchain_cli.model.hashing import base_hash
 
 from ..command_line import linchain
@@ -77,6 +80,24 @@ def test_two_models_are_compared_on_the_same_prompts(workplace, capsys):
     two = [json.loads(line) for line in Path("eval-base/likelihood.predictions.jsonl").open()]
     gained = sum(a["correct"] and not b["correct"] for a, b in zip(one, two, strict=True))
     assert comparison["all_rows"]["gained"] == gained
+
+
+def test_the_first_model_is_gone_before_the_second_is_loaded(workplace, monkeypatch):
+    load, weights, left = loading.load_model, [], []
+
+    def loads(*arguments, **options):
+        left.append(sum(weight() is not None for weight in weights))
+        model = load(*arguments, **options)
+        weights.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    monkeypatch.setattr(loading, "load_model", loads)
+    gc.disable()
+    try:
+        assert linchain("eval", "--tasks", "boolq", "--data-dir", "data", "--against", "base") == 0
+    finally:
+        gc.enable()
+    assert left == [0, 0]
 
 
 def test_with_json_stdout_holds_the_results_alone(workplace, capsys):

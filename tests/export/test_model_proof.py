@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
+import weakref
 
 import pytest
 import torch
@@ -62,6 +64,25 @@ def test_out_of_memory_leaves_the_finished_checkpoint(merge, tmp_path, monkeypat
     merge()
     assert receipt_of(tmp_path)["not_proven"] == ["logits and generation: out of memory (cpu)"]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_one_model_is_in_memory_at_a_time(merge, monkeypatch):
+    """Chains refer to themselves, so that the model under them goes when memory is collected."""
+    load, weights, left = model_proof.load_model, [], []
+
+    def loads(*arguments, **options):
+        left.append(sum(weight() is not None for weight in weights))
+        model = load(*arguments, **options)
+        weights.extend(map(weakref.ref, model.parameters()))
+        return model
+
+    monkeypatch.setattr(model_proof, "load_model", loads)
+    gc.disable()
+    try:
+        merge()
+    finally:
+        gc.enable()
+    assert left == [0, 0]
 
 
 def test_a_gpu_that_is_too_small_leaves_it_to_the_cpu(merge, tmp_path, monkeypatch):
