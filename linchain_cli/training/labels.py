@@ -65,14 +65,15 @@ class LabelObjective:
         pad_id: int,
         device: torch.device,
     ) -> Reading:
-        told: list[tuple[np.ndarray, np.ndarray]] = []
+        told: list[Tensor] = []
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part in parts:
             batch = self.collate(data, part, pad_id).to(device)
             logits_RC = row_logits(model, batch)
             total += self.losses(logits_RC, batch).double().sum()
-            told.append((np.asarray(part), predictions(logits_RC).cpu().numpy()[: len(part)]))
-        return Reading(total, told)
+            told.append(predictions(logits_RC)[: len(part)])
+        values = torch.cat(told).cpu().numpy()  # all at once, or a GPU would be waited for each time
+        return Reading(total, [(np.concatenate([np.asarray(part) for part in parts]), values)])
 
     def mean_loss(
         self, accelerator: Accelerator, found: Reading, data: EncodedRows, rows: np.ndarray

@@ -12,7 +12,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Reading:
     """`loss`: summed, a float64 scalar on the model's device; `told`: of rows with a label (rows, what the
-    model tells of them), a micro-batch at a time."""
+    model tells of them)."""
 
     loss: Tensor
     told: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)

@@ -350,6 +350,19 @@ def test_a_classifier_s_micro_batch_is_not_waited_for(tmp_path, kind, padded):
     assert bool(gpu.launches["_scaled_dot_product_flash_attention"]) != padded
 
 
+def test_a_classifier_s_validation_waits_for_the_device_once(tmp_path):
+    """For what it tells of all rows, however many micro-batches they are; and later for the loss."""
+    directory = make_checkpoint("bert", tmp_path)
+    model = load_model(directory, dtype="bfloat16", device="cpu", outputs=Outputs(("good", "bad")))
+    model.set_attn_implementation(FLAT_SDPA)
+    padding(model, load_tokenizer(directory))
+    model = model.to(DEVICE)
+    with pretend_gpu.PretendGpu() as gpu:
+        found = LabelObjective(2, "accuracy").read(model, _Encoded([6, 6, 5]), [[0, 1], [2]], 0, DEVICE)
+    assert len(gpu.reads) == 1 and "labels.py" in gpu.reads[0], gpu.reads
+    assert [(rows.tolist(), len(values)) for rows, values in found.told] == [([0, 1, 2], 3)]
+
+
 class _Encoded:
     """Rows with a label of these lengths, as data/store.py hands them out."""
 
