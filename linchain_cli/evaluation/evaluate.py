@@ -16,7 +16,7 @@ from linchain_cli import __version__
 from linchain_cli.chain import chain_layers, folded
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.rows import Template
-from linchain_cli.evaluation.jobs import EvaluationJob, NormaliseName, ProtocolName, Setup, halved, make_job
+from linchain_cli.evaluation.jobs import EvaluationJob, Halving, NormaliseName, ProtocolName, Setup, make_job
 from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.progress import FinishedRows
 from linchain_cli.evaluation.questions import check_questions, task_template
@@ -109,14 +109,14 @@ def evaluate(
     known = total - sum(len(task.rows) for task in missing)
     if on_progress and known + len(done):
         on_progress("continuing", known + len(done), total)
-    passed = known
+    passed, halving = known, Halving(spread=not share)
     with evaluating(model):
         for turn, job, batch in _batches(setup, own, missing, protocol):
             passed += len(batch)  # by whatever process
             keys = [(job.task.name, job.task.rows[position].index) for position in batch]
             if turn % shares != turn_of or all(key in done for key in keys):
                 continue
-            predictions = halved(job.run, batch, spread=not share)
+            predictions = halving.run(job.run, batch)
             done.update(zip(keys, predictions, strict=True))
             if progress:
                 progress.append(predictions)

@@ -249,29 +249,44 @@ def _prediction(
     return prediction
 
 
-def halved(
-    run: Callable[[Sequence[int]], list[Prediction]], batch: Sequence[int], spread: bool = False
-) -> list[Prediction]:
-    """A batch's predictions; one that does not fit into memory is halved until it does.
+@dataclass
+class Halving:
+    """Runs batches one after the other. One that does not fit into memory is run in halves, or in halves of
+    these, and so are those behind it, which are as large: each would be computed up to where it fails.
 
     Not in a model that is `spread` over processes: they take part in each other's batches, and one that went
     through other parts than the rest would hand them weights of other blocks, which nobody would notice.
     """
-    import torch
 
-    try:
-        return run(batch)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if spread:
-            raise LinchainError(
-                "a batch does not fit into memory, and a base that is spread over processes cannot read it in"
-                f" halves ({error}). training.parallel=shard and training.offload_base=true leave more room,"
-                " also with --resume"
-            ) from error
-        if len(batch) == 1:
-            raise LinchainError(f"a single row does not fit into memory: {error}") from error
-    torch.cuda.empty_cache()
-    middle = len(batch) // 2
-    return halved(run, batch[:middle]) + halved(run, batch[middle:])
+    spread: bool = False
+    parts: int = 1  # of a batch
+
+    def run(self, run: Callable[[Sequence[int]], list[Prediction]], batch: Sequence[int]) -> list[Prediction]:
+        """A batch's predictions, as `run` gives them for a part of it.
+
+        Raises:
+            LinchainError: not even a single row fits, or a batch of a spread model does not.
+        """
+        import torch
+
+        found: list[Prediction] = []
+        while len(found) < len(batch):
+            part = batch[len(found) : len(found) + math.ceil(len(batch) / self.parts)]
+            try:
+                found += run(part)
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.spread:
+                    raise LinchainError(
+                        "a batch does not fit into memory, and a base that is spread over processes cannot"
+                        f" read it in halves ({error}). training.parallel=shard and"
+                        " training.offload_base=true leave more room, also with --resume"
+                    ) from error
+                if len(part) == 1:
+                    raise LinchainError(f"a single row does not fit into memory: {error}") from error
+            # Behind the handler, because what it caught holds all that was computed.
+            self.parts *= 2
+            torch.cuda.empty_cache()
+        return found

@@ -28,7 +28,7 @@ from linchain_cli.data.rows import RowError, UnusableRow
 from linchain_cli.data.sources import resolve_source
 from linchain_cli.errors import InputError, some
 from linchain_cli.evaluation.evaluate import evaluating, setting_of
-from linchain_cli.evaluation.jobs import halved
+from linchain_cli.evaluation.jobs import Halving
 from linchain_cli.evaluation.measuring import Measuring, gather
 from linchain_cli.evaluation.results import Prediction, Results, averaged, fingerprint, label_arrays
 from linchain_cli.evaluation.statistics import standard_error, wilson_interval
@@ -249,7 +249,7 @@ def evaluate_labels(
     total = sum(len(task.data.train) for task in tasks)
     done = total - sum(len(task.data.train) for task in missing)
     batch_tokens = batch_tokens or BATCH_TOKENS["cpu" if model.device.type == "cpu" else "cuda"]
-    pad_id, found = padding(model, tokenizer), []
+    pad_id, found, halving = padding(model, tokenizer), [], Halving()
 
     def told(task: LabelledTask, part: np.ndarray) -> list[Prediction]:
         batch = collate_labelled(task.data.train, part, pad_id).to(model.device)
@@ -258,7 +258,7 @@ def evaluate_labels(
     with Progress(quiet=not is_first_process()) as progress, evaluating(model):
         for task in missing:
             for part in _parts(task.data.train.lengths, batch_tokens, measuring.rank, measuring.world):
-                found += halved(partial(told, task), part)
+                found += halving.run(partial(told, task), part)
                 done += len(part)
                 progress.show(title, done, total, task.name)
     found = gather(found, measuring.world)

@@ -206,14 +206,14 @@ def test_a_missing_evaluation_is_made_up_on_resume(linchain, recipe, run, monkey
     from linchain_cli.evaluation import evaluate
 
     tasks = ["evaluation.tasks=[everyday]", "evaluation.limit=4"]
-    original = evaluate.halved
+    original = evaluate.Halving.run
 
-    def interrupted(*args, **options):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGINT)
-        return original(*args, **options)
+        return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "halved", interrupted)
+        patch.setattr(evaluate.Halving, "run", interrupted)
         code, _, err = linchain("train", recipe, *tasks)
     assert code == 130 and f"{run.path} is finished, its evaluation is not: --resume continues it" in err
     assert run.read_status().finished and not list(run.eval_dir.glob("*.json"))

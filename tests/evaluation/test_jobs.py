@@ -14,6 +14,7 @@ from linchain_cli.errors import InputError
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.evaluate import evaluate
 from linchain_cli.evaluation.fewshot import with_examples
+from linchain_cli.evaluation.jobs import Halving
 from linchain_cli.evaluation.speaking import Sampling, Speaker
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.model.loading import load_model
@@ -237,3 +238,19 @@ def test_an_answer_ends_before_a_stop_string(model, tokenizer):
         task = Task("free", (row,), "free", AnswerRule("pattern", "x"), 12, stop=stop)
         texts.append(run(model, tokenizer, [task], protocol="generate", beams=1).predictions[0]["text"])
     assert texts[1] == texts[0][:3]
+
+
+def test_batches_behind_one_that_did_not_fit_are_run_in_parts_at_once():
+    """They are as large, and a GPU would compute each of them up to where it fails."""
+    tried = []
+
+    def run(part):
+        tried.append(len(part))
+        if len(part) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return list(part)
+
+    halving = Halving()
+    for batch in (range(10), range(12), range(3), range(1)):
+        assert halving.run(run, batch) == list(batch)
+    assert tried == [10, 5, 3, 3, 3, 1, 3, 3, 3, 3, 1, 1, 1, 1]
