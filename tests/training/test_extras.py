@@ -209,14 +209,16 @@ def test_deterministic_asks_torch_and_sets_it_back(run_tiny, monkeypatch):
     train = runner.train
 
     def watched(*args):
+        fills = torch.empty(8).isnan().all().item()  # which costs time, and nobody reads
         asked.append(
-            (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+            (torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"), fills)
         )
         return train(*args)
 
     monkeypatch.setattr(runner, "train", watched)
     run_tiny({"name": "yes", "training.deterministic": True})
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
     run_tiny({"name": "no"})
-    assert asked == [(True, ":4096:8"), (False, None)]
+    assert asked == [(True, ":4096:8", False), (False, None, False)]

@@ -155,6 +155,7 @@ def test_all_processes_evaluate_the_adapter_that_is_kept(starter, recipe_file, r
         ("memory", lambda status: status.machine.sharded),
         ("rounding", lambda status: True),
     ],
+    ids=["type", "memory", "rounding"],
 )
 def test_processes_on_unlike_devices_hold_one_model(starter, recipe_file, recipe_of, what, told):
     """`auto` means for all what it means for the least of them, and what is kept is the first one's."""
