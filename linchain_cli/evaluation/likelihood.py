@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 MIN_PREFIX = 4
 BATCH_COST = 1 / 16  # the launch of a batch in tokens, as a share of what one may hold
 PAD = 0
+_NORMED_AT_ONCE = 256  # rows of logits
 
 
 def plan_batches(
@@ -115,7 +116,7 @@ class OptionScorer:
         prefix = self._prefix_inputs(len(trees))
         with logits_at(self.model, positions, float32=True):
             logits = self.model(**sent["inputs"], **prefix).logits
-        log_probs = torch.log_softmax(logits[0].float(), dim=-1)
+        log_probs = _log_probabilities(logits[0])
         where, tokens = sent["steps"].T
         # The batch's only meeting of host and device.
         values = iter(log_probs[where, tokens].double().tolist())
@@ -158,3 +159,11 @@ class OptionScorer:
             tokens = torch.tensor([self._first.tokens[: self.prefix]], device=self.device)
             _, self._prefix_cache = last_logits(self.model, tokens)
         return self._prefix_cache
+
+
+def _log_probabilities(logits_nV: torch.Tensor) -> torch.Tensor:
+    """In float32, in the memory of logits that are in it: those of a batch of long texts are gigabytes."""
+    logits_nV = logits_nV.float()
+    for part in logits_nV.split(_NORMED_AT_ONCE):
+        part.copy_(torch.log_softmax(part, dim=-1))
+    return logits_nV

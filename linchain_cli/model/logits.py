@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from linchain_cli.errors import LinchainError
+from linchain_cli.model.fast import replace_forward
 from linchain_cli.model.flat_rows import in_one_copy
 
 if TYPE_CHECKING:
@@ -57,17 +58,12 @@ def logits_at(model: PreTrainedModel, positions: torch.Tensor, *, float32: bool 
         chosen = hidden.flatten(0, 1).index_select(0, in_one_copy(places, hidden.device))
         return (chosen.unsqueeze(0), *inputs[1:])
 
-    handles = [head.register_forward_pre_hook(gather)]
     linear = hasattr(head, "out_features")  # also one that carries a chain
-    if float32 and linear and head.weight.dtype in (torch.bfloat16, torch.float16):
-        handles.append(
-            head.register_forward_hook(lambda module, inputs, _: _project_in_float32(module, inputs[0]))
-        )
-    try:
+    with contextlib.ExitStack() as undo:
+        undo.callback(head.register_forward_pre_hook(gather).remove)
+        if float32 and linear and head.weight.dtype in (torch.bfloat16, torch.float16):
+            undo.callback(replace_forward(head, _project_in_float32))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
     if calls == 0:
         raise LinchainError(
             f"{type(model).__name__} never called its output projection, so its logits were not gathered"
@@ -76,10 +72,12 @@ def logits_at(model: PreTrainedModel, positions: torch.Tensor, *, float32: bool 
 
 def _project_in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The projection's logits in float32, its weight converted block by block."""
-    hidden = hidden.float()
-    blocks = [hidden @ block.float().T for block in head.weight.split(VOCABULARY_BLOCK)]
-    logits = torch.cat(blocks, dim=-1)
-    return logits if head.bias is None else logits + head.bias.float()
+    hidden, at = hidden.float(), 0
+    logits = hidden.new_empty(*hidden.shape[:-1], len(head.weight))
+    for block in head.weight.split(VOCABULARY_BLOCK):
+        logits[..., at : at + len(block)] = hidden @ block.float().T
+        at += len(block)
+    return logits if head.bias is None else logits.add_(head.bias.float())
 
 
 @functools.cache

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import random
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from linchain_cli.evaluation import tryout
+from linchain_cli.evaluation import likelihood, tryout
 from linchain_cli.evaluation.likelihood import OptionScorer, plan_batches
-from linchain_cli.evaluation.options import build_tree, tree_mask
+from linchain_cli.evaluation.options import build_tree, loss_tree, tree_mask
 from linchain_cli.evaluation.tryout import continues_from_cache, ignores_padding, reads_tree_masks
+from linchain_cli.model import logits
 from linchain_cli.model.attention import attention_window
 from linchain_cli.model.fast import record
 
@@ -182,3 +186,38 @@ def test_the_prefix_leaves_every_row_something_to_read(tiny_model):
     scorer = OptionScorer(tiny_model("llama"), [build_tree(same), build_tree(same)], 100)
     assert scorer.prefix == 5
     assert scorer.scores([0])[0] == pytest.approx(naive_scores(tiny_model("llama"), same, 6), abs=1e-4)
+
+
+class LargestAlive(TorchDispatchMode):
+    """The most bytes that results of operations took at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._alive[storage.data_ptr()] = weakref.ref(storage), storage.nbytes()
+        self._alive = {key: value for key, value in self._alive.items() if value[0]() is not None}
+        self.bytes = max(self.bytes, sum(size for _, size in self._alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_logits_of_a_long_text_are_in_memory_once(dtype, monkeypatch):
+    monkeypatch.setattr(logits, "VOCABULARY_BLOCK", 1024)
+    monkeypatch.setattr(likelihood, "_NORMED_AT_ONCE", 32)
+    vocabulary, tokens = 8000, 256
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = AutoConfig.for_model("llama", vocab_size=vocabulary, tie_word_embeddings=True, **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    tree = loss_tree([(range(tokens + 1), [True] * (tokens + 1))])
+    scorer = OptionScorer(model, [tree], tokens)
+    with LargestAlive() as largest:
+        ((loss,),) = scorer.scores([0])
+    assert largest.bytes < 1.5 * 4 * tokens * vocabulary
+    torch.testing.assert_close(loss, naive_scores(model, [list(range(tokens + 1))], 1)[0], rtol=1e-4, atol=0)
