@@ -23,6 +23,7 @@ class Reasoning:
         self._begin_ids, self._end_ids = (
             tokenizer(mark, add_special_tokens=False).input_ids for mark in (self._begins, self._ends)
         )
+        self._special = set(tokenizer.all_special_ids)
 
     def parts(self, tokens: Sequence[int], prompt: str) -> tuple[str, str | None]:
         """The reasoning and the answer behind it, which is None where the reasoning does not end.
@@ -33,13 +34,24 @@ class Reasoning:
         end, begin = _last(tokens, self._end_ids), _last(tokens, self._begin_ids)
         if end is not None:
             start = begin + len(self._begin_ids) if begin is not None and begin < end else 0
-            return self._decoded(tokens[start:end]), self._decoded(tokens[end + len(self._end_ids) :])
+            answer = tokens[end + len(self._end_ids) :]
+            return self._decoded(self._message(tokens[start:end])), self._decoded(answer)
         text = self._decoded(tokens)
         thought, ended, answer = text.rpartition(self._ends)
         if ended:
             return thought.rpartition(self._begins)[2], answer
         begun = begin is not None or self._begins in text or prompt.rstrip().endswith(self._begins)
         return (text.rpartition(self._begins)[2], None) if begun else ("", text)
+
+    def shown(self, tokens: Sequence[int]) -> str:
+        """What was written, with the marks, also where they are control tokens: without these nobody would
+        know where a thought ends."""
+        hidden = self._special.intersection([*self._begin_ids, *self._end_ids])
+        return self._tokenizer.decode(tokens, skip_special_tokens=not hidden)
+
+    def _message(self, tokens: Sequence[int]) -> Sequence[int]:
+        """As far as a control token, behind which other things begin (in gpt-oss the answer's author)."""
+        return tokens[: next((at for at, token in enumerate(tokens) if token in self._special), None)]
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=True)

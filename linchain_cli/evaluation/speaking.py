@@ -113,7 +113,7 @@ class Speaker:
         room = sampling.max_new_tokens
         if self._limits.table:
             room = min(room, self._limits.positions - len(prompt))
-        text = _Text(self.tokenizer, sampling.stop, show)
+        text = _Text(self._decoded, sampling.stop, show)
         with evaluating(self.model):
             if sampling.beams > 1:
                 generator = Generator(self.model, self._ends, [prompt], sampling.beams, room, len(prompt))
@@ -126,6 +126,11 @@ class Speaker:
         text.close()
         reason = "stop_text" if text.stopped else "end" if ended else "length"
         return Said(text.whole, reason, len(prompt), len(text.tokens), self._parts(row, text.tokens))
+
+    def _decoded(self, tokens: Sequence[int]) -> str:
+        if self._reasoning is not None:
+            return self._reasoning.shown(tokens)
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
     def _parts(self, row: Row, tokens: Sequence[int]) -> tuple[str, str] | None:
         if self._reasoning is None:
@@ -197,8 +202,8 @@ class _Take(StoppingCriteria):
 class _Text:
     """The text of tokens, shown as far as no further token changes it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], show: Show):
-        self._tokenizer, self._stop, self._show = tokenizer, stop, show
+    def __init__(self, decode: Callable[[Sequence[int]], str], stop: Sequence[str], show: Show):
+        self._decode, self._stop, self._show = decode, stop, show
         self._shown = ""
         self.tokens: list[int] = []
         self.whole, self.stopped = "", False
@@ -207,7 +212,7 @@ class _Text:
         if self.stopped:
             return
         self.tokens.append(token)
-        decoded = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        decoded = self._decode(self.tokens)
         cut = before_stop(decoded, self._stop)
         self.stopped = cut != decoded
         self.whole = cut.strip()

@@ -54,7 +54,7 @@ def through(tokenizer, template):
         (
             CHANNELS,
             "<|channel|>analysis<|message|>Yes or no?<|end|><|start|>assistant<|channel|>final<|message|>no",
-            ("Yes or no?assistant", "no"),
+            ("Yes or no?", "no"),
         ),
         (CHANNELS, "<|channel|>final<|message|>no", ("", "no")),
         (CHANNELS, "<|channel|>analysis<|message|>Yes or no?", ("analysisYes or no?", None)),
@@ -68,6 +68,13 @@ def test_the_answer_stands_behind_the_reasoning(tokenizer, template, written, pa
     template = through(tokenizer, template)
     tokens = tokenizer(written, add_special_tokens=False).input_ids
     assert Reasoning(tokenizer, template).parts(tokens, template.prompt(ROW)) == parts
+
+
+def test_what_is_shown_tells_thought_from_answer(tokenizer):
+    thought = "<|channel|>analysis<|message|>Yes or no?<|end|><|start|>assistant<|channel|>final<|message|>no"
+    for template, written in ((CHANNELS, thought), (REASONING, "<think>\nYes or no?\n</think>\n\nno")):
+        tokens = tokenizer(written, add_special_tokens=False).input_ids
+        assert Reasoning(tokenizer, through(tokenizer, template)).shown(tokens) == written
 
 
 def test_a_template_knows_its_marks(tokenizer):

@@ -32,13 +32,6 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-class Bytes(Numbers):
-    """One whose tokens are bytes of UTF-8."""
-
-    def decode(self, tokens, skip_special_tokens):
-        return bytes(tokens).decode(errors="replace")
-
-
 class Template:
     name = "numbers"
     thinking = None
@@ -175,7 +168,7 @@ def test_why_an_answer_ends(speak, monkeypatch):
 )
 def test_pieces_are_the_text_and_are_never_taken_back(text, stop):
     shown = []
-    whole = speaking._Text(Bytes(), stop, shown.append)
+    whole = speaking._Text(lambda tokens: bytes(tokens).decode(errors="replace"), stop, shown.append)
     for byte in text.encode():
         whole.add(byte)
     whole.close()
