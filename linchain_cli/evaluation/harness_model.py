@@ -25,7 +25,7 @@ class SharedModel(HFLM):
     first of them all results.
 
     Conversations are written by `chat`: the template that the model was trained through, with its variables
-    and date, which need not be the tokenizer's.
+    and date, which need not be the tokenizer's. What it knows as reasoning is no part of an answer.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class SharedModel(HFLM):
             tokenizer=tokenizer,
             batch_size=by_device,
             add_bos_token=None if chat is None else chat.adds_bos,
+            think_end_token=None if chat is None else _end_of_reasoning(tokenizer, chat),
         )
         self._rank, self._world_size = rank, world
 
@@ -71,6 +72,15 @@ class SharedModel(HFLM):
     def barrier(self) -> None:
         """Waits for all processes, for which the harness's own needs an Accelerator."""
         self.all_gather(torch.zeros(()))
+
+
+def _end_of_reasoning(tokenizer: Any, chat: ChatTemplate) -> str | int | None:
+    """The token behind which an answer stands; letters where that is no token by itself."""
+    if chat.thinking is None:
+        return None
+    mark = chat.thinking[1]
+    *others, last = tokenizer(mark, add_special_tokens=False).input_ids
+    return mark if others and last not in tokenizer.all_special_ids else last
 
 
 @contextlib.contextmanager

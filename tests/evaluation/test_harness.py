@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from linchain_cli.data.fingerprint import tokenizer_sha256
 from linchain_cli.data.templates import get_template
@@ -19,8 +20,10 @@ from linchain_cli.model.loading import load_model
 from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import ChatConfig
 
+from ..data.chat_templates import REASONING
 from ..harness import ROWS, write_task
 from .conftest import forked
+from .test_reasoning import CHANNELS, MARKS
 
 pytest.importorskip("lm_eval")
 
@@ -270,3 +273,32 @@ def test_an_evaluation_leaves_tokenizer_and_tasks_what_they_were(
     assert "fatal: not a git repository" not in capfd.readouterr().err
     assert (tokenizer_sha256(tokenizer), tasks[0].rows(None)) == (before, rows)
     assert evaluate_harness(model, tokenizer, template, tasks, name="tiny", out=tmp_path).known
+
+
+@pytest.mark.parametrize(("template", "tokens"), [(REASONING, False), (REASONING, True), (CHANNELS, True)])
+def test_reasoning_is_no_part_of_an_answer(loaded, monkeypatch, template, tokens):
+    from lm_eval.api.instance import Instance
+
+    from linchain_cli.evaluation.harness_model import SharedModel
+
+    model, tokenizer = loaded
+    if tokens:
+        tokenizer.add_tokens(["<think>", "</think>"])
+        tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
+    chat = get_template("chat", tokenizer, ChatConfig(template=template))
+    begins, ends = chat.thinking
+    texts = [f"{begins}yes?\n\nyes{ends}no\n\nyes", "no"]
+
+    def write(context, **_):
+        written = tokenizer(texts[len(asked)], add_special_tokens=False).input_ids
+        asked.append(context)
+        return torch.cat([context, torch.tensor([written])], dim=1)
+
+    wrapped, asked = SharedModel(model, tokenizer, chat=chat), []
+    monkeypatch.setattr(wrapped, "_model_generate", write)
+    wrapped.batch_size_per_gpu = 1
+    rows = [
+        Instance("generate_until", {}, (f"Is ice {'very ' * (2 - at)}cold?", {"until": ["\n\n"]}), at)
+        for at in range(2)
+    ]
+    assert wrapped.generate_until(rows) == ["no", "no"]

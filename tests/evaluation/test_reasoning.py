@@ -21,6 +21,7 @@ CHANNELS = (
     "{% endif %}<|message|>{{ m.content }}{{ '<|return|>' if m.role == 'assistant' else '<|end|>' }}"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+MARKS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
 # As those that only ever think: the reasoning has begun when the model is asked.
 BEGUN = (
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}<think>\n"
@@ -33,8 +34,7 @@ ROW = {"instruction": "Is ice cold?", "input": ""}
 @pytest.fixture
 def tokenizer(tiny_llama_dir):
     tokenizer = load_tokenizer(tiny_llama_dir)
-    marks = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": list(marks)})
+    tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     return tokenizer
 
 
