@@ -32,7 +32,10 @@ RESULTS = RUN / "eval" / "likelihood.json"
 # Where `linchain eval` writes what is no run's.
 AGAINST = Path(f"eval-{MODEL.parent.name}-{MODEL.name}", "likelihood.json")
 MERGED = RUN / "merged"
-EXAMPLE = "Please answer the following question with true or false, question: is a piano a kind of animal?"
+# As the rows it was trained on: without the last line it names a thing instead of true or false.
+EXAMPLE = """Please answer the following question with true or false, question: is a piano a kind of animal?
+
+Answer format: true/false"""
 VERIFIED_ROWS = 32
 
 

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from linchain_cli.data.everyday import everyday_rows
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
 
 
@@ -150,6 +152,13 @@ def test_another_answer_is_a_failure(evaluated):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(evaluated.Failed, match="answers 1 of 8 rows differently"):
         evaluated.verify()
+
+
+def test_the_question_to_try_has_the_form_of_what_was_trained(quickstart):
+    def form(question):
+        return question.partition(": ")[0], question.partition("?")[2]
+
+    assert form(quickstart.EXAMPLE) in {form(row["instruction"]) for row in everyday_rows("train")}
 
 
 def test_the_table_shows_what_the_files_hold(evaluated, capsys):
