@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 PROTOCOL = "lm_eval"
 OWN_PROMPTS = "the harness's own"
-WRITTEN = (
-    3  # rises when conversations are written or read otherwise: what was measured before is measured again
-)
+# Rises when conversations are written or read otherwise: what was measured before is measured again.
+WRITTEN = 3
 # How like another a task's name has to be to be suggested: of thousands some are a little like any word.
 LIKE_A_TASK = 0.8
 # The metric that stands as the accuracy of a task, in this order; the others stand beside it.

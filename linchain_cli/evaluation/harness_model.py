@@ -15,6 +15,7 @@ from torch import Tensor
 from linchain_cli.data.chat import ChatTemplate
 from linchain_cli.data.rows import RowError
 from linchain_cli.errors import InputError
+from linchain_cli.evaluation.reasoning import Reasoning
 
 BATCH_SIZE = {"cpu": 8, "cuda": 32}
 
@@ -36,12 +37,13 @@ class SharedModel(HFLM):
         tokenizer, self._chat = copy.deepcopy(tokenizer), chat
         if chat is not None:
             tokenizer.chat_template = chat.source
+        thinks = chat is not None and chat.thinking is not None
         super().__init__(
             pretrained=model,
             tokenizer=tokenizer,
             batch_size=by_device,
             add_bos_token=None if chat is None else chat.adds_bos,
-            think_end_token=None if chat is None else _end_of_reasoning(tokenizer, chat),
+            think_end_token=Reasoning(tokenizer, chat).end if thinks else None,
         )
         self._rank, self._world_size = rank, world
 
@@ -72,15 +74,6 @@ class SharedModel(HFLM):
     def barrier(self) -> None:
         """Waits for all processes, for which the harness's own needs an Accelerator."""
         self.all_gather(torch.zeros(()))
-
-
-def _end_of_reasoning(tokenizer: Any, chat: ChatTemplate) -> str | int | None:
-    """The token behind which an answer stands; letters where that is no token by itself."""
-    if chat.thinking is None:
-        return None
-    mark = chat.thinking[1]
-    *others, last = tokenizer(mark, add_special_tokens=False).input_ids
-    return mark if others and last not in tokenizer.all_special_ids else last
 
 
 @contextlib.contextmanager

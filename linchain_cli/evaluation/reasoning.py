@@ -25,6 +25,12 @@ class Reasoning:
         )
         self._special = set(tokenizer.all_special_ids)
 
+    @property
+    def end(self) -> int | str:
+        """The token behind which an answer stands; the mark itself where it ends in no token of its own."""
+        *others, last = self._end_ids
+        return self._ends if others and last not in self._special else last
+
     def parts(self, tokens: Sequence[int], prompt: str) -> tuple[str, str | None]:
         """The reasoning and the answer behind it, which is None where the reasoning does not end.
 

@@ -72,9 +72,9 @@ def logits_at(model: PreTrainedModel, positions: torch.Tensor, *, float32: bool 
 
 def _project_in_float32(head: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
     """The projection's logits in float32, its weight converted block by block."""
-    hidden, at = hidden.float(), 0
-    logits = hidden.new_empty(*hidden.shape[:-1], len(head.weight))
-    for block in head.weight.split(VOCABULARY_BLOCK):
+    hidden, weight, at = hidden.float(), head.weight, 0  # a chain computes its weight
+    logits = hidden.new_empty(*hidden.shape[:-1], len(weight))
+    for block in weight.split(VOCABULARY_BLOCK):
         logits[..., at : at + len(block)] = hidden @ block.float().T
         at += len(block)
     return logits if head.bias is None else logits.add_(head.bias.float())
