@@ -84,13 +84,15 @@ def run(
     speaker = Speaker(loaded.model, loaded.tokenizer, asked.template, asked.straddles, warn=console.warn)
     said = speaker.say(row, sampling, show=lambda piece: None if json else print(piece, end="", flush=True))
     if json:
+        reasoning, answer = said.parts or (None, said.text)
         console.print_json(
             {
                 "model": subject.name,
                 "template": asked.template.name,
                 "row": row,
                 "prompt": asked.template.prompt(row),
-                "answer": said.text,
+                "reasoning": reasoning,
+                "answer": answer,
                 "stop_reason": said.stop_reason,
                 "tokens": {"prompt": said.prompt_tokens, "answer": said.tokens},
             }

@@ -74,10 +74,10 @@ class Dialogue:
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         return {"messages": [*system, *self.messages, {"role": "user", "content": text}]}
 
-    def _remember(self, text: str, answer: str, parts: tuple[str, str] | None = None) -> None:
+    def _remember(self, text: str, written: str, parts: tuple[str, str | None] | None = None) -> None:
         """What the template knows as reasoning and answer is handed to it as such the next time."""
-        thought, answer = parts or ("", answer)
-        said: Message = {"role": "assistant", "content": answer}
-        if thought:
+        thought, answer = parts or ("", None)
+        said: Message = {"role": "assistant", "content": written if answer is None else answer}
+        if thought and answer is not None:
             said["reasoning_content"] = thought
         self.messages += [{"role": "user", "content": text}, said]

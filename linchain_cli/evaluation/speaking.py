@@ -60,14 +60,15 @@ class Said:
     """An answer. Tokens are counted without the one that ends it.
 
     stop_reason: `end` (a token that ends answers), `stop_text`, or `length`
-    parts: its reasoning and what it says behind that, where the template writes them apart
+    parts: its reasoning, and what it says behind that or None if the reasoning does not end; None where the
+        template does not write them apart
     """
 
     text: str
     stop_reason: Literal["end", "stop_text", "length"]
     prompt_tokens: int
     tokens: int
-    parts: tuple[str, str] | None = None
+    parts: tuple[str, str | None] | None = None
 
 
 class Speaker:
@@ -125,18 +126,22 @@ class Speaker:
                 ended = self._stream(prompt, room, sampling, text)
         text.close()
         reason = "stop_text" if text.stopped else "end" if ended else "length"
-        return Said(text.whole, reason, len(prompt), len(text.tokens), self._parts(row, text.tokens))
+        return Said(
+            text.whole, reason, len(prompt), len(text.tokens), self._parts(row, text.tokens, sampling.stop)
+        )
 
     def _decoded(self, tokens: Sequence[int]) -> str:
         if self._reasoning is not None:
             return self._reasoning.shown(tokens)
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
-    def _parts(self, row: Row, tokens: Sequence[int]) -> tuple[str, str] | None:
+    def _parts(self, row: Row, tokens: Sequence[int], stop: Sequence[str]) -> tuple[str, str | None] | None:
         if self._reasoning is None:
             return None
         thought, answer = self._reasoning.parts(tokens, self.template.prompt(row))
-        return None if answer is None else (thought.strip(), answer.strip())
+        if answer is None:
+            return before_stop(thought, stop).strip(), None
+        return thought.strip(), before_stop(answer, stop).strip()
 
     def _encode(self, row: Row) -> list[int]:
         try:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 
+import pytest
 import torch
+
+from linchain_cli.evaluation.speaking import Said, Speaker
 
 from ..command_line import linchain
 from .conftest import make_run
@@ -15,8 +18,6 @@ def test_columns_of_a_template_of_ones_own(workplace, capsys, monkeypatch):
     short = ("--max-new-tokens", 4)
     columns = ("--column", "topic=apples = fruit", "--column", "who=me")
     assert linchain("generate", "runs/own", *columns, *short) == 0
-    from linchain_cli.evaluation.speaking import Said, Speaker
-
     expected, seen = capsys.readouterr().out, []
     said = Said("", "end", 1, 1)
     monkeypatch.setattr(Speaker, "say", lambda self, row, *args, **options: seen.append(row) or said)
@@ -86,3 +87,13 @@ def test_an_answer_as_json(workplace, capsys):
     assert found["answer"] == plain.out.strip() and found["prompt"] == "Is an apple a fruit?\n"
     assert (found["model"], found["template"], found["stop_reason"]) == ("runs/tuned", "plain", "length")
     assert found["tokens"]["answer"] == 6 and found["row"]["instruction"] == "Is an apple a fruit?"
+    assert found["reasoning"] is None
+
+
+@pytest.mark.parametrize("answer", ["2", None])
+def test_json_tells_thought_from_answer(workplace, capsys, monkeypatch, answer):
+    said = Said("<think>1 + 1", "length", 1, 4, ("1 + 1", answer))
+    monkeypatch.setattr(Speaker, "say", lambda *args, **options: said)
+    assert linchain("generate", "runs/tuned", "How many?", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["reasoning"], found["answer"]) == ("1 + 1", answer)

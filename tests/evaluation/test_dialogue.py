@@ -67,6 +67,9 @@ def test_reasoning_is_handed_on_as_what_it_is(tokenizer):
     speaker.parts = ("", "3")
     dialogue.ask("1 + 2?", Sampling())
     assert dialogue.messages[3] == {"role": "assistant", "content": "3"}
+    speaker.parts = ("I count and", None)  # cut off
+    cut = dialogue.ask("1 + 3?", Sampling()).text
+    assert dialogue.messages[5] == {"role": "assistant", "content": cut}
 
 
 @pytest.mark.parametrize(

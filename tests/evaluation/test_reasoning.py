@@ -8,6 +8,7 @@ from linchain_cli.data.templates import get_template
 from linchain_cli.evaluation.answers import AnswerRule
 from linchain_cli.evaluation.jobs import GenerationJob
 from linchain_cli.evaluation.reasoning import Reasoning
+from linchain_cli.evaluation.speaking import Speaker
 from linchain_cli.evaluation.task import Task, TaskRow
 from linchain_cli.model.tokenizer import load_tokenizer
 from linchain_cli.recipe import ChatConfig
@@ -75,6 +76,22 @@ def test_what_is_shown_tells_thought_from_answer(tokenizer):
     for template, written in ((CHANNELS, thought), (REASONING, "<think>\nYes or no?\n</think>\n\nno")):
         tokens = tokenizer(written, add_special_tokens=False).input_ids
         assert Reasoning(tokenizer, through(tokenizer, template)).shown(tokens) == written
+
+
+@pytest.mark.parametrize(
+    ("written", "parts"),
+    [
+        ("<think>\nYes or no?\n</think>\n\nno###", ("Yes or no?", "no")),
+        ("<think>\nYes###", ("Yes", None)),
+        ("no###", ("", "no")),
+    ],
+)
+def test_a_stop_text_is_no_part_of_thought_or_answer(tokenizer, written, parts):
+    speaker = Speaker.__new__(Speaker)
+    speaker.template = through(tokenizer, REASONING)
+    speaker._reasoning = Reasoning(tokenizer, speaker.template)
+    tokens = tokenizer(written, add_special_tokens=False).input_ids
+    assert speaker._parts(ROW, tokens, ("###",)) == parts
 
 
 def test_a_template_knows_its_marks(tokenizer):
