@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -133,8 +133,9 @@ class Job:
         head = head_of(self.model, self.head, outputs.classes) if outputs else None
         return adapter_of(self.model, chain_config(self.recipe), base, head)
 
-    def checkpoint_files(self) -> dict[str, bytes]:
-        """The files of a checkpoint of this moment."""
+    def checkpoint_files(self, budgets: Sequence[int | None]) -> dict[str, bytes]:
+        """The files of a checkpoint of this moment; `budgets` are the `micro_batch_tokens` of every process,
+        which differ where memory ran out on one of them."""
         files = adapter_files(self.adapter())
         files[states.OPTIMIZER_FILE] = storage.tensor_bytes(self.optimizer.named_state())
         if self.best is not None and self.state.best_step != self.state.step:
@@ -144,6 +145,7 @@ class Job:
             "config": self.base.config,
             "total_steps": self.total_steps,
             "versions": versions(),
+            "micro_batch_tokens": list(budgets),
         }
         files[states.STATE_FILE] = states.state_bytes(self.state, about)
         return files
@@ -162,6 +164,8 @@ class Job:
         places = {"base": str(self.base.directory), "data": self.data.report.names}
         config = changed_values(about.get("config"), self.base.config)
         about["notes"] = compare(before, self.fingerprints, self.store.path(step), places, config)
+        if budgets := about.get("micro_batch_tokens"):
+            state.micro_batch_tokens = budgets[self.accelerator.process_index]
         if before["recipe"][MICRO_BATCH] != self.fingerprints["recipe"][MICRO_BATCH]:
             state.micro_batch_size = state.micro_batch_tokens = None  # to be settled anew
             if self.recipe.adapter.dropout:

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 
 from linchain_cli import storage
 from linchain_cli.chain import folded
@@ -17,7 +18,7 @@ from linchain_cli.training.display import Display
 from linchain_cli.training.history import StepsUnderWay, record
 from linchain_cli.training.job import Job
 from linchain_cli.training.memory import within_budget
-from linchain_cli.training.processes import on_main, raise_on_all
+from linchain_cli.training.processes import on_main, raise_on_all, told_when_lost
 from linchain_cli.training.reading import Reading, joined
 from linchain_cli.training.schedule import due, learning_rate
 from linchain_cli.training.signals import StopRequest
@@ -120,6 +121,8 @@ def save(job: Job) -> None:
 
     What was logged so far is made durable first, so no checkpoint is ahead of rows.jsonl and metrics.jsonl.
     """
+    with told_when_lost():
+        budgets = gather_object([job.state.micro_batch_tokens])
 
     def write() -> None:
         job.run.check_there()
@@ -127,6 +130,6 @@ def save(job: Job) -> None:
             if path.exists():
                 storage.fsync_file(path)
         storage.fsync_directory(job.run.path)
-        job.store.save(job.state.step, job.checkpoint_files())
+        job.store.save(job.state.step, job.checkpoint_files(budgets))
 
     on_main(job.accelerator, write)

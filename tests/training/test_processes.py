@@ -129,6 +129,29 @@ def test_several_processes_resume_bit_for_bit(starter, recipe_file, recipe_of):
     assert alone.wait() == 0 and "finished already" in alone.log
 
 
+def test_each_process_resumes_with_the_micro_batches_it_had(starter, recipe_file, recipe_of):
+    """Memory ran out on the second in the second step, and has room again after the kill."""
+    recipe = recipe_file({"training.micro_batch_size": "auto", "training.save_every": 1})
+    hook = {"hook": "run_out_of_memory", "rank": 1, "step": 1}
+    runs = [RunDirectory(recipe_of({"name": name}).run_path) for name in ("whole", "killed")]
+    ranks = starter.ranks(2, "train", recipe, "name=whole", **hook, seconds=0)
+    assert [rank.wait(120) for rank in ranks] == [0, 0], ranks[0].log
+    assert "Out of memory: micro-batches have up to" in ranks[1].log
+    ranks = starter.ranks(2, "train", recipe, "name=killed", **hook, seconds=0.3)
+    ranks[0].wait_for_step(runs[1], 3)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGKILL)
+    assert [rank.wait() for rank in ranks] == [-9, -9]
+    ranks = starter.ranks(2, "train", recipe, "name=killed", "--resume")
+    assert [rank.wait(120) for rank in ranks] == [0, 0], ranks[0].log
+    for path in ("adapter/chain.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
+        assert (runs[0].path / path).read_bytes() == (runs[1].path / path).read_bytes()
+    for run in runs:
+        state = json.loads((run.path / "checkpoints/step-000006/state.json").read_bytes())
+        first, second = state["micro_batch_tokens"]
+        assert second < first, "memory ran out on the second alone"
+
+
 def test_all_processes_evaluate_the_adapter_that_is_kept(starter, recipe_file, recipe_of):
     changes = {"evaluation.tasks": ["everyday"], "evaluation.limit": 6}
     values = {"hook": "validation_losses", "values": [1.0, 2.0]}  # after steps 3 and 6

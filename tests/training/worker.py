@@ -150,6 +150,25 @@ def fail_on_rank(rank: int, where: str, kind: str) -> None:
     setattr(module, name, fail)
 
 
+def run_out_of_memory(rank: int, step: int, seconds: float) -> None:
+    """Slow steps; in one of them (counted from 0) memory runs out on one rank, the once."""
+    slow_steps(seconds)
+    slow, add_gradients, steps = loop.optimizer_step, loss.add_gradients, 0
+
+    def small(*args):
+        loss.add_gradients = add_gradients
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def watched(*args):
+        nonlocal steps
+        if steps == step and os.environ["RANK"] == str(rank):
+            loss.add_gradients = small
+        steps += 1
+        return slow(*args)
+
+    loop.optimizer_step = watched
+
+
 def unlike_devices(rank: int, what: str) -> None:
     """One rank computes on another device than the others: one that multiplies no bfloat16, that rounds in
     its own way, or on which a base does not fit."""
