@@ -19,6 +19,7 @@ sys.path.append(str(ROOT))
 from scripts.glue_runs import __main__ as glue_runs  # noqa: E402
 from scripts.glue_runs.plan import CHOOSING_SEED, Cell, Plan  # noqa: E402
 from scripts.glue_runs.pool import Results, work, work_in_processes  # noqa: E402
+from scripts.glue_runs.tables import tables  # noqa: E402
 
 from . import pretend_gpu  # noqa: E402
 from .classifiers import make_checkpoint, pair_rows  # noqa: E402
@@ -149,6 +150,15 @@ def test_the_rate_that_tells_held_out_rows_best_is_reported():
     assert [(run.rate, run.seed) for run in ONE.possible(done)] == [(2e-3, 1), (2e-3, 2)]
     del done[choosing[0].name]
     assert ONE.best_rate(cell, done) is None and ONE.possible(done) == choosing[:1]
+
+
+def test_a_rate_that_is_given_is_not_chosen():
+    plan = replace(ONE, studies=["few"], arms=["depth 0"], rate=3e-4)
+    runs = plan.possible({})
+    assert [(run.choosing, run.rate, run.seed) for run in runs] == [(False, 3e-4, 1), (False, 3e-4, 2)]
+    done = {run.name: outcome(run, 0.5, 0.6) for run in runs}
+    assert plan.possible(done) == []
+    assert "| depth 0 | 50.0 ± 0.0 (0.0003) |" in "\n".join(tables(plan, done))  # the lowest rate, unmarked
 
 
 def test_factors_begin_small_and_orthogonal(place, monkeypatch):

@@ -6,8 +6,9 @@ The glue directory (RTE/train.tsv and so on) and boolq/train.json are looked for
 says, then on the hub. Every arm is trained at each of its rates on a part of the training rows, and the
 rate that tells other training rows best is taken; then it is trained with other seeds and tells the
 development set, which had no say in anything. DIR/results.jsonl holds a line per run. Called again it goes
-on; `--plan` counts runs and steps, `--table` shows what is done. Any number of processes share the runs,
-also on one GPU, most of which such a small run leaves idle.
+on; `--plan` counts runs and steps, `--table` shows what is done, `--rate` compares arms at one rate, so that
+none is chosen. Any number of processes share the runs, also on one GPU, most of which such a small run leaves
+idle.
 
 - `all`: every training row; LoRA, MoSLoRA, three links of either start, the head alone, full fine-tuning.
 - `few`: 16 to 1,024 training rows, drawn anew for each seed and the same for every arm; depths 0, 1 and 3 as

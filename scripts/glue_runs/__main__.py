@@ -39,6 +39,7 @@ def arguments_of(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--few-seeds", type=int, default=10, help="on few rows")
     parser.add_argument("--choosing", type=int, default=1, help="runs that a rate is judged by on all rows")
     parser.add_argument("--few-choosing", type=int, default=2, help="on few rows")
+    parser.add_argument("--rate", type=float, help="every arm's learning rate; none is chosen then")
     parser.add_argument("--length", type=float, default=1.0, help="factor on all numbers of steps")
     parser.add_argument("--batch", type=int, default=BATCH, help="the most rows of a step")
     parser.add_argument("--micro-batch", type=int, help="the most rows of a micro-batch (8 on a CPU)")
@@ -72,6 +73,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
         arguments.length,
         arguments.batch,
         arguments.held_out,
+        arguments.rate,
     )
 
 

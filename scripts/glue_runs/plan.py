@@ -120,7 +120,7 @@ class Run:
 class Plan:
     """Which runs there are. `length` is a factor on all numbers of steps; `seeds` and `choosing` are how many
     of a study's runs are reported and how many each rate is judged by; `batch` are the most rows of a step
-    and `held_out` the most that a rate is judged on."""
+    and `held_out` the most that a rate is judged on. With a `rate` none is chosen: every arm has this one."""
 
     studies: Sequence[str]
     tasks: Sequence[str]
@@ -131,6 +131,7 @@ class Plan:
     length: float = 1.0
     batch: int = BATCH
     held_out: int | None = None
+    rate: float | None = None
 
     def cells(self) -> Iterator[Cell]:
         for study in self.studies:
@@ -141,6 +142,8 @@ class Plan:
                             yield Cell(study, task, rows, arm)
 
     def choosing_runs(self, cell: Cell) -> list[Run]:
+        if self.rate is not None:
+            return []
         seeds = range(CHOOSING_SEED + 1, CHOOSING_SEED + 1 + self.choosing[cell.study])
         return [Run(cell, True, rate, seed) for rate in cell.settings.rates for seed in seeds]
 
@@ -167,6 +170,8 @@ class Plan:
     def best_rate(self, cell: Cell, done: Mapping[str, Mapping[str, Any]]) -> float | None:
         """The rate that tells held-out rows best by the task's metric, of equal ones that with the lower
         loss; None while runs are missing, or if none ended well."""
+        if self.rate is not None:
+            return self.rate
         runs = self.choosing_runs(cell)
         if not all(run.name in done for run in runs):
             return None

@@ -34,9 +34,10 @@ def _final(plan: Plan, cell: Cell, done: Done) -> tuple[float | None, list[Mappi
     return rate, [row for row in rows if row is not None and "failed" not in row]
 
 
-def _rate(cell: Cell, rate: float) -> str:
-    """Marked where a rate beyond those tried might be better."""
-    return f"{rate:g}" + ("*" if rate in (min(cell.settings.rates), max(cell.settings.rates)) else "")
+def _rate(plan: Plan, cell: Cell, rate: float) -> str:
+    """Marked where it was chosen, and a rate beyond those tried might be better."""
+    edges = (min(cell.settings.rates), max(cell.settings.rates))
+    return f"{rate:g}" + ("*" if plan.rate is None and rate in edges else "")
 
 
 def _values(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> list[float]:
@@ -74,7 +75,7 @@ def _all(plan: Plan, task: str, done: Done) -> list[str]:
         seconds = statistics.fmean(row["train_seconds"] for row in rows)
         own = ", ".join(f"{value:.1f}" for value in values)
         lines.append(
-            f"| {cell.arm} | {_rate(cell, rate)} | {_spread(values)} | {low:.1f} to {high:.1f} | {own}"
+            f"| {cell.arm} | {_rate(plan, cell, rate)} | {_spread(values)} | {low:.1f} to {high:.1f} | {own}"
             f" | {other if cell.arm != REFERENCE['all'] else ''} | {rows[0]['trained']:,} | {seconds:.1f} |"
         )
     return lines if len(lines) > 3 else []
@@ -104,7 +105,8 @@ def _few(plan: Plan, task: str, done: Done) -> list[str]:
         shown, less = [], []
         for cell in cells:
             rate, rows = _final(plan, cell, done)
-            shown.append(f"{_spread(_values(cell, rows))} ({_rate(cell, rate)})" if rate and rows else "")
+            told = rate and rows
+            shown.append(f"{_spread(_values(cell, rows))} ({_rate(plan, cell, rate)})" if told else "")
             seeds |= {len(rows)}
             _, theirs = _final(plan, Cell("few", task, cell.rows, REFERENCE["few"]), done)
             less.append(_paired(cell, rows, theirs))
