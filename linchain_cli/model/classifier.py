@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -195,11 +195,13 @@ def padding_side(model: nn.Module) -> Literal["left", "right"]:
 
 def row_logits(model: nn.Module, batch: ModelInputs) -> Tensor:
     """What the head gives for each row of a padded batch: (batch, classes or 1), in float32 at least."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None and tells_segments(model.config):
         inputs["token_type_ids"] = batch.token_type_ids
     if batch.is_padded and padding_side(model) == "left":
         inputs = _moved_right(inputs, batch.attention_mask)
+    if "use_cache" in signature(type(model).forward).parameters:
+        inputs["use_cache"] = False  # a block that is computed again would attend to its own keys as well
     told = PADDED.set(batch.is_padded)
     try:
         logits = model(**inputs).logits

@@ -87,10 +87,11 @@ def put_on_head(base: Base, recipe: Recipe) -> dict[str, nn.Parameter]:
     """A classifier's head as trained parameters; what the checkpoint has no values for begins by the recipe's
     seed. Comes before the chains, which may bring a head."""
     model = base.model
-    names, drawn = head_names(model), drawn_names(model)
-    stored = {name: model.get_parameter(name) for name in names if name not in drawn}
+    # First, because a drawn value would be rounded by the base's type, in its first run only.
+    head, drawn = make_trainable(model, head_names(model)), drawn_names(model)
+    stored = {name: parameter for name, parameter in head.items() if name not in drawn}
     # The base may have served another run before, which trained these.
     before = record(model).setdefault("head", states.snapshot(stored))
     states.restore(stored, before)
     initialise_head(model, drawn, recipe.seed, initial_deviation(model))
-    return make_trainable(model, names)
+    return head

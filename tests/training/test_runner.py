@@ -12,11 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from linchain_cli.chain import detach
 from linchain_cli.errors import InputError, LinchainError
 from linchain_cli.machine import resident_bytes
 from linchain_cli.run import KeptAdapter, RunDirectory, read_jsonl
 from linchain_cli.training import loop, runner
+from linchain_cli.training.base import load_base
 from linchain_cli.training.checkpoints import CheckpointStore
+from linchain_cli.training.processes import connect
 
 
 def adapter_bytes(run: RunDirectory) -> bytes:
@@ -122,6 +125,25 @@ def test_an_existing_run_is_refused_resumed_or_replaced(run_tiny, recipe_of, die
     (run.path / "mine.txt").unlink()
     run_tiny(fresh=True)
     assert run.read_status().resumed_from is None and adapter_bytes(run) == resumed
+
+
+OTHERS = {
+    "recomputed": {"adapter.depth": 0, "training.gradient_checkpointing": True},
+    "everywhere": {"adapter.target_modules": "all-linear", "adapter.dropout": 0.1, "adapter.rank": 2},
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_a_run_is_the_same_on_a_base_that_served_another(recipe_of, other, dtype):
+    """As the runs of a comparison have it, of which each may be the first one after a stop."""
+    same = {"model.dtype": dtype, "training.max_steps": 3}
+    alone = runner.run_training(recipe_of({"name": "alone", **same}))
+    shared = load_base(recipe_of(same), connect())
+    runner.run_training(recipe_of({"name": "other", "seed": 7, **same, **other}), base=shared)
+    detach(shared.model)
+    later = runner.run_training(recipe_of({"name": "later", **same}), base=shared)
+    assert adapter_bytes(later.run) == adapter_bytes(alone.run)
 
 
 def test_an_output_head_of_its_own_trains(run_tiny, capfd):
