@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -195,16 +195,16 @@ def padding_side(model: nn.Module) -> Literal["left", "right"]:
 
 def row_logits(model: nn.Module, batch: ModelInputs) -> Tensor:
     """What the head gives for each row of a padded batch: (batch, classes or 1), in float32 at least."""
-    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     if batch.token_type_ids is not None and tells_segments(model.config):
         inputs["token_type_ids"] = batch.token_type_ids
     if batch.is_padded and padding_side(model) == "left":
         inputs = _moved_right(inputs, batch.attention_mask)
-    if "use_cache" in signature(type(model).forward).parameters:
-        inputs["use_cache"] = False  # a block that is computed again would attend to its own keys as well
+    # With a cache, a decoder's block that is computed again would attend to its own keys as well.
+    cache = {"use_cache": False} if "use_cache" in signature(type(model).forward).parameters else {}
     told = PADDED.set(batch.is_padded)
     try:
-        logits = model(**inputs).logits
+        logits = model(**inputs, **cache).logits
     finally:
         PADDED.reset(told)
     return logits if logits.dtype == torch.float64 else logits.float()

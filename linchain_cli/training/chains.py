@@ -87,7 +87,7 @@ def put_on_head(base: Base, recipe: Recipe) -> dict[str, nn.Parameter]:
     """A classifier's head as trained parameters; what the checkpoint has no values for begins by the recipe's
     seed. Comes before the chains, which may bring a head."""
     model = base.model
-    # First, because a drawn value would be rounded by the base's type, in its first run only.
+    # In float32 before any value is drawn, which a base of 16 bits would round, though in its first run only.
     head, drawn = make_trainable(model, head_names(model)), drawn_names(model)
     stored = {name: parameter for name, parameter in head.items() if name not in drawn}
     # The base may have served another run before, which trained these.

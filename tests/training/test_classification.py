@@ -186,7 +186,9 @@ def test_a_base_whose_padding_is_known_by_now_serves_another_run(label_recipe):
     """transformers looks at the tokens of a row that comes without a mask, which fails for Funnel."""
     first = run_training(label_recipe("funnel"))
     detach(first.model)
-    run_training(label_recipe("funnel", {"name": "second"}), base=first.base)
+    second = run_training(label_recipe("funnel", {"name": "second"}), base=first.base)
+    files = [(job.run.adapter_dir / "chain.safetensors").read_bytes() for job in (first, second)]
+    assert files[0] == files[1]
 
 
 def test_a_run_keeps_its_head_and_names_its_classes(label_recipe):
